@@ -1,10 +1,12 @@
 """The generated word problems of the embedded pair."""
 
+import re
 from typing import Literal
 
 from softcot_ds.pair.world import generate
 from softcot_ds.tasks.base import Problem, Task
 
+_ANSWER = re.compile(r"answer\s+(-?\d(?:\s?\d)*)")
 _SEEDS = {"train": 1, "test": 2}
 
 
@@ -20,3 +22,11 @@ class WordProblems(Task):
 
     def target(self, problem: Problem) -> str:
         return f"{problem.reasoning} ; answer {problem.answer}"
+
+    def extract(self, output: str) -> str | None:
+        """The number after the last ``answer``; the steps before it are full of other numbers."""
+        answers = _ANSWER.findall(output)
+        return str(int(answers[-1].replace(" ", ""))) if answers else None
+
+    def is_correct(self, answer: str | None, problem: Problem) -> bool:
+        return answer == problem.answer
