@@ -2,11 +2,17 @@
 
 import os
 import socket
+from collections.abc import Callable
 from datetime import timedelta
+from typing import Any
 
 import deepspeed
 import torch
 import torch.distributed as dist
+
+from softcot_ds.errors import SoftCoTError
+
+_control_group: Any = None
 
 
 def device() -> torch.device:
@@ -33,6 +39,10 @@ def init_distributed(timeout_minutes: float) -> None:
         timeout=timedelta(minutes=timeout_minutes),
     )
 
+    # Control messages travel over the CPUs: they never make a rank wait for its GPU.
+    global _control_group
+    _control_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
@@ -58,6 +68,34 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     if world_size() > 1:
         dist.all_reduce(values)
     return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on all."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control_group)
+    return bool(value)
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
+
+    Raises:
+        SoftCoTError: ``work`` raised one; it is raised on every rank, so that none waits for ever.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except SoftCoTError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0, group=_control_group)
+    if outcome[1] is not None:
+        raise SoftCoTError(outcome[1])
+    return outcome[0]
 
 
 def shut_down() -> None:

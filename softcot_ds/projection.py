@@ -56,7 +56,9 @@ def load_projection(path: Path) -> dict[str, torch.Tensor]:
         raise SoftCoTError(f"{path}: damaged or no projection: {str(error).splitlines()[0]}") from error
     except Exception as error:
         # torch.load raises pickle.UnpicklingError for code in a pickle, and a KeyError or worse for random bytes.
-        raise SoftCoTError(f"{path}: not a plain state dict: {type(error).__name__}; refused to run what it holds") from error
+        raise SoftCoTError(
+            f"{path}: not a plain state dict: {type(error).__name__}; refused to run what it holds"
+        ) from error
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise SoftCoTError(f"{path}: expected tensors by name, found {type(weights).__name__}")
     if set(weights) not in ({"weight", "bias"}, {"weight"}):

@@ -68,7 +68,9 @@ def _check_messages(messages: Any, required: set[str], optional: set[str]) -> li
             return [f"role and content are text, found {message!r}"]
     found = [field for message in messages for field in _FIELD.findall(message["content"])]
     mistakes = [f"{{{field}}} is missing" for field in sorted(required - set(found))]
-    mistakes += [f"{{{field}}} stands here {found.count(field)} times" for field in sorted(required) if found.count(field) > 1]
+    mistakes += [
+        f"{{{field}}} stands here {found.count(field)} times" for field in sorted(required) if found.count(field) > 1
+    ]
     mistakes += [f"{{{field}}} has no meaning here" for field in sorted(set(found) - required - optional)]
     return mistakes
 
@@ -153,8 +155,10 @@ class ChatFormat:
         """The token with which the model ends its answer, as its template writes it."""
         sentinel = "ASSISTANT-ANSWER"
         text = self.tokenizer.apply_chat_template(
-            [*({"role": m["role"], "content": "x"} for m in messages if m["role"] != "assistant"),
-             {"role": "assistant", "content": sentinel}],
+            [
+                *({"role": m["role"], "content": "x"} for m in messages if m["role"] != "assistant"),
+                {"role": "assistant", "content": sentinel},
+            ],
             tokenize=False,
             **self.template_kwargs,
         )

@@ -34,7 +34,12 @@ def resolve_location(name: str) -> str:
 def _is_hub_name(name: str) -> bool:
     """Whether ``name`` has the form of a hub repository, ``owner/name``."""
     parts = name.split("/")
-    return len(parts) == 2 and all(parts) and not name.startswith((".", "~")) and Path(name).suffix not in (".json", ".jsonl")
+    return (
+        len(parts) == 2
+        and all(parts)
+        and not name.startswith((".", "~"))
+        and Path(name).suffix not in (".json", ".jsonl")
+    )
 
 
 def _check_model(name: str) -> str:

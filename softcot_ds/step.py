@@ -42,7 +42,9 @@ class SoftCoT(nn.Module):
         embeds, mask, positions = self._inputs(batch)
         prefix_length = batch.prefix_ids.shape[1]
         if self.step == "full":
-            logits = self.base(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+            logits = self.base(
+                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
+            ).logits
             logits = logits[:, prefix_length:]
         else:
             logits = self._suffix_logits(embeds, mask, positions, prefix_length)
