@@ -79,6 +79,12 @@ def any_rank(flag: bool) -> bool:
     return bool(value)
 
 
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if world_size() > 1:
+        dist.barrier(group=_control_group)
+
+
 def on_main(work: Callable[[], Any]) -> Any:
     """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
 
