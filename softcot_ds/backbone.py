@@ -1,0 +1,139 @@
+"""Loading the two frozen models, whole or partitioned over the ranks."""
+
+import copy
+import hashlib
+from pathlib import Path
+from typing import Any
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoTokenizer,
+    PreTrainedConfig,
+    PreTrainedModel,
+    PreTrainedTokenizerBase,
+)
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+from transformers.utils import cached_file
+from transformers.utils import logging as transformers_logging
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import ModelConfig, Partition, resolve_location
+
+_MIB = 1024 * 1024
+
+transformers_logging.disable_progress_bar()
+
+
+def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
+    """The tokenizer of a model, with the recipe's chat template if it names one.
+
+    Raises:
+        SoftCoTError: it cannot be loaded.
+    """
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(resolve_location(config.model), revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("tokenizer", config, error) from error
+    if config.chat_template is not None:
+        tokenizer.chat_template = config.chat_template.read_text()
+    return tokenizer
+
+
+def load_config(config: ModelConfig) -> PreTrainedConfig:
+    """The configuration of a model, without its weights. Raises SoftCoTError when it cannot be loaded."""
+    try:
+        return AutoConfig.from_pretrained(resolve_location(config.model), revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("configuration", config, error) from error
+
+
+def width(config: PreTrainedConfig) -> int:
+    """Width of the hidden states and the token embeddings."""
+    return config.get_text_config().hidden_size
+
+
+def context_length(config: PreTrainedConfig) -> int:
+    """The longest sequence, tokens."""
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+
+
+def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
+    """An id to fill padding with; masks hide it, so any valid id serves where there is no pad token."""
+    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+
+
+def load_frozen(
+    config: ModelConfig, partition: Partition, device: torch.device, deepspeed_config: dict[str, Any] | None = None
+) -> PreTrainedModel:
+    """A frozen causal language model in evaluation mode, no parameter of which wants a gradient.
+
+    Args:
+        partition: ``zero3`` splits each weight over the ranks while it is read: no rank ever holds the whole model.
+            It needs ``deepspeed_config`` and an initialized process group, and the model must then be given to
+            ``deepspeed.initialize``, alone or as a part, before it runs.
+
+    Raises:
+        SoftCoTError: the model cannot be loaded, or weights are missing in its files.
+    """
+    kwargs = {
+        "revision": config.revision,
+        "dtype": getattr(torch, config.dtype),
+        "attn_implementation": config.attention,
+        "output_loading_info": True,
+    }
+    # from_pretrained partitions while this object lives. It is undone at once, so that loading one model partitioned
+    # does not partition whatever is loaded later.
+    zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config)) if partition == "zero3" else None
+    try:
+        model, info = AutoModelForCausalLM.from_pretrained(resolve_location(config.model), **kwargs)
+    except (OSError, ValueError, ImportError) as error:
+        raise _cannot_load("model", config, error) from error
+    finally:
+        if zero3 is not None:
+            unset_hf_deepspeed_config()
+    if info["missing_keys"]:
+        missing = sorted(info["missing_keys"])
+        raise SoftCoTError(
+            f"{config.model}: {len(missing)} weights are missing in its files, {missing[0]!r} first; "
+            "transformers would have filled them with random numbers. Check the folder or the revision"
+        )
+    model.requires_grad_(False)
+    model.eval()
+    return model if partition == "zero3" else model.to(device)
+
+
+def weights_fingerprint(config: ModelConfig) -> str:
+    """A hash that tells one set of weights from another, in seconds even for a large model.
+
+    Over ``config.json`` and, of each weight file, its size and its first and last MiB: the first holds the names, the
+    shapes and the places of all tensors, and training changes practically every weight.
+
+    Raises:
+        SoftCoTError: the model's files cannot be found.
+    """
+    digest = hashlib.sha256()
+    try:
+        config_file = cached_file(resolve_location(config.model), "config.json", revision=config.revision)
+    except (OSError, ValueError) as error:
+        raise _cannot_load("configuration", config, error) from error
+    folder = Path(config_file).parent
+    digest.update(Path(config_file).read_bytes())
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    if not files:
+        raise SoftCoTError(f"{config.model}: no weights (*.safetensors) in {folder}")
+    for path in files:
+        size = path.stat().st_size
+        digest.update(f"{path.name} {size}\n".encode())
+        with path.open("rb") as file:
+            digest.update(file.read(_MIB))
+            file.seek(max(0, size - _MIB))
+            digest.update(file.read(_MIB))
+    return digest.hexdigest()
+
+
+def _cannot_load(part: str, config: ModelConfig, error: Exception) -> SoftCoTError:
+    first_line = str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
+    return SoftCoTError(f"cannot load the {part} of {config.model}: {first_line}")

@@ -1,0 +1,242 @@
+"""Checkpoints: an adapter directory that evaluation and generation need, and what training needs to go on.
+
+``checkpoints/step-N/`` holds
+
+    projection.safetensors   the trained weights, float32 (the optimizer's master copy)
+    adapter.json             both models with fingerprints, task, thought count, package version
+    recipe.yaml              the resolved recipe of the run
+    prompts.yaml             the wording that the run was trained with
+    optimizer.safetensors    AdamW's moments, float32
+    trainer.json             step counters
+    COMPLETE                 the marker, written last
+
+The frozen weights are in none of them. Moments are stored whole, not per rank, so a run resumes on any number of ranks.
+"""
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from softcot_ds import __version__
+from softcot_ds.backbone import weights_fingerprint
+from softcot_ds.distributed import on_main, rank, world_size
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import sync_file, sync_folder
+from softcot_ds.recipe import ModelConfig, Recipe, load_recipe
+
+MARKER = "COMPLETE"
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+@dataclass(frozen=True)
+class ModelIdentity:
+    """Which frozen model an adapter belongs to."""
+
+    model: str
+    revision: str | None
+    fingerprint: str
+
+    @classmethod
+    def of(cls, config: ModelConfig) -> "ModelIdentity":
+        return cls(config.model, config.revision, weights_fingerprint(config))
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """What an adapter directory says about itself."""
+
+    assistant: ModelIdentity
+    base: ModelIdentity
+    task: str
+    projection: str
+    num_thoughts: int
+    step: int
+    package_version: str = __version__
+
+    def to_json(self) -> str:
+        return json.dumps(asdict(self), indent=2) + "\n"
+
+    @classmethod
+    def load(cls, folder: Path) -> "AdapterConfig":
+        """Raises SoftCoTError when ``folder`` is no complete adapter directory."""
+        if not folder.is_dir():
+            raise SoftCoTError(f"no such adapter directory: {folder}")
+        if not (folder / MARKER).is_file():
+            raise SoftCoTError(f"{folder} is no complete checkpoint: it has no file {MARKER}; choose another step")
+        try:
+            values = json.loads((folder / "adapter.json").read_text())
+            models = {key: ModelIdentity(**values.pop(key)) for key in ("assistant", "base")}
+            return cls(**models, **values)
+        except (OSError, ValueError, TypeError, KeyError) as error:
+            raise SoftCoTError(f"{folder}/adapter.json is damaged: {error}") from error
+
+    def check_models(self, assistant: ModelConfig | None, base: ModelConfig) -> None:
+        """Raises SoftCoTError when the models to be used are not those that the adapter was trained with."""
+        for name, trained, config in (("assistant", self.assistant, assistant), ("base", self.base, base)):
+            if config is not None and weights_fingerprint(config) != trained.fingerprint:
+                raise SoftCoTError(
+                    f"the adapter was trained with the {name} {trained.model} "
+                    f"(revision {trained.revision}, fingerprint {trained.fingerprint[:12]}), but {config.model} holds "
+                    f"other weights (fingerprint {weights_fingerprint(config)[:12]}); name the same {name}"
+                )
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{MARKER}")]
+    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def adapter_recipe(folder: Path, overrides: list[str] | None = None) -> Recipe:
+    """The recipe that an adapter directory was trained with, its own prompts included."""
+    AdapterConfig.load(folder)
+    return load_recipe(folder / "recipe.yaml", [f"task.prompts={folder / 'prompts.yaml'}", *(overrides or [])])
+
+
+def save_checkpoint(engine: Any, recipe: Recipe, config: AdapterConfig, prompt_file: Path) -> Path:
+    """Write the checkpoint of ``config.step``; all ranks call it. Older ones beyond training.keep_checkpoints go.
+
+    Raises:
+        SoftCoTError: on every rank, when it cannot be written (a full disk); nothing half-written remains and the
+            older checkpoints are untouched.
+    """
+    parameters = dict(engine.module.projection.named_parameters())
+    weights = {name: safe_get_full_fp32_param(p).cpu().contiguous() for name, p in parameters.items()}
+    moments = {
+        f"{moment}.{name}": safe_get_full_optimizer_state(p, moment).cpu().contiguous()
+        for name, p in parameters.items()
+        for moment in _MOMENTS
+    }
+    trainer = {"step": config.step, "optimizer_steps": _optimizer_steps(engine), "world_size": world_size()}
+    folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
+
+    def fill(temporary: Path) -> None:
+        save_file(weights, temporary / "projection.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        (temporary / "adapter.json").write_text(config.to_json())
+        (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
+        (temporary / "recipe.yaml").write_text(recipe.to_yaml())
+        shutil.copyfile(prompt_file, temporary / "prompts.yaml")
+
+    def write() -> None:
+        _write_folder(folder, fill)
+        for old in checkpoints(recipe.run_dir)[: -recipe.training.keep_checkpoints]:
+            # Without its marker first: a deletion that is cut short leaves no checkpoint that looks whole.
+            (old / MARKER).unlink()
+            shutil.rmtree(old)
+
+    on_main(write)
+    return folder
+
+
+def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create ``folder`` with ``fill``'s files and the marker, complete or not at all."""
+    temporary = folder.with_name(f".{folder.name}.tmp")
+    try:
+        for leftover in (temporary, folder):  # a folder without marker, or the same step written again
+            if leftover.exists():
+                shutil.rmtree(leftover)
+        temporary.mkdir(parents=True)
+        fill(temporary)
+        for path in temporary.iterdir():
+            sync_file(path)
+        sync_folder(temporary)
+        (temporary / MARKER).touch()
+        sync_folder(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest_checkpoint(folder.parent.parent)
+        raise SoftCoTError(
+            f"cannot write the checkpoint {folder}: {error}; "
+            f"the newest complete one is {kept.name if kept else 'none'}. Make room and run the same command again"
+        ) from error
+
+
+def load_checkpoint(engine: Any, folder: Path) -> int:
+    """Put a checkpoint's weights and moments into ``engine``; all ranks call it. Returns its step.
+
+    The module itself must hold the weights already (``load_projection`` before ``deepspeed.initialize``): DeepSpeed
+    makes its float32 master copy from them, rounded to the compute dtype. Here the exact copy is put back.
+
+    Raises:
+        SoftCoTError: a file is damaged.
+    """
+    try:
+        weights = load_file(folder / "projection.safetensors")
+        moments = load_file(folder / "optimizer.safetensors")
+        trainer = json.loads((folder / "trainer.json").read_text())
+    except (OSError, SafetensorError, ValueError) as error:
+        raise SoftCoTError(
+            f"{folder} is damaged: {error}; remove it to resume from the checkpoint before it"
+        ) from error
+    _create_moments(engine, trainer["optimizer_steps"])
+    for name, parameter in engine.module.projection.named_parameters():
+        _set_full(parameter, weights[name])
+        for moment in _MOMENTS:
+            _set_full(parameter, moments[f"{moment}.{name}"], moment)
+    return trainer["step"]
+
+
+def _master_copies(engine: Any) -> list[torch.Tensor]:
+    """The flat float32 tensors that the inner torch optimizer steps, one per parameter group of this rank."""
+    return [parameter for group in engine.optimizer.optimizer.param_groups for parameter in group["params"]]
+
+
+def _optimizer_steps(engine: Any) -> int:
+    states = engine.optimizer.optimizer.state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def _create_moments(engine: Any, steps: int) -> None:
+    """Moments as torch.optim.AdamW would create them in its first step, so that there is something to fill."""
+    for master in _master_copies(engine):
+        engine.optimizer.optimizer.state[master] = {
+            "step": torch.tensor(float(steps)),
+            **{moment: torch.zeros_like(master) for moment in _MOMENTS},
+        }
+    # Stages 1 and 2 link each parameter to its part of the flat moments after the first step; do it now.
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+
+
+def _set_full(parameter: torch.nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
+    """Set the float32 master copy, or a moment, of a parameter from its whole value on any number of ranks."""
+    value = value.to(parameter.device)
+    if hasattr(parameter, "ds_id"):
+        # ZeRO-3 pads a parameter that the ranks do not divide; safe_set_full_* of DeepSpeed 0.19 does not.
+        part = parameter.ds_tensor.numel()
+        padded = torch.nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
+        value, setters = (
+            padded[rank() * part : (rank() + 1) * part],
+            (safe_set_local_fp32_param, safe_set_local_optimizer_state),
+        )
+    else:
+        setters = (safe_set_full_fp32_param, safe_set_full_optimizer_state)
+    if moment is None:
+        setters[0](parameter, value)
+    else:
+        setters[1](parameter, value, moment)

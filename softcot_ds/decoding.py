@@ -1,0 +1,72 @@
+"""Decoding: prompts with thoughts in, tokens out."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.prompts import BasePrompt
+
+
+@dataclass(frozen=True)
+class Sampling:
+    """How the next token is chosen."""
+
+    max_new_tokens: int
+    temperature: float = 0.0
+    """0 takes the most likely token."""
+    top_p: float = 1.0
+
+
+@torch.no_grad()
+def decode(
+    model: PreTrainedModel,
+    prompts: Sequence[BasePrompt],
+    thoughts: torch.Tensor | None,
+    stop_ids: list[int],
+    sampling: Sampling,
+    synced: bool = False,
+) -> list[list[int]]:
+    """Continue a batch of prompts, padded on the left.
+
+    Args:
+        prompts: B prompts ``prefix ; thoughts ; suffix``.
+        thoughts: (B, T, D), or None to decode without any.
+        stop_ids: tokens that end an output.
+        synced: the model is partitioned over ranks: go on until every rank is done, as each forward pass needs all.
+
+    Returns:
+        The new tokens of each prompt, without the stop token.
+    """
+    embed = model.get_input_embeddings()
+    device = embed.weight.device
+    rows = []
+    for index, prompt in enumerate(prompts):
+        ids = torch.tensor(prompt.prefix_ids + prompt.suffix_ids, dtype=torch.int64, device=device)
+        tokens = embed(ids[None])[0]
+        if thoughts is not None:
+            prefix, suffix = tokens.split([len(prompt.prefix_ids), len(prompt.suffix_ids)])
+            tokens = torch.cat([prefix, thoughts[index].to(device, tokens.dtype), suffix])
+        rows.append(tokens)
+    longest = max(len(row) for row in rows)
+    embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
+    lengths = torch.tensor([[len(row)] for row in rows], device=device)
+    mask = (torch.arange(longest, device=device) >= longest - lengths).long()
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+    outputs = model.generate(
+        inputs_embeds=embeds,
+        attention_mask=mask,
+        max_new_tokens=sampling.max_new_tokens,
+        do_sample=bool(sampled),
+        **sampled,
+        eos_token_id=stop_ids,
+        pad_token_id=stop_ids[0],
+        synced_gpus=synced,
+    )
+    stops = set(stop_ids)
+    ended = []
+    for row in outputs.tolist():
+        end = next((i for i, token in enumerate(row) if token in stops), len(row))
+        ended.append(row[:end])
+    return ended

@@ -1,0 +1,110 @@
+"""Ranks and devices, the same under the deepspeed launcher, under SLURM and alone."""
+
+import os
+import socket
+from collections.abc import Callable
+from datetime import timedelta
+from typing import Any
+
+import deepspeed
+import torch
+import torch.distributed as dist
+
+from softcot_ds.errors import SoftCoTError
+
+_control_group: Any = None
+
+
+def device() -> torch.device:
+    """This process's device: its GPU, or the CPU on a machine without one."""
+    if torch.cuda.is_available():
+        return torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+    return torch.device("cpu")
+
+
+def init_distributed(timeout_minutes: float) -> None:
+    """Join the process group that a launcher describes in the environment; alone, be a group of one.
+
+    The default timeout of PyTorch, ten minutes, is shorter than the loading of a large model.
+    """
+    if dist.is_initialized():
+        return
+    if "RANK" not in os.environ:
+        os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
+    if device().type == "cuda":
+        torch.cuda.set_device(device())
+    deepspeed.init_distributed(
+        dist_backend="nccl" if device().type == "cuda" else "gloo",
+        auto_mpi_discovery=False,
+        timeout=timedelta(minutes=timeout_minutes),
+    )
+
+    # Control messages travel over the CPUs: they never make a rank wait for its GPU.
+    global _control_group
+    _control_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+def world_size() -> int:
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def is_main() -> bool:
+    """Whether this process prints and writes for all."""
+    return rank() == 0
+
+
+def say(message: str) -> None:
+    """Print on rank 0, at once: the output is usually a log file."""
+    if is_main():
+        print(message, flush=True)
+
+
+def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
+    """The element-wise sum over all ranks; ``values`` is changed in place."""
+    if world_size() > 1:
+        dist.all_reduce(values)
+    return values
+
+
+def any_rank(flag: bool) -> bool:
+    """Whether the flag is set on any rank; the same answer on all."""
+    if world_size() == 1:
+        return flag
+    value = torch.tensor(int(flag))
+    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control_group)
+    return bool(value)
+
+
+def on_main(work: Callable[[], Any]) -> Any:
+    """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
+
+    Raises:
+        SoftCoTError: ``work`` raised one; it is raised on every rank, so that none waits for ever.
+    """
+    outcome: list[Any] = [None, None]
+    if is_main():
+        try:
+            outcome[0] = work()
+        except SoftCoTError as error:
+            outcome[1] = str(error)
+    if world_size() > 1:
+        dist.broadcast_object_list(outcome, src=0, group=_control_group)
+    if outcome[1] is not None:
+        raise SoftCoTError(outcome[1])
+    return outcome[0]
+
+
+def shut_down() -> None:
+    """Leave the process group; NCCL warns when a process ends without."""
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def _free_port() -> str:
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        return str(listener.getsockname()[1])

@@ -1,0 +1,136 @@
+"""What is watched in TensorBoard, and the lines that a log shows."""
+
+import resource
+import sys
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.tensorboard import SummaryWriter
+from torch.utils.tensorboard.summary import hparams
+
+GIB = 1024**3
+
+
+class PhaseTimer:
+    """Where a step's time goes. On a GPU it records events and waits for nothing until it is read."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._cuda = device.type == "cuda"
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._events: list[tuple[str, torch.cuda.Event, torch.cuda.Event]] = []
+
+    @contextmanager
+    def phase(self, name: str) -> Iterator[None]:
+        """Add the time of the block to phase ``name``."""
+        if self._cuda:
+            start, end = torch.cuda.Event(enable_timing=True), torch.cuda.Event(enable_timing=True)
+            start.record()
+            yield
+            end.record()
+            self._events.append((name, start, end))
+        else:
+            began = time.perf_counter()
+            yield
+            self._seconds[name] += time.perf_counter() - began
+
+    def read(self) -> dict[str, float]:
+        """Seconds per phase since the last reading. Waits for the GPU."""
+        if self._events:
+            torch.cuda.synchronize()
+            for name, start, end in self._events:
+                self._seconds[name] += start.elapsed_time(end) / 1000
+        seconds = dict(self._seconds)
+        self._seconds.clear()
+        self._events.clear()
+        return seconds
+
+
+def peak_memory_gib(device: torch.device) -> float:
+    """The most memory held so far: of the GPU by tensors, or without one of the process (resident set)."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device) / GIB
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit / GIB
+
+
+class TensorBoard:
+    """The curves of one run. Does nothing on ranks other than 0."""
+
+    def __init__(self, folder: Path, enabled: bool, resumed_step: int) -> None:
+        """``resumed_step``: points after it, written by an interrupted run, are hidden, so that the curve joins."""
+        purge = resumed_step + 1 if resumed_step else None
+        self._writer = SummaryWriter(str(folder), purge_step=purge) if enabled else None
+
+    def scalars(self, values: dict[str, float], step: int) -> None:
+        if self._writer is not None:
+            for tag, value in values.items():
+                self._writer.add_scalar(tag, value, step)
+
+    def text(self, tag: str, text: str, step: int) -> None:
+        """``text`` is shown as it is, in a fixed-width block."""
+        if self._writer is not None:
+            self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def hyperparameters(self, values: dict[str, Any], results: dict[str, float]) -> None:
+        """The recipe in the HPARAMS tab, beside the final ``results``."""
+        if self._writer is not None:
+            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}
+            # add_hparams would start a second run of its own; the summaries belong to this one.
+            for summary in hparams(plain, results):
+                self._writer.file_writer.add_summary(summary)
+            self.scalars(results, 0)
+
+    def flush(self) -> None:
+        if self._writer is not None:
+            self._writer.flush()
+
+    def close(self) -> None:
+        if self._writer is not None:
+            self._writer.close()
+
+
+def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested sections as ``section.key``."""
+    flat = {}
+    for key, value in values.items():
+        if isinstance(value, dict):
+            flat |= flatten(value, f"{prefix}{key}.")
+        else:
+            flat[prefix + key] = value
+    return flat
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``42s``, ``3m10s``, ``2h05m``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+class Progress:
+    """Progress lines with rate and time left, for terminals and log files alike."""
+
+    def __init__(self, total: int, unit: str, every_seconds: float = 5.0) -> None:
+        self._total = total
+        self._unit = unit
+        self._every = every_seconds
+        self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def line(self, done: int) -> str | None:
+        """A line for ``done`` of the total, or None when the last one is less than ``every_seconds`` old."""
+        now = time.monotonic()
+        if now - self._last < self._every and done < self._total:
+            return None
+        self._last = now
+        rate = done / max(now - self._began, 1e-9)
+        left = (self._total - done) / rate if rate else 0.0
+        return f"{done}/{self._total} {self._unit} ({rate:.1f}/s, {duration(left)} left)"

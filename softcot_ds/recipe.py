@@ -1,0 +1,382 @@
+"""The recipe: everything that decides a run, in one YAML file, checked before any work starts.
+
+A recipe is validated as a whole: every mistake is reported at once, each with the value found and, for an unknown key,
+the nearest known one. Overrides on the command line (``training.steps=200``) win over the file. Relative paths are
+relative to the current directory.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+
+from softcot_ds.errors import SoftCoTError
+
+Dtype = Literal["float32", "bfloat16", "float16"]
+Attention = Literal["sdpa", "eager", "flash_attention_2"]
+Partition = Literal["none", "zero3"]
+Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
+
+PACKAGE_SCHEME = "package:"
+"""``package:pair/base`` names a folder that is shipped inside the installed package."""
+
+
+def resolve_location(name: str) -> str:
+    """The local path or hub name that ``name`` stands for."""
+    if name.startswith(PACKAGE_SCHEME):
+        return str(Path(__file__).parent / name.removeprefix(PACKAGE_SCHEME))
+    return name
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether ``name`` has the form of a hub repository, ``owner/name``."""
+    parts = name.split("/")
+    return (
+        len(parts) == 2
+        and all(parts)
+        and not name.startswith((".", "~"))
+        and Path(name).suffix not in (".json", ".jsonl")
+    )
+
+
+def _check_model(name: str) -> str:
+    location = resolve_location(name)
+    if Path(location).is_dir():
+        if not (Path(location) / "config.json").is_file():
+            raise ValueError(f"the folder {location!r} holds no config.json; name a folder written by save_pretrained")
+    elif name.startswith(PACKAGE_SCHEME) or not _is_hub_name(name):
+        raise ValueError(f"{location!r} is neither a folder nor a hub name (owner/name)")
+    return name
+
+
+def _check_data(name: str) -> str:
+    if not Path(name).is_file() and not _is_hub_name(name):
+        raise ValueError(f"{name!r} is neither a file nor a hub name (owner/name)")
+    return name
+
+
+def _check_file(path: Path) -> Path:
+    if not path.is_file():
+        raise ValueError(f"no such file: {path.absolute()}")
+    return path
+
+
+ModelName = Annotated[str, AfterValidator(_check_model)]
+DataName = Annotated[str, AfterValidator(_check_data)]
+ExistingFile = Annotated[Path, AfterValidator(_check_file)]
+
+
+class Section(BaseModel):
+    """A part of the recipe: unknown keys are refused, fields have no aliases."""
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+
+
+class TaskConfig(Section):
+    """What the models are asked, and from which data."""
+
+    name: Literal["gsm8k", "word_problems"]
+    """Which task class reads and grades the problems."""
+    train: DataName | None = None
+    """Training data: a JSON-lines file or a hub name. Generated tasks have none."""
+    test: DataName | None = None
+    """Test data, likewise. It is never trained on and never used to choose anything."""
+    train_problems: int | None = Field(None, ge=1)
+    """Use at most this many training problems (generated tasks: generate this many)."""
+    validation_problems: int = Field(256, ge=0)
+    """How many problems are cut from the training data for validation."""
+    test_problems: int | None = Field(None, ge=1)
+    """Use at most this many test problems (generated tasks: generate this many)."""
+    prompts: ExistingFile | None = None
+    """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""
+    max_tokens: int | None = Field(None, ge=1)
+    """Training problems whose prompt, thoughts and target are longer than this (base tokens) are left out."""
+
+
+class ModelConfig(Section):
+    """One of the two frozen models."""
+
+    model: ModelName
+    """A local folder, a hub name (owner/name), or package:FOLDER for a model shipped with this package."""
+    revision: str | None = None
+    """Hub revision: a commit hash makes the run repeatable."""
+    dtype: Dtype = "bfloat16"
+    """The dtype that the weights are loaded and computed in."""
+    attention: Attention = "sdpa"
+    """Attention implementation of transformers."""
+    chat_template: ExistingFile | None = None
+    """A Jinja file that replaces the tokenizer's own chat template, or gives it one."""
+    template_kwargs: dict[str, Any] = {"date_string": "26 Jul 2024"}
+    """Passed to the chat template. Llama 3 templates put today's date into the prompt unless one is given here."""
+
+
+class ThoughtsConfig(Section):
+    """The soft thoughts."""
+
+    count: int = Field(32, ge=1)
+    """T, the number of soft thoughts of a question."""
+    source: Literal["cache", "online"] = "cache"
+    """cache: read the assistant's states from disk, no assistant in the training job. online: run the assistant."""
+    placeholder: str | None = None
+    """The assistant's token at a thought's position. Default: its unknown token, else pad, else end-of-sequence."""
+
+
+class CacheConfig(Section):
+    """Where the assistant's hidden states live on disk."""
+
+    path: Path = Path("runs/cache")
+    """Folder of caches; each assistant, thought count and dtype has a folder of its own in it."""
+    dtype: Dtype | None = None
+    """Stored dtype. Default: the assistant's."""
+    shard_mib: int = Field(256, ge=1)
+    """Target size of a shard, MiB. A builder process holds up to two shards in memory."""
+    tokens_per_batch: int = Field(16384, ge=1)
+    """Assistant tokens, padding included, in one batch."""
+
+
+class BackboneConfig(Section):
+    """How the frozen weights are held."""
+
+    partition: Partition = "zero3"
+    """zero3: each rank holds 1/N of the weights. none: each rank holds all of them."""
+    deepspeed: ExistingFile | None = None
+    """DeepSpeed configuration. Default: ds_configs/zero3.json or ds_configs/replicated.json, by the partition."""
+
+    @model_validator(mode="after")
+    def _stage_fits_partition(self) -> "BackboneConfig":
+        stage = self.deepspeed_config().get("zero_optimization", {}).get("stage", 0)
+        if (stage == 3) != (self.partition == "zero3"):
+            raise ValueError(
+                f"partition {self.partition!r} does not fit stage {stage} of {self.deepspeed_path()}; "
+                "zero3 needs a configuration of stage 3, none one of stage 1 or 2"
+            )
+        return self
+
+    def deepspeed_path(self) -> Path:
+        default = {"zero3": "ds_configs/zero3.json", "none": "ds_configs/replicated.json"}[self.partition]
+        return self.deepspeed or Path(default)
+
+    def deepspeed_config(self) -> dict[str, Any]:
+        """The DeepSpeed configuration as read from its file."""
+        path = self.deepspeed_path()
+        try:
+            return json.loads(path.read_text())
+        except FileNotFoundError as error:
+            raise ValueError(f"no such file: {path.absolute()}; run from the project's root or set it") from error
+        except json.JSONDecodeError as error:
+            raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from error
+
+
+class ProjectionConfig(Section):
+    """The only part that is trained."""
+
+    kind: Literal["linear", "static"] = "linear"
+    """linear: W h + b (SoftCoT). static: T free vectors, the same for every question (prompt tuning, a baseline)."""
+    init_scale: float = Field(1.0, gt=0)
+    """linear: the standard initialization of nn.Linear is multiplied by this."""
+    init_from: ExistingFile | None = None
+    """Start from these weights: a .safetensors file, or a projection.bin of the original implementation."""
+
+
+class TrainingConfig(Section):
+    """The optimization."""
+
+    steps: int = Field(1000, ge=1)
+    """Optimizer steps."""
+    step: Literal["fast", "full"] = "fast"
+    """fast: only the work that the gradient needs. full: the naive step, kept as an oracle. The gradient is the same."""
+    global_batch_size: int = Field(32, ge=1)
+    """Examples per optimizer step, over all ranks."""
+    micro_batch_size: int = Field(4, ge=1)
+    """Examples per forward pass of a rank, at most; gradient accumulation makes up the rest."""
+    learning_rate: float = Field(1e-3, gt=0)
+    warmup_steps: int = Field(0, ge=0)
+    """Steps of linear warm-up from zero."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """From the peak to min_lr_ratio times the peak, after the warm-up."""
+    min_lr_ratio: float = Field(0.0, ge=0, le=1)
+    weight_decay: float = Field(0.0, ge=0)
+    betas: tuple[float, float] = (0.9, 0.999)
+    gradient_clipping: float = Field(1.0, ge=0)
+    """Largest norm of the gradient; 0 switches clipping off."""
+    activation_checkpointing: bool = False
+    """Recompute the layers in the backward pass instead of keeping their activations."""
+    log_every: int = Field(10, ge=1)
+    """Steps between two points of the TensorBoard curves; the only place where a step waits for the GPU."""
+    validate_every: int = Field(100, ge=1)
+    """Steps between two validations, with sample generations."""
+    save_every: int = Field(100, ge=1)
+    """Steps between two checkpoints. The last step is always saved."""
+    keep_checkpoints: int = Field(3, ge=1)
+    """How many of the newest checkpoints are kept."""
+    timeout_minutes: float = Field(30.0, gt=0)
+    """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy, never without its controls."""
+
+    conditions: list[Condition] = ["learned", "shuffled", "mean", "zero", "none"]
+    """What stands in for the thoughts; see the README."""
+    batch_size: int = Field(16, ge=1)
+    """Problems decoded together on a rank."""
+    max_new_tokens: int = Field(512, ge=1)
+    temperature: float = Field(0.0, ge=0)
+    """0 decodes greedily."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    partition: Partition | None = None
+    """How the base is held while decoding. Default: backbone.partition."""
+    static_adapter: Path | None = None
+    """Adapter directory of a projection.kind=static run, for the condition static."""
+
+
+class Recipe(Section):
+    """One run."""
+
+    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
+    """The run's name; everything about it lies in output_dir/name."""
+    output_dir: Path = Path("runs")
+    seed: int = Field(0, ge=0)
+    """Seeds the projection's initialization, the order of the data and sampled decoding."""
+    task: TaskConfig
+    assistant: ModelConfig
+    base: ModelConfig
+    thoughts: ThoughtsConfig = ThoughtsConfig()
+    cache: CacheConfig = CacheConfig()
+    backbone: BackboneConfig = Field({}, validate_default=True)  # type: ignore[assignment]  # validated with the rest
+    projection: ProjectionConfig = ProjectionConfig()
+    training: TrainingConfig = TrainingConfig()
+    evaluation: EvaluationConfig = EvaluationConfig()
+
+    @model_validator(mode="after")
+    def _fields_fit_together(self) -> "Recipe":
+        mistakes = []
+        if self.training.warmup_steps >= self.training.steps:
+            mistakes.append(f"training.warmup_steps {self.training.warmup_steps} >= steps {self.training.steps}")
+        if self.training.micro_batch_size > self.training.global_batch_size:
+            mistakes.append(
+                f"training.micro_batch_size {self.training.micro_batch_size} > "
+                f"global_batch_size {self.training.global_batch_size}"
+            )
+        if self.task.name == "gsm8k":
+            mistakes += [f"task.{key} is missing" for key in ("train", "test") if getattr(self.task, key) is None]
+        if self.task.name == "word_problems":
+            mistakes += [
+                f"task.{key} is missing: this task's problems are generated, say how many"
+                for key in ("train_problems", "test_problems")
+                if getattr(self.task, key) is None
+            ]
+        if "static" in self.evaluation.conditions and self.evaluation.static_adapter is None:
+            mistakes.append("evaluation.static_adapter is missing: the condition static needs an adapter directory")
+        if mistakes:
+            raise ValueError("\n".join(mistakes))
+        return self
+
+    @property
+    def run_dir(self) -> Path:
+        return self.output_dir / self.name
+
+    def to_yaml(self) -> str:
+        """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""
+        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+
+
+def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
+    """Read a recipe, apply ``key.sub=value`` overrides, validate.
+
+    Raises:
+        SoftCoTError: the file is missing or no YAML mapping, or the recipe is wrong; lists every mistake.
+    """
+    path = Path(path)
+    try:
+        values = yaml.safe_load(path.read_text())
+    except (FileNotFoundError, IsADirectoryError) as error:
+        raise SoftCoTError(f"no such recipe: {path.absolute()}; recipes/ holds some to start from") from error
+    except UnicodeDecodeError as error:
+        raise SoftCoTError(f"{path}: not a text file; a recipe is YAML") from error
+    except yaml.YAMLError as error:
+        raise SoftCoTError(f"{path}: not YAML: {error}".replace("\n", " ")) from error
+    if not isinstance(values, dict):
+        raise SoftCoTError(f"{path}: a recipe is a mapping of keys to values, found {type(values).__name__}")
+    return parse_recipe(values, overrides or [], str(path))
+
+
+def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> Recipe:
+    """Validate ``values`` with ``overrides`` on top. ``source`` names the origin in the error message.
+
+    Raises:
+        SoftCoTError: lists every mistake.
+    """
+    mistakes = [mistake for override in overrides if (mistake := _apply_override(values, override))]
+    recipe = None
+    try:
+        recipe = Recipe.model_validate(values)
+    except ValidationError as error:
+        mistakes += [line for detail in error.errors() for line in _explain(detail)]
+    if mistakes or recipe is None:
+        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
+        raise SoftCoTError(f"{source}: {count} in the recipe:\n" + "\n".join(f"  - {m}" for m in mistakes))
+    return recipe
+
+
+def _apply_override(values: dict[str, Any], override: str) -> str | None:
+    """Set one ``key.sub=value`` in ``values``; returns what is wrong with it, or None."""
+    key, equals, text = override.partition("=")
+    if not equals or not key:
+        return f"override {override!r}: write key=value, such as training.steps=200"
+    *parents, leaf = key.split(".")
+    section = values
+    for parent in parents:
+        if section.get(parent) is None:
+            section[parent] = {}
+        section = section[parent]
+        if not isinstance(section, dict):
+            return f"override {override!r}: {parent!r} is a value, not a section"
+    try:
+        section[leaf] = yaml.safe_load(text)
+    except yaml.YAMLError:
+        return f"override {override!r}: {text!r} is not a YAML value"
+    return None
+
+
+def _explain(detail: Any) -> list[str]:
+    """One line per mistake that pydantic found at one place."""
+    location = ".".join(str(part) for part in detail["loc"])
+    if detail["type"] == "extra_forbidden":
+        return [f"{location}: unknown key{_suggest(detail['loc'])}"]
+    if detail["type"] == "missing":
+        return [f"{location}: missing"]
+    message = detail["msg"].removeprefix("Value error, ")
+    if detail["type"] == "value_error":
+        prefix = f"{location}: " if location else ""
+        return [prefix + line for line in message.splitlines()]
+    return [f"{location}: {message[0].lower()}{message[1:]}, found {detail['input']!r}"]
+
+
+def _suggest(location: tuple[Any, ...]) -> str:
+    """Name the known key nearest to an unknown one: in its own section first, then anywhere in the recipe."""
+    known = _known_keys(Recipe)
+    *parents, unknown = (str(part) for part in location)
+    prefix = "".join(f"{parent}." for parent in parents)
+    siblings = {key.removeprefix(prefix): key for key in known if key.startswith(prefix)}
+    siblings = {name: key for name, key in siblings.items() if "." not in name}
+    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.5)
+    if near:
+        return f"; did you mean {siblings[near[0]]}?"
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    near = difflib.get_close_matches(unknown, leaves, n=1, cutoff=0.6)
+    if near:
+        return f"; did you mean {leaves[near[0]]}?"
+    return f"; known here: {', '.join(siblings)}"
+
+
+def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    keys = []
+    for name, field in section.model_fields.items():
+        keys.append(prefix + name)
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            keys += _known_keys(field.annotation, f"{prefix}{name}.")
+    return keys

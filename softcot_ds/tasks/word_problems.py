@@ -1,0 +1,32 @@
+"""The generated word problems of the embedded pair."""
+
+import re
+from typing import Literal
+
+from softcot_ds.pair.world import generate
+from softcot_ds.tasks.base import Problem, Task
+
+_ANSWER = re.compile(r"answer\s+(-?\d(?:\s?\d)*)")
+_SEEDS = {"train": 1, "test": 2}
+
+
+class WordProblems(Task):
+    """Arithmetic stories; training and test problems differ in their numbers and operations (see pair/world.py)."""
+
+    def read(self, split: Literal["train", "test"]) -> list[Problem]:
+        count = self.config.train_problems if split == "train" else self.config.test_problems
+        return [
+            Problem(problem.question, problem.reasoning, str(problem.answer))
+            for problem in generate(split, count, seed=_SEEDS[split])
+        ]
+
+    def target(self, problem: Problem) -> str:
+        return f"{problem.reasoning} ; answer {problem.answer}"
+
+    def extract(self, output: str) -> str | None:
+        """The number after the last ``answer``; the steps before it are full of other numbers."""
+        answers = _ANSWER.findall(output)
+        return str(int(answers[-1].replace(" ", ""))) if answers else None
+
+    def is_correct(self, answer: str | None, problem: Problem) -> bool:
+        return answer == problem.answer
