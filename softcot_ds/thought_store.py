@@ -353,15 +353,21 @@ def verify_shard(path: Path, identity: StoreIdentity, record: ShardRecord | None
     index = read_index(path, identity, record)
     rows_at_once = max(1, _READ_CHUNK // identity.row_bytes)
     buffer = memoryview(bytearray(rows_at_once * identity.row_bytes))
-    with open(path, "rb", buffering=0) as file:
-        file.seek(index.data_start)
-        for start in range(0, index.record.rows, rows_at_once):
-            chunk = buffer[: min(rows_at_once, index.record.rows - start) * identity.row_bytes]
-            _read_fully(file, chunk)
-            for offset in range(0, len(chunk), identity.row_bytes):
-                row = start + offset // identity.row_bytes
-                if xxhash.xxh3_64_intdigest(chunk[offset : offset + identity.row_bytes]) != index.row_checksums[row]:
-                    raise DamagedShard(f"{path}: the checksum of row {row:,} of {index.record.rows:,} differs")
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(index.data_start)
+            for start in range(0, index.record.rows, rows_at_once):
+                chunk = buffer[: min(rows_at_once, index.record.rows - start) * identity.row_bytes]
+                _read_fully(file, chunk)
+                for offset in range(0, len(chunk), identity.row_bytes):
+                    row = start + offset // identity.row_bytes
+                    if (
+                        xxhash.xxh3_64_intdigest(chunk[offset : offset + identity.row_bytes])
+                        != index.row_checksums[row]
+                    ):
+                        raise DamagedShard(f"{path}: the checksum of row {row:,} of {index.record.rows:,} differs")
+    except OSError as error:
+        raise DamagedShard(f"{path}: cannot be read ({error.strerror})") from error
     return index
 
 
