@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import torch
 from transformers import PreTrainedModel
 
+from softcot_ds.data import pad
 from softcot_ds.prompts import BasePrompt
 
 
@@ -41,14 +42,15 @@ def decode(
     """
     embed = model.get_input_embeddings()
     device = embed.weight.device
+    # One lookup for the whole batch: a partitioned table is gathered once, by every rank alike.
+    ids, _ = pad([prompt.prefix_ids + prompt.suffix_ids for prompt in prompts], stop_ids[0], side="right")
     rows = []
-    for index, prompt in enumerate(prompts):
-        ids = torch.tensor(prompt.prefix_ids + prompt.suffix_ids, dtype=torch.int64, device=device)
-        tokens = embed(ids[None])[0]
-        if thoughts is not None:
-            prefix, suffix = tokens.split([len(prompt.prefix_ids), len(prompt.suffix_ids)])
-            tokens = torch.cat([prefix, thoughts[index].to(device, tokens.dtype), suffix])
-        rows.append(tokens)
+    for index, (prompt, tokens) in enumerate(zip(prompts, embed(ids.to(device)), strict=True)):
+        prefix, suffix, _ = tokens.tensor_split(
+            [len(prompt.prefix_ids), len(prompt.prefix_ids) + len(prompt.suffix_ids)]
+        )
+        between = [] if thoughts is None else [thoughts[index].to(device, tokens.dtype)]
+        rows.append(torch.cat([prefix, *between, suffix]))
     longest = max(len(row) for row in rows)
     embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
     lengths = torch.tensor([[len(row)] for row in rows], device=device)

@@ -1,0 +1,90 @@
+"""The command line: ``softcot-ds COMMAND ...``, and what all commands share."""
+
+import argparse
+import importlib
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Sequence
+
+from softcot_ds import __version__
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import Recipe, load_recipe
+
+COMMANDS = {
+    "cache": "compute the assistant's hidden states into the cache",
+    "train": "train the projection",
+    "evaluate": "measure accuracy, with controls",
+    "generate": "answer a question",
+}
+
+OVERRIDES_HELP = "replace a value of the recipe, such as training.steps=200"
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Entry point of ``softcot-ds``."""
+    parser = argparse.ArgumentParser(
+        prog="softcot-ds",
+        description="Distributed training of SoftCoT with DeepSpeed.",
+        epilog="commands:\n" + "\n".join(f"  {name:10} {text}" for name, text in COMMANDS.items()),
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"softcot-ds {__version__}")
+    parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
+    parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see softcot-ds COMMAND --help")
+    args = parser.parse_args(argv)
+    # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
+    return importlib.import_module(f"softcot_ds.{args.command}").main(args.arguments)
+
+
+def recipe_command(
+    name: str, description: str, work: Callable[[Recipe], None]
+) -> Callable[[Sequence[str] | None], int]:
+    """The ``main`` of a command whose only arguments are a recipe and overrides."""
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
+        parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+        # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
+        parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+        args = parser.parse_args(argv)
+        return run_command(lambda: work(load_recipe(args.recipe, args.overrides)))
+
+    return main
+
+
+def run_command(work: Callable[[], None]) -> int:
+    """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
+    try:
+        work()
+    except SoftCoTError as error:
+        _report(f"error: {error}")
+        return 2
+    except KeyboardInterrupt:
+        _report("interrupted; the same command goes on from what is finished")
+        return 128 + signal.SIGINT
+    finally:
+        _leave_process_group()
+    return 0
+
+
+def _report(message: str) -> None:
+    # Mostly all ranks fail alike: let the first one speak, upon which the launcher ends the others.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank:
+        time.sleep(2)
+    sys.stdout.flush()
+    prefix = f"[rank {os.environ['RANK']}] " if local_rank else ""
+    print(f"softcot-ds: {prefix}{message}", file=sys.stderr, flush=True)
+
+
+def _leave_process_group() -> None:
+    distributed = sys.modules.get("softcot_ds.distributed")
+    if distributed is not None:
+        distributed.shut_down()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

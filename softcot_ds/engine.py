@@ -1,0 +1,119 @@
+"""The DeepSpeed engine around the frozen base and the trained projection."""
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.backbone import load_frozen, width
+from softcot_ds.distributed import device, world_size
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
+from softcot_ds.recipe import Partition, Recipe
+from softcot_ds.step import SoftCoT
+
+
+def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
+    """The recipe's DeepSpeed configuration, with what the recipe itself decides filled in.
+
+    ``"auto"`` would not be: only the Hugging Face Trainer replaces it.
+    """
+    config = recipe.backbone.deepspeed_config()
+    config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
+    config["gradient_accumulation_steps"] = accumulation
+    config["gradient_clipping"] = recipe.training.gradient_clipping
+    config["bf16"] = {"enabled": recipe.base.dtype == "bfloat16"}
+    # Sums of gradients over micro-batches and ranks stay in float32: bf16 sums would depend on the number of ranks.
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config["communication_data_type"] = "fp32"
+    # DeepSpeed's own progress lines; ours are better placed.
+    config["steps_per_print"] = 2**31 - 1
+    return config
+
+
+def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None) -> SoftCoT:
+    """The frozen base with the projection, whose weights come from ``start_from`` or from the seed."""
+    config = engine_config(recipe)
+    partition = recipe.backbone.partition
+    base = load_frozen(recipe.base, partition, device(), config)
+    assistant = None
+    if recipe.thoughts.source == "online" and recipe.projection.kind != "static":
+        assistant = load_frozen(recipe.assistant, partition, device(), config)
+    projection = build_projection(recipe, experiment, base)
+    if start_from is not None:
+        weights = load_projection(start_from)
+        check_fits(weights, projection, start_from)
+        projection.load_state_dict(weights)
+    model = SoftCoT(base, projection, assistant, step=recipe.training.step)
+    # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.
+    projection.to(device=device(), dtype=base.dtype)
+    return model
+
+
+def build_projection(
+    recipe: Recipe, experiment: Experiment, base: PreTrainedModel
+) -> LinearProjection | StaticThoughts:
+    """A new projection in float32, initialized from the recipe's seed: the same on every rank."""
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(recipe.seed)
+    if recipe.projection.kind == "static":
+        projection = StaticThoughts(_random_token_embeddings(base, recipe.thoughts.count))
+    else:
+        projection = LinearProjection(
+            width(experiment.assistant_config), width(experiment.base_config), recipe.projection.init_scale
+        )
+    torch.set_rng_state(generator_state)
+    return projection
+
+
+def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
+    """DeepSpeed's engine with AdamW over the projection's parameters and nothing else."""
+    config = recipe.training
+    optimizer = torch.optim.AdamW(
+        model.projection.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_config(recipe, accumulation), dist_init_required=False
+    )
+    return engine
+
+
+def partition_for_decoding(model: PreTrainedModel, recipe: Recipe, partition: Partition) -> None:
+    """Put DeepSpeed's gather hooks on a model that was loaded partitioned, for use without training."""
+    if partition == "zero3":
+        deepspeed.initialize(model=model, config=engine_config(recipe), dist_init_required=False)
+
+
+def accumulation_steps(recipe: Recipe) -> int:
+    """Micro-batches per rank and optimizer step.
+
+    Raises:
+        SoftCoTError: there are more ranks than examples in a global batch.
+    """
+    config = recipe.training
+    accumulation = -(-config.global_batch_size // (config.micro_batch_size * world_size()))
+    if config.global_batch_size < accumulation * world_size():
+        raise SoftCoTError(
+            f"training.global_batch_size {config.global_batch_size} does not feed {world_size()} ranks; "
+            "raise it or use fewer ranks"
+        )
+    return accumulation
+
+
+def gathered(parameter: torch.nn.Parameter) -> Any:
+    """A context in which a parameter has its whole value, partitioned or not. All ranks enter it together."""
+    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
+
+
+def _random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:
+    """(count, D) float32 embeddings of random tokens, a start for free vectors (arXiv:2104.08691, section 3.2)."""
+    table = base.get_input_embeddings().weight
+    with gathered(table):
+        rows = torch.randint(0, table.shape[0], (count,))
+        return table.detach()[rows.to(table.device)].float().cpu()

@@ -1,0 +1,366 @@
+"""Train the projection: ``softcot-ds train RECIPE``, or ``deepspeed --module softcot_ds.train RECIPE`` on many ranks."""
+
+import json
+import math
+import signal
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from itertools import islice
+from typing import Any
+
+import torch
+import yaml
+from torch.utils.data import DataLoader, Dataset
+
+from softcot_ds.checkpoint import (
+    AdapterConfig,
+    adapter_config,
+    latest_checkpoint,
+    load_checkpoint,
+    save_checkpoint,
+)
+from softcot_ds.cli import recipe_command
+from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches
+from softcot_ds.distributed import (
+    any_rank,
+    device,
+    init_distributed,
+    is_main,
+    on_main,
+    rank,
+    say,
+    sum_over_ranks,
+    world_size,
+)
+from softcot_ds.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.files import write_atomically
+from softcot_ds.metrics import PhaseTimer, Progress, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.recipe import Recipe, TrainingConfig
+from softcot_ds.thought_reader import ThoughtReader
+from softcot_ds.validation import Validator
+
+# What may differ between the runs of one curve: it changes where and how fast, not what is computed.
+_FREE_KEYS = (
+    "output_dir",
+    "cache.",
+    "backbone.",
+    "evaluation.",
+    "thoughts.source",
+    "projection.init_from",
+    "training.step",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+    "training.log_every",
+    "training.validate_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.timeout_minutes",
+    "task.prompts",
+)
+
+
+def train(recipe: Recipe) -> None:
+    """Train from the newest complete checkpoint of the run, or from the start, to ``training.steps``.
+
+    Raises:
+        SoftCoTError: data, cache or run directory do not fit the recipe; the loss is not finite; asked to stop.
+    """
+    config = recipe.training
+    init_distributed(config.timeout_minutes)
+    experiment = Experiment(recipe)
+    splits = experiment.splits
+    for note in splits.notes:
+        say(f"data: {note}")
+
+    resume_from = latest_checkpoint(recipe.run_dir)
+    on_main(lambda: _claim_run_dir(recipe, resume_from))
+    start = AdapterConfig.load(resume_from).step if resume_from else 0
+    if start >= config.steps:
+        say(f"{recipe.name}: trained to step {start} before; adapter: {resume_from}")
+        return
+
+    reader = ThoughtReader.open(recipe, [*splits.train, *splits.validation])
+    adapter = on_main(lambda: adapter_config(recipe))
+    accumulation = accumulation_steps(recipe)
+    model = build_model(
+        recipe, experiment, resume_from / "projection.safetensors" if resume_from else recipe.projection.init_from
+    )
+    num_trained = sum(p.numel() for p in model.projection.parameters())
+    engine = build_engine(model, recipe, accumulation)
+    if resume_from:
+        load_checkpoint(engine, resume_from)
+        say(f"resuming from {resume_from}")
+    say(
+        f"{recipe.name}: {len(splits.train)} training and {len(splits.validation)} validation problems, "
+        f"{num_trained:,} trained parameters, {world_size()} ranks ({device().type}), ZeRO stage "
+        f"{engine.zero_optimization_stage()}, global batch {config.global_batch_size}, {accumulation} micro-batches "
+        "per rank and step"
+    )
+
+    batches = _Batches(splits.train, reader, experiment.base_pad_id, recipe, start, accumulation)
+    micro_batch = iter(DataLoader(batches, batch_sampler=batches.of_this_rank(), collate_fn=lambda batch: batch))
+    validator = Validator(engine, splits.validation, reader, experiment)
+    board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
+    board.text("recipe", recipe.to_yaml(), start)
+    history = _History(recipe, start)
+    timer = PhaseTimer(device())
+    window = _Window()
+    progress = Progress(config.steps - start, "steps")
+    stop = _StopRequest()
+    folder = resume_from
+
+    for step, batch in enumerate(islice(batches.schedule(), config.steps - start), start + 1):
+        learning_rate = learning_rate_at(step, config)
+        for group in engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        # The loss is the mean over the supervised tokens of the whole global batch, wherever they are computed.
+        # DeepSpeed divides by ranks and micro-batches, which hold different numbers of tokens: undo that here.
+        num_labels = sum(len(splits.train[index].target_ids) for index in batch)
+        for _ in range(accumulation):
+            with timer.phase("data"):
+                micro: Batch = next(micro_batch)
+                num_tokens = micro.num_tokens
+                micro = micro.to(device())
+            with timer.phase("forward"):
+                loss = engine(micro) / num_labels
+            with timer.phase("backward"):
+                engine.backward(loss * (world_size() * accumulation))
+            with timer.phase("optimizer"):
+                engine.step()
+            window.add(step, batch, loss.detach(), num_tokens)
+
+        last = step == config.steps
+        stopping = any_rank(bool(stop.signal))
+        validating = step % config.validate_every == 0 or last
+        saving = step % config.save_every == 0 or last or stopping
+        if step % config.log_every == 0 or step == start + 1 or validating or saving:
+            losses, throughput = window.read(splits.train, folder)
+            history.add(losses)
+            board.scalars(_scalars(losses, throughput, learning_rate, engine, timer), step)
+            if line := progress.line(step - start):
+                say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {line}")
+        if validating and splits.validation:
+            scalars, samples = validator.run()
+            board.scalars(scalars, step)
+            board.text("samples", samples, step)
+            say(f"step {step}  validation loss {scalars['loss/validation']:.4f}")
+        if saving:
+            history.write()
+            folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file)
+            board.flush()
+        if validating or saving:
+            window.restart_clock()
+        if stopping and not last:
+            raise SoftCoTError(
+                f"stopped by {stop.signal or 'another rank'} after step {step}; saved {folder}. Go on with the same command"
+            )
+
+    summary = history.summary(engine, window.samples_per_second)
+    on_main(lambda: write_atomically(recipe.run_dir / "train.json", json.dumps(summary, indent=2) + "\n"))
+    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/last": summary["last_loss"]})
+    board.close()
+    say(
+        f"trained to step {config.steps}, loss {summary['first_loss']:.4f} to {summary['last_loss']:.4f}; adapter: {folder}"
+    )
+
+
+def learning_rate_at(step: int, config: TrainingConfig) -> float:
+    """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule down to min_lr_ratio."""
+    if step <= config.warmup_steps:
+        return config.learning_rate * step / config.warmup_steps
+    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
+    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
+    return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
+
+
+def _claim_run_dir(recipe: Recipe, resume_from: Any) -> None:
+    """Write the resolved recipe into the run's directory; refuse one that holds another run's checkpoints."""
+    run_dir = recipe.run_dir
+    if resume_from is not None:
+        theirs = flatten(yaml.safe_load((resume_from / "recipe.yaml").read_text()))
+        ours = flatten(recipe.model_dump(mode="json"))
+        differ = [
+            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+            for key in sorted(theirs.keys() | ours.keys())
+            if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS)
+        ]
+        if differ:
+            raise SoftCoTError(
+                f"{run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
+                "Give this run another name (name=...), or remove that folder"
+            )
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+    except OSError as error:
+        raise SoftCoTError(
+            f"cannot write to the run's directory {run_dir}: {error}; free space or set output_dir"
+        ) from error
+
+
+class _Batches(Dataset):
+    """The training data as this rank's micro-batches."""
+
+    def __init__(
+        self,
+        examples: Sequence[Example],
+        reader: ThoughtReader,
+        pad_id: int,
+        recipe: Recipe,
+        start: int,
+        accumulation: int,
+    ) -> None:
+        self.examples = examples
+        self.reader = reader
+        self.pad_id = pad_id
+        self.recipe = recipe
+        self.start = start
+        self.accumulation = accumulation
+
+    def schedule(self) -> Iterator[list[int]]:
+        """The global batches from the first step of this run on."""
+        lengths = [example.length for example in self.examples]
+        batches = global_batches(lengths, self.recipe.training.global_batch_size, self.recipe.seed)
+        return islice(batches, self.start, None)
+
+    def of_this_rank(self) -> "_MicroBatchIndices":
+        return _MicroBatchIndices(self)
+
+    def __getitems__(self, indices: list[int]) -> Batch:
+        examples = [self.examples[index] for index in indices]
+        batch = collate(examples, self.pad_id)
+        batch.thoughts = self.reader.read(examples)
+        return batch
+
+
+class _MicroBatchIndices:
+    """Indices of each micro-batch of this rank, for a DataLoader."""
+
+    def __init__(self, batches: _Batches) -> None:
+        self._batches = batches
+
+    def __iter__(self) -> Iterator[list[int]]:
+        for batch in self._batches.schedule():
+            yield from micro_batches(batch, rank(), world_size(), self._batches.accumulation)
+
+
+class _Window:
+    """Losses and token counts since the last look; looking is the only thing that waits for the GPU."""
+
+    def __init__(self) -> None:
+        self._losses: dict[int, torch.Tensor] = {}
+        self._batches: dict[int, list[int]] = {}
+        self._tokens = 0
+        self._samples = 0
+        self._seconds = 0.0
+        self._all_samples = 0
+        self.restart_clock()
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all steps of this process, validation and checkpoints left out."""
+        return self._all_samples / max(self._seconds, 1e-9)
+
+    def restart_clock(self) -> None:
+        """What happened since the last step was no training."""
+        self._began = time.perf_counter()
+
+    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: int) -> None:
+        """Add one micro-batch's share of the loss of ``step``, whose global batch is ``batch``."""
+        self._losses[step] = self._losses[step] + loss if step in self._losses else loss
+        self._batches[step] = batch
+        self._tokens += num_tokens
+
+    def read(self, examples: Sequence[Example], last_saved: Any) -> tuple[dict[int, float], dict[str, float]]:
+        """Loss per step since the last reading, nats per supervised token, and throughput over all ranks.
+
+        Raises:
+            SoftCoTError: a loss is not finite; names the step and its problems. Nothing has been saved since.
+        """
+        values = torch.stack(list(self._losses.values())).double()
+        totals = sum_over_ranks(torch.cat([values, values.new_tensor([float(self._tokens)])])).tolist()
+        losses = dict(zip(self._losses, totals, strict=False))
+        for step, loss in losses.items():
+            if not math.isfinite(loss):
+                problems = ", ".join(examples[index].problem.id for index in self._batches[step])
+                raise SoftCoTError(
+                    f"the loss is {loss} at step {step}, whose global batch holds the problems {problems}. "
+                    f"The last good checkpoint is {last_saved or 'none: it happened before the first'}; lower "
+                    "training.learning_rate, or look at these problems"
+                )
+        seconds = time.perf_counter() - self._began
+        samples = sum(len(batch) for batch in self._batches.values())
+        throughput = {
+            "throughput/tokens_per_second": totals[-1] / seconds,
+            "throughput/samples_per_second": samples / seconds,
+        }
+        self._seconds += seconds
+        self._all_samples += samples
+        self._losses, self._batches, self._tokens = {}, {}, 0
+        self.restart_clock()
+        return losses, throughput
+
+
+def _scalars(
+    losses: dict[int, float], throughput: dict[str, float], learning_rate: float, engine: Any, timer: PhaseTimer
+) -> dict[str, float]:
+    """The points of the TensorBoard curves for the steps since the last ones."""
+    norm = engine.get_global_grad_norm()
+    return {
+        "loss/train": sum(losses.values()) / len(losses),
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/gradient_norm": float(norm) if norm is not None else math.nan,
+        **throughput,
+        **{f"step_time_ms/{name}": 1000 * seconds / len(losses) for name, seconds in timer.read().items()},
+        "memory/peak_gib": peak_memory_gib(device()),
+    }
+
+
+class _History:
+    """The loss of every step, in ``losses.jsonl`` of the run's directory; a resumed run goes on where it was saved."""
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        self._path = recipe.run_dir / "losses.jsonl"
+        self._losses: dict[int, float] = {}
+        if start and self._path.exists():
+            records = (json.loads(line) for line in self._path.read_text().splitlines())
+            self._losses = {record["step"]: record["loss"] for record in records if record["step"] <= start}
+
+    def add(self, losses: dict[int, float]) -> None:
+        self._losses |= losses
+
+    def write(self) -> None:
+        lines = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in self._losses.items())
+        on_main(lambda: write_atomically(self._path, lines))
+
+    def summary(self, engine: Any, samples_per_second: float) -> dict[str, Any]:
+        return {
+            "world_size": world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "device": device().type,
+            "steps": max(self._losses),
+            "first_loss": self._losses[min(self._losses)],
+            "last_loss": self._losses[max(self._losses)],
+            "samples_per_second": samples_per_second,
+        }
+
+
+class _StopRequest:
+    """Remembers a signal to stop; the loop looks after each step, so that all ranks stop at the same one."""
+
+    def __init__(self) -> None:
+        self.signal = ""
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._note)
+
+    def _note(self, number: int, _frame: Any) -> None:
+        self.signal = signal.Signals(number).name
+
+
+main = recipe_command("train", "Train the projection of a recipe.", train)
+
+if __name__ == "__main__":
+    sys.exit(main())

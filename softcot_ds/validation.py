@@ -1,0 +1,98 @@
+"""What is looked at between training steps: validation loss, the thoughts themselves, sample answers."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from softcot_ds.data import IGNORE, Batch, Example, collate
+from softcot_ds.decoding import Sampling, decode
+from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
+from softcot_ds.engine import gathered
+from softcot_ds.experiment import Experiment
+from softcot_ds.prompts import BasePrompt
+from softcot_ds.thought_reader import ThoughtReader
+
+_NUM_SAMPLES = 2
+_SAMPLE_TOKENS = 128
+
+
+class Validator:
+    """Validation of one engine. All ranks run it together: under ZeRO-3 each forward pass needs all of them."""
+
+    def __init__(self, engine: Any, examples: Sequence[Example], reader: ThoughtReader, experiment: Experiment) -> None:
+        self._engine = engine
+        self._examples = examples
+        self._reader = reader
+        self._experiment = experiment
+        self._batch_size = experiment.recipe.training.micro_batch_size
+
+    @torch.no_grad()
+    def run(self) -> tuple[dict[str, float], str]:
+        """Scalars for TensorBoard, and sample answers as text."""
+        self._engine.eval()
+        scalars = {"loss/validation": self._loss(), **self._thought_statistics()}
+        samples = self._samples()
+        self._engine.train()
+        return scalars, samples
+
+    def _batch(self, examples: Sequence[Example]) -> Batch:
+        batch = collate(examples, self._experiment.base_pad_id)
+        batch.thoughts = self._reader.read(examples)
+        return batch
+
+    def _loss(self) -> float:
+        """Mean cross entropy over the supervised tokens of all validation examples, nats."""
+        total = torch.zeros(2, dtype=torch.float64, device=device())
+        by_length = sorted(self._examples, key=lambda example: example.length)
+        chunk_size = self._batch_size * world_size()
+        for start in range(0, len(by_length), chunk_size):
+            chunk = by_length[start : start + chunk_size]
+            mine = chunk[rank() :: world_size()]
+            # A rank that is out of examples runs along with one that counts for nothing.
+            batch = self._batch(mine or chunk[:1])
+            if not mine:
+                batch.labels.fill_(IGNORE)
+            count = batch.num_labels
+            total += torch.stack([self._engine(batch.to(device())).double(), total.new_tensor(count)])
+        loss, count = sum_over_ranks(total).tolist()
+        return loss / count
+
+    def _thought_statistics(self) -> dict[str, float]:
+        """How the projected thoughts lie among the token embeddings."""
+        model = self._engine.module
+        thoughts = model.thoughts(self._batch(self._examples[: self._batch_size]).to(device())).float().flatten(0, 1)
+        table = model.base.get_input_embeddings().weight
+        with gathered(table):
+            norms = table.float().norm(dim=1)
+            # One thought at a time: a float32 copy of a large vocabulary's table may not fit beside the model.
+            nearest = [
+                torch.nn.functional.cosine_similarity(table, t[None].to(table.dtype)).max() for t in thoughts[:16]
+            ]
+            return {
+                "thoughts/norm": thoughts.norm(dim=1).mean().item(),
+                "thoughts/token_embedding_norm": norms.mean().item(),
+                "thoughts/cosine_to_nearest_token": torch.stack(nearest).float().mean().item(),
+            }
+
+    def _samples(self) -> str:
+        experiment = self._experiment
+        examples = self._examples[:_NUM_SAMPLES]
+        outputs = decode(
+            self._engine.module.base,
+            [BasePrompt(example.prefix_ids, example.suffix_ids) for example in examples],
+            self._engine.module.thoughts(self._batch(examples).to(device())),
+            experiment.base_prompts.stop_ids,
+            Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
+            synced=experiment.recipe.backbone.partition == "zero3" and world_size() > 1,
+        )
+        parts = []
+        for example, output in zip(examples, outputs, strict=True):
+            text = experiment.base_tokenizer.decode(output)
+            answer = experiment.task.extract(text)
+            verdict = "right" if experiment.task.is_correct(answer, example.problem) else "wrong"
+            parts.append(
+                f"QUESTION\n{example.problem.question}\n\nOUTPUT\n{text}\n\n"
+                f"ANSWER {answer or 'not parsed'} ({verdict}; reference {example.problem.answer})"
+            )
+        return f"\n\n{'-' * 80}\n\n".join(parts)
