@@ -45,16 +45,22 @@ _BATCHES_IN_FLIGHT = 2
 """Batches of thoughts that wait for the disk, at most; then computing waits too."""
 
 
-def open_cache(recipe: Recipe) -> ThoughtStore:
+def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> ThoughtStore:
     """The recipe's cache, for reading.
 
     Raises:
-        SoftCoTError: there is none; says what else lies in cache.path and how it differs.
+        SoftCoTError: there is none (says what else lies in cache.path and how it differs), or it lacks an input.
     """
     identity = cache_identity(recipe)
     folder = recipe.cache.path / identity.folder_name
     if (folder / ts.MANIFEST_NAME).exists():
-        return ThoughtStore.open(folder, identity)
+        store = ThoughtStore.open(folder, identity)
+        if missing := store.missing([input_key(item) for item in inputs]):
+            raise SoftCoTError(
+                f"the cache {folder} lacks {len(missing):,} of {len(inputs):,} examples, "
+                f"{inputs[missing[0]].example_id} first; add them with: softcot-ds cache RECIPE"
+            )
+        return store
     others = []
     for other in _cache_folders(recipe.cache.path):
         with contextlib.suppress(SoftCoTError):
@@ -113,9 +119,9 @@ def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
 
 
 def _recipe_inputs(recipe: Recipe) -> list[AssistantInput]:
-    from softcot_ds import backbone, data
+    from softcot_ds.experiment import Experiment
 
-    return data.assistant_inputs(recipe, backbone.load_tokenizer(recipe.assistant))
+    return Experiment(recipe).splits.assistant_inputs()
 
 
 def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> Compute:
@@ -239,7 +245,11 @@ def _say(message: str) -> None:
 
 def _size(manifest: Manifest) -> str:
     shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards):,} shards"
-    return f"{manifest.bytes / 1e9:,.2f} GB in {shards}"
+    return f"{_bytes(manifest.bytes)} in {shards}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 @contextlib.contextmanager
@@ -267,9 +277,7 @@ def _only_builder(folder: Path) -> Iterator[None]:
                 time.sleep(0.25)
                 waited += 0.25
             except OSError as error:
-                _say(
-                    f"{folder} has no file locks ({error.strerror}): run one builder at a time, or rows are done twice"
-                )
+                _say(f"no file locks in {folder} ({error.strerror}): start one builder at a time")
                 break
         lock.truncate(0)
         lock.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
@@ -325,9 +333,8 @@ def _keep_good_shards(folder: Path, manifest: Manifest, names: Sequence[str], ra
             os.rename(folder / name, folder / (name + ts.DAMAGED_SUFFIX))
     adopted = set(good) - set(manifest.shards)
     if adopted:
-        _say(
-            f"kept {len(adopted)} finished shards ({sum(s.rows for s in adopted):,} rows) of a builder that was stopped"
-        )
+        rows = sum(record.rows for record in adopted)
+        _say(f"kept {rows:,} rows in {len(adopted)} finished shards of a builder that was stopped")
     if tuple(good) != manifest.shards:
         manifest = dataclasses.replace(manifest, shards=tuple(good))
         _save(folder, manifest)
@@ -346,14 +353,14 @@ def _check_room(folder: Path, identity: StoreIdentity, wanted: int, missing: int
     needed = missing * (identity.row_bytes + ts.INDEX_BYTES)
     free = shutil.disk_usage(folder).free
     shape = " x ".join(f"{n:,}" for n in identity.row_shape)
-    estimate = f"{needed / 1e9:,.2f} GB ({missing:,} rows x {shape} x {identity.torch_dtype.itemsize} bytes)"
+    estimate = f"{_bytes(needed)} ({missing:,} rows x {shape} x {identity.torch_dtype.itemsize} bytes)"
     if needed > free:
         raise SoftCoTError(
-            f"the cache {folder} needs {estimate}, its disk has {free / 1e9:,.2f} GB free; "
+            f"the cache {folder} needs {estimate}, its disk has {_bytes(free)} free; "
             "make room, or name another cache.path"
         )
     who = "1 process" if ranks.size == 1 else f"{ranks.size} processes over {ranks.launcher}"
-    _say(f"{folder}: {missing:,} of {wanted:,} rows to compute, {estimate}, {free / 1e9:,.2f} GB free; {who}")
+    _say(f"{folder}: {missing:,} of {wanted:,} rows to compute, {estimate}, {_bytes(free)} free; {who}")
 
 
 def _compute(
@@ -430,8 +437,8 @@ class _Saver:
             bad = int(finite.long().argmin())
             wrong = int((~rows[bad].isfinite()).sum())
             raise SoftCoTError(
-                f"example {batch[bad].example_id}: {wrong:,} of the {rows[bad].numel():,} values of its thoughts are NaN "
-                f"or infinite ({self._identity.assistant} in {self._identity.compute_dtype}, stored as "
+                f"example {batch[bad].example_id}: {wrong:,} of the {rows[bad].numel():,} values of its thoughts are "
+                f"NaN or infinite ({self._identity.assistant} in {self._identity.compute_dtype}, stored as "
                 f"{self._identity.dtype}); try assistant.dtype=float32, or look at that example"
             )
 
@@ -527,7 +534,8 @@ def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="softcot-ds cache", description="Compute the assistant's thoughts, once.")
     parser.add_argument("recipe", help="a recipe (YAML)")
-    parser.add_argument("overrides", nargs="*", metavar="key.sub=value", help="values that win over the recipe")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, what is computed is kept
     ranks = None
