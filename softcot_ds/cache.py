@@ -1,0 +1,573 @@
+"""``softcot-ds cache``: compute the assistant's thoughts once, in parallel, and keep them on disk.
+
+Run it alone, under ``mpirun -n N``, ``srun --mpi=pmix`` or the deepspeed launcher. Rank 0 finds out what is missing and
+cuts it into batches, longest first; every rank, rank 0 too, takes the next batch when it has done one. Rows go to disk
+while the next batch is computed, each rank into shards of its own. Rank 0 lists finished shards in the manifest.
+
+A run that was killed is continued by running the same command again: see ``fill``. ``--verify``, ``--info`` and
+``--prune`` take a recipe or a cache folder.
+"""
+
+import argparse
+import contextlib
+import dataclasses
+import fcntl
+import os
+import queue
+import shutil
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
+
+import torch
+
+from softcot_ds import thought_store as ts
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.prompts import AssistantInput
+from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.thought_store import DamagedShard, Manifest, ShardRecord, StoreIdentity, StoreWriter, ThoughtStore
+
+Compute = Callable[[Sequence[AssistantInput]], torch.Tensor]
+"""Inputs to thoughts (B, T, P), on any device in any floating dtype."""
+
+LOCK_NAME = "builder.lock"
+PROGRESS_SECONDS = 5.0
+_MANIFEST_SECONDS = 0.5
+_FAILURE_GRACE_SECONDS = 30.0
+_HAND_OUTS = ("shard", "batch")
+"""Counters by which ranks share out work."""
+_BATCHES_IN_FLIGHT = 2
+"""Batches of thoughts that wait for the disk, at most; then computing waits too."""
+
+
+def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> ThoughtStore:
+    """The recipe's cache, for reading.
+
+    Raises:
+        SoftCoTError: there is none (says what else lies in cache.path and how it differs), or it lacks an input.
+    """
+    identity = cache_identity(recipe)
+    folder = recipe.cache.path / identity.folder_name
+    if (folder / ts.MANIFEST_NAME).exists():
+        store = ThoughtStore.open(folder, identity)
+        if missing := store.missing([input_key(item) for item in inputs]):
+            raise SoftCoTError(
+                f"the cache {folder} lacks {len(missing):,} of {len(inputs):,} examples, "
+                f"{inputs[missing[0]].example_id} first; add them with: softcot-ds cache RECIPE"
+            )
+        return store
+    others = []
+    for other in _cache_folders(recipe.cache.path):
+        with contextlib.suppress(SoftCoTError):
+            found = ThoughtStore.open(other).identity
+            fields = [
+                f"{name} is {getattr(found, name)!r}, wanted {getattr(identity, name)!r}"
+                for name in found.difference(identity)
+            ]
+            others.append(f"{other.name} ({', '.join(fields)})")
+    raise SoftCoTError(
+        f"no cache of these thoughts at {folder}; build it with: softcot-ds cache RECIPE"
+        + (f". There are others: {'; '.join(others)}" if others else "")
+    )
+
+
+def cache_identity(recipe: Recipe) -> StoreIdentity:
+    """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
+    from softcot_ds import backbone  # imports DeepSpeed, which takes seconds: not for --info
+
+    assistant = recipe.assistant
+    return StoreIdentity(
+        fingerprint=backbone.weights_fingerprint(assistant),
+        num_thoughts=recipe.thoughts.count,
+        width=backbone.width(backbone.load_config(assistant)),
+        dtype=recipe.cache.dtype or assistant.dtype,
+        compute_dtype=assistant.dtype,
+        attention=assistant.attention,
+        assistant=assistant.model,
+        revision=assistant.revision,
+    )
+
+
+def input_key(item: AssistantInput) -> bytes:
+    """The row key of an assistant input."""
+    return ts.row_key(item.token_ids, item.positions)
+
+
+def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
+    """Compute and store what the recipe's cache lacks. To be called by all ranks.
+
+    Raises:
+        SoftCoTError: see ``fill``.
+    """
+    ranks = ranks or join_ranks()
+    identity = cache_identity(recipe)
+    inputs = _recipe_inputs(recipe)
+    fill(
+        recipe.cache.path / identity.folder_name,
+        identity,
+        inputs,
+        lambda: load_assistant(recipe, inputs, ranks),
+        ranks,
+        shard_mib=recipe.cache.shard_mib,
+        tokens_per_batch=recipe.cache.tokens_per_batch,
+    )
+
+
+def _recipe_inputs(recipe: Recipe) -> list[AssistantInput]:
+    from softcot_ds.experiment import Experiment
+
+    return Experiment(recipe).splits.assistant_inputs()
+
+
+def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> Compute:
+    """Load the assistant on this rank's device and let it read what all inputs begin with."""
+    from softcot_ds import backbone
+    from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # PyTorch would take every core in every rank. A launcher may have bound the ranks to cores already.
+            cores = len(os.sched_getaffinity(0))
+            bound = cores < (os.cpu_count() or 1)
+            torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
+    model = backbone.load_frozen(recipe.assistant, "none", device)
+    prefix = SharedPrefix.of(model, inputs)
+    return lambda batch: compute_thoughts(model, batch, prefix)
+
+
+def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
+    """Indices in batches of similar length, longest first, each at most ``tokens_per_batch`` with padding (or one).
+
+    Longest first, because the last batches decide how long ranks wait for each other at the end, and because a batch
+    that does not fit into memory had better be the first.
+    """
+    batches: list[list[int]] = []
+    for index in sorted(range(len(lengths)), key=lambda i: (-lengths[i], i)):
+        if batches and (len(batches[-1]) + 1) * lengths[batches[-1][0]] <= tokens_per_batch:
+            batches[-1].append(index)
+        else:
+            batches.append([index])
+    return batches
+
+
+def fill(
+    folder: Path,
+    identity: StoreIdentity,
+    inputs: Sequence[AssistantInput],
+    load: Callable[[], Compute],
+    ranks: Ranks,
+    shard_mib: int = 256,
+    tokens_per_batch: int = 16384,
+) -> None:
+    """Make the cache in ``folder`` hold a row for each input. To be called by all ranks with the same arguments.
+
+    First every finished shard is verified, byte for byte, also those that a killed builder had no time to list. Damaged
+    ones are set aside. Only rows that are then missing are computed. Builders that come upon another one wait for it.
+
+    Args:
+        load: makes what computes thoughts; called only when something is missing.
+        tokens_per_batch: tokens of a batch, padding included.
+
+    Raises:
+        SoftCoTError: a cache of something else, a disk that is full or would be, thoughts that are not finite.
+        OtherRankFailed: another rank raised one of these.
+    """
+    try:
+        if ranks.rank == 0:
+            with _only_builder(folder):
+                _fill_as_first(folder, identity, inputs, load, ranks, shard_mib, tokens_per_batch)
+        else:
+            _verify_shards(folder, identity, ranks)
+            if batches := ranks.fetch("batches"):
+                _compute(folder, identity, inputs, batches, load, ranks, shard_mib)
+    except BaseException:
+        ranks.fail(_HAND_OUTS)
+        raise
+
+
+def _fill_as_first(
+    folder: Path,
+    identity: StoreIdentity,
+    inputs: Sequence[AssistantInput],
+    load: Callable[[], Compute],
+    ranks: Ranks,
+    shard_mib: int,
+    tokens_per_batch: int,
+) -> None:
+    """Rank 0's part of ``fill``: find what is missing, take part in computing it, keep the manifest."""
+    manifest = _open_for_building(folder, identity)
+    listed = {record.name: dataclasses.asdict(record) for record in manifest.shards}
+    names = [*listed, *(name for name in ts.shard_names(folder) if name not in listed)]
+    ranks.post("shards", [[name, listed.get(name)] for name in names])
+    _verify_shards(folder, identity, ranks)
+    manifest = _keep_good_shards(folder, manifest, names, ranks)
+
+    wanted = {input_key(item): index for index, item in reversed(list(enumerate(inputs)))}
+    keys = list(wanted)
+    missing = [wanted[keys[i]] for i in ThoughtStore(folder, manifest).missing(keys)]
+    if not missing:
+        ranks.post("batches", [])
+        _say(f"all {len(wanted):,} rows are in {folder}, verified ({_size(manifest)}); nothing to compute")
+        return
+    _check_room(folder, identity, len(wanted), len(missing), ranks)
+    lengths = [_length(inputs[index]) for index in missing]
+    batches = [[missing[i] for i in batch] for batch in token_budget_batches(lengths, tokens_per_batch)]
+    ranks.post("batches", batches)
+
+    start = time.monotonic()
+    with _ManifestKeeper(folder, manifest, ranks, len(missing), sum(lengths)) as keeper:
+        _compute(folder, identity, inputs, batches, load, ranks, shard_mib)
+    seconds = time.monotonic() - start
+    _say(
+        f"done: {len(missing):,} rows in {seconds:,.1f} s ({len(missing) / seconds:,.1f} rows/s, "
+        f"{sum(lengths) / seconds:,.0f} tokens/s); {folder} holds {keeper.manifest.rows:,} rows, "
+        f"{_size(keeper.manifest)}"
+    )
+
+
+def _length(item: AssistantInput) -> int:
+    """Tokens that the assistant has to read."""
+    return item.positions[-1] + 1
+
+
+def _say(message: str) -> None:
+    print(f"cache: {message}", flush=True)
+
+
+def _size(manifest: Manifest) -> str:
+    shards = "1 shard" if len(manifest.shards) == 1 else f"{len(manifest.shards):,} shards"
+    return f"{_bytes(manifest.bytes)} in {shards}"
+
+
+def _bytes(number: int) -> str:
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+@contextlib.contextmanager
+def _only_builder(folder: Path) -> Iterator[None]:
+    """Wait until no other builder works in ``folder``, then keep others out.
+
+    The system drops the lock when its holder dies, however it dies. The lock only saves work: without it two builders
+    would compute rows twice, but never spoil anything, since each writes shards of its own.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115  # closed below
+    except OSError as error:
+        raise ts.disk_error(folder, error) from error
+    with lock:
+        waited = 0.0
+        while True:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if waited % 60 == 0:
+                    lock.seek(0)
+                    _say(f"another builder ({lock.read().strip()}) works in {folder}; waiting for it to end")
+                time.sleep(0.25)
+                waited += 0.25
+            except OSError as error:
+                _say(f"no file locks in {folder} ({error.strerror}): start one builder at a time")
+                break
+        lock.truncate(0)
+        lock.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
+        lock.flush()
+        yield
+
+
+def _open_for_building(folder: Path, identity: StoreIdentity) -> Manifest:
+    """The manifest of the cache in ``folder``, made if there is none; what killed builders left is removed."""
+    manifest = None
+    try:
+        with contextlib.suppress(FileNotFoundError):
+            manifest = ts.load_manifest(folder)
+    except DamagedShard as error:
+        _say(f"{error}: doing so now from its shards")
+    try:
+        if manifest is None:
+            manifest = ts.new_manifest(identity)
+            ts.save_manifest(folder, manifest)
+        ts.refuse_other_identity(folder, manifest.identity, identity)
+        leftovers = ts.leftover_names(folder)
+        for name in leftovers:
+            (folder / name).unlink(missing_ok=True)
+    except OSError as error:
+        raise ts.disk_error(folder, error) from error
+    if leftovers:
+        _say(f"removed {len(leftovers)} unfinished files of a builder that was stopped")
+    return manifest
+
+
+def _verify_shards(folder: Path, identity: StoreIdentity, ranks: Ranks) -> None:
+    """Check shards, shared out over all ranks, every byte of them, and post what is found."""
+    shards = ranks.fetch("shards")
+    while (number := ranks.take("shard")) < len(shards):
+        name, listed = shards[number]
+        try:
+            index = ts.verify_shard(folder / name, identity, ShardRecord(**listed) if listed else None)
+            ranks.post(f"verified/{number}", [dataclasses.asdict(index.record), ""])
+        except DamagedShard as error:
+            ranks.post(f"verified/{number}", [None, str(error)])
+
+
+def _keep_good_shards(folder: Path, manifest: Manifest, names: Sequence[str], ranks: Ranks) -> Manifest:
+    """Set damaged shards aside and list the others."""
+    good: list[ShardRecord] = []
+    for number, name in enumerate(names):
+        record, reason = ranks.fetch(f"verified/{number}")
+        if record:
+            good.append(ShardRecord(**record))
+            continue
+        _say(f"damaged: {reason}")
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(folder / name, folder / (name + ts.DAMAGED_SUFFIX))
+    adopted = set(good) - set(manifest.shards)
+    if adopted:
+        rows = sum(record.rows for record in adopted)
+        _say(f"kept {rows:,} rows in {len(adopted)} finished shards of a builder that was stopped")
+    if tuple(good) != manifest.shards:
+        manifest = dataclasses.replace(manifest, shards=tuple(good))
+        _save(folder, manifest)
+    return manifest
+
+
+def _save(folder: Path, manifest: Manifest) -> None:
+    try:
+        ts.save_manifest(folder, manifest)
+    except OSError as error:
+        raise ts.disk_error(folder, error) from error
+
+
+def _check_room(folder: Path, identity: StoreIdentity, wanted: int, missing: int, ranks: Ranks) -> None:
+    """Say how much is to be done, and refuse if the disk has not got the room."""
+    needed = missing * (identity.row_bytes + ts.INDEX_BYTES)
+    free = shutil.disk_usage(folder).free
+    shape = " x ".join(f"{n:,}" for n in identity.row_shape)
+    estimate = f"{_bytes(needed)} ({missing:,} rows x {shape} x {identity.torch_dtype.itemsize} bytes)"
+    if needed > free:
+        raise SoftCoTError(
+            f"the cache {folder} needs {estimate}, its disk has {_bytes(free)} free; "
+            "make room, or name another cache.path"
+        )
+    who = "1 process" if ranks.size == 1 else f"{ranks.size} processes over {ranks.launcher}"
+    _say(f"{folder}: {missing:,} of {wanted:,} rows to compute, {estimate}, {_bytes(free)} free; {who}")
+
+
+def _compute(
+    folder: Path,
+    identity: StoreIdentity,
+    inputs: Sequence[AssistantInput],
+    batches: Sequence[Sequence[int]],
+    load: Callable[[], Compute],
+    ranks: Ranks,
+    shard_mib: int,
+) -> None:
+    """Take batches, compute and save them, until none is left."""
+    try:
+        compute = load()
+        with _Saver(folder, identity, shard_mib, ranks) as saver:
+            while (number := ranks.take("batch")) < len(batches):
+                batch = [inputs[index] for index in batches[number]]
+                saver.put(batch, compute(batch))
+    except BaseException:
+        ranks.fail(_HAND_OUTS)  # before "finished": rank 0 looks whether any rank failed once all have finished
+        raise
+    finally:
+        ranks.count("finished", 1)
+
+
+class _Saver:
+    """A thread that checks computed thoughts and writes them while the next batch is computed."""
+
+    def __init__(self, folder: Path, identity: StoreIdentity, shard_mib: int, ranks: Ranks) -> None:
+        self._identity = identity
+        self._ranks = ranks
+        self._shards = 0
+        self._writer = StoreWriter(folder, identity, shard_mib, self._post_shard)
+        self._queue: queue.Queue[tuple[list[AssistantInput], torch.Tensor] | None] = queue.Queue(_BATCHES_IN_FLIGHT)
+        self._error: BaseException | None = None
+        self._thread = threading.Thread(target=self._run, name="thought-saver")
+
+    def put(self, batch: list[AssistantInput], thoughts: torch.Tensor) -> None:
+        """Queue thoughts (B, T, P); waits while the disk lags behind. Raises what the thread ran into."""
+        if self._error is not None:
+            raise self._error
+        self._queue.put((batch, thoughts))
+
+    def __enter__(self) -> "_Saver":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        """Write what is queued and finish the shard, also after a failure: those rows are right."""
+        self._queue.put(None)
+        self._thread.join()
+        if self._error is not None and kind is None:
+            raise self._error
+
+    def _run(self) -> None:
+        try:
+            with self._writer:
+                while (item := self._queue.get()) is not None:
+                    self._save(*item)
+        except BaseException as error:  # handed to the computing thread, whatever it is
+            self._error = error
+            while self._queue.get() is not None:
+                pass  # so that ``put`` never blocks
+
+    def _save(self, batch: list[AssistantInput], thoughts: torch.Tensor) -> None:
+        rows = thoughts.to(self._identity.torch_dtype).cpu()
+        finite = rows.isfinite().flatten(1).all(dim=1)
+        # Right rows are kept, whatever the rest of their batch is: the next run then starts at the offender.
+        kept = finite.nonzero().flatten().tolist()
+        self._writer.append([input_key(batch[i]) for i in kept], rows[finite])
+        self._ranks.count("rows", len(kept))
+        self._ranks.count("tokens", sum(_length(batch[i]) for i in kept))
+        if len(kept) < len(batch):
+            bad = int(finite.long().argmin())
+            wrong = int((~rows[bad].isfinite()).sum())
+            raise SoftCoTError(
+                f"example {batch[bad].example_id}: {wrong:,} of the {rows[bad].numel():,} values of its thoughts are "
+                f"NaN or infinite ({self._identity.assistant} in {self._identity.compute_dtype}, stored as "
+                f"{self._identity.dtype}); try assistant.dtype=float32, or look at that example"
+            )
+
+    def _post_shard(self, record: ShardRecord) -> None:
+        self._ranks.post(f"written/{self._ranks.rank}/{self._shards}", dataclasses.asdict(record))
+        self._shards += 1
+
+
+class _ManifestKeeper:
+    """A thread of rank 0 that lists finished shards in the manifest and reports progress.
+
+    Leaving it waits until all ranks have finished.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest, ranks: Ranks, rows: int, tokens: int) -> None:
+        self.manifest = manifest
+        self._folder = folder
+        self._ranks = ranks
+        self._rows, self._tokens = rows, tokens
+        self._next_shard = [0] * ranks.size
+        self._samples: list[tuple[float, int]] = []
+        self._error: BaseException | None = None
+        self._finished = threading.Event()
+        self._thread = threading.Thread(target=self._run, name="manifest-keeper")
+
+    def __enter__(self) -> "_ManifestKeeper":
+        self._thread.start()
+        return self
+
+    def __exit__(self, kind: type | None, *_: object) -> None:
+        while self._ranks.count("finished") < self._ranks.size and not self._ranks.failed:
+            time.sleep(0.02)
+        # After a failure the others stop at their next batch; one that died never says so.
+        deadline = time.monotonic() + _FAILURE_GRACE_SECONDS
+        while self._ranks.count("finished") < self._ranks.size and time.monotonic() < deadline:
+            time.sleep(0.02)
+        self._finished.set()
+        self._thread.join()
+        if kind is None:
+            if self._error is not None:
+                raise self._error
+            if self._ranks.failed:
+                raise OtherRankFailed("another rank failed")
+
+    def _run(self) -> None:
+        try:
+            next_report = time.monotonic() + PROGRESS_SECONDS
+            while not self._finished.wait(_MANIFEST_SECONDS):
+                self._list_new_shards()
+                if time.monotonic() >= next_report:
+                    self._report()
+                    next_report += PROGRESS_SECONDS
+            self._list_new_shards()
+        except BaseException as error:  # a full disk, most likely; raised on leaving
+            self._error = error
+            self._ranks.fail(_HAND_OUTS)
+
+    def _list_new_shards(self) -> None:
+        new = []
+        for rank in range(self._ranks.size):
+            while self._ranks.posted(f"written/{rank}/{self._next_shard[rank]}"):
+                new.append(ShardRecord(**self._ranks.fetch(f"written/{rank}/{self._next_shard[rank]}")))
+                self._next_shard[rank] += 1
+        if new:
+            self.manifest = dataclasses.replace(self.manifest, shards=(*self.manifest.shards, *new))
+            _save(self._folder, self.manifest)
+
+    def _report(self) -> None:
+        rows, tokens, now = self._ranks.count("rows"), self._ranks.count("tokens"), time.monotonic()
+        if not rows:
+            _say("the first batches are being computed")
+            return
+        self._samples = [*self._samples[-12:], (now, tokens)]  # the rate of the last minute
+        (then, tokens_then), seconds_left = self._samples[0], ""
+        if tokens > tokens_then:
+            rate = (tokens - tokens_then) / (now - then)
+            seconds_left = f", {rate:,.0f} tokens/s, {_duration((self._tokens - tokens) / rate)} left"
+        _say(f"{rows:,} of {self._rows:,} rows ({tokens / self._tokens:.0%} of the tokens){seconds_left}")
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(seconds), 60)
+    hours, minutes = divmod(minutes, 60)
+    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
+
+
+def _cache_folders(path: Path) -> list[Path]:
+    """Folders below ``path``, or ``path`` itself, that hold a cache."""
+    return sorted(manifest.parent for manifest in [*path.glob(ts.MANIFEST_NAME), *path.glob(f"*/{ts.MANIFEST_NAME}")])
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(prog="softcot-ds cache", description="Compute the assistant's thoughts, once.")
+    parser.add_argument("recipe", help="a recipe (YAML)")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_intermixed_args(argv)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, what is computed is kept
+    ranks = None
+    try:
+        ranks = join_ranks()
+        build(load_recipe(args.recipe, args.overrides), ranks)
+    except OtherRankFailed:
+        return 2
+    except SoftCoTError as error:
+        _complain(str(error), ranks)
+        return 2
+    except KeyboardInterrupt:
+        _complain("interrupted; finished rows are kept, the same command goes on from there", ranks)
+        return 130
+    except BaseException:  # a defect: the stack trace is wanted, and so is the end of the other ranks
+        if ranks is not None:
+            ranks.fail(_HAND_OUTS)
+        raise
+    finally:
+        if ranks is not None:
+            ranks.leave()
+    return 0
+
+
+def _complain(message: str, ranks: Ranks | None) -> None:
+    """Tell the user, once, even if all ranks found the same; and the other ranks that this one stops."""
+    if ranks is not None:
+        ranks.fail(_HAND_OUTS)
+    if ranks is None or ranks.count(f"complaint/{message}", 1) == 1:
+        where = f"rank {ranks.rank}: " if ranks is not None and ranks.size > 1 else ""
+        print(f"softcot-ds cache: {where}{message}", file=sys.stderr, flush=True)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,660 @@
+"""The thought cache on disk: the format, its reader and its writer. Knows nothing about models.
+
+A cache is one folder: shards ``thoughts-*.safetensors`` that are written once under a temporary name, synced and
+renamed, and ``manifest.json``, which says what the cache is and lists its shards. ``docs/cache-format.md`` shows the
+bytes.
+
+What keeps wrong data from being read:
+
+- A shard name is never used twice and a shard is never changed, so a reader needs no lock and may map it.
+- A reader believes the manifest alone, which is replaced as a whole, after the shards that it names.
+- Sizes, the row index and the header of a shard are checked before its first use, each row when it is first read.
+
+Checksums are xxh3: it comes with ``datasets``, and at about 50 GB/s for rows of 128 KiB it costs less than the copy
+that it checks; zlib.crc32 runs at 5 GB/s and hashlib.blake2b at 1 GB/s on the same core. It guards against broken
+hardware and interrupted writes, not against an adversary. Row keys, which must not collide, are SHA-256.
+
+Symbols: B rows asked for, T thoughts, P assistant width, K initial embeddings.
+"""
+
+import contextlib
+import errno
+import getpass
+import hashlib
+import json
+import math
+import os
+import shutil
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import Any, BinaryIO, Self
+
+import numpy as np
+import torch
+import xxhash
+
+from softcot_ds import __version__
+from softcot_ds.errors import SoftCoTError
+
+FORMAT = "softcot-ds thoughts"
+FORMAT_VERSION = 1
+MANIFEST_NAME = "manifest.json"
+SHARD_PREFIX, SHARD_SUFFIX = "thoughts-", ".safetensors"
+TEMPORARY_SUFFIX, DAMAGED_SUFFIX = ".tmp", ".damaged"
+KEY_BYTES, ROW_CHECKSUM_BYTES = 32, 8
+INDEX_BYTES = KEY_BYTES + ROW_CHECKSUM_BYTES
+"""Bytes that a shard holds per row besides the row."""
+
+_PAGE = 4096
+_READ_CHUNK = 8 << 20
+_MAX_HEADER = 1 << 20
+_DTYPES = {  # name in recipes: (torch dtype, safetensors name)
+    "float32": (torch.float32, "F32"),
+    "bfloat16": (torch.bfloat16, "BF16"),
+    "float16": (torch.float16, "F16"),
+}
+
+
+class DamagedShard(SoftCoTError):
+    """A shard is missing, truncated, altered or of another cache. The builder sets it aside and computes it anew."""
+
+
+@dataclass(frozen=True)
+class StoreIdentity:
+    """All that decides the value of a row, besides the tokens. Two caches with equal identities are interchangeable."""
+
+    fingerprint: str
+    """Digest of the assistant's configuration and weights."""
+    num_thoughts: int
+    """T."""
+    width: int
+    """P."""
+    dtype: str
+    """Stored dtype: float32, bfloat16 or float16."""
+    compute_dtype: str
+    """Dtype that the assistant ran in."""
+    attention: str
+    """Attention implementation that the assistant ran with."""
+    num_initial_embeddings: int | None = None
+    """K of SoftCoT++; None for SoftCoT, whose rows have no such dimension."""
+    assistant: str = field(default="", compare=False)
+    """Folder or hub name, for people: weights that moved are still the same weights."""
+    revision: str | None = field(default=None, compare=False)
+    """Hub revision, for people."""
+
+    def __post_init__(self) -> None:
+        if self.dtype not in _DTYPES:
+            raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
+
+    @property
+    def row_shape(self) -> tuple[int, ...]:
+        """(T, P) or (K, T, P)."""
+        initial = () if self.num_initial_embeddings is None else (self.num_initial_embeddings,)
+        return (*initial, self.num_thoughts, self.width)
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        return _DTYPES[self.dtype][0]
+
+    @property
+    def row_bytes(self) -> int:
+        return math.prod(self.row_shape) * self.torch_dtype.itemsize
+
+    @property
+    def digest(self) -> str:
+        """SHA-256, in hex, of the fields that decide values. Stands in every shard."""
+        decisive = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
+
+    @property
+    def folder_name(self) -> str:
+        """Name of this cache among others, such as ``Llama-3.2-1B-Instruct-T32-bfloat16-1f0c9a42``."""
+        name = Path(self.assistant).name or "assistant"
+        return f"{name}-T{self.num_thoughts}-{self.dtype}-{self.digest[:8]}"
+
+    def difference(self, other: "StoreIdentity") -> list[str]:
+        """Names of the decisive fields in which ``other`` differs."""
+        return [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(other, f.name)]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+    @classmethod
+    def from_json(cls, values: Mapping[str, Any]) -> Self:
+        """Raises ValueError or TypeError on anything but the output of ``to_json``."""
+        return cls(**values)
+
+
+def row_key(token_ids: Sequence[int], positions: Sequence[int]) -> bytes:
+    """Content hash, 32 bytes, of what the assistant reads: all its token ids and where its thoughts stand.
+
+    SHA-256 over little-endian int64: the number of ids, the ids, the positions.
+    """
+    return hashlib.sha256(np.array([len(token_ids), *token_ids, *positions], dtype="<i8").tobytes()).digest()
+
+
+@dataclass(frozen=True)
+class ShardRecord:
+    """A finished shard as the manifest lists it."""
+
+    name: str
+    rows: int
+    bytes: int
+    checksum: str
+    """xxh3_128, in hex, over the header and the row index (keys and row checksums). The rows have their own."""
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a cache is, and its shards."""
+
+    identity: StoreIdentity
+    shards: tuple[ShardRecord, ...] = ()
+    created: str = ""
+    """By whom, where, when and with which versions."""
+
+    @property
+    def rows(self) -> int:
+        return sum(shard.rows for shard in self.shards)
+
+    @property
+    def bytes(self) -> int:
+        return sum(shard.bytes for shard in self.shards)
+
+
+def new_manifest(identity: StoreIdentity) -> Manifest:
+    created = f"{_user()}@{socket.gethostname()}, {time.strftime('%Y-%m-%d %H:%M:%S %z')}, softcot-ds {__version__}"
+    return Manifest(identity, created=f"{created}, torch {torch.__version__}")
+
+
+def _user() -> str:
+    try:
+        return getpass.getuser()
+    except (KeyError, OSError):  # a container's user id without a name
+        return str(os.getuid())
+
+
+def load_manifest(folder: Path) -> Manifest:
+    """Read and check ``manifest.json``.
+
+    Raises:
+        FileNotFoundError: there is none.
+        DamagedShard: it is not what was written.
+        SoftCoTError: it is of a newer format.
+    """
+    path = folder / MANIFEST_NAME
+    try:
+        values = json.loads(path.read_bytes())
+        version = values["format_version"]
+        if values["format"] == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
+            raise SoftCoTError(
+                f"{path} has format version {version}, this softcot-ds {__version__} reads {FORMAT_VERSION}; "
+                "update softcot-ds, or name another cache.path"
+            )
+        if values.pop("checksum") != _manifest_checksum(values) or values["format"] != FORMAT:
+            raise DamagedShard(f"{path} is damaged (its checksum differs); run softcot-ds cache RECIPE to rebuild it")
+        shards = tuple(ShardRecord(name, **record) for name, record in values["shards"].items())
+        return Manifest(StoreIdentity.from_json(values["identity"]), shards, values["created"])
+    except (ValueError, KeyError, TypeError, AttributeError) as error:
+        raise DamagedShard(f"{path} is damaged ({error}); run softcot-ds cache RECIPE to rebuild it") from error
+
+
+def save_manifest(folder: Path, manifest: Manifest) -> None:
+    """Replace ``manifest.json`` as a whole. Raises OSError; the old one is then still there."""
+    values = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "identity": manifest.identity.to_json(),
+        "created": manifest.created,
+        "shards": {s.name: {"rows": s.rows, "bytes": s.bytes, "checksum": s.checksum} for s in manifest.shards},
+    }
+    text = json.dumps(values | {"checksum": _manifest_checksum(values)}, indent=1)
+    temporary = folder / f"{MANIFEST_NAME}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
+    try:
+        with open(temporary, "xb") as file:
+            file.write(text.encode())
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, folder / MANIFEST_NAME)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
+    _sync_folder(folder)
+
+
+def _manifest_checksum(values: Mapping[str, Any]) -> str:
+    return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
+
+
+def _sync_folder(folder: Path) -> None:
+    """A rename lasts through a power cut only once its folder is on disk."""
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def shard_names(folder: Path) -> list[str]:
+    """Names of all finished shards in the folder, listed in the manifest or not."""
+    return sorted(e for e in os.listdir(folder) if e.startswith(SHARD_PREFIX) and e.endswith(SHARD_SUFFIX))
+
+
+def leftover_names(folder: Path) -> list[str]:
+    """Names of what builders that were killed left half-written."""
+    return sorted(e for e in os.listdir(folder) if e.endswith(TEMPORARY_SUFFIX))
+
+
+@dataclass(frozen=True)
+class ShardIndex:
+    """What a shard holds, without its rows."""
+
+    record: ShardRecord
+    data_start: int
+    """Byte at which the rows start."""
+    keys: np.ndarray
+    """(rows,), S32."""
+    row_checksums: np.ndarray
+    """(rows,), uint64: xxh3_64 of each row's bytes."""
+
+
+def _header(identity: StoreIdentity, rows: int, index_checksum: str) -> bytes:
+    """The safetensors header of a shard, padded with spaces so that the rows start on a page."""
+    rows_end = rows * identity.row_bytes
+    keys_end = rows_end + rows * KEY_BYTES
+    header = {
+        "__metadata__": {
+            "format": FORMAT,
+            "format_version": str(FORMAT_VERSION),
+            "identity_digest": identity.digest,
+            "identity": json.dumps(identity.to_json()),
+            "index_checksum": index_checksum,
+        },
+        "thoughts": {
+            "dtype": _DTYPES[identity.dtype][1],
+            "shape": [rows, *identity.row_shape],
+            "data_offsets": [0, rows_end],
+        },
+        "keys": {"dtype": "U8", "shape": [rows, KEY_BYTES], "data_offsets": [rows_end, keys_end]},
+        # Bytes, not U64: rows of odd size would leave 64-bit integers unaligned.
+        "row_checksums": {
+            "dtype": "U8",
+            "shape": [rows, ROW_CHECKSUM_BYTES],
+            "data_offsets": [keys_end, keys_end + rows * ROW_CHECKSUM_BYTES],
+        },
+    }
+    text = json.dumps(header, separators=(",", ":")).encode()
+    length = math.ceil((8 + len(text)) / _PAGE) * _PAGE - 8
+    return length.to_bytes(8, "little") + text.ljust(length)
+
+
+def read_index(path: Path, identity: StoreIdentity, record: ShardRecord | None = None) -> ShardIndex:
+    """Check a shard's size, header and index, and return the index. Reads 40 bytes per row and the header.
+
+    Args:
+        record: what the manifest says of the shard; None for a shard that no manifest lists.
+
+    Raises:
+        DamagedShard: something differs from what was written.
+    """
+
+    def damaged(why: str) -> DamagedShard:
+        return DamagedShard(f"{path}: {why}; run softcot-ds cache RECIPE to set it aside and compute its rows anew")
+
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            if record is not None and size != record.bytes:
+                raise damaged(f"{size:,} bytes, {record.bytes:,} were written")
+            length = int.from_bytes(file.read(8), "little")
+            if not 0 < length <= min(_MAX_HEADER, size - 8):
+                raise damaged(f"{size:,} bytes with a header of {length:,}")
+            text = file.read(length)
+            try:
+                header = json.loads(text)
+                metadata, rows = header["__metadata__"], header["thoughts"]["shape"][0]
+                index_checksum = metadata["index_checksum"]
+                if metadata["identity_digest"] != identity.digest:
+                    raise damaged(f"it was made for another assistant ({metadata['identity']})")
+                well_formed = isinstance(rows, int) and rows > 0
+                expected = json.loads(_header(identity, rows, index_checksum)[8:])
+            except (ValueError, KeyError, TypeError, IndexError) as error:
+                raise damaged(f"its header does not parse ({error})") from error
+            for values in (header, expected):  # the free text in it may differ between equal identities
+                values["__metadata__"].pop("identity", None)
+            if not well_formed or header != expected:
+                raise damaged("its header is not what was written")
+            data_start = 8 + length
+            index_start = data_start + rows * identity.row_bytes
+            if size != index_start + rows * INDEX_BYTES:
+                raise damaged(f"{size:,} bytes, its {rows:,} rows need {index_start + rows * INDEX_BYTES:,}")
+            file.seek(index_start)
+            index = file.read(rows * INDEX_BYTES)
+    except OSError as error:
+        raise damaged(f"cannot be read ({error.strerror})") from error
+    found = ShardRecord(path.name, rows, size, _shard_checksum(length.to_bytes(8, "little") + text, index))
+    if xxhash.xxh3_128_hexdigest(index) != index_checksum or (record is not None and found != record):
+        raise damaged("the checksum of its index differs")
+    keys = np.frombuffer(index, dtype=f"S{KEY_BYTES}", count=rows)
+    row_checksums = np.frombuffer(index, dtype="<u8", offset=rows * KEY_BYTES)
+    return ShardIndex(found, data_start, keys, row_checksums)
+
+
+def _shard_checksum(header: bytes, index: bytes) -> str:
+    return xxhash.xxh3_128_hexdigest(header + index)
+
+
+def verify_shard(path: Path, identity: StoreIdentity, record: ShardRecord | None = None) -> ShardIndex:
+    """Check every byte of a shard. Arguments and errors as of ``read_index``."""
+    index = read_index(path, identity, record)
+    rows_at_once = max(1, _READ_CHUNK // identity.row_bytes)
+    buffer = memoryview(bytearray(rows_at_once * identity.row_bytes))
+    try:
+        with open(path, "rb", buffering=0) as file:
+            file.seek(index.data_start)
+            for start in range(0, index.record.rows, rows_at_once):
+                chunk = buffer[: min(rows_at_once, index.record.rows - start) * identity.row_bytes]
+                _read_fully(file, chunk)
+                for offset in range(0, len(chunk), identity.row_bytes):
+                    row = start + offset // identity.row_bytes
+                    if (
+                        xxhash.xxh3_64_intdigest(chunk[offset : offset + identity.row_bytes])
+                        != index.row_checksums[row]
+                    ):
+                        raise DamagedShard(f"{path}: the checksum of row {row:,} of {index.record.rows:,} differs")
+    except OSError as error:
+        raise DamagedShard(f"{path}: cannot be read ({error.strerror})") from error
+    return index
+
+
+def _read_fully(file: BinaryIO, buffer: memoryview) -> None:
+    filled = 0
+    while filled < len(buffer):
+        count = file.readinto(buffer[filled:])
+        if not count:
+            raise DamagedShard(f"{file.name}: ends early; it was truncated while it was read")
+        filled += count
+
+
+class ThoughtStore:
+    """Read-only view of a cache, as its manifest was when the store was opened.
+
+    Opening reads the manifest alone. The index (40 bytes per row) is read when a row is first looked up, a shard is
+    mapped when a row of it is first read. Copies and pickles (DataLoader workers) start with nothing opened.
+    """
+
+    def __init__(self, folder: Path, manifest: Manifest) -> None:
+        self.folder = folder
+        self.manifest = manifest
+        self._reset()
+
+    @property
+    def identity(self) -> StoreIdentity:
+        return self.manifest.identity
+
+    @classmethod
+    def open(cls, folder: str | Path, identity: StoreIdentity | None = None) -> Self:
+        """Open the cache in ``folder``.
+
+        Args:
+            identity: refuse a cache of anything else; None takes what is there.
+
+        Raises:
+            SoftCoTError: no cache there, a damaged manifest, or a cache of something else (says which fields differ).
+        """
+        folder = Path(folder)
+        try:
+            manifest = load_manifest(folder)
+        except OSError as error:
+            raise SoftCoTError(
+                f"no thought cache at {folder} ({error.strerror}); build it with: softcot-ds cache RECIPE"
+            ) from error
+        if identity is not None:
+            refuse_other_identity(folder, manifest.identity, identity)
+        return cls(folder, manifest)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"folder": self.folder, "manifest": self.manifest}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self._reset()
+
+    def _reset(self) -> None:
+        self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
+        self._shards: list[ShardIndex] = []
+        self._rows: dict[int, np.ndarray] = {}  # shard number: (rows, row_bytes) uint8, mapped
+        self._verified: dict[int, np.ndarray] = {}  # shard number: (rows,) bool
+
+    def __len__(self) -> int:
+        """Number of different rows."""
+        return len(self._load_index()[0])
+
+    def __contains__(self, key: bytes) -> bool:
+        return bool(self._locate([key])[0][0])
+
+    def missing(self, keys: Sequence[bytes]) -> list[int]:
+        """Indices into ``keys`` of those that are not in the cache."""
+        return np.flatnonzero(~self._locate(keys)[0]).tolist()
+
+    def read(self, keys: Sequence[bytes]) -> torch.Tensor:
+        """Rows of the given keys, in their order, copied once.
+
+        Returns:
+            (B, T, P) or (B, K, T, P) in the stored dtype, on the CPU.
+
+        Raises:
+            SoftCoTError: a key is not in the cache, or a row is damaged.
+        """
+        found, shard_numbers, rows = self._locate(keys)
+        if not found.all():
+            raise SoftCoTError(
+                f"{np.count_nonzero(~found):,} of {len(keys):,} rows are not in the cache {self.folder}; "
+                "add them with: softcot-ds cache RECIPE"
+            )
+        identity = self.identity
+        batch = torch.empty(len(keys), identity.row_bytes, dtype=torch.uint8)
+        batch_bytes = batch.numpy()
+        for i, (shard, row) in enumerate(zip(shard_numbers.tolist(), rows.tolist(), strict=True)):
+            if shard not in self._rows:
+                self._map(shard)
+            batch_bytes[i] = self._rows[shard][row]
+            if not self._verified[shard][row]:
+                # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
+                if xxhash.xxh3_64_intdigest(batch_bytes[i]) != self._shards[shard].row_checksums[row]:
+                    raise DamagedShard(
+                        f"{self.folder / self._shards[shard].record.name}: the checksum of row {row:,} differs; "
+                        "run softcot-ds cache RECIPE to set the shard aside and compute its rows anew"
+                    )
+                self._verified[shard][row] = True
+        return batch.view(identity.torch_dtype).view(len(keys), *identity.row_shape)
+
+    def keys(self) -> np.ndarray:
+        """All different keys, (rows,) S32, sorted."""
+        return self._load_index()[0]
+
+    def _map(self, shard: int) -> None:
+        index = self._shards[shard]
+        identity, record = self.identity, index.record
+        path = self.folder / record.name
+        try:
+            size = os.stat(path).st_size
+            if size != record.bytes:  # a map that reaches past the end of its file ends the process with SIGBUS
+                raise DamagedShard(
+                    f"{path}: {size:,} bytes, {record.bytes:,} were written; run softcot-ds cache RECIPE"
+                )
+            # torch's map keeps no file descriptor, unlike mmap and numpy.memmap: thousands of shards may be mapped.
+            whole = torch.from_file(str(path), shared=False, size=record.bytes, dtype=torch.uint8).numpy()
+        except (OSError, RuntimeError) as error:
+            raise DamagedShard(f"{path}: cannot be mapped ({error}); run softcot-ds cache RECIPE") from error
+        rows = whole[index.data_start : index.data_start + record.rows * identity.row_bytes]
+        self._rows[shard] = rows.reshape(record.rows, identity.row_bytes)
+        self._verified[shard] = np.zeros(record.rows, dtype=bool)
+
+    def _load_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """Sorted keys, and the shard number and row of each."""
+        if self._index is None:
+            self._shards = [read_index(self.folder / s.name, self.identity, s) for s in self.manifest.shards]
+            counts = [shard.record.rows for shard in self._shards]
+            keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in self._shards)])
+            # A row that two builders both computed is taken from the shard that is listed first.
+            keys, first = np.unique(keys, return_index=True)
+            shard_numbers = np.repeat(np.arange(len(counts)), counts)[first]
+            rows = np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in counts)])[first]
+            self._index = keys, shard_numbers, rows
+        return self._index
+
+    def _locate(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+        """For each key: whether it is there, its shard number, its row there."""
+        known, shard_numbers, rows = self._load_index()
+        wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
+        if not len(known):
+            return np.zeros(len(keys), dtype=bool), np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64)
+        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return known[at] == wanted, shard_numbers[at], rows[at]
+
+
+def refuse_other_identity(folder: Path, found: StoreIdentity, wanted: StoreIdentity) -> None:
+    """Raises SoftCoTError, naming each field that differs, unless the two are the same."""
+    differing = found.difference(wanted)
+    if differing:
+        raise SoftCoTError(
+            f"the cache {folder} was made for something else: "
+            + ", ".join(f"{name} is {getattr(found, name)!r}, wanted {getattr(wanted, name)!r}" for name in differing)
+            + "; name another cache.path, or remove that folder"
+        )
+
+
+class StoreWriter:
+    """Writes rows into new shards of a cache folder. Several may write into one folder at once.
+
+    Rows go to a temporary file as they come, so a writer holds no more than the batch in hand and 40 bytes per row.
+    A shard is finished (index, header, fsync, rename) when it is full, and by ``commit``. Listing it in the manifest is
+    the caller's work: see ``on_commit``.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        identity: StoreIdentity,
+        shard_mib: int = 256,
+        on_commit: Callable[[ShardRecord], None] = lambda record: None,
+    ) -> None:
+        """
+        Args:
+            shard_mib: largest size of a shard, MiB; a shard holds at least one row.
+            on_commit: called with each shard once it is safely on disk.
+        """
+        self.folder = Path(folder)
+        self.identity = identity
+        self.on_commit = on_commit
+        self._rows_per_shard = max(1, ((shard_mib << 20) - 2 * _PAGE) // (identity.row_bytes + INDEX_BYTES))
+        # The header's size must be known before the rows are written: take that of the largest shard there can be.
+        self._data_start = len(_header(identity, self._rows_per_shard, "0" * 32))
+        self._file: BinaryIO | None = None
+        self._name = ""
+        self._keys: list[bytes] = []
+        self._checksums: list[int] = []
+
+    def append(self, keys: Sequence[bytes], rows: torch.Tensor) -> None:
+        """Write rows.
+
+        Args:
+            keys: 32 bytes each.
+            rows: (B, T, P) or (B, K, T, P), on the CPU, in the identity's dtype.
+
+        Raises:
+            ValueError: shape or dtype differ from the identity's, or a key has another length.
+            SoftCoTError: the disk is full or fails; the unfinished shard is removed, finished ones stay.
+        """
+        expected = (len(keys), *self.identity.row_shape)
+        if tuple(rows.shape) != expected or rows.dtype != self.identity.torch_dtype:
+            raise ValueError(
+                f"rows are {tuple(rows.shape)} {rows.dtype}, wanted {expected} {self.identity.torch_dtype}"
+            )
+        if any(len(key) != KEY_BYTES for key in keys):
+            raise ValueError(f"a row key has {KEY_BYTES} bytes, see row_key")
+        data = rows.contiguous().view(len(keys), -1).view(torch.uint8).numpy()
+        start = 0
+        while start < len(keys):
+            with self._removing_on_failure():
+                if self._file is None:
+                    self._name = f"{SHARD_PREFIX}{uuid.uuid4().hex}{SHARD_SUFFIX}"
+                    self._file = open(self._temporary, "xb")  # noqa: SIM115  # closed by commit or abort
+                    self._file.seek(self._data_start)
+                stop = min(len(keys), start + self._rows_per_shard - len(self._keys))
+                self._file.write(memoryview(data[start:stop]).cast("B"))
+            self._checksums += [xxhash.xxh3_64_intdigest(row) for row in data[start:stop]]
+            self._keys += keys[start:stop]
+            start = stop
+            if len(self._keys) == self._rows_per_shard:
+                self.commit()
+
+    @property
+    def _temporary(self) -> Path:
+        return self.folder / (self._name + TEMPORARY_SUFFIX)
+
+    def commit(self) -> None:
+        """Finish the current shard, if it has any row. Raises SoftCoTError as ``append`` does."""
+        if self._file is None:
+            return
+        index = b"".join(self._keys) + np.array(self._checksums, dtype="<u8").tobytes()
+        header = _header(self.identity, len(self._keys), xxhash.xxh3_128_hexdigest(index))
+        # Fewer rows make fewer digits; the rows already stand behind the largest header.
+        length = self._data_start - 8
+        header = length.to_bytes(8, "little") + header[8:].rstrip().ljust(length)
+        with self._removing_on_failure():
+            self._file.write(index)
+            size = self._file.tell()
+            self._file.seek(0)
+            self._file.write(header)
+            self._file.flush()
+            os.fsync(self._file.fileno())
+            self._file.close()
+            os.rename(self._temporary, self.folder / self._name)
+            _sync_folder(self.folder)
+        record = ShardRecord(self._name, len(self._keys), size, _shard_checksum(header, index))
+        self._forget()
+        self.on_commit(record)
+
+    def abort(self) -> None:
+        """Remove the unfinished shard."""
+        if self._file is not None:
+            with contextlib.suppress(OSError):  # what is buffered does not fit on a full disk, and need not
+                self._file.close()
+            self._temporary.unlink(missing_ok=True)
+            self._forget()
+
+    def _forget(self) -> None:
+        self._file = None
+        self._keys, self._checksums = [], []
+
+    @contextlib.contextmanager
+    def _removing_on_failure(self) -> Iterator[None]:
+        """Turn OSError into SoftCoTError and remove the unfinished shard, which frees its space for others."""
+        try:
+            yield
+        except OSError as error:
+            self.abort()
+            raise disk_error(self.folder, error) from error
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.commit()  # rows that were computed before a failure are worth keeping
+
+
+def disk_error(folder: Path, error: OSError) -> SoftCoTError:
+    """What to tell the user when writing to ``folder`` failed."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        free = f"{shutil.disk_usage(folder).free / 1e9:,.2f} GB free"
+        return SoftCoTError(
+            f"the disk of {folder} is full ({error.strerror}, {free}); finished shards are kept: "
+            "make room or name another cache.path, then run the same command again"
+        )
+    return SoftCoTError(f"cannot write to {folder}: {error.strerror}; finished shards are kept")
