@@ -16,6 +16,9 @@ from softcot_ds.errors import SoftCoTError
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
 
+# DeepSpeed would compile a shared-memory all-reduce for CPU ranks, half a minute on each new machine; gloo has one.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 _control_group: Any = None
 
 
