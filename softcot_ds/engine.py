@@ -47,7 +47,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         weights = load_projection(start_from)
         check_fits(weights, projection, start_from)
         projection.load_state_dict(weights)
-    model = SoftCoT(base, projection, assistant, step=recipe.training.step)
+    training = recipe.training
+    model = SoftCoT(base, projection, assistant, training.step, training.activation_checkpointing)
     # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.
     projection.to(device=device(), dtype=base.dtype)
     return model
