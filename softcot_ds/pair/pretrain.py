@@ -25,6 +25,7 @@ import torch
 import torch.nn.functional as F
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, trainers
 from torch import Tensor, nn
+from torch.optim.lr_scheduler import LambdaLR
 from transformers import GenerationConfig, LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from softcot_ds.pair.world import Document, assistant_document, base_document
@@ -61,13 +62,14 @@ class Pretraining:
     word_dropout: bool
     batch: int = 32
     """Documents per step."""
-    learning_rate: float = 3e-3
+    learning_rate: float = 0.02
+    """Of Muon; AdamW runs at 0.15 of it."""
     seed: int = 0
 
 
 PRETRAININGS = {
-    "assistant": Pretraining(assistant_document, 128, 320, layers=3, heads=4, steps=1800, word_dropout=True),
-    "base": Pretraining(base_document, 192, 512, layers=4, heads=6, steps=4500, word_dropout=False),
+    "assistant": Pretraining(assistant_document, 128, 320, layers=3, heads=4, steps=1000, word_dropout=True),
+    "base": Pretraining(base_document, 192, 512, layers=4, heads=6, steps=3000, word_dropout=False),
 }
 
 
@@ -196,6 +198,19 @@ def rate_at(step: int, steps: int) -> float:
     return min(1.0, (step + 1) / 100) * 0.5 * (1 + math.cos(math.pi * step / steps))
 
 
+def build_optimizers(model: nn.Module, learning_rate: float) -> list[torch.optim.Optimizer]:
+    """Muon for the matrices, AdamW for embedding and gains.
+
+    Measured on the base: Muon's loss after 250 steps is below that of AdamW alone after 500, at the same time per step.
+    """
+    matrices = [p for name, p in model.named_parameters() if p.ndim == 2 and "embed" not in name]
+    others = [p for name, p in model.named_parameters() if p.ndim < 2 or "embed" in name]
+    return [
+        torch.optim.Muon(matrices, lr=learning_rate, momentum=0.95, weight_decay=0.01),
+        torch.optim.AdamW(others, lr=0.15 * learning_rate, betas=(0.9, 0.98), weight_decay=0.0, fused=True),
+    ]
+
+
 def pretrain(name: str, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     """Train one of the two models and save it with the tokenizer, as a folder that `from_pretrained` reads.
 
@@ -207,15 +222,8 @@ def pretrain(name: str, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
     torch.manual_seed(settings.seed)
     model = build_model(settings, tokenizer)
     multiply_in_bfloat16(model)
-    matrices = [p for p in model.parameters() if p.ndim > 1]
-    gains = [p for p in model.parameters() if p.ndim < 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": matrices, "weight_decay": 0.05}, {"params": gains, "weight_decay": 0.0}],
-        lr=settings.learning_rate,
-        betas=(0.9, 0.98),
-        fused=True,
-    )
-    schedule = torch.optim.lr_scheduler.LambdaLR(optimizer, lambda step: rate_at(step, settings.steps))
+    optimizers = build_optimizers(model, settings.learning_rate)
+    schedules = [LambdaLR(optimizer, lambda step: rate_at(step, settings.steps)) for optimizer in optimizers]
     losses: list[float] = []
     num_tokens = 0
     began = time.perf_counter()
@@ -224,10 +232,9 @@ def pretrain(name: str, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
         logits = model(input_ids=inputs, use_cache=False).logits
         loss = F.cross_entropy(logits.flatten(0, 1), labels.flatten(), ignore_index=IGNORED)
         loss.backward()
-        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        schedule.step()
-        optimizer.zero_grad()
+        for stepper in (*optimizers, *schedules):
+            stepper.step()
+        model.zero_grad()
         losses.append(loss.item())
         num_tokens += int((labels != IGNORED).sum())
         if step % 100 == 0:
@@ -252,7 +259,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
     parser.add_argument("--out", type=Path, default=Path(__file__).parent, help="folder for assistant/ and base/")
     parser.add_argument("--only", choices=tuple(PRETRAININGS), help="train one of the two")
-    parser.add_argument("--threads", type=int, default=2, help="CPU threads")
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
     tokenizer = build_tokenizer()
