@@ -379,6 +379,8 @@ def _compute(
             while (number := ranks.take("batch")) < len(batches):
                 batch = [inputs[index] for index in batches[number]]
                 saver.put(batch, compute(batch))
+        if ranks.failed:
+            raise OtherRankFailed("another rank failed")
     except BaseException:
         ranks.fail(_HAND_OUTS)  # before "finished": rank 0 looks whether any rank failed once all have finished
         raise

@@ -578,7 +578,7 @@ class StoreWriter:
             )
         if any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"a row key has {KEY_BYTES} bytes, see row_key")
-        data = rows.contiguous().view(len(keys), -1).view(torch.uint8).numpy()
+        data = rows.contiguous().flatten(1).view(torch.uint8).numpy()
         start = 0
         while start < len(keys):
             with self._removing_on_failure():
