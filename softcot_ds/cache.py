@@ -183,8 +183,9 @@ def fill(
     """
     try:
         if ranks.rank == 0:
-            with _only_builder(folder):
-                _fill_as_first(folder, identity, inputs, load, ranks, shard_mib, tokens_per_batch)
+            with _only_builder(folder) as locked:
+                manifest = _open_for_building(folder, identity, remove_leftovers=locked)
+                _fill_as_first(folder, manifest, inputs, load, ranks, shard_mib, tokens_per_batch)
         else:
             _verify_shards(folder, identity, ranks)
             if batches := ranks.fetch("batches"):
@@ -196,7 +197,7 @@ def fill(
 
 def _fill_as_first(
     folder: Path,
-    identity: StoreIdentity,
+    manifest: Manifest,
     inputs: Sequence[AssistantInput],
     load: Callable[[], Compute],
     ranks: Ranks,
@@ -204,7 +205,7 @@ def _fill_as_first(
     tokens_per_batch: int,
 ) -> None:
     """Rank 0's part of ``fill``: find what is missing, take part in computing it, keep the manifest."""
-    manifest = _open_for_building(folder, identity)
+    identity = manifest.identity
     listed = {record.name: dataclasses.asdict(record) for record in manifest.shards}
     names = [*listed, *(name for name in ts.shard_names(folder) if name not in listed)]
     ranks.post("shards", [[name, listed.get(name)] for name in names])
@@ -253,11 +254,14 @@ def _bytes(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
+def _only_builder(folder: Path) -> Iterator[bool]:
     """Wait until no other builder works in ``folder``, then keep others out.
 
     The system drops the lock when its holder dies, however it dies. The lock only saves work: without it two builders
     would compute rows twice, but never spoil anything, since each writes shards of its own.
+
+    Yields:
+        Whether other builders are really kept out: some network file systems have no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,11 +269,11 @@ def _only_builder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ts.disk_error(folder, error) from error
     with lock:
-        waited = 0.0
-        while True:
+        waited, locked = 0.0, False
+        while not locked:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                locked = True
             except BlockingIOError:
                 if waited % 60 == 0:
                     lock.seek(0)
@@ -282,11 +286,11 @@ def _only_builder(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
         lock.flush()
-        yield
+        yield locked
 
 
-def _open_for_building(folder: Path, identity: StoreIdentity) -> Manifest:
-    """The manifest of the cache in ``folder``, made if there is none; what killed builders left is removed."""
+def _open_for_building(folder: Path, identity: StoreIdentity, remove_leftovers: bool) -> Manifest:
+    """The manifest of the cache in ``folder``, made if there is none."""
     manifest = None
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -298,7 +302,8 @@ def _open_for_building(folder: Path, identity: StoreIdentity) -> Manifest:
             manifest = ts.new_manifest(identity)
             ts.save_manifest(folder, manifest)
         ts.refuse_other_identity(folder, manifest.identity, identity)
-        leftovers = ts.leftover_names(folder)
+        # Without a lock they may belong to a builder at work.
+        leftovers = ts.leftover_names(folder) if remove_leftovers else []
         for name in leftovers:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -479,11 +484,10 @@ class _ManifestKeeper:
             time.sleep(0.02)
         self._finished.set()
         self._thread.join()
-        if kind is None:
-            if self._error is not None:
-                raise self._error
-            if self._ranks.failed:
-                raise OtherRankFailed("another rank failed")
+        if self._error is not None and (kind is None or kind is OtherRankFailed):
+            raise self._error
+        if self._ranks.failed and kind is None:
+            raise OtherRankFailed("another rank failed")
 
     def _run(self) -> None:
         try:
