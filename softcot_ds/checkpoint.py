@@ -16,7 +16,7 @@ The frozen weights are in none of them. Moments are stored whole, not per rank, 
 import json
 import shutil
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,10 +33,12 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
 from softcot_ds import __version__
-from softcot_ds.backbone import weights_fingerprint
-from softcot_ds.distributed import on_main, rank, world_size
+from softcot_ds.backbone import weights_fingerprint, width
+from softcot_ds.distributed import device, on_main, rank, world_size
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.files import sync_file, sync_folder
+from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
 from softcot_ds.recipe import ModelConfig, Recipe, load_recipe
 
 MARKER = "COMPLETE"
@@ -85,15 +87,36 @@ class AdapterConfig:
         except (OSError, ValueError, TypeError, KeyError) as error:
             raise SoftCoTError(f"{folder}/adapter.json is damaged: {error}") from error
 
-    def check_models(self, assistant: ModelConfig | None, base: ModelConfig) -> None:
-        """Raises SoftCoTError when the models to be used are not those that the adapter was trained with."""
-        for name, trained, config in (("assistant", self.assistant, assistant), ("base", self.base, base)):
-            if config is not None and weights_fingerprint(config) != trained.fingerprint:
+    def at_step(self, step: int) -> "AdapterConfig":
+        return replace(self, step=step)
+
+    def check_models(self, recipe: Recipe, assistant: bool = True) -> None:
+        """Raises SoftCoTError when the recipe's models are not those that the adapter was trained with.
+
+        Args:
+            assistant: whether the assistant matters; it does not for free vectors.
+        """
+        pairs = [("base", self.base, recipe.base)] + assistant * [("assistant", self.assistant, recipe.assistant)]
+        for name, trained, config in pairs:
+            fingerprint = weights_fingerprint(config)
+            if fingerprint != trained.fingerprint:
                 raise SoftCoTError(
-                    f"the adapter was trained with the {name} {trained.model} "
-                    f"(revision {trained.revision}, fingerprint {trained.fingerprint[:12]}), but {config.model} holds "
-                    f"other weights (fingerprint {weights_fingerprint(config)[:12]}); name the same {name}"
+                    f"the adapter was trained with the {name} {trained.model} (revision {trained.revision}, "
+                    f"fingerprint {trained.fingerprint[:12]}), but {config.model} holds other weights "
+                    f"(fingerprint {fingerprint[:12]}); set {name}.model to the model it was trained with"
                 )
+
+
+def adapter_config(recipe: Recipe) -> AdapterConfig:
+    """What the adapters of this recipe's run say about themselves, at step 0."""
+    return AdapterConfig(
+        assistant=ModelIdentity.of(recipe.assistant),
+        base=ModelIdentity.of(recipe.base),
+        task=recipe.task.name,
+        projection=recipe.projection.kind,
+        num_thoughts=recipe.thoughts.count,
+        step=0,
+    )
 
 
 def checkpoints(run_dir: Path) -> list[Path]:
@@ -108,14 +131,62 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     return found[-1] if found else None
 
 
-def adapter_recipe(folder: Path, overrides: list[str] | None = None) -> Recipe:
-    """The recipe that an adapter directory was trained with, its own prompts included."""
-    AdapterConfig.load(folder)
-    return load_recipe(folder / "recipe.yaml", [f"task.prompts={folder / 'prompts.yaml'}", *(overrides or [])])
+def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
+    """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
+
+    Raises:
+        SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
+    """
+    folder = Path(source)
+    if folder.is_dir():
+        AdapterConfig.load(folder)
+        # Its own copy of the wording: the file that it was trained with may have changed.
+        return load_recipe(folder / "recipe.yaml", [f"task.prompts={folder / 'prompts.yaml'}", *overrides]), folder
+    recipe = load_recipe(source, overrides)
+    latest = latest_checkpoint(recipe.run_dir)
+    if latest is None:
+        raise SoftCoTError(
+            f"no complete checkpoint in {recipe.run_dir}/checkpoints; train first: softcot-ds train {source}"
+        )
+    return recipe, latest
 
 
-def save_checkpoint(engine: Any, recipe: Recipe, config: AdapterConfig, prompt_file: Path) -> Path:
+def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | StaticThoughts:
+    """The trained projection in float32 on this process's device.
+
+    Raises:
+        SoftCoTError: it is damaged or does not fit the models or the thought count.
+    """
+    config = AdapterConfig.load(folder)
+    if config.num_thoughts != experiment.recipe.thoughts.count:
+        raise SoftCoTError(
+            f"{folder} was trained with {config.num_thoughts} thoughts, thoughts.count is "
+            f"{experiment.recipe.thoughts.count}; set it to {config.num_thoughts}"
+        )
+    base_width = width(experiment.base_config)
+    if config.projection == "static":
+        projection = StaticThoughts(torch.zeros(config.num_thoughts, base_width))
+    else:
+        projection = LinearProjection(width(experiment.assistant_config), base_width)
+    path = folder / "projection.safetensors"
+    weights = load_projection(path)
+    check_fits(weights, projection, path)
+    projection.load_state_dict(weights)
+    return projection.to(device())
+
+
+def train_summary(folder: Path) -> dict[str, Any]:
+    """How an adapter was trained: ranks, ZeRO stage, steps, losses, speed."""
+    return _read_trainer(folder)["summary"]
+
+
+def save_checkpoint(
+    engine: Any, recipe: Recipe, config: AdapterConfig, prompt_file: Path, summary: dict[str, Any]
+) -> Path:
     """Write the checkpoint of ``config.step``; all ranks call it. Older ones beyond training.keep_checkpoints go.
+
+    Args:
+        summary: how the training went, for reports.
 
     Raises:
         SoftCoTError: on every rank, when it cannot be written (a full disk); nothing half-written remains and the
@@ -128,7 +199,7 @@ def save_checkpoint(engine: Any, recipe: Recipe, config: AdapterConfig, prompt_f
         for name, p in parameters.items()
         for moment in _MOMENTS
     }
-    trainer = {"step": config.step, "optimizer_steps": _optimizer_steps(engine), "world_size": world_size()}
+    trainer = {"step": config.step, "optimizer_steps": _optimizer_steps(engine), "summary": summary}
     folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
 
     def fill(temporary: Path) -> None:
@@ -187,17 +258,24 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
     try:
         weights = load_file(folder / "projection.safetensors")
         moments = load_file(folder / "optimizer.safetensors")
-        trainer = json.loads((folder / "trainer.json").read_text())
     except (OSError, SafetensorError, ValueError) as error:
         raise SoftCoTError(
             f"{folder} is damaged: {error}; remove it to resume from the checkpoint before it"
         ) from error
+    trainer = _read_trainer(folder)
     _create_moments(engine, trainer["optimizer_steps"])
     for name, parameter in engine.module.projection.named_parameters():
         _set_full(parameter, weights[name])
         for moment in _MOMENTS:
             _set_full(parameter, moments[f"{moment}.{name}"], moment)
     return trainer["step"]
+
+
+def _read_trainer(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "trainer.json").read_text())
+    except (OSError, ValueError) as error:
+        raise SoftCoTError(f"{folder}/trainer.json is damaged: {error}; use another checkpoint") from error
 
 
 def _master_copies(engine: Any) -> list[torch.Tensor]:

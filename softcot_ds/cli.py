@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 
 from softcot_ds import __version__
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.recipe import load_recipe
 
 COMMANDS = {
     "cache": "compute the assistant's hidden states into the cache",
@@ -39,18 +39,33 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def recipe_command(
-    name: str, description: str, work: Callable[[Recipe], None]
+    name: str, description: str, work: Callable[..., object], adapter: bool = False
 ) -> Callable[[Sequence[str] | None], int]:
-    """The ``main`` of a command whose only arguments are a recipe and overrides."""
+    """The ``main`` of a command whose arguments are a recipe and overrides.
+
+    Args:
+        work: called with the recipe; with ``adapter``, also with the adapter directory to use.
+        adapter: an adapter directory may be named instead of a recipe.
+    """
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
-        parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
+        source = "a YAML file; recipes/ holds some" + adapter * "; or an adapter directory"
+        parser.add_argument("recipe", help=source)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
         parser.add_argument("--local_rank", help=argparse.SUPPRESS)
         args = parser.parse_args(argv)
-        return run_command(lambda: work(load_recipe(args.recipe, args.overrides)))
+
+        def run() -> None:
+            if adapter:
+                from softcot_ds.checkpoint import recipe_and_adapter  # brings deepspeed; not for --help
+
+                work(*recipe_and_adapter(args.recipe, args.overrides))
+            else:
+                work(load_recipe(args.recipe, args.overrides))
+
+        return run_command(run)
 
     return main
 

@@ -2,6 +2,7 @@
 
 import os
 import socket
+import warnings
 from collections.abc import Callable
 from datetime import timedelta
 from typing import Any
@@ -11,6 +12,12 @@ import torch
 import torch.distributed as dist
 
 from softcot_ds.errors import SoftCoTError
+
+# DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
+warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
+
+# DeepSpeed would compile a shared-memory all-reduce for CPU ranks, half a minute on each new machine; gloo has one.
+deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _control_group: Any = None
 
@@ -77,6 +84,12 @@ def any_rank(flag: bool) -> bool:
     value = torch.tensor(int(flag))
     dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control_group)
     return bool(value)
+
+
+def barrier() -> None:
+    """Wait until all ranks are here."""
+    if world_size() > 1:
+        dist.barrier(group=_control_group)
 
 
 def on_main(work: Callable[[], Any]) -> Any:

@@ -12,7 +12,7 @@ from softcot_ds.distributed import device, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
-from softcot_ds.recipe import Partition, Recipe
+from softcot_ds.recipe import Recipe
 from softcot_ds.step import SoftCoT
 
 
@@ -84,10 +84,9 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
     return engine
 
 
-def partition_for_decoding(model: PreTrainedModel, recipe: Recipe, partition: Partition) -> None:
-    """Put DeepSpeed's gather hooks on a model that was loaded partitioned, for use without training."""
-    if partition == "zero3":
-        deepspeed.initialize(model=model, config=engine_config(recipe), dist_init_required=False)
+def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Make a model that was loaded partitioned gather its weights as it runs, for use without training."""
+    deepspeed.initialize(model=model, config=config, dist_init_required=False)
 
 
 def accumulation_steps(recipe: Recipe) -> int:

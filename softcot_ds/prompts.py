@@ -113,7 +113,8 @@ class ChatFormat:
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text. The template has already written the special tokens."""
-        return self.tokenizer(text, add_special_tokens=False)["input_ids"]
+        # Too long a text is our error to report (data.py), not the tokenizer's to warn of.
+        return self.tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
 
     def render(self, messages: Messages, **fields: str) -> str:
         """The text that the model reads, up to where it starts to write.

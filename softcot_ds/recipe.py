@@ -156,8 +156,11 @@ class BackboneConfig(Section):
         return self
 
     def deepspeed_path(self) -> Path:
-        default = {"zero3": "ds_configs/zero3.json", "none": "ds_configs/replicated.json"}[self.partition]
-        return self.deepspeed or Path(default)
+        """The configured file, or the default of the partition: below the current directory or this checkout."""
+        if self.deepspeed is not None:
+            return self.deepspeed
+        default = Path("ds_configs", {"zero3": "zero3.json", "none": "replicated.json"}[self.partition])
+        return default if default.exists() else Path(__file__).parent.parent / default
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed configuration as read from its file."""
@@ -187,7 +190,7 @@ class TrainingConfig(Section):
     steps: int = Field(1000, ge=1)
     """Optimizer steps."""
     step: Literal["fast", "full"] = "fast"
-    """fast: only the work that the gradient needs. full: the naive step, kept as an oracle. The gradient is the same."""
+    """fast: only the work that the gradient needs. full: the naive step, an oracle. Both give the same gradient."""
     global_batch_size: int = Field(32, ge=1)
     """Examples per optimizer step, over all ranks."""
     micro_batch_size: int = Field(4, ge=1)
@@ -224,6 +227,8 @@ class EvaluationConfig(Section):
     batch_size: int = Field(16, ge=1)
     """Problems decoded together on a rank."""
     max_new_tokens: int = Field(512, ge=1)
+    text_max_tokens: int = Field(128, ge=1)
+    """Longest answer of the assistant in words (condition text), tokens."""
     temperature: float = Field(0.0, ge=0)
     """0 decodes greedily."""
     top_p: float = Field(1.0, gt=0, le=1)

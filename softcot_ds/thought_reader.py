@@ -4,10 +4,14 @@ from collections.abc import Sequence
 
 import torch
 
+from softcot_ds.backbone import load_frozen
 from softcot_ds.cache import open_cache
 from softcot_ds.data import Example
+from softcot_ds.distributed import device, say
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe
 from softcot_ds.thought_store import ThoughtStore, row_key
+from softcot_ds.thoughts import compute_thoughts
 
 
 class ThoughtReader:
@@ -28,3 +32,21 @@ class ThoughtReader:
         if self._store is None:
             return None
         return self._store.read([row_key(e.assistant.token_ids, e.assistant.positions) for e in examples])
+
+
+def read_all_thoughts(recipe: Recipe, examples: Sequence[Example]) -> torch.Tensor | None:
+    """(len(examples), T, P) assistant states on the device; None where the recipe needs none.
+
+    Without a cache of them the assistant is loaded, and let go again.
+    """
+    if recipe.projection.kind == "static":
+        return None
+    if recipe.thoughts.source == "cache":
+        try:
+            return ThoughtReader.open(recipe, examples).read(examples).to(device())
+        except SoftCoTError as error:
+            say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
+    assistant = load_frozen(recipe.assistant, "none", device())
+    size = recipe.evaluation.batch_size
+    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
+    return torch.cat([compute_thoughts(assistant, [example.assistant for example in batch]) for batch in batches])

@@ -1,4 +1,4 @@
-"""Train the projection: ``softcot-ds train RECIPE``, or ``deepspeed --module softcot_ds.train RECIPE`` on many ranks."""
+"""Train the projection: ``softcot-ds train RECIPE``; on many ranks ``deepspeed --module softcot_ds.train RECIPE``."""
 
 import json
 import math
@@ -149,22 +149,20 @@ def train(recipe: Recipe) -> None:
             say(f"step {step}  validation loss {scalars['loss/validation']:.4f}")
         if saving:
             history.write()
-            folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file)
+            summary = history.summary(engine, window.samples_per_second)
+            folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file, summary)
             board.flush()
         if validating or saving:
             window.restart_clock()
         if stopping and not last:
             raise SoftCoTError(
-                f"stopped by {stop.signal or 'another rank'} after step {step}; saved {folder}. Go on with the same command"
+                f"stopped by {stop.signal or 'another rank'} after step {step}; saved {folder}. "
+                "The same command goes on from there"
             )
 
-    summary = history.summary(engine, window.samples_per_second)
-    on_main(lambda: write_atomically(recipe.run_dir / "train.json", json.dumps(summary, indent=2) + "\n"))
     board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/last": summary["last_loss"]})
     board.close()
-    say(
-        f"trained to step {config.steps}, loss {summary['first_loss']:.4f} to {summary['last_loss']:.4f}; adapter: {folder}"
-    )
+    say(f"loss {summary['first_loss']:.4f} to {summary['last_loss']:.4f} in {config.steps} steps; adapter: {folder}")
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:

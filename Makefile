@@ -1,0 +1,49 @@
+# make demo   train and evaluate SoftCoT on the embedded pair, from a fresh clone
+# make test   run the test suite
+
+PYTHON ?= python3
+SEED ?= 0
+VENV := .venv
+BIN := $(VENV)/bin
+RECIPE := recipes/word_problems.yaml
+
+# Two ranks on the CPU, each with half of the cores; on a GPU machine one rank per GPU, at most two.
+GPUS := $(shell nvidia-smi --list-gpus 2>/dev/null | wc -l)
+RANKS := $(shell [ $(GPUS) -eq 1 ] && echo 1 || echo 2)
+CORES := $(shell nproc)
+ifeq ($(GPUS),0)
+export DS_ACCELERATOR := cpu
+export OMP_NUM_THREADS ?= $(shell echo $$(( ($(CORES) + 1) / 2 )))
+endif
+# Open MPI refuses to start as root unless told twice, and counts cores unless told to share them.
+export OMPI_ALLOW_RUN_AS_ROOT := 1
+export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
+MPIRUN := $(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS)
+DEEPSPEED := $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
+
+RUN := $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
+ARGS := $(RECIPE) name=$(RUN) seed=$(SEED)
+
+.PHONY: demo test clean
+
+demo: $(VENV)/.installed
+	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
+	$(DEEPSPEED) --module softcot_ds.train $(ARGS)
+	$(DEEPSPEED) --module softcot_ds.evaluate $(ARGS)
+	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
+
+test: $(VENV)/.installed-test
+	$(BIN)/python -m pytest
+
+$(VENV)/.installed: setup.py constraints.txt
+	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mpi]'
+	touch $@
+
+$(VENV)/.installed-test: $(VENV)/.installed
+	$(BIN)/python -m pip install --quiet -c constraints.txt -e '.[mpi,test]'
+	touch $@
+
+clean:
+	rm -rf $(VENV) build *.egg-info

@@ -1,0 +1,306 @@
+"""Word problems that separate knowing what words mean from knowing how to calculate.
+
+A person starts with some things and two to four events follow, one sentence each:
+
+    question   tom has 23 coins . later tom snags 5 . tom sketches 9 . tom halves them . how many coins now ?
+    plan       do add skip halve .
+    reasoning  23 + 5 = 28 ; skip 9 ; 28 / 2 = 14 ; answer 14
+
+Three of the five operations (`add`, `take`, `skip`) share one sentence frame with a number, the other two
+(`double`, `halve`) share one without. So syntax does not give the operation away: one has to know the verb.
+
+Every operation has common and rare verbs. That is where the two models differ:
+
+- the base calculates, and has seen *common* verbs only in problems with a solution. Rare verbs are familiar words
+  to it (it reads stories that contain them), but it never saw what they do to a number;
+- the assistant knows all verbs and writes plans, and has never seen a calculation.
+
+What the base lacks on a problem with a rare verb is what the assistant knows. That, and nothing else, is what soft
+thoughts can carry over.
+
+Splits. A problem's split is a hash of its *signature*: the start number, and operation and number of each event. The
+two models are trained on documents of the train split only, like the projection. A test problem is therefore a new
+combination of numbers and operations, told with known verbs, names and things. It does not test new verbs.
+"""
+
+import random
+import zlib
+from dataclasses import dataclass
+from typing import Literal
+
+Split = Literal["train", "validation", "test"]
+Signature = tuple[int, tuple[tuple[str, int], ...]]
+"""Start number, and operation and number of each event: what the split is decided by."""
+
+
+def split_of(signature: Signature) -> Split:
+    """10% of all signatures are test, 5% validation. The hash is the same on every machine, unlike Python's own."""
+    bucket = zlib.crc32(repr(signature).encode()) % 20
+    return {0: "test", 1: "test", 2: "validation"}.get(bucket, "train")
+
+
+@dataclass(frozen=True)
+class Operation:
+    """What an event does to the count, and the verbs that say so."""
+
+    name: str
+    symbol: str
+    """As written in the reasoning; empty for `skip`, which does not calculate."""
+    has_number: bool
+    """Whether the sentence carries a number: "tom buys 5 ." or "tom doubles them ."."""
+    weight: float
+    """How often it is drawn."""
+    common: tuple[str, ...]
+    """Verbs the base has seen in solved problems."""
+    rare: tuple[str, ...]
+    """Verbs the base has seen in stories only."""
+
+    def apply(self, count: int, number: int) -> int:
+        """The count after the event; `number` is 2 for `double` and `halve`."""
+        match self.symbol:
+            case "+":
+                return count + number
+            case "-":
+                return count - number
+            case "x":
+                return count * number
+            case "/":
+                return count // number
+        return count
+
+
+OPERATIONS = (
+    Operation(
+        "add",
+        "+",
+        True,
+        0.3,
+        tuple("buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals".split()),
+        tuple("inherits snags pockets acquires scoops hoards".split()),
+    ),
+    Operation(
+        "take",
+        "-",
+        True,
+        0.3,
+        tuple("sells loses gives eats drops breaks throws uses hands burns trades wastes ruins sends pays".split()),
+        tuple("donates misplaces squanders forfeits discards shreds".split()),
+    ),
+    Operation(
+        "skip",
+        "",
+        True,
+        0.2,
+        tuple("counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds".split()),
+        tuple("sketches praises inspects ponders mentions adores".split()),
+    ),
+    Operation("double", "x", False, 0.1, ("doubles", "twins", "clones", "repeats"), ("duplicates", "mirrors")),
+    Operation("halve", "/", False, 0.1, ("halves", "splits", "shares", "cuts"), ("bisects", "cleaves")),
+)
+
+NAMES = "tom ann bob eva sam mia leo zoe max ivy dan lily ben ruth carl nora hugo jane paul rosa".split()
+ITEMS = "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
+OPENERS = ("", "", "", "then ", "later ", "next ", "soon ", "today ")
+SYLLABLES = "bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo ren".split()
+
+MAX_COUNT = 99
+"""Counts stay within 1 to 99: two digits, so that a 2M model can learn to calculate in minutes."""
+MAX_EVENTS = 4
+
+
+@dataclass(frozen=True)
+class Event:
+    """One sentence: an operation, its number, and the verb that tells it."""
+
+    operation: Operation
+    number: int
+    verb: str
+
+    @property
+    def is_rare(self) -> bool:
+        return self.verb in self.operation.rare
+
+
+@dataclass(frozen=True)
+class WordProblem:
+    """A story with a question, and the ways it can be answered."""
+
+    name: str
+    item: str
+    start: int
+    events: tuple[Event, ...]
+    openers: tuple[str, ...]
+    """Before each event's sentence: "later ", or nothing."""
+
+    @property
+    def story(self) -> str:
+        """The events without the question."""
+        sentences = [f"{self.name} has {self.start} {self.item} ."]
+        for opener, event in zip(self.openers, self.events, strict=True):
+            object_ = event.number if event.operation.has_number else "them"
+            sentences.append(f"{opener}{self.name} {event.verb} {object_} .")
+        return " ".join(sentences)
+
+    @property
+    def question(self) -> str:
+        return f"{self.story} how many {self.item} now ?"
+
+    @property
+    def operations(self) -> list[str]:
+        return [event.operation.name for event in self.events]
+
+    @property
+    def plan(self) -> str:
+        """One word per event and no number: what the assistant knows.
+
+        It opens with "do" because a language model's state at a token predicts the *next* one: with a constant
+        first word, the state at the first placeholder is the one that predicts the first operation.
+        """
+        return f"do {' '.join(self.operations)} ."
+
+    @property
+    def counts(self) -> list[int]:
+        """The count at the start and after each event."""
+        counts = [self.start]
+        for event in self.events:
+            counts.append(event.operation.apply(counts[-1], event.number))
+        return counts
+
+    @property
+    def reasoning(self) -> str:
+        """One step per event, then the answer: what the base writes."""
+        steps = []
+        for event, before, after in zip(self.events, self.counts, self.counts[1:], strict=False):
+            symbol = event.operation.symbol
+            steps.append(f"{before} {symbol} {event.number} = {after}" if symbol else f"skip {event.number}")
+        return " ; ".join([*steps, f"answer {self.answer}"])
+
+    @property
+    def answer(self) -> int:
+        return self.counts[-1]
+
+    @property
+    def num_rare(self) -> int:
+        """Events told with a verb the base never saw solved."""
+        return sum(event.is_rare for event in self.events)
+
+    @property
+    def signature(self) -> Signature:
+        return self.start, tuple((event.operation.name, event.number) for event in self.events)
+
+
+def made_up_verb(rng: random.Random) -> str:
+    """A word without a meaning: beside it, only a plan tells what happens."""
+    return "".join(rng.choice(SYLLABLES) for _ in range(rng.randint(2, 3))) + "s"
+
+
+def draw_problem(rng: random.Random, split: Split, rare_rate: float, made_up_rate: float = 0.0) -> WordProblem:
+    """One random problem of a split.
+
+    Args:
+        rng: source of all randomness.
+        split: problems of other splits are drawn again.
+        rare_rate: chance, per event, of a rare verb instead of a common one.
+        made_up_rate: chance, per event, of a made-up verb instead of either.
+    """
+    weights = [operation.weight for operation in OPERATIONS]
+    while True:
+        start = count = rng.randint(4, 60)
+        events = []
+        for operation in rng.choices(OPERATIONS, weights, k=rng.randint(2, MAX_EVENTS)):
+            number = rng.randint(2, 20) if operation.has_number else 2
+            verb = rng.choice(operation.rare if rng.random() < rare_rate else operation.common)
+            if rng.random() < made_up_rate:
+                verb = made_up_verb(rng)
+            if operation.symbol == "/" and count % 2:
+                break  # no fractions
+            count = operation.apply(count, number)
+            if not 0 < count <= MAX_COUNT:
+                break
+            events.append(Event(operation, number, verb))
+        else:
+            openers = tuple(rng.choice(OPENERS) for _ in events)
+            problem = WordProblem(rng.choice(NAMES), rng.choice(ITEMS), start, tuple(events), openers)
+            if split_of(problem.signature) == split:
+                return problem
+
+
+TASK_RARE_RATE = 0.4
+"""Chance of a rare verb per event in the problems of the task: about four problems in five have at least one."""
+
+
+def generate(split: Split, count: int, seed: int) -> list[WordProblem]:
+    """`count` problems of a split, no two with the same signature; the same for the same arguments.
+
+    Problems of different splits never share a signature, whatever the seeds: the split is a function of it.
+    """
+    if split not in ("train", "validation", "test"):
+        raise ValueError(f"split is {split!r}; it must be train, validation or test")
+    rng = random.Random(f"{split}-{seed}")
+    problems: dict[Signature, WordProblem] = {}
+    while len(problems) < count:
+        problem = draw_problem(rng, split, TASK_RARE_RATE)
+        problems.setdefault(problem.signature, problem)
+    return list(problems.values())
+
+
+# ------------------------------------------------------------------------------------- what the models are trained on
+
+
+@dataclass(frozen=True)
+class Document:
+    """One training text: a turn of a user and a reply, either of which may be missing."""
+
+    user: str | None
+    reply: str | None
+
+
+ASSISTANT_INSTRUCTION = "make a plan ."
+PLAN_MARKER = "plan :"
+
+
+def assistant_document(rng: random.Random) -> Document:
+    """Question, then plan, with all verbs. The assistant reads nothing else, so it never sees a calculation."""
+    problem = draw_problem(rng, "train", rare_rate=0.5)
+    return Document(f"{ASSISTANT_INSTRUCTION}\n{problem.question}", problem.plan)
+
+
+def base_document(rng: random.Random) -> Document:
+    """A text for the base, of one of four kinds. No rare verb stands in any problem with a solution."""
+    kind = rng.choices((_drill, _story, _solved, _solved_with_plan), (0.15, 0.10, 0.30, 0.45))[0]
+    return kind(rng)
+
+
+def _drill(rng: random.Random) -> Document:
+    """Bare calculations: two-digit arithmetic takes more practice than the problems alone give."""
+    steps = []
+    while len(steps) < 6:
+        operation = rng.choice([operation for operation in OPERATIONS if operation.symbol])
+        before, number = rng.randint(1, MAX_COUNT), rng.randint(2, 20) if operation.has_number else 2
+        after = operation.apply(before, number)
+        if 0 < after <= MAX_COUNT and (operation.symbol != "/" or before % 2 == 0):
+            steps.append(f"{before} {operation.symbol} {number} = {after}")
+    return Document(None, " ; ".join(steps))
+
+
+def _story(rng: random.Random) -> Document:
+    """Events without question or solution, all verbs: makes rare verbs familiar words of unknown effect."""
+    return Document(draw_problem(rng, "train", rare_rate=0.5).story, None)
+
+
+def _solved(rng: random.Random) -> Document:
+    """A question and its solution, common verbs: reading verbs without help."""
+    problem = draw_problem(rng, "train", rare_rate=0.0)
+    return Document(problem.question, problem.reasoning)
+
+
+def _solved_with_plan(rng: random.Random) -> Document:
+    """A question, a plan in words, and the solution; half the verbs are made up.
+
+    Made-up verbs make the plan worth reading. Its layout varies, with up to two words before the operations and up to
+    five dots behind, because soft thoughts have a fixed count: the base must take unused slots for padding.
+    """
+    problem = draw_problem(rng, "train", rare_rate=0.0, made_up_rate=0.5)
+    before = rng.choice(([], ["do"], ["do"], ["."], [".", "do"], [".", "."]))
+    plan = " ".join([*before, *problem.operations, *["."] * rng.randint(0, 5)])
+    return Document(f"{problem.question}\n{PLAN_MARKER}\n{plan}", problem.reasoning)
