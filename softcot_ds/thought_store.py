@@ -249,6 +249,11 @@ def leftover_names(folder: Path) -> list[str]:
     return sorted(e for e in os.listdir(folder) if e.endswith(TEMPORARY_SUFFIX))
 
 
+def damaged_names(folder: Path) -> list[str]:
+    """Names of damaged shards that a builder has set aside."""
+    return sorted(e for e in os.listdir(folder) if e.endswith(DAMAGED_SUFFIX))
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """What a shard holds, without its rows."""

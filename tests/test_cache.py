@@ -311,6 +311,44 @@ def test_progress_tells_rows_rate_and_time_left(tmp_path, monkeypatch, capsys):
     assert "done: 30 rows" in out
 
 
+def test_info_tells_what_a_cache_is(tmp_path, capsys):
+    fill(tmp_path / "a", make_inputs(7), fake)
+    assert cache.main(["--info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for text in ("toys/llama", "7 of 4 x 32 float32", "in 1 shard", "created", "sdpa"):
+        assert text in out
+
+
+def test_verify_finds_a_flipped_bit_and_exits_with_2(tmp_path, capsys):
+    fill(tmp_path, make_inputs(7), fake)
+    assert cache.main([str(tmp_path), "--verify"]) == 0
+    assert "all checksums agree, 7 rows" in capsys.readouterr().out
+    (shard,) = tmp_path.glob("thoughts-*")
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 4
+    shard.write_bytes(data)
+    assert cache.main(["--verify", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"damaged: {shard}: the checksum of row 1 of 7 differs" in captured.out
+    assert "1 of 1 shards" in captured.err
+
+
+def test_prune_removes_leftovers_and_nothing_else(tmp_path, capsys):
+    inputs = make_inputs(7)
+    fill(tmp_path, inputs, fake)
+    (tmp_path / f"thoughts-0{ts.SHARD_SUFFIX}{ts.TEMPORARY_SUFFIX}").write_bytes(b"x" * 1000)
+    (tmp_path / f"thoughts-1{ts.SHARD_SUFFIX}{ts.DAMAGED_SUFFIX}").write_bytes(b"x" * 1000)
+    assert cache.main(["--prune", str(tmp_path)]) == 0
+    assert "removed 2 files" in capsys.readouterr().out
+    assert torch.equal(read(ThoughtStore.open(tmp_path, IDENTITY), inputs), fake(inputs))
+    assert len(list(tmp_path.iterdir())) == 3  # manifest, lock, shard
+
+
+def test_a_folder_without_a_cache_is_said_to_be_one(tmp_path, capsys):
+    assert cache.main(["--info", str(tmp_path)]) == 2
+    assert "no thought cache in" in capsys.readouterr().err
+
+
 def run_ranks(size: int, work) -> list[BaseException | None]:
     """``work(ranks)`` in threads that share a board, as processes would; what each raised."""
     board = dist.HashStore()
