@@ -7,7 +7,7 @@ another number of ranks continues the same curve.
 import hashlib
 import random
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 
@@ -45,7 +45,7 @@ class Splits:
     train: list[Example]
     validation: list[Example]
     test: list[Example]
-    notes: list[str] = field(default_factory=list)
+    notes: list[str]
     """What was left out, and why; to be printed."""
 
     def assistant_inputs(self) -> list[AssistantInput]:
@@ -187,7 +187,7 @@ def micro_batches(batch: list[int], rank: int, world_size: int, accumulation: in
 class Batch:
     """Examples as padded tensors. B examples, prefix padded left to L, suffix and target padded right to R.
 
-    Position i of the suffix part predicts the token at i + 1; the thoughts stand between prefix and suffix.
+    Between prefix and suffix stand T thoughts. K tokens are supervised.
     """
 
     prefix_ids: torch.Tensor
@@ -198,16 +198,14 @@ class Batch:
     """(B, R) int64, the rest of the prompt and the target."""
     suffix_mask: torch.Tensor
     """(B, R) bool, False on padding."""
-    labels: torch.Tensor
-    """(B, R) int64: the suffix token itself where it is supervised, IGNORE elsewhere."""
+    predict_at: torch.Tensor
+    """(K,) int64: positions that predict a supervised token, in the flattened (B, T+R) thoughts and suffix."""
+    targets: torch.Tensor
+    """(K,) int64: the supervised tokens."""
+    assistant: list[AssistantInput]
+    """What the assistant reads for each example."""
     thoughts: torch.Tensor | None = None
     """(B, T, P) the assistant's states, or None when there are none to read (online, static)."""
-    assistant: list[AssistantInput] = field(default_factory=list)
-
-    @property
-    def num_labels(self) -> int:
-        """Supervised tokens. Reads the labels; call it before they move to a GPU."""
-        return int((self.labels != IGNORE).sum())
 
     @property
     def num_tokens(self) -> int:
@@ -225,11 +223,23 @@ class Batch:
 def collate(examples: Sequence[Example], pad_id: int) -> Batch:
     """Pad examples into a batch (on the CPU, without thoughts)."""
     prefix_ids, prefix_mask = pad([e.prefix_ids for e in examples], pad_id, side="left")
-    suffixes = [e.suffix_ids + e.target_ids for e in examples]
-    suffix_ids, suffix_mask = pad(suffixes, pad_id, side="right")
-    labels, _ = pad([[IGNORE] * len(e.suffix_ids) + e.target_ids for e in examples], IGNORE, side="right")
+    suffix_ids, suffix_mask = pad([e.suffix_ids + e.target_ids for e in examples], pad_id, side="right")
+    num_thoughts = len(examples[0].assistant.positions)
+    width = num_thoughts + suffix_ids.shape[1]
+    predict_at = [
+        # The token before the target's first predicts it: the last of the prompt, or the last thought.
+        row * width + num_thoughts + len(example.suffix_ids) - 1 + offset
+        for row, example in enumerate(examples)
+        for offset in range(len(example.target_ids))
+    ]
     return Batch(
-        prefix_ids, prefix_mask, suffix_ids, suffix_mask, labels, assistant=[example.assistant for example in examples]
+        prefix_ids,
+        prefix_mask,
+        suffix_ids,
+        suffix_mask,
+        torch.tensor(predict_at, dtype=torch.int64),
+        torch.tensor([token for example in examples for token in example.target_ids], dtype=torch.int64),
+        [example.assistant for example in examples],
     )
 
 

@@ -1,19 +1,21 @@
 """The training step: from a batch to the loss, with only the work that the projection's gradient needs.
 
-B batch, L prefix tokens, T thoughts, R suffix and target tokens, D base width, V vocabulary.
+B batch, L prefix tokens, T thoughts, R suffix and target tokens, K supervised tokens, D base width, V vocabulary.
 
-The base is causal and frozen, so nothing before the first thought depends on the projection: the prefix runs without
-gradient and only leaves its keys and values behind. ``step="full"`` is the naive step, kept as an oracle: one pass over
-the whole sequence with gradient, logits everywhere. Both give the same loss and the same gradient.
+``step="fast"`` runs the prefix without gradient (frozen_prefix.py) and the head on the K positions alone. ``"full"`` is
+the naive step, kept as an oracle: one pass over the whole sequence with gradient, logits everywhere. Loss and gradient
+of both are the same.
 """
 
+import warnings
 from typing import Literal
 
 import torch
 from torch import nn
-from transformers import DynamicCache, PreTrainedModel
+from transformers import PreTrainedModel
 
 from softcot_ds.data import IGNORE, Batch
+from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.projection import LinearProjection, StaticThoughts
 from softcot_ds.thoughts import compute_thoughts
 
@@ -27,33 +29,44 @@ class SoftCoT(nn.Module):
         projection: LinearProjection | StaticThoughts,
         assistant: PreTrainedModel | None = None,
         step: Literal["fast", "full"] = "fast",
+        activation_checkpointing: bool = False,
     ) -> None:
         super().__init__()
         self.base = base
         self.projection = projection
         self.assistant = assistant
-        self.step = step
+        self.prefixed = None
+        if step == "fast":
+            reason = why_unsupported(base)
+            if reason is None:
+                self.prefixed = FrozenPrefix(base, activation_checkpointing)
+            else:
+                warnings.warn(f"{type(base).__name__} runs the full step: {reason}", stacklevel=2)
+        if self.prefixed is None and activation_checkpointing:
+            base.activation_checkpointing_enable({"use_reentrant": False})
+
+    def train(self, mode: bool = True) -> "SoftCoT":
+        """Only the projection is ever in training mode: the frozen models have no dropout."""
+        self.training = mode
+        self.projection.train(mode)
+        return self
 
     def forward(self, batch: Batch) -> torch.Tensor:
-        """Cross entropy summed over the supervised tokens of the batch, in nats; float32 scalar.
+        """Cross entropy summed over the supervised tokens of the batch, in nats; a scalar in float32 (float64 for a float64 base).
 
         It is a sum because the mean is over the global batch, whose token count the caller knows.
         """
         embeds, mask, positions = self._inputs(batch)
         prefix_length = batch.prefix_ids.shape[1]
-        if self.step == "full":
+        if self.prefixed is not None:
+            logits = self.prefixed.logits(embeds, mask, positions, prefix_length, batch.predict_at)
+        else:
             logits = self.base(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
             ).logits
-            logits = logits[:, prefix_length:]
-        else:
-            logits = self._suffix_logits(embeds, mask, positions, prefix_length)
-        # Position T - 1 + i of [thoughts ; suffix] predicts the suffix token i.
-        num_suffix = batch.labels.shape[1]
-        logits = logits[:, -num_suffix - 1 : -1]
-        return nn.functional.cross_entropy(
-            logits.float().flatten(0, 1), batch.labels.flatten(), ignore_index=IGNORE, reduction="sum"
-        )
+            logits = logits[:, prefix_length:].flatten(0, 1)[batch.predict_at]
+        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
+        return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORE, reduction="sum")
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts, in the base's dtype."""
@@ -78,25 +91,3 @@ class SoftCoT(nn.Module):
         mask = torch.cat([batch.prefix_mask, thoughts_mask, batch.suffix_mask], dim=1)
         positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
         return embeds, mask.long(), positions
-
-    def _suffix_logits(
-        self, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor, prefix_length: int
-    ) -> torch.Tensor:
-        """(B, T+R, V) logits of thoughts and suffix; gradient flows through them alone."""
-        cache = DynamicCache(config=self.base.config)
-        if prefix_length:
-            with torch.no_grad():
-                self.base.get_decoder()(
-                    inputs_embeds=embeds[:, :prefix_length],
-                    attention_mask=mask[:, :prefix_length],
-                    position_ids=positions[:, :prefix_length],
-                    past_key_values=cache,
-                    use_cache=True,
-                )
-        return self.base(
-            inputs_embeds=embeds[:, prefix_length:],
-            attention_mask=mask,
-            position_ids=positions[:, prefix_length:],
-            past_key_values=cache,
-            use_cache=True,
-        ).logits

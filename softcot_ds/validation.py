@@ -52,8 +52,8 @@ class Validator:
             # A rank that is out of examples runs along with one that counts for nothing.
             batch = self._batch(mine or chunk[:1])
             if not mine:
-                batch.labels.fill_(IGNORE)
-            count = batch.num_labels
+                batch.targets.fill_(IGNORE)
+            count = int((batch.targets != IGNORE).sum())
             total += torch.stack([self._engine(batch.to(device())).double(), total.new_tensor(count)])
         loss, count = sum_over_ranks(total).tolist()
         return loss / count

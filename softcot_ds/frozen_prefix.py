@@ -1,0 +1,213 @@
+"""One pass over ``prefix ; suffix`` of a frozen causal model, with gradient through the suffix alone.
+
+Nothing before the first thought depends on the projection. So in every layer the prefix runs first, without gradient,
+and leaves its keys and values; then the suffix runs on top of them, with gradient. Doing both layer by layer, not the
+whole prefix first, means that under ZeRO-3 a layer's weights are gathered once for both.
+
+A layer is not rewritten: its own forward is called twice, with slices of the arguments that the model made for the
+whole sequence (masks, positions, rotary embeddings) and with a stand-in for the cache. So whatever the family does in a
+layer, it does here.
+"""
+
+import inspect
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import DynamicCache, PreTrainedModel
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+
+KeysValues = tuple[torch.Tensor, torch.Tensor]
+"""Keys and values of one layer, each (B, heads, tokens, head width)."""
+
+
+def why_unsupported(model: PreTrainedModel) -> str | None:
+    """Why a model cannot run this way, or None when it can: its layers must keep keys and values and nothing else."""
+    layers = getattr(model.get_decoder(), "layers", None)
+    if not isinstance(layers, nn.ModuleList):
+        return "its decoder has no list of layers"
+    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
+    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return "some of its layers keep other states than keys and values"
+    if not all("past_key_values" in inspect.signature(layer.forward).parameters for layer in layers):
+        return "its layers take no past_key_values"
+    return None
+
+
+@dataclass
+class SharedPrefix:
+    """Tokens that every prefix begins with, read once: their keys and values of each layer, batch of one."""
+
+    length: int
+    layers: list[KeysValues]
+
+
+@dataclass
+class _Call:
+    """One pass under way."""
+
+    prefix_length: int
+    keep: torch.Tensor
+    shared: SharedPrefix | None
+    prefix_hidden: torch.Tensor | None = field(default=None)
+
+
+class _Recorder:
+    """Stands in for a cache while the prefix runs: remembers the keys and values, after the shared ones."""
+
+    def __init__(self, shared: KeysValues | None) -> None:
+        self.states = shared
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> KeysValues:
+        if self.states is not None:
+            past_keys, past_values = (state.expand(len(keys), -1, -1, -1) for state in self.states)
+            keys, values = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+        self.states = keys, values
+        return keys, values
+
+
+class _Replay:
+    """Stands in for a cache while the suffix runs: changes nothing, so the layer may be run again (checkpointing)."""
+
+    def __init__(self, states: KeysValues) -> None:
+        self._states = states
+
+    def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> KeysValues:
+        past_keys, past_values = self._states
+        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+
+
+class _PastLength:
+    """Tells the model how many tokens came before, when it makes its masks."""
+
+    def __init__(self, length: int) -> None:
+        self._length = length
+
+    def get_seq_length(self, layer_idx: int = 0) -> int:
+        return self._length
+
+    get_query_offset = get_seq_length
+
+    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
+        return self._length + query_length, 0
+
+
+class FrozenPrefix:
+    """Lets a model run ``prefix ; suffix`` as described above; otherwise the model works as before."""
+
+    def __init__(self, model: PreTrainedModel, activation_checkpointing: bool = False) -> None:
+        self._model = model
+        self._checkpointing = activation_checkpointing
+        self._call: _Call | None = None
+        self._layers = model.get_decoder().layers
+        for index, layer in enumerate(self._layers):
+            layer.forward = partial(self._run_layer, index, layer.forward)
+
+    def logits(
+        self,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        prefix_length: int,
+        keep: torch.Tensor,
+        shared: SharedPrefix | None = None,
+    ) -> torch.Tensor:
+        """Logits at chosen positions of the suffix.
+
+        Args:
+            embeds: (B, L+R, D), L prefix (padded on the left) and R suffix tokens.
+            mask: (B, I+L+R), 0 on padding; I tokens of ``shared`` come first.
+            positions: (B, L+R) position of each token.
+            prefix_length: L.
+            keep: (K,) indices into the flattened (B, R) suffix positions. The head runs on these alone.
+
+        Returns:
+            (K, V), with gradient with respect to the suffix part of ``embeds``.
+        """
+        past = None if shared is None else _PastLength(shared.length)
+        self._call = _Call(prefix_length, keep, shared)
+        try:
+            output = self._model(
+                inputs_embeds=embeds,
+                attention_mask=mask,
+                position_ids=positions,
+                past_key_values=past,
+                use_cache=False,
+            )
+        finally:
+            self._call = None
+        return output.logits[0]
+
+    @torch.no_grad()
+    def read_shared(self, ids: torch.Tensor) -> SharedPrefix:
+        """Run tokens (I,) that every prefix begins with."""
+        cache = DynamicCache()
+        self._model.get_decoder()(input_ids=ids[None], past_key_values=cache, use_cache=True)
+        return SharedPrefix(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+
+    def _run_layer(
+        self, index: int, forward: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any, **kwargs: Any
+    ) -> torch.Tensor:
+        call = self._call
+        if call is None:
+            return forward(hidden, *args, **kwargs)
+        length = call.prefix_length
+        if index == 0:
+            # Between the layers only the suffix is handed on by the model; the prefix waits in the call.
+            call.prefix_hidden, hidden = hidden[:, :length], hidden[:, length:]
+        total = length + hidden.shape[1]
+        mask = kwargs.pop("attention_mask", None)
+        kwargs.pop("past_key_values", None)
+        if mask is None:
+            # The model left causality to the attention kernel, which would align the suffix's square mask wrongly.
+            mask = torch.ones(total, total, dtype=torch.bool, device=hidden.device).tril()[None, None]
+        states = call.shared.layers[index] if call.shared is not None else None
+        if length:
+            recorder = _Recorder(states)
+            with torch.no_grad():
+                call.prefix_hidden = forward(
+                    call.prefix_hidden,
+                    *args,
+                    attention_mask=_rows(mask, 0, length, total),
+                    past_key_values=recorder,
+                    **_part(kwargs, 0, length, total),
+                )
+            states = recorder.states
+        elif states is not None:
+            states = tuple(state.expand(len(hidden), -1, -1, -1) for state in states)
+        run = partial(
+            forward,
+            attention_mask=_rows(mask, length, total, total),
+            past_key_values=None if states is None else _Replay(states),
+            **_part(kwargs, length, total, total),
+        )
+        hidden = checkpoint(run, hidden, *args, use_reentrant=False) if self._checkpointing else run(hidden, *args)
+        if index == len(self._layers) - 1:
+            # What follows, final norm and head, works on each position alone: give it the chosen ones only.
+            hidden = hidden.flatten(0, 1)[call.keep][None]
+        return hidden
+
+
+def _part(values: Any, start: int, stop: int, total: int) -> Any:
+    """Cut every (., total, ...) tensor in ``values`` to tokens ``start`` to ``stop``."""
+    if isinstance(values, torch.Tensor):
+        return values[:, start:stop] if values.ndim >= 2 and values.shape[1] == total else values
+    if isinstance(values, tuple):
+        return tuple(_part(value, start, stop, total) for value in values)
+    if isinstance(values, dict):
+        return {key: _part(value, start, stop, total) for key, value in values.items()}
+    return values
+
+
+def _rows(mask: torch.Tensor, start: int, stop: int, total: int) -> torch.Tensor:
+    """The mask of queries ``start`` to ``stop``, whose keys end with themselves.
+
+    ``mask`` is (B or 1, heads or 1, queries, keys), or (B, keys) as flash attention takes it; keys may have a past that
+    queries have not.
+    """
+    keys = mask.shape[-1] - (total - stop)
+    return mask[..., :keys] if mask.ndim == 2 else mask[:, :, start:stop, :keys]
