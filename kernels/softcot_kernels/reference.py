@@ -45,11 +45,9 @@ def thought_embedding(hidden, weight, bias, token_ids, table, slot=None, embed_s
 
 def weight_grads(grad, hidden, slot, weight_dtype, bias_dtype):
     """Gradients of weight (D, P) and of bias (D,), summed in at least float32; the second is empty without a bias."""
-    B, T, P = hidden.shape
-    rows = _thought_rows(grad, slot, T)
     sum_dtype = torch.promote_types(hidden.dtype, torch.float32)
-    rows = rows.reshape(B * T, -1).to(hidden.dtype).to(sum_dtype)
-    weight_grad = (rows.mT @ hidden.reshape(B * T, P).to(sum_dtype)).to(weight_dtype)
+    rows = _thought_rows(grad, slot, hidden.shape[1]).flatten(0, 1).to(hidden.dtype).to(sum_dtype)
+    weight_grad = (rows.mT @ hidden.flatten(0, 1).to(sum_dtype)).to(weight_dtype)
     bias_grad = grad.new_empty(0) if bias_dtype is None else rows.sum(0).to(bias_dtype)
     return weight_grad, bias_grad
 

@@ -288,6 +288,7 @@ _FORWARD = {
             _config(128, 128, 64, 8, **_copy(16, per_sm=6)),
             _config(64, 128, 64, 8, **_copy(16, per_sm=3)),
             _config(64, 128, 64, 8, **_copy(16, per_sm=3, stages=3)),
+            _config(64, 128, 64, 8, 4, **_copy(16, per_sm=2)),
             _config(128, 64, 64, 4, **_copy(8, per_sm=3)),
             _config(64, 64, 64, 4, **_copy(8, per_sm=4)),
             _config(16, 64, 128, 4, **_copy(8, per_sm=4)),
