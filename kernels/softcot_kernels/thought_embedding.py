@@ -18,6 +18,10 @@ import triton.language as tl
 from softcot_kernels import reference
 
 _INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
+# Arguments that change with every batch and vectorise nothing: a kernel compiled for one length serves all.
+_LENGTHS = [
+    "B", "S", "T", "ids_stride_b", "ids_stride_s", "slot_stride", "multiprocessors", "TOKENS_LOG2", "THOUGHTS_LOG2"
+]  # fmt: skip
 
 
 @triton.jit
@@ -46,7 +50,7 @@ def _slots(slot_ptr, slot_stride, b, mask):
     return slot
 
 
-@triton.jit(do_not_specialize=["B", "S", "T", "multiprocessors", "TOKENS_LOG2", "THOUGHTS_LOG2"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _forward_kernel(
     hidden_ptr,  # (B, T, P)
     weight_ptr,  # (D, P)
@@ -88,7 +92,7 @@ def _forward_kernel(
     chunks = tl.cdiv(B * S, COPY_ROWS) * chunks_d
     OPS_PER_BYTE: tl.constexpr = 8 if dot_dtype == tl.float32 else 128
     CHUNK_OPS: tl.constexpr = OPS_PER_BYTE * COPY_ROWS * COPY_D * (out_dtype.primitive_bitwidth // 8) * PER_SM
-    tile_price = tl.cdiv(P, max(1, CHUNK_OPS // (BLOCK_M * BLOCK_D)))
+    tile_price = 1 + P // max(1, CHUNK_OPS // (BLOCK_M * BLOCK_D))
     share = tl.cdiv(tiles * tile_price + chunks, programs)
     workers = tl.minimum(tl.maximum(multiprocessors, tl.cdiv(tiles * tile_price, share)), tl.minimum(tiles, programs))
     worker_chunks = tl.maximum(0, share - tl.cdiv(tiles, tl.maximum(workers, 1)) * tile_price)
@@ -153,7 +157,7 @@ def _forward_kernel(
         tl.store(out_rows[:, None] + d[None, :], values, mask=inside)
 
 
-@triton.jit(do_not_specialize=["B", "T", "THOUGHTS_LOG2"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _weight_grad_kernel(
     grad_ptr,  # (B, S+T, D)
     hidden_ptr,  # (B, T, P)
@@ -218,7 +222,7 @@ def _weight_grad_kernel(
         tl.store(bias_grad_ptr + d, _round(total, bias_grad_ptr.dtype.element_ty), mask=d_inside)
 
 
-@triton.jit(do_not_specialize=["B", "T", "THOUGHTS_LOG2"])
+@triton.jit(do_not_specialize=_LENGTHS)
 def _hidden_grad_kernel(
     grad_ptr,  # (B, S+T, D)
     weight_ptr,  # (D, P)
