@@ -3,10 +3,13 @@
 Shapes: B batch, S base-model tokens, T thoughts, P assistant width, D base width, V vocabulary.
 """
 
+from functools import lru_cache
+
 import torch
 import torch.nn.functional as F
 
 
+@lru_cache
 def round_scale(embed_scale, dtype):
     """The embedding scale as transformers' Gemma applies it: to float32, then to the dtype of the table."""
     return torch.tensor(embed_scale, dtype=torch.float32).to(dtype).item()

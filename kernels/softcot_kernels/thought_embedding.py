@@ -85,7 +85,8 @@ def _forward_kernel(
 
     # Work: `tiles` of the projection and `chunks` of the copy. The first `workers` programs, one per multiprocessor
     # unless the projection dominates, take the tiles, while the programs beside them copy. A worker then copies what
-    # is left of its fair share, at a price per tile that supposes so many operations per byte moved.
+    # is left of its fair share. A tile's price, in chunks, is what its neighbours copy meanwhile if a multiprocessor
+    # does OPS_PER_BYTE operations in the time of one byte.
     tiles_m = tl.cdiv(B * T, BLOCK_M)
     tiles = tiles_m * tl.cdiv(D, BLOCK_D)
     chunks_d = tl.cdiv(D, COPY_D)
@@ -101,6 +102,7 @@ def _forward_kernel(
     copier_chunks = tl.cdiv(tl.maximum(chunks - workers * worker_chunks, 0), tl.maximum(programs - workers, 1))
 
     if program < workers:
+        # Hoisted out of this loop, the row arithmetic would keep registers from the product.
         for tile in tl.range(program, tiles, workers, disable_licm=True):
             m = (tile % tiles_m) * BLOCK_M + tl.arange(0, BLOCK_M)
             d = (tile // tiles_m) * BLOCK_D + tl.arange(0, BLOCK_D)
@@ -125,7 +127,9 @@ def _forward_kernel(
                 )
                 acc = _dot(h, _round(w, dot_dtype), acc, PRECISION)
             if bias_ptr is not None:
-                acc += tl.load(bias_ptr + d * bias_stride, mask=d_inside, other=0.0).to(tl.float32)[None, :]
+                acc += tl.load(bias_ptr + d.to(tl.int64) * bias_stride, mask=d_inside, other=0.0).to(tl.float32)[
+                    None, :
+                ]
             out_row = m + b * S + _slots(slot_ptr, slot_stride, b, m_inside)
             out_rows = out_ptr + out_row.to(tl.int64) * D
             inside = m_inside[:, None] & d_inside[None, :]
@@ -347,6 +351,10 @@ def _strides(tensor, dims):
     return (0,) * dims if tensor is None else tensor.stride()
 
 
+def _cdiv(n, size):  # triton.cdiv costs the host microseconds
+    return -(-n // size)
+
+
 def _log2(n):
     return max(n - 1, 0).bit_length()
 
@@ -375,8 +383,8 @@ def _thought_embedding(
     multiprocessors = _multiprocessors(out.device)
 
     def grid(meta):
-        tiles = triton.cdiv(B * T, meta["BLOCK_M"]) * triton.cdiv(D, meta["BLOCK_D"])
-        chunks = triton.cdiv(B * S, meta["COPY_ROWS"]) * triton.cdiv(D, meta["COPY_D"])
+        tiles = _cdiv(B * T, meta["BLOCK_M"]) * _cdiv(D, meta["BLOCK_D"])
+        chunks = _cdiv(B * S, meta["COPY_ROWS"]) * _cdiv(D, meta["COPY_D"])
         return (min(multiprocessors * meta["PER_SM"], tiles + chunks),)
 
     with torch.cuda.device_of(out):
@@ -412,8 +420,8 @@ def _weight_grads(
     bias_grad = None if bias_dtype is None else grad.new_empty(D, dtype=bias_dtype)
 
     def grid(meta):
-        columns = triton.cdiv(P, meta["BLOCK_P"]) + (bias_grad is not None)
-        return (triton.cdiv(D, meta["BLOCK_D"]) * columns,)
+        columns = _cdiv(P, meta["BLOCK_P"]) + (bias_grad is not None)
+        return (_cdiv(D, meta["BLOCK_D"]) * columns,)
 
     if D and (P or bias_grad is not None):
         with torch.cuda.device_of(grad):
@@ -443,7 +451,7 @@ def _hidden_grad(
     hidden_grad = grad.new_empty(B, T, P, dtype=hidden_dtype)
 
     def grid(meta):
-        return (triton.cdiv(B * T, meta["BLOCK_M"]) * triton.cdiv(P, meta["BLOCK_P"]),)
+        return (_cdiv(B * T, meta["BLOCK_M"]) * _cdiv(P, meta["BLOCK_P"]),)
 
     if hidden_grad.numel():
         with torch.cuda.device_of(grad):
