@@ -25,12 +25,25 @@ INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 BF16, FP16, FP32 = torch.bfloat16, torch.float16, torch.float32
 DIFFERENTIABLE = ("hidden", "weight", "bias")
+TUNERS = {"forward": "_FORWARD", "weight_grad": "_WEIGHT_GRAD", "hidden_grad": "_HIDDEN_GRAD"}
+CONFIGS = {name: {size: tuner.configs for size, tuner in getattr(module, TUNERS[name]).items()} for name in TUNERS}
 
 compiled_only = pytest.mark.skipif(INTERPRETED, reason="says nothing about the interpreter")
 
 
 def needs_gpu(test):
     return pytest.mark.gpu(pytest.mark.skipif(DEVICE != "cuda", reason="needs a CUDA device; none is visible")(test))
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _no_tuning():
+    """On a GPU every new shape would be tuned, for minutes in all; one test below takes the configurations in turn."""
+    tuners = [(tuner, CONFIGS[name][size]) for name in TUNERS for size, tuner in getattr(module, TUNERS[name]).items()]
+    for tuner, configs in tuners:
+        tuner.configs = configs[:1]
+    yield
+    for tuner, configs in tuners:
+        tuner.configs = configs
 
 
 def make_inputs(B, T, P, D, S, V=23, hidden=FP32, weight=None, table=None, slot=True, bias=True, seed=0):
@@ -47,6 +60,10 @@ def make_inputs(B, T, P, D, S, V=23, hidden=FP32, weight=None, table=None, slot=
         "table": normal(V, D, dtype=table or hidden),
         "slot": torch.randint(S + 1, (B,), generator=generator).to(DEVICE) if slot else None,
     }
+
+
+def zeros(*shape, **options):
+    return torch.zeros(*shape, **{"device": DEVICE} | options)
 
 
 def run(op, inputs, grad=None, dtype=None, **options):
@@ -232,24 +249,33 @@ def test_the_check_can_be_switched_off(monkeypatch):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"hidden": torch.zeros(3, 8)}, r"hidden has shape \(3, 8\), but needs 3 dimensions"),
-        ({"table": torch.zeros(0)}, r"table has shape \(0,\).*ZeRO-3"),
-        ({"hidden": torch.zeros(2, 3, 7)}, r"must be Linear\(7, 9\)"),
-        ({"table": torch.zeros(23, 10)}, r"must be Linear\(8, 10\)"),
-        ({"bias": torch.zeros(8)}, r"bias has 8 elements and weight 9 rows"),
-        ({"token_ids": torch.zeros(3, 4, dtype=torch.int64)}, r"batch sizes differ: hidden 2, token_ids 3, slot 2"),
-        ({"slot": torch.zeros(1, dtype=torch.int64)}, r"batch sizes differ: hidden 2, token_ids 2, slot 1"),
-        ({"token_ids": torch.zeros(2, 4)}, r"token_ids is torch.float32; make it torch.int64"),
-        ({"weight": torch.zeros(9, 8, dtype=torch.int64)}, r"weight is torch.int64; make it torch.bfloat16"),
-        ({"weight": torch.zeros(9, 8, device="meta")}, r"weight is on meta and table on"),
-        ({"table": torch.zeros(23, 9, requires_grad=True)}, r"freeze it with table.requires_grad_\(False\)"),
-        ({"hidden": torch.zeros(2, 1, 8).expand(2, 2**30, 8)}, r"would have 2147483656 rows"),
+        ({"hidden": zeros(3, 8)}, r"hidden has shape \(3, 8\), but needs 3 dimensions"),
+        ({"table": zeros(0)}, r"table has shape \(0,\).*ZeRO-3"),
+        ({"hidden": zeros(2, 3, 7)}, r"must be Linear\(7, 9\)"),
+        ({"table": zeros(23, 10)}, r"must be Linear\(8, 10\)"),
+        ({"bias": zeros(8)}, r"bias has 8 elements and weight 9 rows"),
+        (
+            {"token_ids": zeros(3, 4, dtype=torch.int64)},
+            r"batch sizes differ: hidden 2, token_ids 3, slot 2",
+        ),
+        (
+            {"slot": zeros(1, dtype=torch.int64)},
+            r"batch sizes differ: hidden 2, token_ids 2, slot 1",
+        ),
+        ({"token_ids": zeros(2, 4)}, r"token_ids is torch.float32; make it torch.int64"),
+        (
+            {"weight": zeros(9, 8, dtype=torch.int64)},
+            r"weight is torch.int64; make it torch.bfloat16",
+        ),
+        ({"weight": zeros(9, 8, device="meta")}, r"weight is on meta and table on"),
+        (
+            {"table": zeros(23, 9, requires_grad=True)},
+            r"freeze it with table.requires_grad_\(False\)",
+        ),
+        ({"hidden": zeros(2, 1, 8).expand(2, 2**30, 8)}, r"would have 2147483656 rows"),
     ],
 )
 def test_arguments_that_do_not_fit_are_refused(changes, message):
-    changes = {
-        name: x if x.is_meta or x.requires_grad or 0 in x.stride() else x.to(DEVICE) for name, x in changes.items()
-    }
     with pytest.raises(ValueError, match=message):
         thought_embedding(**make_inputs(2, 3, 8, 9, 4) | changes)
 
@@ -291,7 +317,6 @@ TARGETS = {  # and the shared memory, in bytes, that one block may have there
     "sm_100": (GPUTarget("cuda", 100, 32), 227 * 1024),
     "gfx942": (GPUTarget("hip", "gfx942", 64), 64 * 1024),
 }
-TUNERS = {"forward": "_FORWARD", "weight_grad": "_WEIGHT_GRAD", "hidden_grad": "_HIDDEN_GRAD"}
 
 
 def stand_in_driver(target):
@@ -316,9 +341,9 @@ def compile_launches(monkeypatch, target, inputs, every_configuration, **options
     kernels = []
 
     class Compile:
-        def __init__(self, name, tuner):
-            configs = tuner.configs if every_configuration else tuner.configs[:1]
-            self.name, self.kernel, self.configs = name, tuner.fn, configs
+        def __init__(self, name, size, tuner):
+            configs = CONFIGS[name][size]
+            self.name, self.kernel, self.configs = name, tuner.fn, configs if every_configuration else configs[:1]
 
         def __getitem__(self, grid):
             def launch(*args, **kwargs):
@@ -332,7 +357,7 @@ def compile_launches(monkeypatch, target, inputs, every_configuration, **options
     monkeypatch.setattr(module, "_uses_triton", lambda _: True)
     for name, table in TUNERS.items():
         tuners = getattr(module, table)
-        monkeypatch.setattr(module, table, {size: Compile(name, tuner) for size, tuner in tuners.items()})
+        monkeypatch.setattr(module, table, {size: Compile(name, size, tuner) for size, tuner in tuners.items()})
     out = thought_embedding(**inputs, check_ids=False, **options)
     out.backward(torch.zeros_like(out))
     assert {name for name, _, _ in kernels} == set(TUNERS)
@@ -394,7 +419,7 @@ def test_tuning_happens_once_per_size_class(monkeypatch):
         timed.append(launch())
         return [1.0, 1.0, 1.0]
 
-    fresh = {"configs": tuner.configs[:2], "cache": {}, "cache_results": False, "do_bench": bench}
+    fresh = {"configs": CONFIGS["forward"][2][:2], "cache": {}, "cache_results": False, "do_bench": bench}
     for name, value in fresh.items():
         monkeypatch.setattr(tuner, name, value, raising=False)
 
@@ -419,6 +444,16 @@ def test_no_host_synchronisation_without_the_check():
         thought_embedding(**inputs, check_ids=False).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@needs_gpu
+@pytest.mark.parametrize("size", [2, 4])
+@pytest.mark.parametrize("name", TUNERS)
+def test_every_configuration_matches_float64(monkeypatch, name, size):
+    inputs = make_inputs(4, 33, 250, 520, 70, hidden=BF16 if size == 2 else FP32)
+    for config in CONFIGS[name][size]:
+        monkeypatch.setattr(getattr(module, TUNERS[name])[size], "configs", [config])
+        assert_as_good_as_eager(inputs)
 
 
 @needs_gpu

@@ -285,9 +285,9 @@ def _tuned(kernel, configs, key):
     return triton.autotune(configs, key, cache_results=True)(kernel)
 
 
-# By bytes per element of `hidden`, whose dtype the products run in. Blocks are sized so that PER_SM programs fit on an
-# H100 at once; the last 16-bit entry of the forward pass is for a few thoughts (generation), the one with 6 programs
-# trades a persistent grid for one that the hardware balances.
+# By bytes per element of `hidden`, whose dtype the products run in. By registers and shared memory, PER_SM programs fit
+# on a multiprocessor of an H100 at once, but for the 6: that entry trades a persistent grid for one that the hardware
+# balances. The last 16-bit entry of the forward pass is for a few thoughts, as in generation.
 _FORWARD = {
     2: _tuned(
         _forward_kernel,
@@ -295,7 +295,7 @@ _FORWARD = {
             _config(128, 128, 64, 8, **_copy(16, per_sm=2)),
             _config(128, 128, 64, 8, **_copy(16, per_sm=6)),
             _config(64, 128, 64, 8, **_copy(16, per_sm=3)),
-            _config(64, 128, 64, 8, **_copy(16, per_sm=3, stages=3)),
+            _config(64, 128, 64, 8, **_copy(16, per_sm=2, stages=3)),
             _config(64, 128, 64, 8, 4, **_copy(16, per_sm=2)),
             _config(128, 64, 64, 4, **_copy(8, per_sm=3)),
             _config(64, 64, 64, 4, **_copy(8, per_sm=4)),
