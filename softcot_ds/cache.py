@@ -5,7 +5,7 @@ cuts it into batches, longest first; every rank, rank 0 too, takes the next batc
 while the next batch is computed, each rank into shards of its own. Rank 0 lists finished shards in the manifest.
 
 A run that was killed is continued by running the same command again: see ``fill``. ``--verify``, ``--info`` and
-``--prune`` take a recipe or a cache folder.
+``--prune`` take a recipe or a folder of caches.
 """
 
 import argparse
@@ -14,6 +14,7 @@ import dataclasses
 import fcntl
 import os
 import queue
+import random
 import shutil
 import signal
 import socket
@@ -35,12 +36,16 @@ from softcot_ds.thought_store import DamagedShard, Manifest, ShardRecord, StoreI
 Compute = Callable[[Sequence[AssistantInput]], torch.Tensor]
 """Inputs to thoughts (B, T, P), on any device in any floating dtype."""
 
+RECOMPUTE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""How much a row may depend on its batch, the number of ranks and the hardware: relative error in the Euclidean norm,
+by the coarser of the dtypes that it is computed in and stored in."""
 LOCK_NAME = "builder.lock"
 PROGRESS_SECONDS = 5.0
 _MANIFEST_SECONDS = 0.5
 _FAILURE_GRACE_SECONDS = 30.0
 _HAND_OUTS = ("shard", "batch")
 """Counters by which ranks share out work."""
+_RECOMPUTED_ROWS = 32
 _BATCHES_IN_FLIGHT = 2
 """Batches of thoughts that wait for the disk, at most; then computing waits too."""
 
@@ -183,8 +188,9 @@ def fill(
     """
     try:
         if ranks.rank == 0:
-            with _only_builder(folder):
-                _fill_as_first(folder, identity, inputs, load, ranks, shard_mib, tokens_per_batch)
+            with _only_builder(folder) as locked:
+                manifest = _open_for_building(folder, identity, remove_leftovers=locked)
+                _fill_as_first(folder, manifest, inputs, load, ranks, shard_mib, tokens_per_batch)
         else:
             _verify_shards(folder, identity, ranks)
             if batches := ranks.fetch("batches"):
@@ -196,7 +202,7 @@ def fill(
 
 def _fill_as_first(
     folder: Path,
-    identity: StoreIdentity,
+    manifest: Manifest,
     inputs: Sequence[AssistantInput],
     load: Callable[[], Compute],
     ranks: Ranks,
@@ -204,7 +210,7 @@ def _fill_as_first(
     tokens_per_batch: int,
 ) -> None:
     """Rank 0's part of ``fill``: find what is missing, take part in computing it, keep the manifest."""
-    manifest = _open_for_building(folder, identity)
+    identity = manifest.identity
     listed = {record.name: dataclasses.asdict(record) for record in manifest.shards}
     names = [*listed, *(name for name in ts.shard_names(folder) if name not in listed)]
     ranks.post("shards", [[name, listed.get(name)] for name in names])
@@ -253,11 +259,14 @@ def _bytes(number: int) -> str:
 
 
 @contextlib.contextmanager
-def _only_builder(folder: Path) -> Iterator[None]:
+def _only_builder(folder: Path) -> Iterator[bool]:
     """Wait until no other builder works in ``folder``, then keep others out.
 
     The system drops the lock when its holder dies, however it dies. The lock only saves work: without it two builders
     would compute rows twice, but never spoil anything, since each writes shards of its own.
+
+    Yields:
+        Whether other builders are really kept out: some network file systems have no locks.
     """
     try:
         folder.mkdir(parents=True, exist_ok=True)
@@ -265,11 +274,11 @@ def _only_builder(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise ts.disk_error(folder, error) from error
     with lock:
-        waited = 0.0
-        while True:
+        waited, locked = 0.0, False
+        while not locked:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
+                locked = True
             except BlockingIOError:
                 if waited % 60 == 0:
                     lock.seek(0)
@@ -282,11 +291,11 @@ def _only_builder(folder: Path) -> Iterator[None]:
         lock.truncate(0)
         lock.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
         lock.flush()
-        yield
+        yield locked
 
 
-def _open_for_building(folder: Path, identity: StoreIdentity) -> Manifest:
-    """The manifest of the cache in ``folder``, made if there is none; what killed builders left is removed."""
+def _open_for_building(folder: Path, identity: StoreIdentity, remove_leftovers: bool) -> Manifest:
+    """The manifest of the cache in ``folder``, made if there is none."""
     manifest = None
     try:
         with contextlib.suppress(FileNotFoundError):
@@ -298,7 +307,8 @@ def _open_for_building(folder: Path, identity: StoreIdentity) -> Manifest:
             manifest = ts.new_manifest(identity)
             ts.save_manifest(folder, manifest)
         ts.refuse_other_identity(folder, manifest.identity, identity)
-        leftovers = ts.leftover_names(folder)
+        # Without a lock they may belong to a builder at work.
+        leftovers = ts.leftover_names(folder) if remove_leftovers else []
         for name in leftovers:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
@@ -379,6 +389,8 @@ def _compute(
             while (number := ranks.take("batch")) < len(batches):
                 batch = [inputs[index] for index in batches[number]]
                 saver.put(batch, compute(batch))
+        if ranks.failed:
+            raise OtherRankFailed("another rank failed")
     except BaseException:
         ranks.fail(_HAND_OUTS)  # before "finished": rank 0 looks whether any rank failed once all have finished
         raise
@@ -477,11 +489,10 @@ class _ManifestKeeper:
             time.sleep(0.02)
         self._finished.set()
         self._thread.join()
-        if kind is None:
-            if self._error is not None:
-                raise self._error
-            if self._ranks.failed:
-                raise OtherRankFailed("another rank failed")
+        if self._error is not None and (kind is None or kind is OtherRankFailed):
+            raise self._error
+        if self._ranks.failed and kind is None:
+            raise OtherRankFailed("another rank failed")
 
     def _run(self) -> None:
         try:
@@ -530,16 +541,129 @@ def _cache_folders(path: Path) -> list[Path]:
     return sorted(manifest.parent for manifest in [*path.glob(ts.MANIFEST_NAME), *path.glob(f"*/{ts.MANIFEST_NAME}")])
 
 
+def info(folder: Path) -> None:
+    """Print what a cache is, how large, who made it. Raises SoftCoTError when there is none or it is damaged."""
+    manifest = ThoughtStore.open(folder).manifest
+    identity = manifest.identity
+    unlisted = set(ts.shard_names(folder)) - {shard.name for shard in manifest.shards}
+    shape = " x ".join(f"{n:,}" for n in identity.row_shape)
+    print(f"{folder}")
+    print(f"  assistant  {identity.assistant} (revision {identity.revision}), weights {identity.fingerprint[:16]}")
+    print(f"  rows       {manifest.rows:,} of {shape} {identity.dtype}; {_size(manifest)}")
+    print(f"  computed   in {identity.compute_dtype} with {identity.attention} attention")
+    print(f"  created    {manifest.created}")
+    print(
+        f"  besides    {len(unlisted)} finished shards that no manifest lists, {len(ts.leftover_names(folder))} "
+        f"unfinished files, {len(ts.damaged_names(folder))} damaged shards set aside"
+    )
+
+
+def verify(folder: Path) -> None:
+    """Check every byte of a cache.
+
+    Raises:
+        SoftCoTError: shards are damaged; each has been named.
+    """
+    store = ThoughtStore.open(folder)
+    damaged = 0
+    for record in store.manifest.shards:
+        try:
+            ts.verify_shard(folder / record.name, store.identity, record)
+        except DamagedShard as error:
+            _say(f"damaged: {error}")
+            damaged += 1
+    if damaged:
+        raise SoftCoTError(
+            f"{damaged} of {len(store.manifest.shards)} shards of {folder} are damaged; "
+            "run softcot-ds cache RECIPE to set them aside and compute their rows anew"
+        )
+    _say(f"{folder}: all checksums agree, {store.manifest.rows:,} rows, {_size(store.manifest)}")
+
+
+def recompute_sample(recipe: Recipe, ranks: Ranks) -> None:
+    """Compute some rows of the recipe's cache again and compare, within ``RECOMPUTE_TOLERANCE``.
+
+    Raises:
+        SoftCoTError: no row is there, or one differs; names the example.
+    """
+    store = open_cache(recipe)
+    inputs = _recipe_inputs(recipe)
+    keys = [input_key(item) for item in inputs]
+    missing = set(store.missing(keys))
+    there = [index for index in range(len(inputs)) if index not in missing]
+    if not there:
+        raise SoftCoTError(f"{store.folder} holds no row of this recipe; add them with: softcot-ds cache RECIPE")
+    compute = load_assistant(recipe, inputs, ranks)
+    dtypes = (store.identity.dtype, store.identity.compute_dtype)
+    tolerance = max(RECOMPUTE_TOLERANCE[dtype] for dtype in dtypes)
+    worst = 0.0
+    sample = random.Random(0).sample(there, min(_RECOMPUTED_ROWS, len(there)))
+    for index in sample:
+        stored = store.read([keys[index]]).double()
+        error = float((compute([inputs[index]]).cpu().double() - stored).norm() / stored.norm())
+        worst = max(worst, error)
+        if not error <= tolerance:
+            raise SoftCoTError(
+                f"example {inputs[index].example_id}: computed again it differs by {error:.1e} (relative, tolerance "
+                f"{tolerance:.0e}) from {store.folder}; remove that folder and build it anew"
+            )
+    _say(f"{len(sample)} rows computed again: largest relative error {worst:.1e}, tolerance {tolerance:.0e}")
+
+
+def prune(folder: Path) -> None:
+    """Remove what stopped builders left unfinished and the damaged shards that were set aside.
+
+    Raises:
+        SoftCoTError: no cache there, or it cannot be written.
+    """
+    ThoughtStore.open(folder)
+    with _only_builder(folder):
+        names = [*ts.leftover_names(folder), *ts.damaged_names(folder)]
+        freed = 0
+        for name in names:
+            freed += (folder / name).stat().st_size
+            try:
+                (folder / name).unlink()
+            except OSError as error:
+                raise ts.disk_error(folder, error) from error
+    _say(f"{folder}: removed {len(names)} files, {_bytes(freed)}")
+
+
+def _inspect(args: argparse.Namespace) -> None:
+    """``--info``, ``--verify`` and ``--prune`` of a recipe's cache, or of all caches in a folder."""
+    recipe = None
+    if Path(args.recipe).is_dir():
+        folders = _cache_folders(Path(args.recipe))
+        if not folders:
+            raise SoftCoTError(f"no thought cache in {args.recipe}: neither it nor a folder in it has a manifest.json")
+    else:
+        recipe = load_recipe(args.recipe, args.overrides)
+        folders = [open_cache(recipe).folder]
+    for folder in folders:
+        {"info": info, "verify": verify, "prune": prune}[args.inspect](folder)
+    if args.inspect == "verify" and recipe is not None:
+        recompute_sample(recipe, join_ranks())
+
+
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="softcot-ds cache", description="Compute the assistant's thoughts, once.")
-    parser.add_argument("recipe", help="a recipe (YAML)")
+    parser.add_argument("recipe", help="a recipe (YAML); with one of the options below also a folder of caches")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
+    for option, help_text in (
+        ("verify", "check every byte; given a recipe, also compute some rows again"),
+        ("info", "say what the cache is, how large and who made it"),
+        ("prune", "remove what stopped builders left, and damaged shards"),
+    ):
+        parser.add_argument(f"--{option}", dest="inspect", action="store_const", const=option, help=help_text)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, what is computed is kept
     ranks = None
     try:
+        if args.inspect:
+            _inspect(args)
+            return 0
         ranks = join_ranks()
         build(load_recipe(args.recipe, args.overrides), ranks)
     except OtherRankFailed:

@@ -79,14 +79,26 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
+    make_layers_leaves(model.base)
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=engine_config(recipe, accumulation), dist_init_required=False
     )
     return engine
 
 
+def make_layers_leaves(model: PreTrainedModel) -> None:
+    """Have ZeRO-3 gather a decoder layer's weights together, once for all that happens inside of it.
+
+    The fast step runs a layer's modules twice, prefix and suffix; hooks on each module would gather or track them twice.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is not None:
+        deepspeed.utils.set_z3_leaf_modules(model, [type(layer) for layer in layers])
+
+
 def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
     """Make a model that was loaded partitioned gather its weights as it runs, for use without training."""
+    make_layers_leaves(model)
     deepspeed.initialize(model=model, config=config, dist_init_required=False)
 
 

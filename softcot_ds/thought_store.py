@@ -30,6 +30,7 @@ import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
+from functools import cached_property
 from pathlib import Path
 from typing import Any, BinaryIO, Self
 
@@ -249,6 +250,11 @@ def leftover_names(folder: Path) -> list[str]:
     return sorted(e for e in os.listdir(folder) if e.endswith(TEMPORARY_SUFFIX))
 
 
+def damaged_names(folder: Path) -> list[str]:
+    """Names of damaged shards that a builder has set aside."""
+    return sorted(e for e in os.listdir(folder) if e.endswith(DAMAGED_SUFFIX))
+
+
 @dataclass(frozen=True)
 class ShardIndex:
     """What a shard holds, without its rows."""
@@ -390,7 +396,7 @@ class ThoughtStore:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
-        self._reset()
+        self._mapped: dict[int, np.ndarray] = {}
 
     @property
     def identity(self) -> StoreIdentity:
@@ -421,25 +427,18 @@ class ThoughtStore:
         return {"folder": self.folder, "manifest": self.manifest}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
-        self.__dict__.update(state)
-        self._reset()
-
-    def _reset(self) -> None:
-        self._index: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None
-        self._shards: list[ShardIndex] = []
-        self._rows: dict[int, np.ndarray] = {}  # shard number: (rows, row_bytes) uint8, mapped
-        self._verified: dict[int, np.ndarray] = {}  # shard number: (rows,) bool
+        self.__init__(**state)
 
     def __len__(self) -> int:
         """Number of different rows."""
-        return len(self._load_index()[0])
+        return len(self._index.keys)
 
     def __contains__(self, key: bytes) -> bool:
-        return bool(self._locate([key])[0][0])
+        return bool(self._locate([key])[1][0])
 
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Indices into ``keys`` of those that are not in the cache."""
-        return np.flatnonzero(~self._locate(keys)[0]).tolist()
+        return np.flatnonzero(~self._locate(keys)[1]).tolist()
 
     def read(self, keys: Sequence[bytes]) -> torch.Tensor:
         """Rows of the given keys, in their order, copied once.
@@ -450,36 +449,33 @@ class ThoughtStore:
         Raises:
             SoftCoTError: a key is not in the cache, or a row is damaged.
         """
-        found, shard_numbers, rows = self._locate(keys)
+        entries, found = self._locate(keys)
         if not found.all():
             raise SoftCoTError(
                 f"{np.count_nonzero(~found):,} of {len(keys):,} rows are not in the cache {self.folder}; "
                 "add them with: softcot-ds cache RECIPE"
             )
-        identity = self.identity
-        batch = torch.empty(len(keys), identity.row_bytes, dtype=torch.uint8)
-        batch_bytes = batch.numpy()
-        for i, (shard, row) in enumerate(zip(shard_numbers.tolist(), rows.tolist(), strict=True)):
-            if shard not in self._rows:
-                self._map(shard)
-            batch_bytes[i] = self._rows[shard][row]
-            if not self._verified[shard][row]:
-                # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
-                if xxhash.xxh3_64_intdigest(batch_bytes[i]) != self._shards[shard].row_checksums[row]:
-                    raise DamagedShard(
-                        f"{self.folder / self._shards[shard].record.name}: the checksum of row {row:,} differs; "
-                        "run softcot-ds cache RECIPE to set the shard aside and compute its rows anew"
-                    )
-                self._verified[shard][row] = True
-        return batch.view(identity.torch_dtype).view(len(keys), *identity.row_shape)
+        index = self._index
+        batch = torch.empty(len(keys), self.identity.row_bytes, dtype=torch.uint8)
+        copied = batch.numpy()
+        places = zip(*(column[entries].tolist() for column in (index.shards, index.rows, index.verified)), strict=True)
+        for i, (shard, row, verified) in enumerate(places):
+            mapped = self._mapped.get(shard)
+            if mapped is None:
+                mapped = self._mapped[shard] = self._map(shard)
+            copied[i] = mapped[row]
+            # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
+            if not verified and xxhash.xxh3_64_intdigest(copied[i]) != index.row_checksums[entries[i]]:
+                raise DamagedShard(
+                    f"{self.folder / self.manifest.shards[shard].name}: the checksum of row {row:,} differs; "
+                    "run softcot-ds cache RECIPE to set the shard aside and compute its rows anew"
+                )
+        index.verified[entries] = True
+        return batch.view(self.identity.torch_dtype).view(len(keys), *self.identity.row_shape)
 
-    def keys(self) -> np.ndarray:
-        """All different keys, (rows,) S32, sorted."""
-        return self._load_index()[0]
-
-    def _map(self, shard: int) -> None:
-        index = self._shards[shard]
-        identity, record = self.identity, index.record
+    def _map(self, shard: int) -> np.ndarray:
+        """(rows, row_bytes) uint8."""
+        record, row_bytes = self.manifest.shards[shard], self.identity.row_bytes
         path = self.folder / record.name
         try:
             size = os.stat(path).st_size
@@ -491,31 +487,48 @@ class ThoughtStore:
             whole = torch.from_file(str(path), shared=False, size=record.bytes, dtype=torch.uint8).numpy()
         except (OSError, RuntimeError) as error:
             raise DamagedShard(f"{path}: cannot be mapped ({error}); run softcot-ds cache RECIPE") from error
-        rows = whole[index.data_start : index.data_start + record.rows * identity.row_bytes]
-        self._rows[shard] = rows.reshape(record.rows, identity.row_bytes)
-        self._verified[shard] = np.zeros(record.rows, dtype=bool)
+        start = record.bytes - record.rows * (row_bytes + INDEX_BYTES)
+        return whole[start : start + record.rows * row_bytes].reshape(record.rows, row_bytes)
 
-    def _load_index(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Sorted keys, and the shard number and row of each."""
-        if self._index is None:
-            self._shards = [read_index(self.folder / s.name, self.identity, s) for s in self.manifest.shards]
-            counts = [shard.record.rows for shard in self._shards]
-            keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in self._shards)])
-            # A row that two builders both computed is taken from the shard that is listed first.
-            keys, first = np.unique(keys, return_index=True)
-            shard_numbers = np.repeat(np.arange(len(counts)), counts)[first]
-            rows = np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in counts)])[first]
-            self._index = keys, shard_numbers, rows
-        return self._index
+    @cached_property
+    def _index(self) -> "_StoreIndex":
+        shards = [read_index(self.folder / s.name, self.identity, s) for s in self.manifest.shards]
+        keys = np.concatenate([np.empty(0, f"S{KEY_BYTES}"), *(shard.keys for shard in shards)])
+        # A row that two builders both computed is taken from the shard that is listed first.
+        keys, first = np.unique(keys, return_index=True)
+        counts = [shard.record.rows for shard in shards]
+        return _StoreIndex(
+            keys=keys,
+            shards=np.repeat(np.arange(len(shards)), counts)[first],
+            rows=np.concatenate([np.empty(0, np.int64), *(np.arange(count) for count in counts)])[first],
+            row_checksums=np.concatenate([np.empty(0, np.uint64), *(shard.row_checksums for shard in shards)])[first],
+            verified=np.zeros(len(keys), dtype=bool),
+        )
 
-    def _locate(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """For each key: whether it is there, its shard number, its row there."""
-        known, shard_numbers, rows = self._load_index()
+    def _locate(self, keys: Sequence[bytes]) -> tuple[np.ndarray, np.ndarray]:
+        """For each key its entry in the index, and whether it has one."""
+        known = self._index.keys
         wanted = np.array(keys, dtype=f"S{KEY_BYTES}")
         if not len(known):
-            return np.zeros(len(keys), dtype=bool), np.zeros(len(keys), np.int64), np.zeros(len(keys), np.int64)
-        at = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
-        return known[at] == wanted, shard_numbers[at], rows[at]
+            return np.zeros(len(keys), np.int64), np.zeros(len(keys), bool)
+        entries = np.minimum(np.searchsorted(known, wanted), len(known) - 1)
+        return entries, known[entries] == wanted
+
+
+@dataclass(frozen=True)
+class _StoreIndex:
+    """Where each row is, sorted by key: one entry per different row."""
+
+    keys: np.ndarray
+    """S32."""
+    shards: np.ndarray
+    """Number of the shard in the manifest, int64."""
+    rows: np.ndarray
+    """Number of the row in its shard, int64."""
+    row_checksums: np.ndarray
+    """uint64."""
+    verified: np.ndarray
+    """Whether the row has been read and found right, bool."""
 
 
 def refuse_other_identity(folder: Path, found: StoreIdentity, wanted: StoreIdentity) -> None:
@@ -578,7 +591,7 @@ class StoreWriter:
             )
         if any(len(key) != KEY_BYTES for key in keys):
             raise ValueError(f"a row key has {KEY_BYTES} bytes, see row_key")
-        data = rows.contiguous().view(len(keys), -1).view(torch.uint8).numpy()
+        data = rows.contiguous().flatten(1).view(torch.uint8).numpy()
         start = 0
         while start < len(keys):
             with self._removing_on_failure():

@@ -221,6 +221,12 @@ def test_an_empty_cache_holds_nothing(tmp_path):
     assert store.read([]).shape == (0, 3, 5)
 
 
+def test_writing_no_rows_writes_nothing(tmp_path):
+    with StoreWriter(tmp_path, make_identity()) as writer:
+        writer.append([], torch.empty(0, 3, 5))
+    assert os.listdir(tmp_path) == []
+
+
 def test_wrong_shape_dtype_or_key_is_refused(tmp_path):
     identity = make_identity()
     keys, rows = make_rows(identity, 2)

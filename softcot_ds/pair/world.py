@@ -1,10 +1,12 @@
 """Word problems that separate knowing what words mean from knowing how to calculate.
 
-A person starts with some things and two to four events follow, one sentence each:
+A person starts with some things and two or three events follow, one sentence each:
 
-    question   tom has 23 coins . later tom snags 5 . tom sketches 9 . tom halves them . how many coins now ?
+    question   tom has 23 coins . first tom snags 5 . second tom sketches 9 . third tom halves them . how many coins now ?
     plan       do add skip halve .
-    reasoning  23 + 5 = 28 ; skip 9 ; 28 / 2 = 14 ; answer 14
+    reasoning  first 23 + 5 = 28 second skip 9 third 28 / 2 = 14 answer 14
+
+The ordinals tie a step of the reasoning to its sentence; without them so small a base loses count of the events.
 
 Three of the five operations (`add`, `take`, `skip`) share one sentence frame with a number, the other two
 (`double`, `halve`) share one without. So syntax does not give the operation away: one has to know the verb.
@@ -75,9 +77,7 @@ OPERATIONS = (
         "+",
         True,
         0.3,
-        tuple(
-            "buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals".split()
-        ),
+        tuple("buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals".split()),
         tuple("inherits snags pockets acquires scoops hoards".split()),
     ),
     Operation(
@@ -93,9 +93,7 @@ OPERATIONS = (
         "",
         True,
         0.2,
-        tuple(
-            "counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds".split()
-        ),
+        tuple("counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds".split()),
         tuple("sketches praises inspects ponders mentions adores".split()),
     ),
     Operation("double", "x", False, 0.1, ("doubles", "twins", "clones", "repeats"), ("duplicates", "mirrors")),
@@ -103,15 +101,13 @@ OPERATIONS = (
 )
 
 NAMES = "tom ann bob eva sam mia leo zoe max ivy dan lily ben ruth carl nora hugo jane paul rosa".split()
-ITEMS = (
-    "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
-)
-OPENERS = ("", "", "", "then ", "later ", "next ", "soon ", "today ")
+ITEMS = "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
+ORDINALS = ("first", "second", "third")
 SYLLABLES = "bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo ren".split()
 
 MAX_COUNT = 99
 """Counts stay within 1 to 99: two digits, so that a 2M model can learn to calculate in minutes."""
-MAX_EVENTS = 4
+MAX_EVENTS = len(ORDINALS)
 
 
 @dataclass(frozen=True)
@@ -135,16 +131,14 @@ class WordProblem:
     item: str
     start: int
     events: tuple[Event, ...]
-    openers: tuple[str, ...]
-    """Before each event's sentence: "later ", or nothing."""
 
     @property
     def story(self) -> str:
         """The events without the question."""
         sentences = [f"{self.name} has {self.start} {self.item} ."]
-        for opener, event in zip(self.openers, self.events, strict=True):
+        for ordinal, event in zip(ORDINALS, self.events, strict=False):
             object_ = event.number if event.operation.has_number else "them"
-            sentences.append(f"{opener}{self.name} {event.verb} {object_} .")
+            sentences.append(f"{ordinal} {self.name} {event.verb} {object_} .")
         return " ".join(sentences)
 
     @property
@@ -176,10 +170,11 @@ class WordProblem:
     def reasoning(self) -> str:
         """One step per event, then the answer: what the base writes."""
         steps = []
-        for event, before, after in zip(self.events, self.counts, self.counts[1:], strict=False):
+        for ordinal, event, before, after in zip(ORDINALS, self.events, self.counts, self.counts[1:], strict=False):
             symbol = event.operation.symbol
-            steps.append(f"{before} {symbol} {event.number} = {after}" if symbol else f"skip {event.number}")
-        return " ; ".join([*steps, f"answer {self.answer}"])
+            step = f"{before} {symbol} {event.number} = {after}" if symbol else f"skip {event.number}"
+            steps.append(f"{ordinal} {step}")
+        return " ".join([*steps, f"answer {self.answer}"])
 
     @property
     def answer(self) -> int:
@@ -225,14 +220,13 @@ def draw_problem(rng: random.Random, split: Split, rare_rate: float, made_up_rat
                 break
             events.append(Event(operation, number, verb))
         else:
-            openers = tuple(rng.choice(OPENERS) for _ in events)
-            problem = WordProblem(rng.choice(NAMES), rng.choice(ITEMS), start, tuple(events), openers)
+            problem = WordProblem(rng.choice(NAMES), rng.choice(ITEMS), start, tuple(events))
             if split_of(problem.signature) == split:
                 return problem
 
 
-TASK_RARE_RATE = 0.4
-"""Chance of a rare verb per event in the problems of the task: about four problems in five have at least one."""
+TASK_RARE_RATE = 0.5
+"""Chance of a rare verb per event in the problems of the task: four problems in five have at least one."""
 
 
 def generate(split: Split, count: int, seed: int) -> list[WordProblem]:
@@ -273,7 +267,7 @@ def assistant_document(rng: random.Random) -> Document:
 
 def base_document(rng: random.Random) -> Document:
     """A text for the base, of one of four kinds. No rare verb stands in any problem with a solution."""
-    kind = rng.choices((_drill, _story, _solved, _solved_with_plan), (0.15, 0.10, 0.30, 0.45))[0]
+    kind = rng.choices((_drill, _story, _solved, _solved_with_plan), (0.15, 0.10, 0.25, 0.50))[0]
     return kind(rng)
 
 
@@ -303,10 +297,10 @@ def _solved(rng: random.Random) -> Document:
 def _solved_with_plan(rng: random.Random) -> Document:
     """A question, a plan in words, and the solution; half the verbs are made up.
 
-    Made-up verbs make the plan worth reading. Its layout varies, with up to two words before the operations and up to
-    five dots behind, because soft thoughts have a fixed count: the base must take unused slots for padding.
+    Made-up verbs make the plan worth reading. Its layout varies, with or without "do" and with up to four dots behind,
+    because soft thoughts have a fixed count: the base must take unused slots for padding.
     """
     problem = draw_problem(rng, "train", rare_rate=0.0, made_up_rate=0.5)
-    before = rng.choice(([], ["do"], ["do"], ["."], [".", "do"], [".", "."]))
-    plan = " ".join([*before, *problem.operations, *["."] * rng.randint(0, 5)])
+    lead, dots = rng.choice(([], ["do"])), ["."] * rng.randint(0, 4)
+    plan = " ".join([*lead, *problem.operations, *dots])
     return Document(f"{problem.question}\n{PLAN_MARKER}\n{plan}", problem.reasoning)

@@ -1,0 +1,492 @@
+"""The builder: right thoughts, computed once, whatever the launcher."""
+
+import json
+import os
+import random
+import socket
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+from transformers import (
+    Gemma3ForCausalLM,
+    Gemma3TextConfig,
+    LlamaConfig,
+    LlamaForCausalLM,
+    MistralConfig,
+    MistralForCausalLM,
+    Qwen3Config,
+    Qwen3ForCausalLM,
+)
+
+from softcot_ds import cache
+from softcot_ds import thought_store as ts
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.prompts import AssistantInput
+from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
+from softcot_ds.thought_store import StoreIdentity, ThoughtStore
+from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+
+T, P, VOCABULARY = 4, 32, 120
+TOY = {
+    "vocab_size": VOCABULARY,
+    "hidden_size": P,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "max_position_embeddings": 256,
+    # Large enough for attention to choose; at the default of 0.02 it is nearly uniform and hides mistakes.
+    "initializer_range": 0.3,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, LlamaForCausalLM, {}),
+    "qwen3": (Qwen3Config, Qwen3ForCausalLM, {}),
+    "mistral": (MistralConfig, MistralForCausalLM, {"sliding_window": 16}),
+    "gemma3": (Gemma3TextConfig, Gemma3ForCausalLM, {"sliding_window": 16}),
+}
+IDENTITY = StoreIdentity("f" * 64, T, P, "float32", "float32", "sdpa", assistant="toys/llama")
+
+
+def make_assistant(family: str = "llama", dtype: torch.dtype = torch.float32):
+    config_class, model_class, extra = FAMILIES[family]
+    torch.manual_seed(0)
+    return model_class(config_class(**TOY | extra)).to(dtype).eval().requires_grad_(False)
+
+
+def make_inputs(count: int, prefix: int = 21, seed: int = 0, tail: int = 0) -> list[AssistantInput]:
+    rng = random.Random(seed)
+    shared = [rng.randrange(VOCABULARY) for _ in range(prefix)]
+    inputs = []
+    for i in range(count):
+        question = [i % VOCABULARY, *(rng.randrange(VOCABULARY) for _ in range(rng.randrange(2, 40)))]
+        start = prefix + len(question)
+        inputs.append(AssistantInput(f"e{i}", [*shared, *question, *[7] * T, *[9] * tail], [*range(start, start + T)]))
+    return inputs
+
+
+def one_by_one(assistant, inputs) -> torch.Tensor:
+    """The definition: last of all hidden states of the whole causal language model, each input alone."""
+    rows = []
+    with torch.no_grad():
+        for item in inputs:
+            states = assistant(torch.tensor([item.token_ids]), output_hidden_states=True).hidden_states
+            rows.append(states[-1][:, item.positions])
+    return torch.cat(rows)
+
+
+def alone() -> Ranks:
+    return Ranks(0, 1, 0, 1, dist.HashStore(), "no launcher")
+
+
+def fill(folder: Path, inputs, compute, ranks: Ranks | None = None, identity: StoreIdentity = IDENTITY, **kwargs):
+    cache.fill(folder, identity, inputs, lambda: compute, ranks or alone(), **kwargs)
+    return ThoughtStore.open(folder, identity)
+
+
+def read(store: ThoughtStore, inputs) -> torch.Tensor:
+    return store.read([cache.input_key(item) for item in inputs])
+
+
+def never(_batch):
+    raise AssertionError("nothing was to be computed")
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_thoughts_are_the_last_hidden_states_at_the_placeholders(family, attention):
+    assistant = make_assistant(family, torch.float64)
+    assistant.set_attn_implementation(attention)
+    inputs = make_inputs(9, tail=2)
+    truth = one_by_one(assistant, inputs)
+    assert (truth[0] - truth[1]).abs().max() > 0.1
+    prefix = SharedPrefix.of(assistant, inputs)
+    assert len(prefix.ids) == 21
+    for used in (prefix, SharedPrefix.of(assistant, inputs[:1])):
+        thoughts = compute_thoughts(assistant, inputs[:1] if used is not prefix else inputs, used)
+        # transformers' RMS norms compute in float32 whatever the dtype
+        torch.testing.assert_close(thoughts, truth[: len(thoughts)], rtol=0, atol=2e-5)
+    torch.testing.assert_close(compute_thoughts(assistant, inputs), truth, rtol=0, atol=2e-5)
+
+
+def test_a_shared_prefix_is_not_changed_by_its_use():
+    assistant = make_assistant()
+    inputs = make_inputs(5)
+    prefix = SharedPrefix.of(assistant, inputs)
+    first = compute_thoughts(assistant, inputs, prefix)
+    compute_thoughts(assistant, inputs[:2], prefix)
+    assert torch.equal(compute_thoughts(assistant, inputs, prefix), first)
+
+
+@pytest.mark.parametrize(
+    ("ids", "positions", "shared"),
+    [
+        ([[1, 2, 3, 7], [1, 2, 4, 7]], [3], 2),
+        ([[5, 2, 3, 7], [1, 2, 4, 7]], [3], 0),
+        ([[1, 2, 3, 7], [1, 2, 3, 7]], [2], 2),  # never a placeholder
+        ([[1, 2, 3, 7]], [0], 0),
+    ],
+)
+def test_a_shared_prefix_ends_where_inputs_differ_or_thoughts_begin(ids, positions, shared):
+    inputs = [AssistantInput(str(i), tokens, positions) for i, tokens in enumerate(ids)]
+    assert len(SharedPrefix.of(make_assistant(), inputs).ids) == shared
+
+
+def test_cached_thoughts_equal_online_thoughts_bit_for_bit(tmp_path):
+    """Through the disk and back, against the same function on the same batches."""
+    assistant, inputs = make_assistant(dtype=torch.bfloat16), make_inputs(40)
+    prefix = SharedPrefix.of(assistant, inputs)
+    online = {}
+
+    def compute(batch):
+        thoughts = compute_thoughts(assistant, batch, prefix)
+        online.update({item.example_id: row for item, row in zip(batch, thoughts.clone(), strict=True)})
+        return thoughts
+
+    identity = StoreIdentity("f" * 64, T, P, "bfloat16", "bfloat16", "sdpa")
+    store = fill(tmp_path, inputs, compute, identity=identity, tokens_per_batch=400)
+    assert torch.equal(read(store, inputs), torch.stack([online[item.example_id] for item in inputs]))
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float16, 5e-3), (torch.bfloat16, 4e-2)])
+def test_thoughts_hardly_depend_on_the_batch(tmp_path, dtype, tolerance):
+    """The stated tolerance: relative error of a row, Euclidean norm."""
+    assistant, inputs = make_assistant(dtype=dtype), make_inputs(30)
+    prefix = SharedPrefix.of(assistant, inputs)
+    name = str(dtype).removeprefix("torch.")
+    rows = []
+    for budget in (1, 200, 100_000):
+        store = fill(
+            tmp_path / str(budget),
+            inputs,
+            lambda batch: compute_thoughts(assistant, batch, prefix),
+            identity=StoreIdentity("f" * 64, T, P, name, name, "sdpa"),
+            tokens_per_batch=budget,
+        )
+        rows.append(read(store, inputs).double().flatten(1))
+    for other in rows[1:]:
+        assert ((other - rows[0]).norm(dim=1) / rows[0].norm(dim=1)).max() < tolerance
+
+
+def test_batches_keep_the_token_budget_and_hold_each_input_once():
+    lengths = [random.Random(0).randrange(1, 300) for _ in range(500)] + [5000]
+    batches = cache.token_budget_batches(lengths, 1000)
+    assert sorted(i for batch in batches for i in batch) == list(range(501))
+    assert batches[0] == [500]  # longer than the budget: alone
+    assert all(len(batch) * max(lengths[i] for i in batch) <= 1000 for batch in batches[1:])
+    longest = [max(lengths[i] for i in batch) for batch in batches]
+    assert longest == sorted(longest, reverse=True)
+    padded = sum(len(batch) * max(lengths[i] for i in batch) for batch in batches)
+    assert padded < 1.05 * sum(lengths)
+
+
+def fake(batch) -> torch.Tensor:
+    """Thoughts that depend on the tokens alone, cheap and exact."""
+    return torch.stack([torch.full((T, P), float(sum(item.token_ids))) for item in batch])
+
+
+def test_a_second_build_computes_nothing_and_says_so(tmp_path, capsys):
+    inputs = make_inputs(20)
+    fill(tmp_path, inputs, fake)
+    files = {path: path.stat().st_mtime_ns for path in tmp_path.glob("thoughts-*")}
+    capsys.readouterr()
+    store = fill(tmp_path, inputs, never)
+    assert "all 20 rows are in" in capsys.readouterr().out
+    assert files == {path: path.stat().st_mtime_ns for path in tmp_path.glob("thoughts-*")}
+    assert torch.equal(read(store, inputs), fake(inputs))
+
+
+def test_reordered_and_added_data_reuses_what_is_there(tmp_path):
+    inputs = make_inputs(30)
+    fill(tmp_path, inputs[:20], fake)
+    computed = []
+
+    def compute(batch):
+        computed.extend(item.example_id for item in batch)
+        return fake(batch)
+
+    store = fill(tmp_path, inputs[::-1], compute)
+    assert sorted(computed) == sorted(item.example_id for item in inputs[20:])
+    assert torch.equal(read(store, inputs), fake(inputs))
+
+
+def test_equal_inputs_are_computed_once(tmp_path):
+    inputs = make_inputs(5)
+    twins = [AssistantInput("twin", item.token_ids, item.positions) for item in inputs]
+    computed = []
+
+    def compute(batch):
+        computed.extend(batch)
+        return fake(batch)
+
+    fill(tmp_path, inputs + twins, compute)
+    assert len(computed) == 5
+
+
+def test_a_folder_of_another_assistant_is_refused(tmp_path):
+    inputs = make_inputs(3)
+    fill(tmp_path, inputs, fake)
+    other = StoreIdentity("0" * 64, T, P, "float32", "float32", "sdpa")
+    with pytest.raises(SoftCoTError, match="fingerprint"):
+        fill(tmp_path, inputs, never, identity=other)
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_values_that_are_not_finite_stop_the_build_and_name_the_example(tmp_path, value):
+    inputs = make_inputs(20)
+
+    def compute(batch):
+        thoughts = fake(batch)
+        for item, row in zip(batch, thoughts, strict=True):
+            if item.example_id == "e13":
+                row[1, 2] = value
+        return thoughts
+
+    with pytest.raises(SoftCoTError, match=r"example e13: 1 of the 128 values"):
+        fill(tmp_path, inputs, compute, tokens_per_batch=100)
+    store = ThoughtStore.open(tmp_path, IDENTITY)
+    assert cache.input_key(inputs[13]) not in store
+    kept = [item for item in inputs if cache.input_key(item) in store]
+    assert kept
+    assert torch.equal(read(store, kept), fake(kept))
+
+
+def test_a_value_too_large_for_the_stored_dtype_is_not_finite(tmp_path):
+    identity = StoreIdentity("f" * 64, T, P, "float16", "float32", "sdpa")
+    with pytest.raises(SoftCoTError, match="stored as float16"):
+        fill(tmp_path, make_inputs(1), lambda batch: fake(batch) * 1e6, identity=identity)
+
+
+def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
+    usage = cache.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(SoftCoTError, match=r"needs 0\.0 MB \(10 rows x 4 x 32 x 4 bytes\).*free; make room"):
+        fill(tmp_path, make_inputs(10), never)
+
+
+def test_the_builder_holds_few_batches_however_slow_the_disk(tmp_path, monkeypatch):
+    held = most = 0
+    lock = threading.Lock()
+    append = ts.StoreWriter.append
+
+    def slow(self, keys, rows):
+        nonlocal held
+        threading.Event().wait(0.005)
+        append(self, keys, rows)
+        with lock:
+            held -= len(keys)
+
+    def compute(batch):
+        nonlocal held, most
+        with lock:
+            held += len(batch)
+            most = max(most, held)
+        return fake(batch)
+
+    monkeypatch.setattr(ts.StoreWriter, "append", slow)
+    inputs = make_inputs(60)
+    fill(tmp_path, inputs, compute, tokens_per_batch=1)
+    assert 2 <= most <= 4  # one computed, two waiting, one being written
+
+
+def test_progress_tells_rows_rate_and_time_left(tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.1)
+    monkeypatch.setattr(cache, "_MANIFEST_SECONDS", 0.05)
+
+    def compute(batch):
+        threading.Event().wait(0.03)
+        return fake(batch)
+
+    fill(tmp_path, make_inputs(30), compute, tokens_per_batch=1)
+    out = capsys.readouterr().out
+    assert "30 of 30 rows to compute" in out
+    assert "no launcher" not in out
+    assert "tokens/s" in out
+    assert " left" in out
+    assert "done: 30 rows" in out
+
+
+def test_info_tells_what_a_cache_is(tmp_path, capsys):
+    fill(tmp_path / "a", make_inputs(7), fake)
+    assert cache.main(["--info", str(tmp_path)]) == 0
+    out = capsys.readouterr().out
+    for text in ("toys/llama", "7 of 4 x 32 float32", "in 1 shard", "created", "sdpa"):
+        assert text in out
+
+
+def test_verify_finds_a_flipped_bit_and_exits_with_2(tmp_path, capsys):
+    fill(tmp_path, make_inputs(7), fake)
+    assert cache.main([str(tmp_path), "--verify"]) == 0
+    assert "all checksums agree, 7 rows" in capsys.readouterr().out
+    (shard,) = tmp_path.glob("thoughts-*")
+    data = bytearray(shard.read_bytes())
+    data[5000] ^= 4
+    shard.write_bytes(data)
+    assert cache.main(["--verify", str(tmp_path)]) == 2
+    captured = capsys.readouterr()
+    assert f"damaged: {shard}: the checksum of row 1 of 7 differs" in captured.out
+    assert "1 of 1 shards" in captured.err
+
+
+def test_prune_removes_leftovers_and_nothing_else(tmp_path, capsys):
+    inputs = make_inputs(7)
+    fill(tmp_path, inputs, fake)
+    (tmp_path / f"thoughts-0{ts.SHARD_SUFFIX}{ts.TEMPORARY_SUFFIX}").write_bytes(b"x" * 1000)
+    (tmp_path / f"thoughts-1{ts.SHARD_SUFFIX}{ts.DAMAGED_SUFFIX}").write_bytes(b"x" * 1000)
+    assert cache.main(["--prune", str(tmp_path)]) == 0
+    assert "removed 2 files" in capsys.readouterr().out
+    assert torch.equal(read(ThoughtStore.open(tmp_path, IDENTITY), inputs), fake(inputs))
+    assert len(list(tmp_path.iterdir())) == 3  # manifest, lock, shard
+
+
+def test_a_folder_without_a_cache_is_said_to_be_one(tmp_path, capsys):
+    assert cache.main(["--info", str(tmp_path)]) == 2
+    assert "no thought cache in" in capsys.readouterr().err
+
+
+def run_ranks(size: int, work) -> list[BaseException | None]:
+    """``work(ranks)`` in threads that share a board, as processes would; what each raised."""
+    board = dist.HashStore()
+    raised: list[BaseException | None] = [None] * size
+
+    def run(rank: int) -> None:
+        try:
+            work(Ranks(rank, size, rank, size, board, "threads"))
+        except BaseException as error:
+            raised[rank] = error
+
+    threads = [threading.Thread(target=run, args=(rank,)) for rank in range(size)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join(60)
+    return raised
+
+
+def test_a_slow_rank_holds_nobody_up(tmp_path):
+    inputs = make_inputs(40)
+    done = [0, 0]
+
+    def work(ranks):
+        def compute(batch):
+            threading.Event().wait(0.2 if ranks.rank == 0 else 0.005)
+            done[ranks.rank] += len(batch)
+            return fake(batch)
+
+        cache.fill(tmp_path, IDENTITY, inputs, lambda: compute, ranks, tokens_per_batch=1)
+
+    assert run_ranks(2, work) == [None, None]
+    assert sum(done) == 40
+    assert done[1] > 3 * done[0]
+    assert torch.equal(read(ThoughtStore.open(tmp_path, IDENTITY), inputs), fake(inputs))
+
+
+@pytest.mark.parametrize("bad_rank", [0, 1])
+def test_one_failing_rank_stops_all_and_what_is_finished_is_kept(tmp_path, bad_rank):
+    inputs = make_inputs(40)
+
+    def work(ranks):
+        computed = 0
+
+        def compute(batch):
+            nonlocal computed
+            threading.Event().wait(0.01)
+            computed += 1
+            if ranks.rank == bad_rank and computed == 3:
+                raise SoftCoTError("out of luck")
+            return fake(batch)
+
+        cache.fill(tmp_path, IDENTITY, inputs, lambda: compute, ranks, tokens_per_batch=1)
+
+    raised = run_ranks(3, work)
+    assert str(raised[bad_rank]) == "out of luck"
+    assert all(isinstance(error, OtherRankFailed) for rank, error in enumerate(raised) if rank != bad_rank)
+    store = ThoughtStore.open(tmp_path, IDENTITY)
+    assert 4 <= len(store) < 40
+    kept = [item for item in inputs if cache.input_key(item) in store]
+    assert torch.equal(read(store, kept), fake(kept))
+
+
+FILL_PROGRAM = """
+import json, sys, time
+from pathlib import Path
+from softcot_ds.cache import fill, input_key
+from softcot_ds.ranks import join_ranks
+from tests.test_cache import IDENTITY, fake, make_inputs
+ranks = join_ranks()
+computed = []
+def compute(batch):
+    time.sleep(0.01)
+    computed.extend(item.example_id for item in batch)
+    return fake(batch)
+fill(Path(sys.argv[1]), IDENTITY, make_inputs(60), lambda: compute, ranks, tokens_per_batch=200)
+print(json.dumps({"rank": ranks.rank, "size": ranks.size, "local": ranks.local_rank, "computed": computed}), flush=True)
+ranks.leave()
+"""
+
+
+def launch(command: list[str], program: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
+    root = Path(__file__).parent.parent
+    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
+    environ |= {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
+    environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **environment}
+    arguments = [*command, sys.executable, "-c", program, str(tmp_path / "cache")]
+    return subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def check_ranks(outputs: str, size: int, store: ThoughtStore) -> None:
+    reports = [json.loads(line) for line in outputs.splitlines() if line.startswith("{")]
+    assert sorted(report["rank"] for report in reports) == list(range(size))
+    assert {report["size"] for report in reports} == {size}
+    computed = [example for report in reports for example in report["computed"]]
+    assert sorted(computed) == sorted(item.example_id for item in make_inputs(60))
+    assert torch.equal(read(store, make_inputs(60)), fake(make_inputs(60)))
+    assert ts.leftover_names(store.folder) == []
+
+
+@pytest.mark.distributed
+def test_mpirun_shares_the_work(tmp_path):
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if not mpirun.exists():
+        pytest.skip("no mpirun beside this Python; install softcot-ds[mpi]")
+    process = launch([str(mpirun), "-n", "2", "--oversubscribe", "--bind-to", "none"], FILL_PROGRAM, tmp_path)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    check_ranks(output, 2, ThoughtStore.open(tmp_path / "cache", IDENTITY))
+
+
+@pytest.mark.distributed
+def test_the_deepspeed_launchers_environment_shares_the_work(tmp_path):
+    """The launcher sets these for each rank and is otherwise not involved."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+    common = {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+    ranks = [launch([], FILL_PROGRAM, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
+    results = [process.communicate(timeout=120) for process in ranks]
+    assert [process.returncode for process in ranks] == [0, 0], results
+    check_ranks("".join(output for output, _ in results), 2, ThoughtStore.open(tmp_path / "cache", IDENTITY))
+
+
+@pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
+@pytest.mark.distributed
+def test_singletons_that_a_launcher_did_not_connect_are_refused(tmp_path, variable):
+    process = launch([], "from softcot_ds.ranks import join_ranks; join_ranks()", tmp_path, **{variable: "2"})
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode != 0
+    assert f"the launcher started several processes ({variable}=2), but MPI sees only one" in errors
+
+
+def test_alone_no_mpi_is_started(monkeypatch):
+    for name in list(os.environ):
+        if name.startswith(("OMPI_", "PMI", "SLURM_", "MPI_")) or name in ("RANK", "WORLD_SIZE"):
+            monkeypatch.delenv(name)
+    before = "mpi4py.MPI" in sys.modules
+    ranks = join_ranks()
+    assert (ranks.rank, ranks.size) == (0, 1)
+    assert ("mpi4py.MPI" in sys.modules) == before

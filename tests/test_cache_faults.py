@@ -1,0 +1,354 @@
+"""Builders that are killed, disks that fill up, files that rot: nothing wrong is read, nothing finished is redone.
+
+Builders are forked, not started, so that many can be killed in little time. SOFTCOT_FAULT_KILLS sets how many.
+"""
+
+import contextlib
+import errno
+import os
+import random
+import shutil
+import signal
+import socket
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+import torch.distributed as dist
+
+from softcot_ds import cache
+from softcot_ds import thought_store as ts
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.prompts import AssistantInput
+from softcot_ds.ranks import Ranks
+from softcot_ds.thought_store import StoreIdentity, ThoughtStore
+
+KILLS = int(os.environ.get("SOFTCOT_FAULT_KILLS", "60"))
+
+T, P = 8, 1024  # rows of 32 KiB: 31 to a shard of 1 MiB
+IDENTITY = StoreIdentity("f" * 64, T, P, "float32", "float32", "sdpa", assistant="toy")
+INPUTS = [AssistantInput(f"e{i}", [i, 7 * i + 1] + [0] * T, list(range(2, 2 + T))) for i in range(200)]
+KEYS = [cache.input_key(item) for item in INPUTS]
+
+
+def truth(item: AssistantInput) -> torch.Tensor:
+    """What a row must hold: every value tells the example."""
+    return torch.arange(T * P, dtype=torch.float32).view(T, P) + 10_000 * item.token_ids[0]
+
+
+TRUTH = torch.stack([truth(item) for item in INPUTS])
+
+
+def build(folder: Path, log: Path, ranks: Ranks | None = None, seconds_per_batch: float = 0.002) -> None:
+    """Fill the cache; each computed example is appended to ``log``, which survives any kill."""
+    descriptor = os.open(log, os.O_WRONLY | os.O_APPEND | os.O_CREAT)
+
+    def compute(batch):
+        os.write(descriptor, "".join(f"{item.example_id}\n" for item in batch).encode())
+        time.sleep(seconds_per_batch)
+        return torch.stack([truth(item) for item in batch])
+
+    ranks = ranks or Ranks(0, 1, 0, 1, dist.HashStore(), "no launcher")
+    cache.fill(folder, IDENTITY, INPUTS, lambda: compute, ranks, shard_mib=1, tokens_per_batch=5 * (T + 2))
+
+
+def fork(work: Callable[[], None]) -> int:
+    """Run ``work`` in a child; exit code 0, 2 for SoftCoTError, 1 for anything else."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except SoftCoTError as error:
+        print(error, flush=True)
+        code = 2
+    finally:
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+def fork_team(folder: Path, log: Path, size: int) -> list[int]:
+    """Builders of one team, connected over TCP as under the deepspeed launcher."""
+    if size == 1:
+        return [fork(lambda: build(folder, log))]
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+
+    def member(rank: int) -> None:
+        store = dist.TCPStore("127.0.0.1", port, is_master=rank == 0, wait_for_workers=False)
+        ranks = Ranks(rank, size, rank, size, store, "TCP")
+        build(folder, log, ranks)
+        ranks.leave()
+
+    return [fork(lambda rank=rank: member(rank)) for rank in range(size)]
+
+
+def computed(log: Path) -> list[int]:
+    """Numbers of the examples that have been computed since the last call."""
+    lines = log.read_text().split() if log.exists() else []
+    log.unlink(missing_ok=True)
+    return [int(line[1:]) for line in lines]
+
+
+def finished(folder: Path) -> set[int]:
+    """Numbers of the examples in finished shards, listed or not. Reads the shards with safetensors alone."""
+    from safetensors import safe_open
+
+    numbers = {key: number for number, key in enumerate(KEYS)}
+    found = set()
+    for path in folder.glob("thoughts-*.safetensors"):
+        with safe_open(path, "pt") as shard:
+            found |= {numbers[bytes(key)] for key in shard.get_tensor("keys").numpy()}
+    return found
+
+
+def check_reader(folder: Path) -> int:
+    """Read every row that a reader can see; each is right. Returns how many."""
+    try:
+        store = ThoughtStore.open(folder, IDENTITY)
+    except SoftCoTError:
+        return 0  # killed before there was a manifest
+    missing = set(store.missing(KEYS))
+    there = [number for number in range(len(KEYS)) if number not in missing]
+    assert torch.equal(store.read([KEYS[number] for number in there]), TRUTH[there])
+    return len(there)
+
+
+def check_complete(folder: Path) -> None:
+    assert check_reader(folder) == len(KEYS)
+    assert ts.leftover_names(folder) == []
+
+
+def test_builders_killed_at_random_moments_lose_nothing_finished(tmp_path):
+    """One or two ranks, killed with SIGKILL, resumed, until enough have been killed; then a last one is left alone."""
+    rng = random.Random(0)
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    kills = rows_kept = completed = 0
+    while kills < KILLS:
+        before = finished(folder)
+        team = fork_team(folder, log, size=rng.choice([1, 2]))
+        time.sleep(rng.uniform(0, 0.25))
+        victim = rng.choice(team)
+        os.kill(victim, signal.SIGKILL)
+        time.sleep(rng.choice([0, 0.01]))  # a launcher takes a moment to end the others
+        for child in team:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(child, signal.SIGKILL)
+        codes = [exit_code(child) for child in team]
+        kills += -signal.SIGKILL in codes
+        assert not before & set(computed(log)), "a row of a finished shard was computed again"
+        assert before <= finished(folder)
+        rows_kept += len(finished(folder) - before)
+        check_reader(folder)
+        if len(finished(folder)) == len(KEYS):
+            assert exit_code(fork_team(folder, log, 1)[0]) == 0
+            check_complete(folder)
+            shutil.rmtree(folder)
+            completed += 1
+    before = finished(folder)
+    assert exit_code(fork_team(folder, log, 1)[0]) == 0
+    assert not before & set(computed(log))
+    check_complete(folder)
+    assert rows_kept > 500  # the kills did come in the midst of the work
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_a_builder_may_die_at_any_step_that_touches_the_disk(tmp_path, monkeypatch, late):
+    """Die at the first, second, ... fsync or rename, before it or right after it, until a build gets through."""
+    for step in range(1, 200):
+        folder, log = tmp_path / f"{step}", tmp_path / "log"
+
+        def build_and_die(folder=folder, log=log, step=step):
+            steps = 0
+
+            def dying(call):
+                def wrapper(*args):
+                    nonlocal steps
+                    steps += 1
+                    if steps == step and not late:
+                        os._exit(137)
+                    result = call(*args)
+                    if steps == step:
+                        os._exit(137)
+                    return result
+
+                return wrapper
+
+            for name in ("fsync", "rename", "replace"):
+                monkeypatch.setattr(os, name, dying(getattr(os, name)))
+            build(folder, log, seconds_per_batch=0)
+
+        code = exit_code(fork(build_and_die))
+        check_reader(folder)
+        computed(log)
+        before = finished(folder)
+        assert exit_code(fork(lambda folder=folder, log=log: build(folder, log, seconds_per_batch=0))) == 0
+        assert before.isdisjoint(computed(log))
+        check_complete(folder)
+        shutil.rmtree(folder)
+        if code == 0:
+            assert step > 20  # seven shards of three steps each, at least
+            return
+        assert code == 137
+    raise AssertionError("the build never got through")
+
+
+def flip(path: Path, rng: random.Random) -> None:
+    data = bytearray(path.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+DAMAGE = {
+    "flipped bit": flip,
+    "truncated": lambda path, rng: os.truncate(path, rng.randrange(path.stat().st_size)),
+    "emptied": lambda path, rng: os.truncate(path, 0),
+    "grown": lambda path, rng: path.write_bytes(path.read_bytes() + b"\0"),
+    "removed": lambda path, rng: path.unlink(),
+    "overwritten": lambda path, rng: path.write_bytes(rng.randbytes(path.stat().st_size)),
+}
+
+
+@pytest.mark.parametrize("kind", DAMAGE)
+@pytest.mark.parametrize("victim", ["shard", "manifest"])
+def test_damaged_files_are_noticed_and_only_their_rows_redone(tmp_path, kind, victim, capfd):
+    rng = random.Random(f"{kind} {victim}")
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    build(folder, log, seconds_per_batch=0)
+    for _ in range(4):
+        computed(log)
+        path = folder / (ts.MANIFEST_NAME if victim == "manifest" else rng.choice(ts.shard_names(folder)))
+        rows_before = finished(folder)
+        DAMAGE[kind](path, rng)
+        with contextlib.suppress(SoftCoTError):
+            store = ThoughtStore.open(folder, IDENTITY)
+            for key, row in zip(KEYS, TRUTH, strict=True):
+                with contextlib.suppress(SoftCoTError):
+                    assert torch.equal(store.read([key])[0], row)
+        capfd.readouterr()
+        build(folder, log, seconds_per_batch=0)
+        assert "damaged" in capfd.readouterr().out or (kind, victim) == ("removed", "manifest")
+        redone = computed(log)
+        assert len(redone) <= (31 if victim == "shard" else 0)
+        assert len(redone) == len(set(redone))
+        assert rows_before == set(range(len(KEYS)))
+        check_complete(folder)
+
+
+def test_two_builders_at_once_share_the_work(tmp_path, capfd):
+    folder, logs = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"]
+    children = [fork(lambda log=log: build(folder, log)) for log in logs]
+    assert [exit_code(child) for child in children] == [0, 0]
+    done = [number for log in logs for number in computed(log)]
+    assert sorted(done) == list(range(len(KEYS)))
+    assert f"another builder ({socket.gethostname()}, process " in capfd.readouterr().out
+    check_complete(folder)
+
+
+def test_a_waiting_builder_takes_over_from_one_that_is_killed(tmp_path):
+    folder, logs = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"]
+    first = fork(lambda: build(folder, logs[0], seconds_per_batch=0.02))
+    while len(finished(folder) if folder.exists() else ()) < 31:
+        time.sleep(0.01)
+    second = fork(lambda: build(folder, logs[1]))
+    time.sleep(0.05)
+    os.kill(first, signal.SIGKILL)
+    exit_code(first)
+    kept = finished(folder)
+    assert exit_code(second) == 0
+    assert kept.isdisjoint(computed(logs[1]))
+    check_complete(folder)
+
+
+def test_two_builders_without_locks_do_no_harm(tmp_path, monkeypatch, capfd):
+    """Some network file systems have none: work is then done twice, never wrong."""
+
+    def no_locks(*_):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    folder = tmp_path / "cache"
+    children = []
+    for number in range(2):
+        children.append(fork(lambda number=number: build(folder, tmp_path / f"log{number}")))
+        time.sleep(0.05)
+    assert [exit_code(child) for child in children] == [0, 0]
+    assert "no file locks" in capfd.readouterr().out
+    check_complete(folder)
+
+
+def test_a_reader_during_a_build_sees_right_rows_and_ever_more(tmp_path):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    child = fork(lambda: build(folder, log, seconds_per_batch=0.03))
+    seen = [0]
+    while os.waitpid(child, os.WNOHANG) == (0, 0):
+        seen.append(check_reader(folder))
+        time.sleep(0.01)
+    check_complete(folder)
+    assert seen == sorted(seen)
+    assert len(set(seen)) > 2  # not only nothing and everything
+
+
+@contextlib.contextmanager
+def small_disk(folder: Path, mebibytes: int) -> Iterator[Callable[[int], None]]:
+    """A file system of its own; yields what changes its size."""
+    folder.mkdir()
+    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)], check=False)
+    if mounted.returncode:
+        pytest.skip("no right to mount a small tmpfs")
+    try:
+        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}m", str(folder)], check=True)
+    finally:
+        subprocess.run(["umount", str(folder)], check=True)
+
+
+def test_a_disk_that_fills_up_stops_the_build_and_keeps_what_is_finished(tmp_path, monkeypatch):
+    """Others fill it while the builder works, so that the check before the work has passed."""
+    usage = shutil.disk_usage(tmp_path)
+    log = tmp_path / "log"
+    with small_disk(tmp_path / "disk", 4) as resize:
+        folder = tmp_path / "disk" / "cache"
+        with monkeypatch.context() as patch:
+            patch.setattr(cache.shutil, "disk_usage", lambda _: usage)
+            with pytest.raises(SoftCoTError, match=r"disk of .* is full .*finished shards are kept: make room"):
+                build(folder, log)
+        assert ts.leftover_names(folder) == []
+        kept = finished(folder)
+        assert check_reader(folder) == len(kept) >= 31
+        computed(log)
+        with pytest.raises(SoftCoTError, match=r"needs .* its disk has"):
+            build(folder, log)
+        resize(32)
+        build(folder, log)
+        assert kept.isdisjoint(computed(log))
+        check_complete(folder)
+
+
+def test_a_disk_too_full_for_the_manifest_stops_the_build(tmp_path, monkeypatch):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    save = ts.save_manifest
+
+    def full(folder, manifest):
+        if manifest.shards:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        save(folder, manifest)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(ts, "save_manifest", full)
+        with pytest.raises(SoftCoTError, match=r"disk of .* is full"):
+            build(folder, log, seconds_per_batch=0.02)
+    kept = finished(folder)
+    assert kept
+    computed(log)
+    build(folder, log)
+    assert kept.isdisjoint(computed(log))
+    check_complete(folder)
