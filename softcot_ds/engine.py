@@ -34,6 +34,13 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
     return config
 
 
+def decoding_config(recipe: Recipe) -> dict[str, Any]:
+    """The same for models that are only run. ZeRO++'s second partition goes: DeepSpeed takes it for one model alone."""
+    config = engine_config(recipe)
+    config["zero_optimization"].pop("zero_hpz_partition_size", None)
+    return config
+
+
 def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None) -> SoftCoT:
     """The frozen base with the projection, whose weights come from ``start_from`` or from the seed."""
     config = engine_config(recipe)

@@ -31,7 +31,7 @@ from softcot_ds.cli import recipe_command
 from softcot_ds.data import Example
 from softcot_ds.decoding import Sampling, decode
 from softcot_ds.distributed import barrier, device, init_distributed, on_main, rank, say, world_size
-from softcot_ds.engine import engine_config, hook_partitioned
+from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
@@ -167,7 +167,7 @@ class _Decoder:
         folder: Path,
     ) -> "_Decoder":
         partition = recipe.evaluation.partition or recipe.backbone.partition
-        config = engine_config(recipe) if partition == "zero3" else None
+        config = decoding_config(recipe) if partition == "zero3" else None
         model = load_frozen(model_config, partition, device(), config)
         if config is not None:
             hook_partitioned(model, config)

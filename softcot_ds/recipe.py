@@ -307,6 +307,17 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @field_validator("backbone")
+    @classmethod
+    def _second_partition_holds_one_model(cls, value: BackboneConfig, info: ValidationInfo) -> BackboneConfig:
+        thoughts, zero = info.data.get("thoughts"), value.deepspeed_config().get("zero_optimization", {})
+        if thoughts and thoughts.source == "online" and zero.get("zero_hpz_partition_size", 1) > 1:
+            raise ValueError(
+                f"zero_hpz_partition_size of {value.deepspeed_path()} works for one partitioned model, and "
+                "thoughts.source online needs two; use the cache"
+            )
+        return value
+
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name

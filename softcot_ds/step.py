@@ -61,7 +61,8 @@ class SoftCoT(nn.Module):
     def forward(self, batch: Batch) -> torch.Tensor:
         """Cross entropy summed over the supervised tokens of the batch, in nats.
 
-        A scalar in float32 (float64 for a float64 base). It is a sum because the mean is over the global batch, whose token count the caller knows.
+        A scalar in float32 (float64 for a float64 base). It is a sum because the mean is over the global batch, whose
+        token count the caller knows.
         """
         embeds, mask, positions = self._inputs(batch)
         prefix_length = batch.prefix_ids.shape[1]

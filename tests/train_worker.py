@@ -1,0 +1,13 @@
+"""Run by test_recipes.py: cache and train several recipes in one process. Arguments: recipe, overrides, recipe ..."""
+
+import sys
+
+from softcot_ds.cache import build
+from softcot_ds.recipe import load_recipe
+from softcot_ds.train import train
+
+arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+for recipe, overrides in zip(arguments[::2], arguments[1::2], strict=True):
+    resolved = load_recipe(recipe, overrides.split())
+    build(resolved)
+    train(resolved)
