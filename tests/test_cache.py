@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import signal
 import socket
 import subprocess
 import sys
@@ -413,19 +414,26 @@ def test_one_failing_rank_stops_all_and_what_is_finished_is_kept(tmp_path, bad_r
 
 
 FILL_PROGRAM = """
-import json, sys, time
+import json, os, sys, time
+from collections import namedtuple
 from pathlib import Path
-from softcot_ds.cache import fill, input_key
+import torch
+from softcot_ds.cache import fill
 from softcot_ds.ranks import join_ranks
-from tests.test_cache import IDENTITY, fake, make_inputs
+from softcot_ds.thought_store import StoreIdentity
+assert "transformers" not in sys.modules  # two seconds of a rank's start
+Input = namedtuple("Input", "example_id token_ids positions")
+inputs = [Input(i, [i, 5, 7], [2]) for i in range(60)]
+identity = StoreIdentity("f" * 64, 1, 65536, "float32", "float32", "sdpa")
 ranks = join_ranks()
 computed = []
 def compute(batch):
-    time.sleep(0.01)
+    time.sleep(0.03)
     computed.extend(item.example_id for item in batch)
-    return fake(batch)
-fill(Path(sys.argv[1]), IDENTITY, make_inputs(60), lambda: compute, ranks, tokens_per_batch=200)
-print(json.dumps({"rank": ranks.rank, "size": ranks.size, "local": ranks.local_rank, "computed": computed}), flush=True)
+    return torch.stack([torch.full((1, 65536), float(item.example_id)) for item in batch])
+Path(sys.argv[1] + f".{ranks.rank}.pid").write_text(str(os.getpid()))
+fill(Path(sys.argv[1]), identity, inputs, lambda: compute, ranks, shard_mib=1, tokens_per_batch=6)
+print(json.dumps({"rank": ranks.rank, "size": ranks.size, "computed": computed}), flush=True)
 ranks.leave()
 """
 
@@ -439,25 +447,56 @@ def launch(command: list[str], program: str, tmp_path: Path, **environment: str)
     return subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
-def check_ranks(outputs: str, size: int, store: ThoughtStore) -> None:
+def check_ranks(outputs: str, folder: Path) -> list[int]:
+    """Both ranks worked, no row was computed twice, all rows are right. Returns what was computed."""
     reports = [json.loads(line) for line in outputs.splitlines() if line.startswith("{")]
-    assert sorted(report["rank"] for report in reports) == list(range(size))
-    assert {report["size"] for report in reports} == {size}
+    assert sorted(report["rank"] for report in reports) == [0, 1]
+    assert {report["size"] for report in reports} == {2}
+    assert all(report["computed"] for report in reports)
     computed = [example for report in reports for example in report["computed"]]
-    assert sorted(computed) == sorted(item.example_id for item in make_inputs(60))
-    assert torch.equal(read(store, make_inputs(60)), fake(make_inputs(60)))
-    assert ts.leftover_names(store.folder) == []
+    assert len(computed) == len(set(computed))
+    rows = ThoughtStore.open(folder).read([ts.row_key([i, 5, 7], [2]) for i in range(60)])
+    assert torch.equal(rows, torch.arange(60.0)[:, None, None].expand_as(rows))
+    assert ts.leftover_names(folder) == []
+    return computed
+
+
+def find_mpirun() -> str:
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if not mpirun.exists():
+        pytest.skip("no mpirun beside this Python; install softcot-ds[mpi]")
+    return str(mpirun)
 
 
 @pytest.mark.distributed
 def test_mpirun_shares_the_work(tmp_path):
-    mpirun = Path(sys.executable).parent / "mpirun"
-    if not mpirun.exists():
-        pytest.skip("no mpirun beside this Python; install softcot-ds[mpi]")
-    process = launch([str(mpirun), "-n", "2", "--oversubscribe", "--bind-to", "none"], FILL_PROGRAM, tmp_path)
+    command = [find_mpirun(), "-n", "2", "--oversubscribe", "--bind-to", "none"]
+    process = launch(command, FILL_PROGRAM, tmp_path)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    check_ranks(output, 2, ThoughtStore.open(tmp_path / "cache", IDENTITY))
+    assert len(check_ranks(output, tmp_path / "cache")) == 60
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_mpirun_and_the_next_run_goes_on(tmp_path):
+    """Rank 0, which holds the lock and the board."""
+    command = [find_mpirun(), "-n", "2", "--oversubscribe", "--bind-to", "none"]
+    process = launch(command, FILL_PROGRAM, tmp_path)
+    while len(list(tmp_path.glob("cache/thoughts-*.safetensors"))) < 2:
+        assert process.poll() is None
+        threading.Event().wait(0.01)
+    os.kill(int((tmp_path / "cache.0.pid").read_text()), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    finished = sum(
+        ts.read_index(path, ThoughtStore.open(tmp_path / "cache").identity).record.rows
+        for path in tmp_path.glob("cache/thoughts-*.safetensors")
+    )
+    assert 0 < finished < 60
+    process = launch(command, FILL_PROGRAM, tmp_path)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(check_ranks(output, tmp_path / "cache")) == 60 - finished
 
 
 @pytest.mark.distributed
@@ -470,7 +509,7 @@ def test_the_deepspeed_launchers_environment_shares_the_work(tmp_path):
     ranks = [launch([], FILL_PROGRAM, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
     results = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], results
-    check_ranks("".join(output for output, _ in results), 2, ThoughtStore.open(tmp_path / "cache", IDENTITY))
+    assert len(check_ranks("".join(output for output, _ in results), tmp_path / "cache")) == 60
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
