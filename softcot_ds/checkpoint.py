@@ -280,7 +280,9 @@ def _read_trainer(folder: Path) -> dict[str, Any]:
 
 def _master_copies(engine: Any) -> list[torch.Tensor]:
     """The flat float32 tensors that the inner torch optimizer steps, one per parameter group of this rank."""
-    return [parameter for group in engine.optimizer.optimizer.param_groups for parameter in group["params"]]
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
 
 
 def _optimizer_steps(engine: Any) -> int:

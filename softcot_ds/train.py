@@ -103,13 +103,13 @@ def train(recipe: Recipe) -> None:
     batches = _Batches(splits.train, reader, experiment.base_pad_id, recipe, start, accumulation)
     micro_batch = iter(DataLoader(batches, batch_sampler=batches.of_this_rank(), collate_fn=lambda batch: batch))
     validator = Validator(engine, splits.validation, reader, experiment)
+    stop = _StopRequest()
     board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
     board.text("recipe", recipe.to_yaml(), start)
     history = _History(recipe, start)
     timer = PhaseTimer(device())
     window = _Window()
     progress = Progress(config.steps - start, "steps")
-    stop = _StopRequest()
     folder = resume_from
 
     for step, batch in enumerate(islice(batches.schedule(), config.steps - start), start + 1):

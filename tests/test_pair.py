@@ -225,7 +225,9 @@ def common_problems(count: int, rare_rate: float = 0.0) -> list:
 
 def test_base_solves_problems_with_common_verbs():
     problems = common_problems(80)
-    right = sum(r == p.reasoning for r, p in zip(replies("base", [p.question for p in problems]), problems, strict=True))
+    right = sum(
+        r == p.reasoning for r, p in zip(replies("base", [p.question for p in problems]), problems, strict=True)
+    )
     assert right >= 0.85 * len(problems)
 
 

@@ -1,0 +1,36 @@
+"""Run by test_train.py on several ranks: the projection's gradient of one global batch, as DeepSpeed sees it."""
+
+import sys
+
+from deepspeed.utils import safe_get_full_grad
+from safetensors.torch import save_file
+
+from softcot_ds.data import collate, global_batches, micro_batches
+from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, sum_over_ranks, world_size
+from softcot_ds.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.experiment import Experiment
+from softcot_ds.recipe import load_recipe
+
+recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+init_distributed(5)
+results = {}
+for variant in variants:
+    recipe = load_recipe(recipe_path, variant.split())
+    experiment = Experiment(recipe)
+    examples = experiment.splits.train
+    engine = build_engine(build_model(recipe, experiment, None), recipe, accumulation := accumulation_steps(recipe))
+    batch = next(global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed))
+    num_labels = sum(len(examples[index].target_ids) for index in batch)
+    total = 0.0
+    for micro in micro_batches(batch, rank(), world_size(), accumulation):
+        loss = engine(collate([examples[index] for index in micro], experiment.base_pad_id)) / num_labels
+        engine.backward(loss * (world_size() * accumulation))
+        total = total + loss.detach()
+        if engine.is_gradient_accumulation_boundary():
+            gradient = {name: safe_get_full_grad(p) for name, p in engine.module.projection.named_parameters()}
+        engine.step()
+    results[f"{variant}/loss"] = sum_over_ranks(total.reshape(1).clone())
+    results |= {f"{variant}/{name}": value.float().contiguous() for name, value in gradient.items()}
+if is_main():
+    save_file(results, output)
+shut_down()

@@ -1,0 +1,62 @@
+"""Starting commands the way users do, from tests."""
+
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).parent.parent
+BIN = Path(sys.executable).parent
+
+
+def environment() -> dict[str, str]:
+    """One thread per rank; our checkout first; no launcher's variables from outside."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_", "PMI"))}
+    for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
+        kept.pop(key, None)
+    return kept | {
+        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "OMP_NUM_THREADS": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT": "1",
+        "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",
+        "HF_HUB_OFFLINE": "1",
+    }
+
+
+def deepspeed_command(ranks: int, module: str, *arguments: object) -> list[str]:
+    """The deepspeed launcher on this machine, on a port of its own."""
+    with socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = str(listener.getsockname()[1])
+    launcher = [str(BIN / "deepspeed"), "--log_level", "error", "--num_gpus", str(ranks), "--master_port", port]
+    return [*launcher, "--module", module, *map(str, arguments)]
+
+
+def run(command: list[str], timeout: float = 240, check: bool = True, **env: str) -> subprocess.CompletedProcess[str]:
+    """Run to the end; standard output and error come together. With ``check``, a failure shows them."""
+    done = subprocess.run(
+        command, cwd=ROOT, env=environment() | env, text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        timeout=timeout,
+    )  # fmt: skip
+    if check and done.returncode:
+        raise AssertionError(f"{' '.join(command)} ended with {done.returncode}:\n{done.stdout}")
+    return done
+
+
+def run_and_signal(command: list[str], number: signal.Signals, when: Path, timeout: float = 120) -> tuple[int, str]:
+    """Run until the file ``when`` appears, then send the signal to all processes of the command."""
+    process = subprocess.Popen(
+        command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        start_new_session=True,
+    )  # fmt: skip
+    give_up = time.monotonic() + timeout
+    while not when.exists() and process.poll() is None and time.monotonic() < give_up:
+        time.sleep(0.02)
+    reached = when.exists()
+    os.killpg(process.pid, number)
+    output, _ = process.communicate(timeout=timeout)
+    assert reached, f"{when} never appeared:\n{output}"
+    return process.returncode, output
