@@ -244,7 +244,7 @@ def processor() -> str:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--rows", type=int, default=640, help="examples to compute in a build")
+    parser.add_argument("--rows", type=int, default=256, help="examples to compute in a build")
     parser.add_argument("--read-rows", type=int, default=5000, help="rows of 96 KiB to read")
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--build-into", type=Path, help=argparse.SUPPRESS)  # this script as a rank of mpirun

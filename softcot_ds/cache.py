@@ -311,17 +311,18 @@ def _only_builder(folder: Path) -> Iterator[bool]:
     except OSError as error:
         raise ts.disk_error(folder, error) from error
     with lock:
-        waited, locked = 0.0, False
+        next_word, locked = time.monotonic(), False
         while not locked:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
             except BlockingIOError:
-                if waited % 60 == 0:
-                    lock.seek(0)
-                    _say(f"another builder ({lock.read().strip()}) works in {folder}; waiting for it to end")
-                time.sleep(0.25)
-                waited += 0.25
+                lock.seek(0)
+                holder = lock.read().strip()  # empty while it is being written
+                if holder and time.monotonic() >= next_word:
+                    _say(f"another builder ({holder}) works in {folder}; waiting for it to end")
+                    next_word = time.monotonic() + 60
+                time.sleep(0.2)
             except OSError as error:
                 _say(f"no file locks in {folder} ({error.strerror}): start one builder at a time")
                 break
