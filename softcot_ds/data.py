@@ -151,7 +151,7 @@ def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterat
 
     Each epoch is a new permutation. Windows of 50 batches are sorted by length, cut into batches and the batches
     shuffled, so that a batch holds little padding while the order stays random. What does not fill a batch at the end
-    of an epoch is left for other epochs' permutations to bring up.
+    of an epoch, the permutation's last, is left for other epochs' permutations to bring up.
     """
     if len(lengths) < batch_size:
         raise SoftCoTError(
@@ -161,11 +161,12 @@ def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterat
     epoch = 0
     while True:
         rng = random.Random(f"{seed}/{epoch}")
-        order = rng.sample(range(len(lengths)), len(lengths))
+        # Cut before sorting: the longest examples would be left out otherwise, of few problems in every epoch.
+        order = rng.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
         batches = []
         for start in range(0, len(order), 50 * batch_size):
             window = sorted(order[start : start + 50 * batch_size], key=lambda index: lengths[index])
-            batches += [window[i : i + batch_size] for i in range(0, len(window) - batch_size + 1, batch_size)]
+            batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
         rng.shuffle(batches)
         yield from batches
         epoch += 1

@@ -10,11 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import yaml
 from jinja2 import TemplateError
 from transformers import PreTrainedTokenizerBase
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import read_yaml
 
 Messages = list[dict[str, str]]
 
@@ -44,10 +44,7 @@ class PromptFile:
     @classmethod
     def load(cls, path: Path) -> "PromptFile":
         """Raises SoftCoTError with every mistake of the file."""
-        try:
-            sections = yaml.safe_load(path.read_text())
-        except yaml.YAMLError as error:
-            raise SoftCoTError(f"{path}: not YAML: {error}".replace("\n", " ")) from error
+        sections = read_yaml(path)
         if not isinstance(sections, dict):
             raise SoftCoTError(f"{path}: a prompt file is a mapping with the keys {', '.join(_FIELDS)}")
         mistakes = [f"unknown key {key!r}; known: {', '.join(_FIELDS)}" for key in sections if key not in _FIELDS]

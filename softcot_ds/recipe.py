@@ -7,13 +7,25 @@ relative to the current directory.
 
 import difflib
 import json
+import os
+import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 import yaml
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
+from pydantic import (
+    AfterValidator,
+    BaseModel,
+    ConfigDict,
+    Field,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+    model_validator,
+)
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import parse_yaml, read_yaml
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -33,19 +45,14 @@ def resolve_location(name: str) -> str:
 
 def _is_hub_name(name: str) -> bool:
     """Whether ``name`` has the form of a hub repository, ``owner/name``."""
-    parts = name.split("/")
-    return (
-        len(parts) == 2
-        and all(parts)
-        and not name.startswith((".", "~"))
-        and Path(name).suffix not in (".json", ".jsonl")
-    )
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.endswith((".json", ".jsonl"))
 
 
+# The checks ask os.path, which says False where pathlib raises: a folder that may not be read, too long a name.
 def _check_model(name: str) -> str:
     location = resolve_location(name)
-    if Path(location).is_dir():
-        if not (Path(location) / "config.json").is_file():
+    if os.path.isdir(location):
+        if not os.path.isfile(os.path.join(location, "config.json")):
             raise ValueError(f"the folder {location!r} holds no config.json; name a folder written by save_pretrained")
     elif name.startswith(PACKAGE_SCHEME) or not _is_hub_name(name):
         raise ValueError(f"{location!r} is neither a folder nor a hub name (owner/name)")
@@ -53,13 +60,13 @@ def _check_model(name: str) -> str:
 
 
 def _check_data(name: str) -> str:
-    if not Path(name).is_file() and not _is_hub_name(name):
+    if not os.path.isfile(name) and not _is_hub_name(name):
         raise ValueError(f"{name!r} is neither a file nor a hub name (owner/name)")
     return name
 
 
 def _check_file(path: Path) -> Path:
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise ValueError(f"no such file: {path.absolute()}")
     return path
 
@@ -70,9 +77,13 @@ ExistingFile = Annotated[Path, AfterValidator(_check_file)]
 
 
 class Section(BaseModel):
-    """A part of the recipe: unknown keys are refused, fields have no aliases."""
+    """A part of the recipe: unknown keys are refused, fields have no aliases.
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, protected_namespaces=())
+    A field that must fit another of its section is checked by a validator of its own, after the other. Unlike one for
+    the whole section, it also runs where something else is wrong: all mistakes are reported together.
+    """
+
+    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
 
 
 class TaskConfig(Section):
@@ -94,6 +105,20 @@ class TaskConfig(Section):
     """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""
     max_tokens: int | None = Field(None, ge=1)
     """Training problems whose prompt, thoughts and target are longer than this (base tokens) are left out."""
+
+    @field_validator("train", "test")
+    @classmethod
+    def _gsm8k_is_read(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and info.data.get("name") == "gsm8k":
+            raise ValueError("missing; name a JSON-lines file or a hub name (owner/name)")
+        return value
+
+    @field_validator("train_problems", "test_problems")
+    @classmethod
+    def _word_problems_are_generated(cls, value: int | None, info: ValidationInfo) -> int | None:
+        if value is None and info.data.get("name") == "word_problems":
+            raise ValueError("missing; this task's problems are generated, say how many")
+        return value
 
 
 class ModelConfig(Section):
@@ -168,11 +193,16 @@ class BackboneConfig(Section):
         """The DeepSpeed configuration as read from its file."""
         path = self.deepspeed_path()
         try:
-            return json.loads(path.read_text())
+            config = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise ValueError(f"no such file: {path.absolute()}; run from the project's root or set it") from error
         except json.JSONDecodeError as error:
             raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"cannot read {path.absolute()}: {error}") from error
+        if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
+            raise ValueError(f"{path}: no DeepSpeed configuration: expected objects, outermost and zero_optimization")
+        return config
 
 
 class ProjectionConfig(Section):
@@ -204,7 +234,7 @@ class TrainingConfig(Section):
     """From the peak to min_lr_ratio times the peak, after the warm-up."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[float, float] = (0.9, 0.999)
+    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: bool = False
@@ -219,6 +249,20 @@ class TrainingConfig(Section):
     """How many of the newest checkpoints are kept."""
     timeout_minutes: float = Field(30.0, gt=0)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long."""
+
+    @field_validator("warmup_steps")
+    @classmethod
+    def _warmup_ends(cls, value: int, info: ValidationInfo) -> int:
+        if value >= info.data.get("steps", value + 1):
+            raise ValueError(f"{value} steps of warm-up do not fit into training.steps={info.data['steps']}")
+        return value
+
+    @field_validator("micro_batch_size")
+    @classmethod
+    def _micro_batch_is_a_part(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("global_batch_size", value):
+            raise ValueError(f"{value} is more than training.global_batch_size={info.data['global_batch_size']}")
+        return value
 
 
 class EvaluationConfig(Section):
@@ -239,6 +283,13 @@ class EvaluationConfig(Section):
     static_adapter: Path | None = None
     """Adapter directory of a projection.kind=static run, for the condition static."""
 
+    @field_validator("static_adapter")
+    @classmethod
+    def _static_has_an_adapter(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None and "static" in info.data.get("conditions", []):
+            raise ValueError("missing; the condition static needs an adapter directory")
+        return value
+
 
 class Recipe(Section):
     """One run."""
@@ -258,30 +309,6 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
-    @model_validator(mode="after")
-    def _fields_fit_together(self) -> "Recipe":
-        mistakes = []
-        if self.training.warmup_steps >= self.training.steps:
-            mistakes.append(f"training.warmup_steps {self.training.warmup_steps} >= steps {self.training.steps}")
-        if self.training.micro_batch_size > self.training.global_batch_size:
-            mistakes.append(
-                f"training.micro_batch_size {self.training.micro_batch_size} > "
-                f"global_batch_size {self.training.global_batch_size}"
-            )
-        if self.task.name == "gsm8k":
-            mistakes += [f"task.{key} is missing" for key in ("train", "test") if getattr(self.task, key) is None]
-        if self.task.name == "word_problems":
-            mistakes += [
-                f"task.{key} is missing: this task's problems are generated, say how many"
-                for key in ("train_problems", "test_problems")
-                if getattr(self.task, key) is None
-            ]
-        if "static" in self.evaluation.conditions and self.evaluation.static_adapter is None:
-            mistakes.append("evaluation.static_adapter is missing: the condition static needs an adapter directory")
-        if mistakes:
-            raise ValueError("\n".join(mistakes))
-        return self
-
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
@@ -298,14 +325,9 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
         SoftCoTError: the file is missing or no YAML mapping, or the recipe is wrong; lists every mistake.
     """
     path = Path(path)
-    try:
-        values = yaml.safe_load(path.read_text())
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise SoftCoTError(f"no such recipe: {path.absolute()}; recipes/ holds some to start from") from error
-    except UnicodeDecodeError as error:
-        raise SoftCoTError(f"{path}: not a text file; a recipe is YAML") from error
-    except yaml.YAMLError as error:
-        raise SoftCoTError(f"{path}: not YAML: {error}".replace("\n", " ")) from error
+    if not os.path.isfile(path):
+        raise SoftCoTError(f"no such recipe: {path.absolute()}; recipes/ holds some to start from")
+    values = read_yaml(path)
     if not isinstance(values, dict):
         raise SoftCoTError(f"{path}: a recipe is a mapping of keys to values, found {type(values).__name__}")
     return parse_recipe(values, overrides or [], str(path))
@@ -343,9 +365,9 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
         if not isinstance(section, dict):
             return f"override {override!r}: {parent!r} is a value, not a section"
     try:
-        section[leaf] = yaml.safe_load(text)
-    except yaml.YAMLError:
-        return f"override {override!r}: {text!r} is not a YAML value"
+        section[leaf] = parse_yaml(text)
+    except ValueError as error:
+        return f"override {override!r}: {text!r} is not a YAML value: {error}"
     return None
 
 

@@ -72,9 +72,13 @@ def read_json_lines(path: Path, required: dict[str, type]) -> Iterator[tuple[int
         SoftCoTError: names the file and the first bad line: empty, not JSON, a key missing or of the wrong type.
     """
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
+        text = path.read_text(encoding="utf-8-sig")
+    except OSError as error:
+        raise SoftCoTError(f"cannot read {path.absolute()}: {error.strerror}") from error
     except UnicodeDecodeError as error:
         raise SoftCoTError(f"{path}: byte {error.start}: not UTF-8 text; JSON lines are UTF-8") from error
+    # Not splitlines: it also splits at characters that may stand inside a JSON string, such as U+2028.
+    lines = text.removesuffix("\n").split("\n") if text else []
     if not lines:
         raise SoftCoTError(f"{path}: the file is empty")
     for number, line in enumerate(lines, start=1):
@@ -85,6 +89,8 @@ def read_json_lines(path: Path, required: dict[str, type]) -> Iterator[tuple[int
             record = json.loads(line)
         except json.JSONDecodeError as error:
             raise SoftCoTError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
+        except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
+            raise SoftCoTError(f"{where}: not JSON that Python reads: {error}") from error
         if not isinstance(record, dict):
             raise SoftCoTError(f"{where}: expected a JSON object, found {type(record).__name__}")
         for key, kind in required.items():
@@ -92,4 +98,14 @@ def read_json_lines(path: Path, required: dict[str, type]) -> Iterator[tuple[int
                 raise SoftCoTError(f"{where}: the key {key!r} is missing; found {sorted(record)}")
             if not isinstance(record[key], kind):
                 raise SoftCoTError(f"{where}: {key!r} is {type(record[key]).__name__}, expected {kind.__name__}")
+            if kind is str and not _is_unicode(record[key]):
+                raise SoftCoTError(f"{where}: {key!r} holds half of a surrogate pair, which is no character")
         yield number, record
+
+
+def _is_unicode(text: str) -> bool:
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True

@@ -6,7 +6,7 @@ from typing import Literal
 from softcot_ds.pair.world import generate
 from softcot_ds.tasks.base import Problem, Task
 
-_ANSWER = re.compile(r"answer\s+(-?\d(?:\s?\d)*)")
+_ANSWER = re.compile(r"answer\s+(-?\d(?:\s?\d){0,99})")
 _SEEDS = {"train": 1, "test": 2}
 
 
@@ -16,17 +16,17 @@ class WordProblems(Task):
     def read(self, split: Literal["train", "test"]) -> list[Problem]:
         count = self.config.train_problems if split == "train" else self.config.test_problems
         return [
-            Problem(problem.question, problem.reasoning, str(problem.answer))
+            Problem(problem.question, problem.reasoning.removesuffix(f"answer {problem.answer}"), str(problem.answer))
             for problem in generate(split, count, seed=_SEEDS[split])
         ]
 
     def target(self, problem: Problem) -> str:
-        return f"{problem.reasoning} ; answer {problem.answer}"
+        return f"{problem.reasoning}answer {problem.answer}"
 
     def extract(self, output: str) -> str | None:
         """The number after the last ``answer``; the steps before it are full of other numbers."""
         answers = _ANSWER.findall(output)
-        return str(int(answers[-1].replace(" ", ""))) if answers else None
+        return str(int("".join(answers[-1].split()))) if answers else None
 
     def is_correct(self, answer: str | None, problem: Problem) -> bool:
         return answer == problem.answer

@@ -1,0 +1,228 @@
+"""Splits without overlap, batches without loss."""
+
+from collections import Counter
+from itertools import islice
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+from softcot_ds.data import ContextLimits, Example, collate, global_batches, load_splits, micro_batches, pad
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.prompts import AssistantInput, BasePrompt
+from softcot_ds.recipe import TaskConfig
+from softcot_ds.tasks import Problem
+
+
+class Letters:
+    """Stands in for both models' prompts: a token per character."""
+
+    def __init__(self, count: int = 2) -> None:
+        self.count = count
+
+    def thoughts_input(self, example_id: str, question: str) -> AssistantInput:
+        ids = [ord(letter) for letter in question]
+        return AssistantInput(example_id, ids + [0] * self.count, list(range(len(ids), len(ids) + self.count)))
+
+    def with_thoughts(self, question: str) -> BasePrompt:
+        return BasePrompt([ord(letter) for letter in question], [1])
+
+    def target_ids(self, target: str) -> list[int]:
+        return [ord(letter) for letter in target] + [2]
+
+
+class Given:
+    """A task with the problems that a test wants."""
+
+    def __init__(self, train: list[str], test: list[str]) -> None:
+        self.problems = {
+            "train": [Problem(question, "r", str(i)) for i, question in enumerate(train)],
+            "test": [Problem(question, "r", str(i)) for i, question in enumerate(test)],
+        }
+
+    def read(self, split):
+        return self.problems[split]
+
+    def target(self, problem):
+        return problem.answer
+
+
+def split(train, test=("t",), count=2, limits=(100, 100), **config):
+    values = {"name": "gsm8k", "train": "a/b", "test": "a/b", "validation_problems": 0} | config
+    return load_splits(
+        Given(train, list(test)), TaskConfig(**values), Letters(count), Letters(count), ContextLimits(*limits)
+    )
+
+
+def questions(examples) -> list[str]:
+    return [example.problem.question for example in examples]
+
+
+NAMES = [f"question {i}" for i in range(30)]
+
+
+def test_validation_is_cut_from_training_and_nothing_overlaps():
+    splits = split(NAMES, ["t 1", "t 2"], validation_problems=7)
+    parts = [set(questions(part)) for part in (splits.train, splits.validation, splits.test)]
+    assert [len(part) for part in parts] == [23, 7, 2]
+    assert parts[0] | parts[1] == set(NAMES)
+    assert not parts[0] & parts[1]
+    assert splits.notes == []
+
+
+def test_training_keeps_the_order_of_the_file():
+    train = questions(split(NAMES, validation_problems=7).train)
+    assert train == [name for name in NAMES if name in train]
+
+
+def test_more_or_reordered_data_moves_no_problem_from_validation_to_training():
+    before = split(NAMES, validation_problems=7)
+    after = split([*reversed(NAMES), "one more"], validation_problems=8)
+    assert set(questions(before.validation)) <= set(questions(after.validation)) | {"one more"}
+    assert not set(questions(before.validation)) & set(questions(after.train))
+
+
+def test_training_problems_that_are_in_the_test_data_are_left_out_and_counted():
+    splits = split(["a", "B  c", "d"], ["b C\n", "a", "x"])
+    assert questions(splits.train) == ["d"]
+    assert questions(splits.test) == ["b C\n", "a", "x"]
+    assert splits.notes == ["2 training problems are in the test data too; left out"]
+
+
+def test_problems_beyond_test_problems_are_kept_out_of_training_too():
+    assert questions(split(["a", "b", "c"], ["x", "a"], test_problems=1).train) == ["b", "c"]
+
+
+def test_repeated_questions_count_once_the_first_time():
+    splits = split(["a", "b", " A ", "b"], ["t", "T"])
+    assert questions(splits.train) == ["a", "b"]
+    assert [example.problem.answer for example in splits.train] == ["0", "1"]
+    assert questions(splits.test) == ["t"]
+
+
+def test_limits_on_the_numbers_of_problems_are_kept():
+    splits = split(NAMES, ["t 1", "t 2", "t 3"], train_problems=5, test_problems=2, validation_problems=4)
+    assert (len(splits.train), len(splits.validation), len(splits.test)) == (5, 4, 2)
+
+
+def test_validation_larger_than_the_data_is_refused():
+    with pytest.raises(SoftCoTError, match="validation_problems is 3, but there are only 3 training problems"):
+        split(["a", "b", "c"], validation_problems=3)
+
+
+def test_data_without_a_training_problem_is_refused_with_the_reason():
+    with pytest.raises(SoftCoTError, match="only 0 training problems"):
+        split([])
+    with pytest.raises(SoftCoTError, match=r"no training problem is left; .*too long.*left out"):
+        split(["a" * 50], max_tokens=20)
+
+
+def test_long_problems_are_an_error_until_the_recipe_leaves_them_out():
+    # question + 2 thoughts + 1 of the prompt's rest + answer and end
+    with pytest.raises(SoftCoTError, match=r"1 of 3 train problems are too long: up to 25 of 24 base tokens"):
+        split(["a", "b" * 20, "c"], limits=(100, 24))
+    assert len(split(["a", "b" * 20, "c"], limits=(100, 25)).train) == 3
+    splits = split(["a", "b" * 20, "c"], limits=(100, 100), max_tokens=24)
+    assert questions(splits.train) == ["a", "c"]
+    assert "1 of 3 train problems are too long" in splits.notes[0]
+
+
+def test_problems_too_long_for_the_assistant_are_too_long():
+    with pytest.raises(SoftCoTError, match=r"up to 22 of 21 assistant tokens; set task.max_tokens=100"):
+        split(["a", "b" * 20], limits=(21, 100))
+    assert len(split(["a", "b" * 20], limits=(22, 100)).train) == 2
+    assert questions(split(["a", "b" * 20], limits=(21, 100), max_tokens=100).train) == ["a"]
+
+
+@pytest.mark.parametrize("limits", [(8, 100), (100, 8)])
+def test_thoughts_wider_than_a_context_are_refused(limits):
+    with pytest.raises(SoftCoTError, match=r"thoughts.count 8 does not fit the context .* take fewer thoughts"):
+        split(["a"], count=8, limits=limits)
+
+
+# ------------------------------------------------------------------------------------------------------- batches
+
+
+@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 3))
+def test_an_epoch_brings_every_example_at_most_once_and_leaves_out_less_than_a_batch(lengths, size, seed):
+    if len(lengths) < size:
+        with pytest.raises(SoftCoTError, match=rf"global_batch_size {size} is larger than the {len(lengths)}"):
+            next(global_batches(lengths, size, seed))
+        return
+    per_epoch = len(lengths) // size
+    batches = list(islice(global_batches(lengths, size, seed), 2 * per_epoch))
+    for epoch in (batches[:per_epoch], batches[per_epoch:]):
+        counts = Counter(index for batch in epoch for index in batch)
+        assert all(len(batch) == size for batch in epoch)
+        assert set(counts.values()) == {1}
+        assert len(counts) == per_epoch * size
+
+
+def test_the_longest_example_is_trained_on_too():
+    lengths = [10] * 32 + [99]
+    drawn = Counter(index for batch in islice(global_batches(lengths, 32, 0), 200) for index in batch)
+    assert len(drawn) == 33
+    assert min(drawn.values()) > 180
+
+
+def test_examples_of_a_batch_are_of_like_length():
+    lengths = [(7 * i) % 500 for i in range(1600)]
+    spreads = [
+        max(lengths[i] for i in batch) - min(lengths[i] for i in batch)
+        for batch in islice(global_batches(lengths, 32, 0), 50)
+    ]
+    assert max(spreads) <= 500 / 50 + 10
+
+
+def test_the_order_depends_on_the_seed_and_the_epoch():
+    def draw(seed, start):
+        return list(islice(global_batches([1] * 64, 4, seed), start, start + 16))
+
+    assert draw(0, 0) == draw(0, 0)
+    assert draw(0, 0) != draw(1, 0)
+    assert draw(0, 0) != draw(0, 16)
+
+
+@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 40))
+def test_micro_batches_share_a_batch_out_evenly(world_size, accumulation, extra):
+    batch = list(range(100, 100 + world_size * accumulation + extra))
+    parts = [part for rank in range(world_size) for part in micro_batches(batch, rank, world_size, accumulation)]
+    assert len(parts) == world_size * accumulation
+    assert sorted(index for part in parts for index in part) == batch
+    sizes = [len(part) for part in parts]
+    assert min(sizes) >= 1
+    assert max(sizes) - min(sizes) <= 1
+    assert all(part == list(range(part[0], part[0] + len(part))) for part in parts)
+
+
+# ------------------------------------------------------------------------------------------------------- padding
+
+
+rows = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=5)
+
+
+@given(rows, st.sampled_from(["left", "right"]))
+def test_padding_hides_nothing_and_adds_nothing(rows, side):
+    ids, mask = pad(rows, 77, side)
+    assert ids.dtype == torch.int64
+    assert ids.shape == mask.shape == (len(rows), max(len(row) for row in rows))
+    for row, found, shown in zip(rows, ids.tolist(), mask.tolist(), strict=True):
+        fill = len(found) - len(row)
+        assert found == ([77] * fill + row if side == "left" else row + [77] * fill)
+        assert shown == ([False] * fill + [True] * len(row) if side == "left" else [True] * len(row) + [False] * fill)
+
+
+def test_a_batch_counts_its_real_tokens():
+    assistant = AssistantInput("id", [5, 0, 0], [1, 2])
+    problem = Problem("q", "r", "1")
+    examples = [Example(problem, assistant, [1, 2, 3], [4], [5, 6]), Example(problem, assistant, [], [], [7])]
+    batch = collate(examples, 0)
+    assert batch.num_tokens == 7
+    assert [example.length for example in examples] == [8, 3]
+    assert batch.prefix_ids.tolist() == [[1, 2, 3], [0, 0, 0]]
+    assert batch.suffix_ids.tolist() == [[4, 5, 6], [7, 0, 0]]
+    assert batch.assistant == [assistant, assistant]
+    moved = batch.to(torch.device("cpu"))
+    assert torch.equal(moved.suffix_ids, batch.suffix_ids)
+    assert moved.thoughts is None

@@ -1,0 +1,259 @@
+"""Problems are read whole and in order, or the line that is wrong is named; answers are graded by value."""
+
+import json
+from fractions import Fraction
+
+import pytest
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.pair import world
+from softcot_ds.prompts import PromptFile
+from softcot_ds.recipe import TaskConfig
+from softcot_ds.tasks import Problem, make_task
+from softcot_ds.tasks.base import read_json_lines
+
+GOOD = {"question": "How many?", "answer": "3 * 4 = <<3*4=12>>12 apples.\n#### 12"}
+
+
+@pytest.fixture
+def gsm8k(tmp_path):
+    """A GSM8K task whose training data is given as bytes, text or records."""
+
+    def make(content):
+        path = tmp_path / "train.jsonl"
+        if isinstance(content, list):
+            content = "".join(json.dumps(record) + "\n" for record in content)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        return make_task(TaskConfig(name="gsm8k", train=str(path), test="openai/gsm8k"))
+
+    return make
+
+
+def error_of(task) -> str:
+    with pytest.raises(SoftCoTError) as caught:
+        task.read("train")
+    message = str(caught.value)
+    assert str(task.config.train) in message
+    assert "\n" not in message
+    return message.replace(str(task.config.train), "FILE")
+
+
+# ----------------------------------------------------------------------------------------------------- JSON lines
+
+
+LINE = json.dumps({"question": "a"})
+
+
+@pytest.mark.parametrize(
+    ("content", "questions"),
+    [
+        ("{0}", ["a"]),
+        ("{0}\n", ["a"]),
+        ("{0}\n{0}", ["a", "a"]),
+        ("{0}\r\n{0}\r\n", ["a", "a"]),
+        ("\ufeff{0}\n", ["a"]),
+        ('  {{"question": "a", "more": [1]}}  \n', ["a"]),
+        ('{{"question": "a\u2028b\u2029c\u0085d"}}\n{0}\n', ["a\u2028b\u2029c\u0085d", "a"]),
+        ('{{"question": "a\\u000bb\\fc\\nd"}}\n', ["a\vb\fc\nd"]),
+        ('{{"question": "\\ud83c\\udf4e"}}\n', ["\U0001f34e"]),
+    ],
+)
+def test_what_is_one_line_of_json_is_one_record(tmp_path, content, questions):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content.format(LINE).encode())
+    records = list(read_json_lines(path, {"question": str}))
+    assert [record["question"] for _, record in records] == questions
+    assert [number for number, _ in records] == list(range(1, len(questions) + 1))
+
+
+@pytest.mark.parametrize(
+    ("content", "message"),
+    [
+        ("", "FILE: the file is empty"),
+        ("\ufeff", "FILE: the file is empty"),
+        ("\n", "FILE:1: empty line; every line holds one JSON object"),
+        ("{0}\n\n", "FILE:2: empty line"),
+        ("{0}\n \t\n{0}\n", "FILE:2: empty line"),
+        ("{0}\n{{", "FILE:2: not JSON: Expecting property name enclosed in double quotes at column 2"),
+        ("{0}\n{0}{0}\n", "FILE:2: not JSON: Extra data at column"),
+        ("[1]\n", "FILE:1: expected a JSON object, found list"),
+        ("{0}\n3\n", "FILE:2: expected a JSON object, found int"),
+        ('{{"qestion": "a"}}', "FILE:1: the key 'question' is missing; found ['qestion']"),
+        ('{{"question": 3}}', "FILE:1: 'question' is int, expected str"),
+        ('{{"question": null}}', "FILE:1: 'question' is NoneType, expected str"),
+        ('{{"question": "a\\ud800"}}', "FILE:1: 'question' holds half of a surrogate pair"),
+        ('{{"question": "a", "n": ' + "1" * 5000 + "}}", "FILE:1: not JSON that Python reads"),
+    ],
+)
+def test_a_malformed_line_is_named(tmp_path, content, message):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(content.format(LINE).encode())
+    with pytest.raises(SoftCoTError) as caught:
+        list(read_json_lines(path, {"question": str}))
+    assert str(caught.value).replace(str(path), "FILE").startswith(message)
+
+
+def test_what_is_not_utf8_or_not_a_file_is_named(tmp_path):
+    path = tmp_path / "data.jsonl"
+    path.write_bytes(b'{"question": "caf\xe9"}')
+    with pytest.raises(SoftCoTError, match=r"data.jsonl: byte 17: not UTF-8 text"):
+        list(read_json_lines(path, {}))
+    with pytest.raises(SoftCoTError, match=r"cannot read .*: Is a directory"):
+        list(read_json_lines(tmp_path, {}))
+
+
+# ---------------------------------------------------------------------------------------------------------- GSM8K
+
+
+def test_a_gsm8k_record_becomes_question_reasoning_and_answer(gsm8k):
+    (problem,) = gsm8k([GOOD]).read("train")
+    assert problem == Problem("How many?", "3 * 4 = 12 apples.", "12")
+
+
+@pytest.mark.parametrize(
+    ("answer", "reasoning", "final"),
+    [
+        ("a\n####12", "a", "12"),
+        ("a\n#### 1,000\n", "a", "1,000"),
+        ("a\r\n#### -5 \r\n", "a", "-5"),
+        ("#### 5", "", "5"),
+        ("a #### b\n#### $7.50", "a #### b", "$7.50"),
+    ],
+)
+def test_gsm8k_final_lines_as_they_are_found_in_the_wild(gsm8k, answer, reasoning, final):
+    (problem,) = gsm8k([{"question": "q", "answer": answer}]).read("train")
+    assert (problem.reasoning, problem.answer) == (reasoning, final)
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": "12"}, "FILE:2: 'answer' does not end in a line '#### NUMBER'"),
+        ({"answer": "a\n#### 12\nmore"}, "FILE:2: 'answer' does not end in a line '#### NUMBER'"),
+        ({"answer": "a\n#### "}, "FILE:2: 'answer' does not end in a line '#### NUMBER'"),
+        ({"answer": "a\n#### twelve"}, "FILE:2: the answer 'twelve' after '####' is not a number"),
+        ({"question": " \n"}, "FILE:2: 'question' is empty"),
+        ({"question": ["a"]}, "FILE:2: 'question' is list, expected str"),
+    ],
+)
+def test_a_bad_gsm8k_record_is_named_by_file_and_line(gsm8k, record, message):
+    assert error_of(gsm8k([GOOD, GOOD | record, GOOD])) == message
+
+
+def test_gsm8k_targets_end_in_the_line_that_is_graded(gsm8k):
+    task = gsm8k([GOOD])
+    (problem,) = task.read("train")
+    assert task.target(problem) == "3 * 4 = 12 apples.\n#### 12"
+    assert task.is_correct(task.extract(task.target(problem)), problem)
+
+
+@pytest.mark.parametrize(
+    ("output", "verdict"),
+    [
+        ("#### 1,000", True),
+        ("#### $1000.00", True),
+        ("so it is \\boxed{1{,}000}.", True),
+        ("2000/2", True),
+        ("#### -1000", False),
+        ("#### 1000.5", False),
+        ("I can't say", False),
+        ("", False),
+    ],
+)
+def test_gsm8k_grades_by_value_not_by_text(gsm8k, output, verdict):
+    task = gsm8k([GOOD | {"answer": "a\n#### 1,000"}])
+    (problem,) = task.read("train")
+    assert task.is_correct(task.extract(output), problem) is verdict
+
+
+def test_an_unparsed_output_is_none_so_that_it_can_be_counted(gsm8k):
+    task = gsm8k([GOOD])
+    assert task.extract("no idea") is None
+    assert not task.is_correct(None, task.read("train")[0])
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+    def fail(*_, **__):
+        raise ConnectionError("no route to host")
+
+    monkeypatch.setattr("datasets.load_dataset", fail)
+    task = make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set"))
+    with pytest.raises(SoftCoTError, match=r"task.train: cannot load 'some/set' .*no route to host.*local JSON-lines"):
+        task.read("train")
+
+
+def test_hub_records_are_read_like_a_local_file(monkeypatch, gsm8k):
+    asked = []
+    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or [GOOD, GOOD | {"answer": "x"}])
+    task = make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set"))
+    with pytest.raises(SoftCoTError, match="some/set record 1: 'answer' does not end in a line"):
+        task.read("test")
+    assert asked == [(("some/set", "main"), {"split": "test"})]
+
+
+def test_the_real_gsm8k_is_read_whole(shared_data):
+    folder = shared_data / "gsm8k"
+    task = make_task(TaskConfig(name="gsm8k", train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl")))
+    train, test = task.read("train"), task.read("test")
+    assert (len(train), len(test)) == (7473, 1319)
+    assert not [p for p in train + test if "<<" in p.reasoning or "####" in p.reasoning]
+    assert all(Fraction(task.extract(p.answer)) == Fraction(p.answer.replace(",", "")) for p in train + test)
+
+
+def test_an_id_depends_on_the_question_alone():
+    assert Problem("q", "a", "1").id == Problem("q", "b", "2").id != Problem("q ", "a", "1").id
+
+
+# -------------------------------------------------------------------------------------------------- word problems
+
+
+@pytest.fixture
+def words():
+    return make_task(TaskConfig(name="word_problems", train_problems=40, test_problems=30))
+
+
+def test_the_target_of_a_word_problem_is_what_its_world_writes(words):
+    for split, count, seed in (("train", 40, 1), ("test", 30, 2)):
+        expected = world.generate(split, count, seed)
+        problems = words.read(split)
+        assert [p.question for p in problems] == [p.question for p in expected]
+        assert [words.target(p) for p in problems] == [p.reasoning for p in expected]
+        assert [p.answer for p in problems] == [str(p.counts[-1]) for p in expected]
+        assert all(words.target(p).count("answer") == 1 and "answer" not in p.reasoning for p in problems)
+
+
+def test_word_problems_of_the_splits_differ_and_are_the_same_in_every_run(words):
+    train, test = words.read("train"), words.read("test")
+    assert not {p.question for p in train} & {p.question for p in test}
+    assert (train, test) == (words.read("train"), words.read("test"))
+
+
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        ("first 3 + 4 = 7 answer 7", "7"),
+        ("answer 1 4", "14"),
+        ("answer 1\n4", "14"),
+        ("answer 07", "7"),
+        ("answer -3", "-3"),
+        ("answer 1 then answer 2", "2"),
+        ("3 + 4 = 7", None),
+        ("answer", None),
+        ("answer x 5", None),
+        ("", None),
+    ],
+)
+def test_only_a_number_after_answer_answers_a_word_problem(words, output, answer):
+    assert words.extract(output) == answer
+    assert words.is_correct(words.extract(output), Problem("q", "r", "7")) is (answer == "7")
+
+
+def test_a_digit_repeated_for_ever_is_wrong_not_an_error(words):
+    assert not words.is_correct(words.extract("answer " + "9 " * 6000), Problem("q", "r", "9"))
+
+
+@pytest.mark.parametrize("name", ["gsm8k", "word_problems"])
+def test_every_shipped_prompt_file_is_complete(name):
+    config = {"train": "a/b", "test": "a/b", "train_problems": 1, "test_problems": 1}
+    prompts = PromptFile.load(make_task(TaskConfig(name=name, **config)).prompt_file)
+    assert "{question}" in prompts.base_without_thoughts[0]["content"]
