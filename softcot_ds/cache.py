@@ -8,6 +8,8 @@ A run that was killed is continued by running the same command again: see ``fill
 ``--prune`` take a recipe or a folder of caches.
 """
 
+from __future__ import annotations
+
 import argparse
 import contextlib
 import dataclasses
@@ -23,18 +25,24 @@ import threading
 import time
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.thought_store import DamagedShard, Manifest, ShardRecord, StoreIdentity, StoreWriter, ThoughtStore
 
-Compute = Callable[[Sequence[AssistantInput]], torch.Tensor]
-"""Inputs to thoughts (B, T, P), on any device in any floating dtype."""
+# transformers and DeepSpeed take seconds to import: only what runs the assistant does so, where it begins.
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel
+
+    from softcot_ds.prompts import AssistantInput
+
+    Compute = Callable[[Sequence[AssistantInput]], torch.Tensor]
+    """Inputs to thoughts (B, T, P), on any device in any floating dtype."""
 
 RECOMPUTE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
 """How much a row may depend on its batch, the number of ranks and the hardware: relative error in the Euclidean norm,
@@ -83,7 +91,7 @@ def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> Thought
 
 def cache_identity(recipe: Recipe) -> StoreIdentity:
     """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
-    from softcot_ds import backbone  # imports DeepSpeed, which takes seconds: not for --info
+    from softcot_ds import backbone
 
     assistant = recipe.assistant
     return StoreIdentity(
@@ -120,6 +128,7 @@ def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
         ranks,
         shard_mib=recipe.cache.shard_mib,
         tokens_per_batch=recipe.cache.tokens_per_batch,
+        in_step=recipe.cache.partition == "zero3",
     )
 
 
@@ -134,6 +143,10 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     from softcot_ds import backbone
     from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
+    if recipe.cache.partition == "zero3":
+        model = _load_partitioned(recipe, ranks)
+        prefix = SharedPrefix.of(model, inputs)
+        return lambda batch: compute_thoughts(model, batch, prefix)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -147,6 +160,27 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     model = backbone.load_frozen(recipe.assistant, "none", device)
     prefix = SharedPrefix.of(model, inputs)
     return lambda batch: compute_thoughts(model, batch, prefix)
+
+
+def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
+    """The assistant's decoder, its weights split over the ranks by ZeRO-3. To be called, and run, by all at once."""
+    import deepspeed
+
+    from softcot_ds import backbone, distributed
+
+    ranks.export_environment()
+    distributed.init_distributed(recipe.training.timeout_minutes)
+    config = {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and without meaning where nothing is trained
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": recipe.assistant.dtype == "bfloat16"},
+        "fp16": {"enabled": recipe.assistant.dtype == "float16"},
+        "steps_per_print": 2**31 - 1,
+    }
+    model = backbone.load_frozen(recipe.assistant, "zero3", distributed.device(), config)
+    # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
+    engine, *_ = deepspeed.initialize(model=model.get_decoder(), config=config)
+    return engine.module.eval()
 
 
 def token_budget_batches(lengths: Sequence[int], tokens_per_batch: int) -> list[list[int]]:
@@ -172,6 +206,7 @@ def fill(
     ranks: Ranks,
     shard_mib: int = 256,
     tokens_per_batch: int = 16384,
+    in_step: bool = False,
 ) -> None:
     """Make the cache in ``folder`` hold a row for each input. To be called by all ranks with the same arguments.
 
@@ -181,6 +216,7 @@ def fill(
     Args:
         load: makes what computes thoughts; called only when something is missing.
         tokens_per_batch: tokens of a batch, padding included.
+        in_step: all ranks compute at the same time, as a partitioned assistant needs, instead of each at its own pace.
 
     Raises:
         SoftCoTError: a cache of something else, a disk that is full or would be, thoughts that are not finite.
@@ -190,11 +226,11 @@ def fill(
         if ranks.rank == 0:
             with _only_builder(folder) as locked:
                 manifest = _open_for_building(folder, identity, remove_leftovers=locked)
-                _fill_as_first(folder, manifest, inputs, load, ranks, shard_mib, tokens_per_batch)
+                _fill_as_first(folder, manifest, inputs, load, ranks, shard_mib, tokens_per_batch, in_step)
         else:
             _verify_shards(folder, identity, ranks)
             if batches := ranks.fetch("batches"):
-                _compute(folder, identity, inputs, batches, load, ranks, shard_mib)
+                _compute(folder, identity, inputs, batches, load, ranks, shard_mib, in_step)
     except BaseException:
         ranks.fail(_HAND_OUTS)
         raise
@@ -208,6 +244,7 @@ def _fill_as_first(
     ranks: Ranks,
     shard_mib: int,
     tokens_per_batch: int,
+    in_step: bool,
 ) -> None:
     """Rank 0's part of ``fill``: find what is missing, take part in computing it, keep the manifest."""
     identity = manifest.identity
@@ -231,7 +268,7 @@ def _fill_as_first(
 
     start = time.monotonic()
     with _ManifestKeeper(folder, manifest, ranks, len(missing), sum(lengths)) as keeper:
-        _compute(folder, identity, inputs, batches, load, ranks, shard_mib)
+        _compute(folder, identity, inputs, batches, load, ranks, shard_mib, in_step)
     seconds = time.monotonic() - start
     _say(
         f"done: {len(missing):,} rows in {seconds:,.1f} s ({len(missing) / seconds:,.1f} rows/s, "
@@ -274,17 +311,18 @@ def _only_builder(folder: Path) -> Iterator[bool]:
     except OSError as error:
         raise ts.disk_error(folder, error) from error
     with lock:
-        waited, locked = 0.0, False
+        next_word, locked = time.monotonic(), False
         while not locked:
             try:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 locked = True
             except BlockingIOError:
-                if waited % 60 == 0:
-                    lock.seek(0)
-                    _say(f"another builder ({lock.read().strip()}) works in {folder}; waiting for it to end")
-                time.sleep(0.25)
-                waited += 0.25
+                lock.seek(0)
+                holder = lock.read().strip()  # empty while it is being written
+                if holder and time.monotonic() >= next_word:
+                    _say(f"another builder ({holder}) works in {folder}; waiting for it to end")
+                    next_word = time.monotonic() + 60
+                time.sleep(0.2)
             except OSError as error:
                 _say(f"no file locks in {folder} ({error.strerror}): start one builder at a time")
                 break
@@ -381,14 +419,18 @@ def _compute(
     load: Callable[[], Compute],
     ranks: Ranks,
     shard_mib: int,
+    in_step: bool,
 ) -> None:
     """Take batches, compute and save them, until none is left."""
+    take = _take_in_step if in_step else _take_when_ready
     try:
         compute = load()
         with _Saver(folder, identity, shard_mib, ranks) as saver:
-            while (number := ranks.take("batch")) < len(batches):
+            for number, save in take(ranks, len(batches), saver):
                 batch = [inputs[index] for index in batches[number]]
-                saver.put(batch, compute(batch))
+                thoughts = compute(batch)
+                if save:
+                    saver.put(batch, thoughts)
         if ranks.failed:
             raise OtherRankFailed("another rank failed")
     except BaseException:
@@ -396,6 +438,27 @@ def _compute(
         raise
     finally:
         ranks.count("finished", 1)
+
+
+def _take_when_ready(ranks: Ranks, batches: int, saver: _Saver) -> Iterator[tuple[int, bool]]:
+    """Numbers of batches that no other rank takes, and whether to save them: always."""
+    while (number := ranks.take("batch")) < batches:
+        yield number, True
+
+
+def _take_in_step(ranks: Ranks, batches: int, saver: _Saver) -> Iterator[tuple[int, bool]]:
+    """As ``_take_when_ready``, but equally many on all ranks.
+
+    In the last round some ranks have nothing to do and compute what they do not save. If one rank cannot go on, all
+    stop before the same round: a rank that stopped alone would leave the others waiting for its part of the weights.
+    """
+    from softcot_ds.distributed import any_rank
+
+    for first in range(0, batches, ranks.size):
+        if any_rank(saver.failed):
+            return
+        number = first + ranks.rank
+        yield min(number, batches - 1), number < batches
 
 
 class _Saver:
@@ -412,11 +475,15 @@ class _Saver:
 
     def put(self, batch: list[AssistantInput], thoughts: torch.Tensor) -> None:
         """Queue thoughts (B, T, P); waits while the disk lags behind. Raises what the thread ran into."""
-        if self._error is not None:
+        if self.failed:
             raise self._error
         self._queue.put((batch, thoughts))
 
-    def __enter__(self) -> "_Saver":
+    @property
+    def failed(self) -> bool:
+        return self._error is not None
+
+    def __enter__(self) -> _Saver:
         self._thread.start()
         return self
 
@@ -434,6 +501,7 @@ class _Saver:
                     self._save(*item)
         except BaseException as error:  # handed to the computing thread, whatever it is
             self._error = error
+            self._ranks.fail(_HAND_OUTS)
             while self._queue.get() is not None:
                 pass  # so that ``put`` never blocks
 
@@ -476,7 +544,7 @@ class _ManifestKeeper:
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manifest-keeper")
 
-    def __enter__(self) -> "_ManifestKeeper":
+    def __enter__(self) -> _ManifestKeeper:
         self._thread.start()
         return self
 

@@ -8,6 +8,7 @@ MPI carries over every network; without MPI it is PyTorch's store over TCP.
 
 import json
 import os
+import socket
 import threading
 import time
 from collections.abc import Callable, Sequence
@@ -114,6 +115,23 @@ class Ranks:
         self.count("failed", 1)
         for counter in counters:
             self.count(counter, _STOP)
+
+    def export_environment(self) -> None:
+        """Tell torch.distributed about these ranks, in the variables that it reads, unless a launcher has done so."""
+        if "RANK" in os.environ:
+            return
+        if self.rank == 0:
+            with socket.socket() as listener:
+                listener.bind(("", 0))
+                self.post("rendezvous", [socket.gethostname(), listener.getsockname()[1]])
+        address, port = self.fetch("rendezvous")
+        os.environ.update(
+            RANK=str(self.rank),
+            LOCAL_RANK=str(self.local_rank),
+            WORLD_SIZE=str(self.size),
+            MASTER_ADDR=address if self.size > 1 else "127.0.0.1",
+            MASTER_PORT=str(port),
+        )
 
     def leave(self, timeout_s: float = 30.0) -> None:
         """Say good-bye. Rank 0 holds the board, so it waits for the others, after a failure at most ``timeout_s``."""

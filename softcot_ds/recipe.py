@@ -157,9 +157,11 @@ class CacheConfig(Section):
     dtype: Dtype | None = None
     """Stored dtype. Default: the assistant's."""
     shard_mib: int = Field(256, ge=1)
-    """Target size of a shard, MiB. A builder process holds up to two shards in memory."""
+    """Largest size of a shard, MiB. Rows go to disk as they are computed, so memory does not depend on it."""
     tokens_per_batch: int = Field(16384, ge=1)
-    """Assistant tokens, padding included, in one batch."""
+    """Assistant tokens, padding included, in one batch. A builder process holds thoughts of four batches at most."""
+    partition: Partition = "none"
+    """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each."""
 
 
 class BackboneConfig(Section):

@@ -665,7 +665,8 @@ class StoreWriter:
 def disk_error(folder: Path, error: OSError) -> SoftCoTError:
     """What to tell the user when writing to ``folder`` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        free = f"{shutil.disk_usage(folder).free / 1e9:,.2f} GB free"
+        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        free = f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
         return SoftCoTError(
             f"the disk of {folder} is full ({error.strerror}, {free}); finished shards are kept: "
             "make room or name another cache.path, then run the same command again"

@@ -3,6 +3,8 @@
 import json
 import os
 import random
+import re
+import signal
 import socket
 import subprocess
 import sys
@@ -12,6 +14,8 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from launch import deepspeed_command, environment, run
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
     Gemma3TextConfig,
@@ -19,6 +23,7 @@ from transformers import (
     LlamaForCausalLM,
     MistralConfig,
     MistralForCausalLM,
+    PreTrainedTokenizerFast,
     Qwen3Config,
     Qwen3ForCausalLM,
 )
@@ -26,8 +31,10 @@ from transformers import (
 from softcot_ds import cache
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
+from softcot_ds.recipe import load_recipe
 from softcot_ds.thought_store import StoreIdentity, ThoughtStore
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
@@ -236,6 +243,23 @@ def test_a_folder_of_another_assistant_is_refused(tmp_path):
         fill(tmp_path, inputs, never, identity=other)
 
 
+def test_what_is_computed_before_ctrl_c_is_kept(tmp_path):
+    inputs, batches = make_inputs(20), []
+
+    def compute(batch):
+        batches.append(batch)
+        if len(batches) == 6:
+            raise KeyboardInterrupt
+        return fake(batch)
+
+    with pytest.raises(KeyboardInterrupt):
+        fill(tmp_path, inputs, compute, tokens_per_batch=1)
+    done = [item for batch in batches[:5] for item in batch]
+    store = ThoughtStore.open(tmp_path, IDENTITY)
+    assert len(store) == 5
+    assert torch.equal(read(store, done), fake(done))
+
+
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])
 def test_values_that_are_not_finite_stop_the_build_and_name_the_example(tmp_path, value):
     inputs = make_inputs(20)
@@ -349,6 +373,90 @@ def test_a_folder_without_a_cache_is_said_to_be_one(tmp_path, capsys):
     assert "no thought cache in" in capsys.readouterr().err
 
 
+@pytest.fixture
+def recipe_file(tmp_path) -> Path:
+    """A recipe with toy models whose tokenizer has a token for every byte."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    tokens = {token: number for number, token in enumerate([*alphabet, "<|thought|>", "<|end|>"])}
+    tokenizer = Tokenizer(models.BPE(vocab=tokens, merges=[]))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, eos_token="<|end|>", pad_token="<|end|>")
+    fast.add_special_tokens({"additional_special_tokens": ["<|thought|>"]})
+    fast.chat_template = "{% for message in messages %}{{ message['content'] }}<|end|>{% endfor %}"
+    for name in ("assistant", "base"):
+        torch.manual_seed(0)
+        config = LlamaConfig(**TOY | {"vocab_size": len(tokens), "max_position_embeddings": 2048})
+        LlamaForCausalLM(config).save_pretrained(tmp_path / name)
+        fast.save_pretrained(tmp_path / name)
+    values = {
+        "name": "toy",
+        "task": {"name": "word_problems", "train_problems": 30, "validation_problems": 5, "test_problems": 10},
+        "assistant": {"model": str(tmp_path / "assistant"), "dtype": "float32"},
+        "base": {"model": str(tmp_path / "base"), "dtype": "float32"},
+        "thoughts": {"count": T, "placeholder": "<|thought|>"},
+        "cache": {"path": str(tmp_path / "caches"), "tokens_per_batch": 1000},
+        "backbone": {"partition": "none"},
+    }
+    path = tmp_path / "recipe.yaml"
+    path.write_text(json.dumps(values))  # JSON is YAML
+    return path
+
+
+def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
+    assert cache.main([str(recipe_file)]) == 0
+    assert "done: " in capsys.readouterr().out
+    recipe = load_recipe(recipe_file)
+    inputs = Experiment(recipe).splits.assistant_inputs()
+    assistant = LlamaForCausalLM.from_pretrained(recipe.assistant.model)
+    rows = read(cache.open_cache(recipe, inputs), inputs)
+    torch.testing.assert_close(rows, one_by_one(assistant, inputs), rtol=1e-4, atol=1e-4)
+
+    assert cache.main([str(recipe_file)]) == 0
+    assert "nothing to compute" in capsys.readouterr().out
+    assert cache.main([str(recipe_file), "task.train_problems=40", "--verify"]) == 0
+    assert "rows computed again: largest relative error" in capsys.readouterr().out
+
+
+def test_a_missing_cache_is_told_from_one_of_other_thoughts(recipe_file):
+    recipe = load_recipe(recipe_file)
+    with pytest.raises(
+        SoftCoTError, match=r"no cache of these thoughts at .*; build it with: softcot-ds cache"
+    ):
+        cache.open_cache(recipe)
+    assert cache.main([str(recipe_file)]) == 0
+    with pytest.raises(SoftCoTError, match=r"There are others: assistant-T4.* \(num_thoughts is 4, wanted 2\)"):
+        cache.open_cache(load_recipe(recipe_file, ["thoughts.count=2"]))
+    more = Experiment(load_recipe(recipe_file, ["task.test_problems=20"])).splits.assistant_inputs()
+    with pytest.raises(SoftCoTError, match=r"lacks 10 of 50 examples, .* first; add them"):
+        cache.open_cache(recipe, more)
+
+
+def test_verify_computes_rows_again_and_names_a_wrong_one(recipe_file, capsys):
+    """Checksums agree with what was written; only computing again can tell that it was wrong."""
+    recipe = load_recipe(recipe_file)
+    identity = cache.cache_identity(recipe)
+    inputs = Experiment(recipe).splits.assistant_inputs()
+    fill(recipe.cache.path / identity.folder_name, inputs, fake, identity=identity)
+    assert cache.main(["--verify", str(recipe_file)]) == 2
+    captured = capsys.readouterr()
+    assert "all checksums agree" in captured.out
+    assert re.search(r"example \S+: computed again it differs by .* \(relative, tolerance 1e-04\)", captured.err)
+
+
+@pytest.mark.distributed
+def test_an_assistant_split_over_two_ranks_has_the_same_thoughts(recipe_file, tmp_path):
+    """Under the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save."""
+    split = [str(recipe_file), f"cache.path={tmp_path / 'split'}", "cache.partition=zero3", "cache.tokens_per_batch=1"]
+    run(deepspeed_command(2, "softcot_ds.cache", *split), timeout=120)
+    assert cache.main([str(recipe_file)]) == 0
+    recipe = load_recipe(recipe_file)
+    inputs = Experiment(recipe).splits.assistant_inputs()
+    whole = read(cache.open_cache(recipe, inputs), inputs)
+    parts = read(cache.open_cache(load_recipe(recipe_file, split[1:]), inputs), inputs)
+    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+
+
 def run_ranks(size: int, work) -> list[BaseException | None]:
     """``work(ranks)`` in threads that share a board, as processes would; what each raised."""
     board = dist.HashStore()
@@ -413,51 +521,86 @@ def test_one_failing_rank_stops_all_and_what_is_finished_is_kept(tmp_path, bad_r
 
 
 FILL_PROGRAM = """
-import json, sys, time
+import json, os, sys, time
+from collections import namedtuple
 from pathlib import Path
-from softcot_ds.cache import fill, input_key
+import torch
+from softcot_ds.cache import fill
 from softcot_ds.ranks import join_ranks
-from tests.test_cache import IDENTITY, fake, make_inputs
+from softcot_ds.thought_store import StoreIdentity
+assert "transformers" not in sys.modules  # two seconds of a rank's start
+Input = namedtuple("Input", "example_id token_ids positions")
+inputs = [Input(i, [i, 5, 7], [2]) for i in range(60)]
+identity = StoreIdentity("f" * 64, 1, 65536, "float32", "float32", "sdpa")
 ranks = join_ranks()
 computed = []
 def compute(batch):
-    time.sleep(0.01)
+    time.sleep(0.03)
     computed.extend(item.example_id for item in batch)
-    return fake(batch)
-fill(Path(sys.argv[1]), IDENTITY, make_inputs(60), lambda: compute, ranks, tokens_per_batch=200)
-print(json.dumps({"rank": ranks.rank, "size": ranks.size, "local": ranks.local_rank, "computed": computed}), flush=True)
+    return torch.stack([torch.full((1, 65536), float(item.example_id)) for item in batch])
+Path(sys.argv[1] + f".{ranks.rank}.pid").write_text(str(os.getpid()))
+fill(Path(sys.argv[1]), identity, inputs, lambda: compute, ranks, shard_mib=1, tokens_per_batch=6)
+print(json.dumps({"rank": ranks.rank, "size": ranks.size, "computed": computed}), flush=True)
 ranks.leave()
 """
 
 
-def launch(command: list[str], program: str, tmp_path: Path, **environment: str) -> subprocess.Popen:
-    root = Path(__file__).parent.parent
-    environ = {k: v for k, v in os.environ.items() if not k.startswith(("OMPI_", "PMI", "SLURM_"))}
-    environ |= {"PYTHONPATH": f"{root}:{root / 'kernels'}", "OMP_NUM_THREADS": "1"}
-    environ |= {"OMPI_ALLOW_RUN_AS_ROOT": "1", "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1", **environment}
+def launch(command: list[str], program: str, tmp_path: Path, **variables: str) -> subprocess.Popen:
     arguments = [*command, sys.executable, "-c", program, str(tmp_path / "cache")]
-    return subprocess.Popen(arguments, env=environ, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.PIPE}
+    return subprocess.Popen(arguments, env=environment() | variables, text=True, **pipes)
 
 
-def check_ranks(outputs: str, size: int, store: ThoughtStore) -> None:
+def check_ranks(outputs: str, folder: Path) -> list[int]:
+    """Both ranks worked, no row was computed twice, all rows are right. Returns what was computed."""
     reports = [json.loads(line) for line in outputs.splitlines() if line.startswith("{")]
-    assert sorted(report["rank"] for report in reports) == list(range(size))
-    assert {report["size"] for report in reports} == {size}
+    assert sorted(report["rank"] for report in reports) == [0, 1]
+    assert {report["size"] for report in reports} == {2}
+    assert all(report["computed"] for report in reports)
     computed = [example for report in reports for example in report["computed"]]
-    assert sorted(computed) == sorted(item.example_id for item in make_inputs(60))
-    assert torch.equal(read(store, make_inputs(60)), fake(make_inputs(60)))
-    assert ts.leftover_names(store.folder) == []
+    assert len(computed) == len(set(computed))
+    rows = ThoughtStore.open(folder).read([ts.row_key([i, 5, 7], [2]) for i in range(60)])
+    assert torch.equal(rows, torch.arange(60.0)[:, None, None].expand_as(rows))
+    assert ts.leftover_names(folder) == []
+    return computed
+
+
+def find_mpirun() -> str:
+    mpirun = Path(sys.executable).parent / "mpirun"
+    if not mpirun.exists():
+        pytest.skip("no mpirun beside this Python; install softcot-ds[mpi]")
+    return str(mpirun)
 
 
 @pytest.mark.distributed
 def test_mpirun_shares_the_work(tmp_path):
-    mpirun = Path(sys.executable).parent / "mpirun"
-    if not mpirun.exists():
-        pytest.skip("no mpirun beside this Python; install softcot-ds[mpi]")
-    process = launch([str(mpirun), "-n", "2", "--oversubscribe", "--bind-to", "none"], FILL_PROGRAM, tmp_path)
+    command = [find_mpirun(), "-n", "2", "--oversubscribe", "--bind-to", "none"]
+    process = launch(command, FILL_PROGRAM, tmp_path)
     output, errors = process.communicate(timeout=120)
     assert process.returncode == 0, errors
-    check_ranks(output, 2, ThoughtStore.open(tmp_path / "cache", IDENTITY))
+    assert len(check_ranks(output, tmp_path / "cache")) == 60
+
+
+@pytest.mark.distributed
+def test_a_killed_rank_ends_mpirun_and_the_next_run_goes_on(tmp_path):
+    """Rank 0, which holds the lock and the board."""
+    command = [find_mpirun(), "-n", "2", "--oversubscribe", "--bind-to", "none"]
+    process = launch(command, FILL_PROGRAM, tmp_path)
+    while len(list(tmp_path.glob("cache/thoughts-*.safetensors"))) < 2:
+        assert process.poll() is None
+        threading.Event().wait(0.01)
+    os.kill(int((tmp_path / "cache.0.pid").read_text()), signal.SIGKILL)
+    process.communicate(timeout=60)
+    assert process.returncode != 0
+    finished = sum(
+        ts.read_index(path, ThoughtStore.open(tmp_path / "cache").identity).record.rows
+        for path in tmp_path.glob("cache/thoughts-*.safetensors")
+    )
+    assert 0 < finished < 60
+    process = launch(command, FILL_PROGRAM, tmp_path)
+    output, errors = process.communicate(timeout=120)
+    assert process.returncode == 0, errors
+    assert len(check_ranks(output, tmp_path / "cache")) == 60 - finished
 
 
 @pytest.mark.distributed
@@ -470,7 +613,7 @@ def test_the_deepspeed_launchers_environment_shares_the_work(tmp_path):
     ranks = [launch([], FILL_PROGRAM, tmp_path, RANK=str(r), LOCAL_RANK=str(r), **common) for r in range(2)]
     results = [process.communicate(timeout=120) for process in ranks]
     assert [process.returncode for process in ranks] == [0, 0], results
-    check_ranks("".join(output for output, _ in results), 2, ThoughtStore.open(tmp_path / "cache", IDENTITY))
+    assert len(check_ranks("".join(output for output, _ in results), tmp_path / "cache")) == 60
 
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])

@@ -117,7 +117,7 @@ def test_unknown_key_names_the_nearest_one(write, override, nearest):
 
 def test_unknown_key_without_a_near_one_lists_what_is_known_there(write):
     (mistake,) = mistakes_in(write(), "cache.zzzz=1")
-    assert mistake == "cache.zzzz: unknown key; known here: path, dtype, shard_mib, tokens_per_batch"
+    assert mistake == "cache.zzzz: unknown key; known here: path, dtype, shard_mib, tokens_per_batch, partition"
 
 
 def test_all_mistakes_are_reported_together(write):

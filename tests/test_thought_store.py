@@ -376,3 +376,27 @@ def test_a_batch_belongs_to_the_reader(tmp_path):
     store = ThoughtStore.open(tmp_path, identity)
     store.read(keys).zero_()
     assert torch.equal(store.read(keys), rows)
+
+
+def test_bytes_are_on_disk_before_they_have_their_name(tmp_path, monkeypatch):
+    """A power cut would show it; here the order of the calls does."""
+    calls = []
+
+    def recorded(name):
+        original = getattr(os, name)
+
+        def call(target, *rest):
+            path = Path(os.readlink(f"/proc/self/fd/{target}") if isinstance(target, int) else target)
+            calls.append((name, path.suffix or "folder"))
+            return original(target, *rest)
+
+        return call
+
+    for name in ("fsync", "rename", "replace"):
+        monkeypatch.setattr(os, name, recorded(name))
+    identity = make_identity()
+    write(tmp_path, identity, *make_rows(identity, 2))
+    assert calls == [
+        *[("fsync", ".tmp"), ("rename", ".tmp"), ("fsync", "folder")],
+        *[("fsync", ".tmp"), ("replace", ".tmp"), ("fsync", "folder")],
+    ]
