@@ -72,17 +72,21 @@ def recipe_command(
 
 def run_command(work: Callable[[], None]) -> int:
     """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
+    code = 1  # of a defect, whose stack trace is wanted
     try:
         work()
+        code = 0
     except SoftCoTError as error:
         _report(f"error: {error}")
-        return 2
+        code = 2
     except KeyboardInterrupt:
         _report("interrupted; the same command goes on from what is finished")
-        return 128 + signal.SIGINT
+        code = 128 + signal.SIGINT
     finally:
-        _leave_process_group()
-    return 0
+        distributed = sys.modules.get("softcot_ds.distributed")
+        if distributed is not None:
+            distributed.shut_down(failed=code != 0)
+    return code
 
 
 def _report(message: str) -> None:
@@ -93,12 +97,6 @@ def _report(message: str) -> None:
     sys.stdout.flush()
     prefix = f"[rank {os.environ['RANK']}] " if local_rank else ""
     print(f"softcot-ds: {prefix}{message}", file=sys.stderr, flush=True)
-
-
-def _leave_process_group() -> None:
-    distributed = sys.modules.get("softcot_ds.distributed")
-    if distributed is not None:
-        distributed.shut_down()
 
 
 if __name__ == "__main__":

@@ -111,9 +111,11 @@ def on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def shut_down() -> None:
-    """Leave the process group; NCCL warns when a process ends without."""
+def shut_down(failed: bool = False) -> None:
+    """Leave the process group; NCCL warns when a process ends without. After a failure nobody is waited for."""
     if dist.is_initialized():
+        if not failed:
+            barrier()  # rank 0 serves the others' store: it leaves with them, not before
         dist.destroy_process_group()
 
 

@@ -11,7 +11,7 @@ from softcot_ds.backbone import load_frozen, width
 from softcot_ds.distributed import device, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
+from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, gathered, load_projection
 from softcot_ds.recipe import Recipe
 from softcot_ds.step import SoftCoT
 
@@ -89,7 +89,8 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
 def make_layers_leaves(model: PreTrainedModel) -> None:
     """Have ZeRO-3 gather a decoder layer's weights together, once for all that happens inside of it.
 
-    The fast step runs a layer's modules twice, prefix and suffix; hooks on each module would gather or track them twice.
+    The fast step runs a layer's modules twice, for prefix and suffix; with hooks on each module, each would be gathered
+    or at least tracked twice.
     """
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is not None:
@@ -116,11 +117,6 @@ def accumulation_steps(recipe: Recipe) -> int:
             "raise it or use fewer ranks"
         )
     return accumulation
-
-
-def gathered(parameter: torch.nn.Parameter) -> Any:
-    """A context in which a parameter has its whole value, partitioned or not. All ranks enter it together."""
-    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
 
 
 def _random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:

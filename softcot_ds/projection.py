@@ -4,10 +4,13 @@ B batch, T thoughts, P assistant width, D base width.
 """
 
 from pathlib import Path
+from typing import Any
 
+import deepspeed
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
+from softcot_kernels import thought_embedding
 from torch import nn
 
 from softcot_ds.errors import SoftCoTError
@@ -25,6 +28,42 @@ class LinearProjection(nn.Module):
     def forward(self, hidden_BTP: torch.Tensor) -> torch.Tensor:
         """(B, T, P) assistant states to (B, T, D) thoughts, in the parameters' dtype."""
         return nn.functional.linear(hidden_BTP.to(self.weight.dtype), self.weight, self.bias)
+
+
+class ThoughtEmbedding(nn.Module):
+    """The base's input embeddings: tokens looked up, thoughts projected, both written by one fused kernel."""
+
+    def __init__(self, projection: LinearProjection, embedding: nn.Embedding) -> None:
+        super().__init__()
+        self.projection = projection
+        # In a list, so that it stays a parameter of the base and does not become one of this module too.
+        self._table = [embedding.weight]
+        # Families that multiply their embeddings (Gemma) do so in the embedding module.
+        self._scale = getattr(embedding, "scalar_embed_scale", 1.0)
+
+    def forward(self, hidden_BTP: torch.Tensor, token_ids: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """(B, S+T, D) embeddings in the table's dtype; the thoughts of row b stand after its first ``slot[b]`` tokens.
+
+        Args:
+            token_ids: (B, S) int64.
+            slot: (B,) int64.
+        """
+        (table,) = self._table
+        return thought_embedding(
+            hidden_BTP.to(table.dtype),
+            self.projection.weight,
+            self.projection.bias,
+            token_ids,
+            table,
+            slot,
+            embed_scale=self._scale,
+            check_ids=False,  # they come from the base's own tokenizer
+        )
+
+
+def gathered(parameter: nn.Parameter) -> Any:
+    """A context in which a parameter has its whole value, partitioned or not. All ranks enter it together."""
+    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
 
 
 class StaticThoughts(nn.Module):

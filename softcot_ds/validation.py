@@ -8,8 +8,8 @@ import torch
 from softcot_ds.data import IGNORE, Batch, Example, collate
 from softcot_ds.decoding import Sampling, decode
 from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
-from softcot_ds.engine import gathered
 from softcot_ds.experiment import Experiment
+from softcot_ds.projection import gathered
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.thought_reader import ThoughtReader
 

@@ -77,7 +77,9 @@ OPERATIONS = (
         "+",
         True,
         0.3,
-        tuple("buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals".split()),
+        tuple(
+            "buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals".split()
+        ),
         tuple("inherits snags pockets acquires scoops hoards".split()),
     ),
     Operation(
@@ -93,7 +95,9 @@ OPERATIONS = (
         "",
         True,
         0.2,
-        tuple("counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds".split()),
+        tuple(
+            "counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds".split()
+        ),
         tuple("sketches praises inspects ponders mentions adores".split()),
     ),
     Operation("double", "x", False, 0.1, ("doubles", "twins", "clones", "repeats"), ("duplicates", "mirrors")),
@@ -101,7 +105,9 @@ OPERATIONS = (
 )
 
 NAMES = "tom ann bob eva sam mia leo zoe max ivy dan lily ben ruth carl nora hugo jane paul rosa".split()
-ITEMS = "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
+ITEMS = (
+    "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
+)
 ORDINALS = ("first", "second", "third")
 SYLLABLES = "bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo ren".split()
 
