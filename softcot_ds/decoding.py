@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
 from softcot_ds.data import pad
 from softcot_ds.prompts import BasePrompt
@@ -56,6 +56,8 @@ def decode(
     lengths = torch.tensor([[len(row)] for row in rows], device=device)
     mask = (torch.arange(longest, device=device) >= longest - lengths).long()
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+    # What a model brings along (Qwen2.5: a repetition penalty) would apply wherever nothing is said below.
+    model.generation_config = GenerationConfig()
     outputs = model.generate(
         inputs_embeds=embeds,
         attention_mask=mask,

@@ -92,7 +92,8 @@ def load_projection(path: Path) -> dict[str, torch.Tensor]:
         else:
             weights = torch.load(path, map_location="cpu", weights_only=True)
     except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        raise SoftCoTError(f"{path}: damaged or no projection: {str(error).splitlines()[0]}") from error
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an EOFError says nothing
+        raise SoftCoTError(f"{path}: damaged or no projection: {reason}") from error
     except Exception as error:
         # torch.load raises pickle.UnpicklingError for code in a pickle, and a KeyError or worse for random bytes.
         raise SoftCoTError(
@@ -101,7 +102,7 @@ def load_projection(path: Path) -> dict[str, torch.Tensor]:
     if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
         raise SoftCoTError(f"{path}: expected tensors by name, found {type(weights).__name__}")
     if set(weights) not in ({"weight", "bias"}, {"weight"}):
-        raise SoftCoTError(f"{path}: expected the tensors weight and bias, found {sorted(weights)}")
+        raise SoftCoTError(f"{path}: expected the tensors weight and bias, found {sorted(map(str, weights))}")
     return {name: value.float() for name, value in weights.items()}
 
 

@@ -124,21 +124,18 @@ class ChatFormat:
             for m in messages
         ]
         open_ended = filled[-1]["role"] == "assistant"
+        return self._apply(filled, add_generation_prompt=not open_ended, continue_final_message=open_ended)
+
+    def _apply(self, messages: Messages, **kwargs: bool) -> str:
         try:
-            return self.tokenizer.apply_chat_template(
-                filled,
-                tokenize=False,
-                add_generation_prompt=not open_ended,
-                continue_final_message=open_ended,
-                **self.template_kwargs,
-            )
-        except (TemplateError, ValueError) as error:
+            return self.tokenizer.apply_chat_template(messages, tokenize=False, **kwargs, **self.template_kwargs)
+        except (TemplateError, TypeError, ValueError) as error:
             raise SoftCoTError(f"the chat template of {self.name} refuses the prompt: {error}") from error
 
     def split(self, messages: Messages, **fields: str) -> tuple[str, str]:
         """The rendered text left and right of ``{thoughts}``."""
         sentinel = "SOFT-THOUGHTS"
-        while any(sentinel in text for text in fields.values()):
+        while any(sentinel in text for text in (*fields.values(), *(m["content"] for m in messages))):
             sentinel += "-"
         text = self.render(messages, thoughts=sentinel, **fields)
         if text.count(sentinel) != 1:
@@ -149,18 +146,13 @@ class ChatFormat:
         left, right = text.split(sentinel)
         return left, right
 
-    def end_of_turn(self, messages: Messages, **fields: str) -> int:
+    def end_of_turn(self, messages: Messages) -> int:
         """The token with which the model ends its answer, as its template writes it."""
         sentinel = "ASSISTANT-ANSWER"
-        text = self.tokenizer.apply_chat_template(
-            [
-                *({"role": m["role"], "content": "x"} for m in messages if m["role"] != "assistant"),
-                {"role": "assistant", "content": sentinel},
-            ],
-            tokenize=False,
-            **self.template_kwargs,
-        )
-        closing = self.encode(text.rpartition(sentinel)[2])
+        asked = [{"role": m["role"], "content": "x"} for m in messages if m["role"] != "assistant"]
+        text = self._apply([*asked, {"role": "assistant", "content": sentinel}])
+        _, shown, after = text.rpartition(sentinel)
+        closing = self.encode(after) if shown else []
         if closing and closing[0] in self.tokenizer.all_special_ids:
             return closing[0]
         if self.tokenizer.eos_token_id is None:

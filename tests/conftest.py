@@ -4,6 +4,65 @@ import os
 from pathlib import Path
 
 import pytest
+from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+CHATML = (
+    "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
+)
+LLAMA3 = (
+    "{% for m in messages %}{% if loop.first %}{{ bos_token }}{% endif %}"
+    "<|start_header_id|>{{ m.role }}<|end_header_id|>\n\n{{ m.content | trim }}<|eot_id|>{% endfor %}"
+    "{% if add_generation_prompt %}<|start_header_id|>assistant<|end_header_id|>\n\n{% endif %}"
+)
+# No system messages, and an end of turn that is the end of the sequence, after a space.
+INSTRUCT = (
+    "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}[INST] {{ m.content }} [/INST]"
+    "{% elif m.role == 'assistant' %} {{ m.content }} </s>{% else %}{{ raise_exception('no system role') }}{% endif %}"
+    "{% endfor %}"
+)
+SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "<|end_header_id|>", "<|eot_id|>"]
+
+
+def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
+    """A token per byte and some special tokens: 263 in all, for any text."""
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
+    backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    backend.decoder = decoders.ByteLevel()
+    tokenizer = PreTrainedTokenizerFast(tokenizer_object=backend, bos_token="<s>", eos_token="</s>")
+    tokenizer.add_special_tokens({"additional_special_tokens": SPECIAL[2:]})
+    tokenizer.chat_template = chat_template
+    return tokenizer
+
+
+def _shared(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    if name == "llama3 shared":
+        tokenizer = byte_tokenizer((folder / "chat_templates" / "llama3_2.jinja").read_text())
+    else:
+        tokenizer = AutoTokenizer.from_pretrained(folder / f"{name}_tokenizer")
+    return tokenizer
+
+
+END_OF_TURN = {
+    "chatml": "<|im_end|>",
+    "llama3": "<|eot_id|>",
+    "instruct": "</s>",
+    "qwen2.5": "<|im_end|>",
+    "llama3 shared": "<|eot_id|>",
+    "minimind": "<|im_end|>",
+}
+"""The text that ends an answer, for every tokenizer of the fixture below."""
+
+
+@pytest.fixture(scope="session", params=END_OF_TURN)
+def chat(request) -> tuple[PreTrainedTokenizerFast, str]:
+    """A tokenizer with a chat template, and the text of its end of turn."""
+    own = {"chatml": CHATML, "llama3": LLAMA3, "instruct": INSTRUCT}
+    if request.param in own:
+        return byte_tokenizer(own[request.param]), END_OF_TURN[request.param]
+    return _shared(request.getfixturevalue("shared_data"), request.param), END_OF_TURN[request.param]
 
 
 @pytest.fixture(scope="session")

@@ -1,0 +1,154 @@
+"""What the shell sees: exit codes, one clear message on standard error, help without waiting for torch."""
+
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from softcot_ds import __version__, cli
+from softcot_ds.errors import SoftCoTError
+
+ROOT = Path(__file__).parents[1]
+
+
+def shell(*arguments: str) -> subprocess.CompletedProcess:
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+    return subprocess.run(
+        [sys.executable, "-X", "importtime", "-m", "softcot_ds.cli", *arguments],
+        capture_output=True,
+        text=True,
+        env=environment,
+        timeout=60,
+    )
+
+
+def errors(result: subprocess.CompletedProcess) -> str:
+    return "".join(line for line in result.stderr.splitlines(True) if not line.startswith("import time:"))
+
+
+def test_help_names_every_command_and_does_not_wait_for_torch():
+    result = shell("--help")
+    assert result.returncode == 0
+    assert all(f"  {name} " in result.stdout for name in cli.COMMANDS)
+    imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
+    assert not {"torch", "transformers", "deepspeed"} & imported
+
+
+def test_an_unknown_command_is_told_the_known_ones():
+    result = shell("nonsense")
+    assert result.returncode == 2
+    assert result.stdout == ""
+    assert "'nonsense'" in errors(result)
+    assert all(name in errors(result) for name in cli.COMMANDS)
+    assert "Traceback" not in result.stderr
+
+
+def test_no_command_is_an_error(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main([])
+    assert stopped.value.code == 2
+    assert "command" in capsys.readouterr().err
+
+
+def test_the_version_is_told(capsys):
+    with pytest.raises(SystemExit) as stopped:
+        cli.main(["--version"])
+    assert stopped.value.code == 0
+    assert capsys.readouterr().out == f"softcot-ds {__version__}\n"
+
+
+def test_the_arguments_after_the_command_are_the_commands_own(monkeypatch):
+    seen = []
+
+    class Module:
+        @staticmethod
+        def main(arguments):
+            seen.append(arguments)
+            return 7
+
+    monkeypatch.setattr(cli.importlib, "import_module", {"softcot_ds.train": Module}.__getitem__)
+    assert cli.main(["train", "recipe.yaml", "training.steps=3", "--help"]) == 7
+    assert seen == [["recipe.yaml", "training.steps=3", "--help"]]
+
+
+@pytest.fixture
+def command():
+    """A command that remembers what it was asked to work on."""
+    seen = []
+    main = cli.recipe_command("train", "Train.", seen.append)
+    return main, seen
+
+
+def test_a_recipe_command_works_on_the_recipe_with_overrides(command, monkeypatch):
+    main, seen = command
+    monkeypatch.chdir(ROOT)
+    assert main(["--local_rank=0", "recipes/gsm8k_llama_8b.yaml", "training.steps=333", "name=other"]) == 0
+    assert [(recipe.training.steps, recipe.name) for recipe in seen] == [(333, "other")]
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["nothing.yaml"], "softcot-ds: error: no such recipe: "),
+        (["recipes/gsm8k_llama_8b.yaml", "seed=-1"], "softcot-ds: error: recipes/gsm8k_llama_8b.yaml: 1 mistake in"),
+    ],
+)
+def test_what_a_user_can_mend_is_a_message_and_exit_code_2(command, capfd, monkeypatch, arguments, message):
+    main, seen = command
+    monkeypatch.chdir(ROOT)
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    assert main(arguments) == 2
+    assert seen == []
+    out, err = capfd.readouterr()
+    assert out == ""
+    assert err.startswith(message)
+    assert "Traceback" not in err
+
+
+def test_a_recipe_command_without_recipe_or_with_a_typo_in_an_option_is_refused(command):
+    main, seen = command
+    for arguments in ([], ["recipe.yaml", "--stepz=3"]):
+        with pytest.raises(SystemExit) as stopped:
+            main(arguments)
+        assert stopped.value.code == 2
+    assert seen == []
+
+
+def test_control_c_says_how_to_go_on(capfd, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def interrupted():
+        raise KeyboardInterrupt
+
+    assert cli.run_command(interrupted) == 128 + signal.SIGINT
+    assert capfd.readouterr().err == "softcot-ds: interrupted; the same command goes on from what is finished\n"
+
+
+def test_success_is_silent_and_0(capfd):
+    assert cli.run_command(lambda: None) == 0
+    assert capfd.readouterr() == ("", "")
+
+
+def test_a_mistake_of_ours_keeps_its_stack_trace():
+    def broken():
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run_command(broken)
+
+
+def test_ranks_behind_the_first_wait_and_say_which_they_are(capfd, monkeypatch):
+    waited = []
+    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setenv("LOCAL_RANK", "1")
+    monkeypatch.setenv("RANK", "9")
+
+    def fail():
+        raise SoftCoTError("no room")
+
+    assert cli.run_command(fail) == 2
+    assert waited
+    assert capfd.readouterr().err == "softcot-ds: [rank 9] error: no room\n"

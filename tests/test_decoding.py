@@ -1,0 +1,181 @@
+"""A padded batch decodes to what each prompt alone decodes to, token by token without a cache."""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+
+from softcot_ds.decoding import Sampling, decode
+from softcot_ds.prompts import BasePrompt
+
+D, VOCAB, STOP = 16, 40, 2
+FAMILIES = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "mistral": (MistralConfig, {"sliding_window": 4})}
+
+
+def make_model(family="llama", dtype=torch.float64):
+    kind, special = FAMILIES[family]
+    config = kind(
+        hidden_size=D,
+        intermediate_size=24,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        vocab_size=VOCAB,
+        max_position_embeddings=256,
+        initializer_range=0.5,
+        **special,
+    )
+    torch.manual_seed(1)
+    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def model():
+    return make_model()
+
+
+def alone(model, prompt: BasePrompt, thoughts_TD, stop_ids, max_new_tokens) -> list[int]:
+    """The most likely tokens of one prompt: each from a fresh pass over everything before it."""
+    embed = model.get_input_embeddings().weight
+    rows = [*embed[prompt.prefix_ids], *([] if thoughts_TD is None else thoughts_TD), *embed[prompt.suffix_ids]]
+    output: list[int] = []
+    while len(output) < max_new_tokens:
+        logits = model(inputs_embeds=torch.stack(rows)[None], use_cache=False).logits[0, -1]
+        token = int(logits.argmax())
+        if token in stop_ids:
+            break
+        output.append(token)
+        rows.append(embed[token])
+    return output
+
+
+def draw(lengths, thoughts, seed=0, dtype=torch.float64):
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count):
+        return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+    prompts = [BasePrompt(ids(prefix), ids(suffix)) for prefix, suffix in lengths]
+    # Each prompt's thoughts differ, as large as token embeddings: a swap or a shift shows.
+    return prompts, torch.randn(len(prompts), thoughts, D, generator=generator, dtype=dtype) if thoughts else None
+
+
+LENGTHS = [(9, 3), (1, 0), (0, 6), (0, 0), (14, 2)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_batch_decodes_like_each_prompt_alone(family, dtype):
+    model = make_model(family, dtype)
+    prompts, thoughts = draw(LENGTHS, 3, dtype=dtype)
+    outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
+    assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
+    assert len({tuple(output) for output in outputs}) > 1
+
+
+def test_prompts_without_thoughts_decode_too(model):
+    prompts, _ = draw([(5, 0), (2, 0), (9, 0)], 0)
+    outputs = decode(model, prompts, None, [STOP], Sampling(8))
+    assert outputs == [alone(model, prompt, None, [STOP], 8) for prompt in prompts]
+
+
+def test_the_thoughts_matter_and_stand_between_prefix_and_suffix(model):
+    (prompt,), thoughts = draw([(4, 4)], 2)
+    embed = model.get_input_embeddings().weight
+    words = [7, 30]
+    as_thoughts = decode(model, [prompt], embed[words][None], [STOP], Sampling(10))
+    in_words = BasePrompt(prompt.prefix_ids + words + prompt.suffix_ids, [])
+    as_tokens = decode(model, [in_words], None, [STOP], Sampling(10))
+    assert as_thoughts == as_tokens
+    assert decode(model, [prompt], thoughts, [STOP], Sampling(10)) != as_thoughts
+
+
+@settings(max_examples=15, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=5),
+    st.integers(1, 4),
+    st.integers(0, 99),
+    st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+)
+def test_any_batch_and_any_stop_tokens(model, lengths, thoughts, seed, stops):
+    prompts, vectors = draw(lengths, thoughts, seed)
+    outputs = decode(model, prompts, vectors, sorted(stops), Sampling(6))
+    assert outputs == [alone(model, p, t, stops, 6) for p, t in zip(prompts, vectors, strict=True)]
+
+
+def test_an_output_ends_before_the_first_stop_token(model):
+    prompts, thoughts = draw(LENGTHS, 3)
+    free = decode(model, prompts, thoughts, [STOP], Sampling(12))
+    stop = free[0][4]
+    stopped = decode(model, prompts, thoughts, [STOP, stop], Sampling(12))
+    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
+    assert len(stopped[0]) <= 4
+
+
+def test_no_more_tokens_than_asked_for(model):
+    prompts, thoughts = draw(LENGTHS, 3)
+    long = decode(model, prompts, thoughts, [STOP], Sampling(10))
+    for count in (1, 4):
+        assert decode(model, prompts, thoughts, [STOP], Sampling(count)) == [row[:count] for row in long]
+
+
+def test_sampling_is_repeated_by_its_seed_and_differs_without(model):
+    prompts, thoughts = draw(LENGTHS, 3)
+
+    def sample(seed, **settings):
+        torch.manual_seed(seed)
+        return decode(model, prompts, thoughts, [STOP], Sampling(10, **settings))
+
+    assert sample(0, temperature=1.0) == sample(0, temperature=1.0)
+    assert sample(0, temperature=1.0) != sample(1, temperature=1.0)
+    greedy = sample(0)
+    assert sample(1) == greedy
+    assert sample(1, temperature=1e-4) == greedy
+    assert sample(1, temperature=5.0, top_p=1e-6) == greedy
+
+
+def test_sampled_tokens_have_the_frequencies_of_the_softmax(model):
+    (prompt,), thoughts = draw([(5, 2)], 2)
+    embed = model.get_input_embeddings().weight
+    rows = torch.cat([embed[prompt.prefix_ids], thoughts[0], embed[prompt.suffix_ids]])
+    temperature = 3.0
+    expected = (model(inputs_embeds=rows[None]).logits[0, -1] / temperature).softmax(dim=-1)
+    torch.manual_seed(0)
+    count = 4000
+    outputs = decode(model, [prompt] * count, thoughts.expand(count, -1, -1), [STOP], Sampling(1, temperature))
+    found = torch.bincount(torch.tensor([row[0] if row else STOP for row in outputs]), minlength=VOCAB) / count
+    # Five standard deviations of a frequency.
+    assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
+
+
+@pytest.mark.parametrize(
+    "own",
+    [
+        {"repetition_penalty": 5.0},
+        {"do_sample": True, "temperature": 5.0, "top_k": 3},
+        {"no_repeat_ngram_size": 1},
+        {"suppress_tokens": [5, 6, 7, 8]},
+        {"num_beams": 3},
+        {"eos_token_id": [9, 10, 11]},
+    ],
+)
+def test_a_models_own_generation_settings_do_not_change_the_decode(model, own):
+    prompts, thoughts = draw(LENGTHS, 3)
+    expected = decode(model, prompts, thoughts, [STOP], Sampling(12))
+    other = copy.deepcopy(model)
+    for name, value in own.items():
+        setattr(other.generation_config, name, value)
+    torch.manual_seed(0)
+    assert decode(other, prompts, thoughts, [STOP], Sampling(12)) == expected
+
+
+def test_a_models_own_top_k_and_min_p_do_not_narrow_sampling(model):
+    (prompt,), thoughts = draw([(5, 2)], 2)
+    other = copy.deepcopy(model)
+    other.generation_config.top_k, other.generation_config.min_p = 2, 0.999
+    torch.manual_seed(0)
+    outputs = decode(other, [prompt] * 300, thoughts.expand(300, -1, -1), [STOP], Sampling(1, temperature=10.0))
+    assert len({tuple(output) for output in outputs}) > VOCAB / 2

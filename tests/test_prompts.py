@@ -1,0 +1,245 @@
+"""Prompts as tokens, against the chat template rendered and cut by hand."""
+
+from pathlib import Path
+
+import pytest
+import yaml
+from conftest import CHATML, INSTRUCT, LLAMA3, byte_tokenizer
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+
+DATE = {"date_string": "26 Jul 2024"}
+SECTIONS = {
+    "assistant": [{"role": "user", "content": "Give {count} hints. {question} They are: {thoughts} Done."}],
+    "assistant_text": [{"role": "user", "content": "Hint: {question}"}],
+    "base": [{"role": "user", "content": "Solve {question}\nHints: {thoughts}\nNow."}],
+    "base_without_thoughts": [{"role": "user", "content": "Solve {question}"}],
+}
+PROMPTS = PromptFile(**SECTIONS)
+
+
+def chat_format(template=CHATML, **kwargs) -> ChatFormat:
+    return ChatFormat(byte_tokenizer(template), kwargs, "owner/model")
+
+
+def rendered(tokenizer, content: str) -> str:
+    messages = [{"role": "user", "content": content}]
+    return tokenizer.apply_chat_template(messages, tokenize=False, add_generation_prompt=True, **DATE)
+
+
+def ids(tokenizer, text: str) -> list[int]:
+    return tokenizer.encode(text, add_special_tokens=False)
+
+
+@pytest.mark.parametrize(
+    "question",
+    [
+        "2+2?",
+        "What is {thoughts}, {count} and {question}?",
+        "SOFT-THOUGHTS",
+        "SOFT-THOUGHTS- or SOFT-THOUGHTS--",
+        "ends in SOFT-",
+        "{% raw %}{{ bos_token }} \\1 \\g<0>",
+        "Käthe \U0001f34e \u2028 x",
+    ],
+)
+def test_both_sides_of_the_thoughts_are_what_the_template_shows(chat, question):
+    tokenizer, _ = chat
+    prompts = BasePrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS)
+    left, right = rendered(tokenizer, f"Solve {question}\nHints: \x01\nNow.").split("\x01")
+    prompt = prompts.with_thoughts(question)
+    assert (prompt.prefix_ids, prompt.suffix_ids) == (ids(tokenizer, left), ids(tokenizer, right))
+    assert prompts.without_thoughts(question).suffix_ids == []
+    assert prompts.without_thoughts(question).prefix_ids == ids(tokenizer, rendered(tokenizer, f"Solve {question}"))
+    words = prompts.with_words(question, "{question} hint")
+    text = rendered(tokenizer, f"Solve {question}\nHints: {{question}} hint\nNow.")
+    assert (words.prefix_ids, words.suffix_ids) == (ids(tokenizer, text), [])
+
+
+def test_the_assistant_reads_the_template_up_to_the_last_placeholder(chat):
+    tokenizer, _ = chat
+    prompts = AssistantPrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS, 3, "x")
+    item = prompts.thoughts_input("an id", "2+2? {count}")
+    left = ids(tokenizer, rendered(tokenizer, "Give 3 hints. 2+2? {count} They are: \x01 Done.").split("\x01")[0])
+    assert item.example_id == "an id"
+    assert item.token_ids == left + ids(tokenizer, "x") * 3
+    assert item.positions == [len(left), len(left) + 1, len(left) + 2]
+    assert prompts.words_prompt("2+2?") == ids(tokenizer, rendered(tokenizer, "Hint: 2+2?"))
+
+
+def test_an_answer_ends_as_the_template_ends_it(chat):
+    tokenizer, end = chat
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    prompts = BasePrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS)
+    assert prompts.target_ids("#### 4") == [*ids(tokenizer, "#### 4"), end_id]
+    assert prompts.stop_ids == sorted({end_id, tokenizer.eos_token_id})
+    assert AssistantPrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS, 1, "x").stop_ids == prompts.stop_ids
+
+
+def test_a_template_that_ends_no_turn_ends_with_the_sequence():
+    bare = "{% for m in messages %}{{ m.content }}\n{% endfor %}"
+    assert BasePrompts(chat_format(bare), PROMPTS).target_ids("") == [byte_tokenizer(None).eos_token_id]
+    # A template that shows no answers: what opens the prompt must not be taken for what closes an answer.
+    silent = "{{ bos_token }}{% for m in messages %}{% if m.role == 'user' %}{{ m.content }}{% endif %}{% endfor %}"
+    assert BasePrompts(chat_format(silent), PROMPTS).target_ids("") == [byte_tokenizer(None).eos_token_id]
+
+
+def test_without_an_end_of_sequence_token_answers_would_never_end():
+    tokenizer = byte_tokenizer("{% for m in messages %}{{ m.content }}{% endfor %}")
+    tokenizer.eos_token = None
+    with pytest.raises(SoftCoTError, match="owner/model has no end-of-sequence token: answers would never end"):
+        BasePrompts(ChatFormat(tokenizer, {}, "owner/model"), PROMPTS)
+
+
+def test_a_last_message_of_the_assistant_is_left_open():
+    prompts = PromptFile(
+        **SECTIONS
+        | {
+            "assistant": [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{thoughts}"}],
+            "base": [
+                {"role": "user", "content": "{question}"},
+                {"role": "assistant", "content": "Hints: {thoughts} So"},
+            ],
+        }
+    )
+    chat = chat_format()
+    opened = "<|im_start|>user\n2+2?<|im_end|>\n<|im_start|>assistant\n"
+    item = AssistantPrompts(chat, prompts, 2, "x").thoughts_input("id", "2+2?")
+    assert item.token_ids == ids(chat.tokenizer, opened + "xx")
+    prompt = BasePrompts(chat, prompts).with_thoughts("2+2?")
+    assert prompt.prefix_ids == ids(chat.tokenizer, opened + "Hints: ")
+    assert prompt.suffix_ids == ids(chat.tokenizer, " So")
+
+
+def test_llama_prompts_do_not_change_from_day_to_day(shared_data):
+    template = (shared_data / "chat_templates" / "llama3_2.jinja").read_text()
+    prompts = BasePrompts(chat_format(template, **DATE), PROMPTS)
+    text = prompts.chat.tokenizer.decode(prompts.with_thoughts("q").prefix_ids)
+    assert "Today Date: 26 Jul 2024" in text
+
+
+def test_a_sentinel_in_the_wording_is_ordinary_text():
+    sections = SECTIONS | {"base": [{"role": "user", "content": "SOFT-THOUGHTS {question} {thoughts}"}]}
+    prompt = BasePrompts(chat_format(), PromptFile(**sections)).with_thoughts("2+2?")
+    assert prompt.prefix_ids[-len("2+2? ") :] == ids(byte_tokenizer(None), "2+2? ")
+
+
+# ---------------------------------------------------------------------------------------------------------- errors
+
+
+def test_a_tokenizer_without_chat_template_is_refused():
+    with pytest.raises(SoftCoTError, match="owner/model has no chat template; use an instruction-tuned model, or set"):
+        chat_format(None)
+
+
+@pytest.mark.parametrize(
+    ("template", "kwargs", "reason"),
+    [
+        (INSTRUCT, {}, "no system role"),
+        ("{% for m in messages %}{{ m.content", {}, "unexpected end of template"),
+        ("{{ 'a' + 3 }}", {}, "can only concatenate str"),
+        (LLAMA3, {"tokenize": True}, "tokenize"),
+    ],
+)
+def test_a_template_that_refuses_the_prompt_is_named(template, kwargs, reason):
+    system = [{"role": "system", "content": "Be brief."}, *SECTIONS["base_without_thoughts"]]
+    with pytest.raises(SoftCoTError, match=f"chat template of owner/model refuses the prompt: .*{reason}"):
+        BasePrompts(chat_format(template, **kwargs), PromptFile(**SECTIONS | {"base_without_thoughts": system}))
+
+
+@pytest.mark.parametrize(
+    ("template", "times"),
+    [("{% for m in messages %}{{ m.content }}{{ m.content }}{% endfor %}", 2), ("{{ bos_token }}", 0)],
+)
+def test_a_template_that_shows_the_thoughts_twice_or_never_is_refused(template, times):
+    prompts = BasePrompts(chat_format(template), PROMPTS)
+    with pytest.raises(SoftCoTError, match=f"shows the place of the thoughts {times} times, not once; move"):
+        prompts.with_thoughts("2+2?")
+
+
+@pytest.mark.parametrize(("placeholder", "count"), [("two", 3), ("", 0), ("ü", 2)])
+def test_a_placeholder_is_exactly_one_token(placeholder, count):
+    with pytest.raises(SoftCoTError, match=f"thoughts.placeholder {placeholder!r} is {count} tokens .*owner/model"):
+        AssistantPrompts(chat_format(), PROMPTS, 2, placeholder)
+
+
+def test_the_placeholder_falls_back_to_unknown_then_padding_then_end():
+    tokenizer = byte_tokenizer(CHATML)
+    chat = ChatFormat(tokenizer, {}, "owner/model")
+    for name, token in (("eos", "</s>"), ("pad", "<|im_start|>"), ("unk", "<s>")):
+        setattr(tokenizer, f"{name}_token", token)
+        assert AssistantPrompts(chat, PROMPTS, 1, None).placeholder_id == tokenizer.convert_tokens_to_ids(token)
+    for name in ("eos", "pad", "unk"):
+        setattr(tokenizer, f"{name}_token", None)
+    with pytest.raises(SoftCoTError, match=r"has no unk, pad or eos token; set thoughts.placeholder"):
+        AssistantPrompts(chat, PROMPTS, 1, None)
+
+
+# ----------------------------------------------------------------------------------------------------- prompt files
+
+
+def write(tmp_path: Path, sections) -> Path:
+    path = tmp_path / "prompts.yaml"
+    path.write_text(sections if isinstance(sections, str) else yaml.safe_dump(sections, allow_unicode=True))
+    return path
+
+
+def test_a_prompt_file_is_loaded_as_it_is_written(tmp_path):
+    assert PromptFile.load(write(tmp_path, SECTIONS)) == PROMPTS
+
+
+def user(content):
+    return [{"role": "user", "content": content}]
+
+
+@pytest.mark.parametrize(
+    ("changes", "mistake"),
+    [
+        ({"base": user("{question}")}, "base: {thoughts} is missing"),
+        ({"base": user("{question} {thoughts} {thoughts}")}, "base: {thoughts} stands here 2 times"),
+        ({"base": user("{question} {thoughts} {count}")}, "base: {count} has no meaning here"),
+        ({"assistant_text": user("{question} {thoughts}")}, "assistant_text: {thoughts} has no meaning here"),
+        ({"base_without_thoughts": user("Hello")}, "base_without_thoughts: {question} is missing"),
+        ({"base": []}, "base: missing: write a list of messages with role and content"),
+        ({"base": "{question} {thoughts}"}, "base: missing: write a list of messages with role and content"),
+        ({"base": ["{question}"]}, "base: a message has a role and a content and nothing else, found '{question}'"),
+        ({"base": [{"role": "user", "content": 3}]}, "base: role and content are text, found"),
+        ({"base": [{"role": "user"}]}, "base: a message has a role and a content and nothing else, found"),
+        ({"bse": user("x")}, "unknown key 'bse'; known: assistant, assistant_text, base, base_without_thoughts"),
+    ],
+)
+def test_a_mistake_in_a_prompt_file_is_named(tmp_path, changes, mistake):
+    path = write(tmp_path, SECTIONS | changes)
+    with pytest.raises(SoftCoTError) as caught:
+        PromptFile.load(path)
+    first, *lines = str(caught.value).splitlines()
+    assert first == f"{path}: mistakes in the prompt file:"
+    (line,) = lines
+    assert line.startswith(f"  - {mistake}")
+
+
+def test_all_mistakes_of_a_prompt_file_are_reported_together(tmp_path):
+    path = write(tmp_path, {"base": user("x"), "extra": 1})
+    with pytest.raises(SoftCoTError) as caught:
+        PromptFile.load(path)
+    assert len(str(caught.value).splitlines()) == 1 + 1 + 2 + 3
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("", "a prompt file is a mapping"), ("base: [", "not YAML: line 1"), ("base: 1\nbase: 2", "stands twice")],
+)
+def test_what_is_no_prompt_file_says_so(tmp_path, text, message):
+    path = write(tmp_path, text)
+    with pytest.raises(SoftCoTError, match=message) as caught:
+        PromptFile.load(path)
+    assert str(caught.value).startswith(f"{path}: ")
+    assert "\n" not in str(caught.value)
+
+
+def test_braces_that_are_no_field_are_ordinary_text():
+    sections = SECTIONS | {"base_without_thoughts": user('{question} as JSON: {"a": {x}} {Question}')}
+    prompts = BasePrompts(chat_format(), PromptFile(**sections))
+    text = prompts.chat.tokenizer.decode(prompts.without_thoughts("q").prefix_ids)
+    assert 'q as JSON: {"a": {x}} {Question}' in text

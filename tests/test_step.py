@@ -1,0 +1,331 @@
+"""The training step against a naive float64 computation, written here from the paper's description.
+
+The truth takes one example at a time: render, tokenize, look the embeddings up, put the projected thoughts between
+them, run the model once without mask, cache or padding, and average the cross entropy of the answer's tokens.
+"""
+
+import copy
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from transformers import (
+    AutoModelForCausalLM,
+    Gemma2Config,
+    Gemma3TextConfig,
+    GemmaConfig,
+    LlamaConfig,
+    MistralConfig,
+    Qwen2Config,
+    Qwen3Config,
+)
+
+from softcot_ds.data import Example, collate
+from softcot_ds.projection import LinearProjection, StaticThoughts
+from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.step import SoftCoT
+from softcot_ds.tasks import Problem
+
+P, D, VOCAB = 12, 16, 48
+
+SHAPE = {
+    "hidden_size": D,
+    "intermediate_size": 24,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 4,
+    "max_position_embeddings": 512,
+    "vocab_size": VOCAB,
+    "pad_token_id": 0,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+}
+FAMILIES = {
+    "llama": (LlamaConfig, {"tie_word_embeddings": False}),
+    "llama eager": (LlamaConfig, {"attn_implementation": "eager", "tie_word_embeddings": True}),
+    "qwen2": (Qwen2Config, {"tie_word_embeddings": True}),
+    "qwen3": (Qwen3Config, {}),
+    "mistral with a sliding window": (MistralConfig, {"sliding_window": 4}),
+    "gemma": (GemmaConfig, {"hidden_activation": "gelu_pytorch_tanh"}),
+    "gemma2": (Gemma2Config, {"sliding_window": 4, "query_pre_attn_scalar": 4, "attn_implementation": "eager"}),
+    "gemma3": (
+        Gemma3TextConfig,
+        {"sliding_window": 4, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]},
+    ),
+}
+
+
+def make_model(family: str, **changes):
+    """A random model with weights large enough that every path shows in the loss."""
+    kind, special = FAMILIES[family]
+    torch.manual_seed(5)
+    model = AutoModelForCausalLM.from_config(kind(**(SHAPE | special | changes)), dtype=torch.float32)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.add_(torch.randn_like(parameter), alpha=0.1)
+    return model.eval().requires_grad_(False)
+
+
+def make_projection() -> LinearProjection:
+    torch.manual_seed(6)
+    return LinearProjection(P, D)
+
+
+# ----------------------------------------------------------------------------------------------------- the truth
+
+
+def true_embeddings(model, weight, bias, prefix: list[int], hidden_TP, rest: list[int]) -> torch.Tensor:
+    """Input embeddings (S, D) of one example."""
+    embed = model.get_input_embeddings()
+    rows = [embed(torch.tensor(token)) for token in prefix]
+    rows += [torch.stack([(weight[d] * hidden).sum() + bias[d] for d in range(len(bias))]) for hidden in hidden_TP]
+    rows += [embed(torch.tensor(token)) for token in rest]
+    return torch.stack(rows)
+
+
+def true_loss_and_gradient(model, projection, examples) -> tuple[float, torch.Tensor]:
+    """Mean cross entropy and its gradient (weight and bias in one vector) in float64.
+
+    Args:
+        examples: prefix, states (T, P), suffix and target of each.
+    """
+    model = copy.deepcopy(model).double()
+    weight = projection.weight.detach().double().requires_grad_()
+    bias = projection.bias.detach().double().requires_grad_()
+    terms = []
+    for prefix, hidden, suffix, target in examples:
+        embeds = true_embeddings(model, weight, bias, prefix, hidden.double(), suffix + target)
+        log_p = model(inputs_embeds=embeds[None]).logits[0].double().log_softmax(dim=-1)
+        first = len(embeds) - len(target)
+        terms += [-log_p[first + i - 1, token] for i, token in enumerate(target)]
+    loss = torch.stack(terms).mean()
+    loss.backward()
+    return loss.item(), torch.cat([weight.grad.flatten(), bias.grad])
+
+
+# ------------------------------------------------------------------------------------------------ what is tested
+
+
+def make_batch(examples, dtype, pad_id=0):
+    rows = [
+        Example(Problem("q", "r", "1"), AssistantInput("id", [0] * len(hidden), list(range(len(hidden)))), *ids)
+        for *ids, hidden in [(prefix, suffix, target, hidden) for prefix, hidden, suffix, target in examples]
+    ]
+    batch = collate(rows, pad_id)
+    batch.thoughts = torch.stack([hidden for _, hidden, _, _ in examples]).to(dtype)
+    return batch
+
+
+def loss_and_gradient(step: SoftCoT, examples, dtype, pad_id=0) -> tuple[float, torch.Tensor]:
+    step.projection.zero_grad()
+    loss = step(make_batch(examples, dtype, pad_id)) / sum(len(target) for *_, target in examples)
+    loss.backward()
+    assert all(parameter.grad is None for parameter in step.base.parameters())
+    return loss.item(), torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad])
+
+
+def check(found, truth, loss_tolerance, gradient_tolerance):
+    loss_error = abs(found[0] - truth[0]) / abs(truth[0])
+    gradient_error = ((found[1].double() - truth[1]).norm() / truth[1].norm()).item()
+    assert loss_error <= loss_tolerance, f"loss {found[0]} is not {truth[0]}: {loss_error:.1e}"
+    assert gradient_error <= gradient_tolerance, f"gradient differs by {gradient_error:.1e}"
+
+
+TOLERANCES = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-10, 1e-10)}
+
+
+def check_steps(model, examples, dtype, pad_id=0):
+    truth = true_loss_and_gradient(model, make_projection(), examples)
+    found = {}
+    for kind in ("full", "fast"):
+        step = SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind)
+        found[kind] = loss_and_gradient(step, examples, dtype, pad_id)
+        check(found[kind], truth, *TOLERANCES[dtype])
+    check(found["fast"], (found["full"][0], found["full"][1].double()), *TOLERANCES[dtype])
+
+
+def draw_examples(lengths, thoughts: int, seed: int = 0):
+    """Random examples of the given (prefix, suffix, target) lengths."""
+    generator = torch.Generator().manual_seed(seed)
+
+    def ids(count):
+        return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
+
+    return [
+        (ids(prefix), torch.randn(thoughts, P, generator=generator), ids(suffix), ids(target))
+        for prefix, suffix, target in lengths
+    ]
+
+
+UNEVEN = [(9, 3, 5), (0, 2, 4), (1, 0, 1), (12, 0, 7), (0, 0, 1)]
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
+@pytest.mark.parametrize("family", FAMILIES)
+def test_every_family_matches_examples_run_alone(family, dtype):
+    model = make_model(family)
+    if dtype == torch.float64 and model.config._attn_implementation == "eager":
+        pytest.skip(
+            "transformers' eager attention takes its softmax in float32, where a float64 mask is minus infinity"
+        )
+    check_steps(model, draw_examples(UNEVEN, thoughts=3), dtype)
+
+
+@pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
+@pytest.mark.parametrize(
+    "lengths",
+    [[(0, 0, 1)], [(0, 0, 1), (0, 3, 2)], [(6, 0, 1)], [(6, 2, 3)] * 3, [(0, 5, 1), (30, 0, 2)]],
+    ids=["nothing but thoughts", "no prefix at all", "no suffix", "no padding", "a row of prefix padding"],
+)
+def test_edges_match_examples_run_alone(lengths, dtype):
+    check_steps(make_model("mistral with a sliding window"), draw_examples(lengths, thoughts=2), dtype)
+
+
+@pytest.fixture(scope="module")
+def steps():
+    """A model for the truth, and the steps to try in float32 and float64, made once."""
+    model = make_model("llama")
+    made = [
+        (SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind), dtype)
+        for dtype in TOLERANCES
+        for kind in ("fast", "full")
+    ]
+    return model, made
+
+
+# Each example is its lengths of prefix, suffix and target.
+length_lists = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=4)
+
+
+@settings(max_examples=25, deadline=None)
+@given(length_lists, st.integers(1, 5), st.integers(0, 99), st.sampled_from([0, 2, VOCAB - 1]))
+def test_any_lengths_match_examples_run_alone(steps, lengths, thoughts, seed, pad_id):
+    model, made = steps
+    examples = draw_examples(lengths, thoughts, seed)
+    truth = true_loss_and_gradient(model, make_projection(), examples)
+    for step, dtype in made:
+        check(loss_and_gradient(step, examples, dtype, pad_id), truth, *TOLERANCES[dtype])
+
+
+# -------------------------------------------------------------------------- from words to gradient, by template
+
+
+QUESTIONS = ["Tom has 3 apples; he eats 1. How many?", "2+2?", "Käthe hat {thoughts} Äpfel — wieviel?"]
+TARGETS = ["3 - 1 = 2\n#### 2", "4", "Unklar."]
+WORDING = {
+    "assistant": [{"role": "user", "content": "Give {count} hints. {question} Hints: {thoughts}"}],
+    "assistant_text": [{"role": "user", "content": "Hint: {question}"}],
+    "base": [{"role": "user", "content": "Solve this. {question}\nHints: {thoughts}\nThink."}],
+    "base_without_thoughts": [{"role": "user", "content": "Solve this. {question}"}],
+}
+
+
+def test_from_words_to_gradient_for_every_tokenizer_and_template(chat):
+    tokenizer, end = chat
+    vocabulary = len(tokenizer)
+    model = make_model("llama", vocab_size=vocabulary + 7, num_hidden_layers=2)
+    generator = torch.Generator().manual_seed(1)
+    hidden = [torch.randn(4, P, generator=generator) for _ in QUESTIONS]
+
+    naive = []
+    for question, target, states in zip(QUESTIONS, TARGETS, hidden, strict=True):
+        content = "Solve this. " + question + "\nHints: @@@\nThink."
+        text = tokenizer.apply_chat_template(
+            [{"role": "user", "content": content}],
+            tokenize=False,
+            add_generation_prompt=True,
+            date_string="26 Jul 2024",
+        )
+        before, after = (tokenizer.encode(part, add_special_tokens=False) for part in text.split("@@@"))
+        answer = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.convert_tokens_to_ids(end)]
+        naive.append((before, states, after, answer))
+    projection = make_projection()
+    truth = true_loss_and_gradient(model, projection, naive)
+
+    prompts = PromptFile(**WORDING)
+    chat_format = ChatFormat(tokenizer, {"date_string": "26 Jul 2024"}, "model")
+    base, assistant = BasePrompts(chat_format, prompts), AssistantPrompts(chat_format, prompts, 4, "x")
+    examples = []
+    for question, target in zip(QUESTIONS, TARGETS, strict=True):
+        prompt = base.with_thoughts(question)
+        examples.append(
+            Example(
+                Problem(question, "", ""),
+                assistant.thoughts_input("id", question),
+                prompt.prefix_ids,
+                prompt.suffix_ids,
+                base.target_ids(target),
+            )
+        )
+    assert [(e.prefix_ids, e.suffix_ids, e.target_ids) for e in examples] == [(p, s, t) for p, _, s, t in naive]
+
+    for dtype, kind in ((torch.float32, "full"), (torch.float32, "fast"), (torch.float64, "fast")):
+        step = SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind)
+        seen = {}
+        step.base.register_forward_pre_hook(lambda _, __, kwargs, seen=seen: seen.update(kwargs), with_kwargs=True)
+        batch = collate(examples, 0)
+        batch.thoughts = torch.stack(hidden)
+        loss = step(batch) / sum(len(target) for *_, target in naive)
+        loss.backward()
+        gradient = torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad])
+        check((loss.item(), gradient), truth, *TOLERANCES[dtype])
+        if kind == "full":
+            for row, (before, states, after, answer) in enumerate(naive):
+                real = seen["inputs_embeds"][row][seen["attention_mask"][row].bool()]
+                expected = true_embeddings(
+                    copy.deepcopy(model).double(),
+                    projection.weight.double(),
+                    projection.bias.double(),
+                    before,
+                    states.double(),
+                    after + answer,
+                )
+                torch.testing.assert_close(real.double(), expected, rtol=1e-5, atol=1e-6)
+
+
+def test_static_thoughts_are_the_same_vectors_for_every_question():
+    model = make_model("qwen2").double()
+    torch.manual_seed(3)
+    vectors = torch.randn(3, D, dtype=torch.float64)
+    examples = draw_examples(UNEVEN, thoughts=3)
+    truth_vectors = vectors.clone().requires_grad_()
+    terms = []
+    for prefix, _, suffix, target in examples:
+        embed = model.get_input_embeddings()
+        rest = torch.tensor(suffix + target)
+        embeds = torch.cat([embed(torch.tensor(prefix, dtype=torch.int64)), truth_vectors, embed(rest)])
+        log_p = model(inputs_embeds=embeds[None]).logits[0].log_softmax(dim=-1)
+        terms += [-log_p[len(embeds) - len(target) + i - 1, token] for i, token in enumerate(target)]
+    truth = torch.stack(terms).mean()
+    truth.backward()
+    for kind in ("full", "fast"):
+        step = SoftCoT(copy.deepcopy(model), StaticThoughts(vectors), step=kind)
+        batch = make_batch(examples, torch.float64)
+        batch.thoughts = None
+        loss = step(batch) / len(terms)
+        loss.backward()
+        found = (loss.item(), step.projection.weight.grad)
+        check(found, (truth.item(), truth_vectors.grad), *TOLERANCES[torch.float64])
+
+
+def test_thoughts_computed_online_equal_the_same_states_from_a_cache():
+    base = make_model("llama")
+    assistant = make_model("qwen2", hidden_size=P, num_attention_heads=3, num_key_value_heads=3)
+    inputs = [AssistantInput("a", [5, 6, 7, 3, 3], [3, 4]), AssistantInput("b", [8, 3, 3], [1, 2])]
+    examples = draw_examples([(3, 1, 2), (0, 2, 3)], thoughts=2)
+    with torch.no_grad():
+        states = [
+            assistant.model(input_ids=torch.tensor([item.token_ids])).last_hidden_state[0, item.positions]
+            for item in inputs
+        ]
+    examples = [(prefix, state, *rest) for (prefix, _, *rest), state in zip(examples, states, strict=True)]
+    truth = true_loss_and_gradient(base, make_projection(), examples)
+    batch = make_batch(examples, torch.float32)
+    batch.thoughts, batch.assistant = None, inputs
+    step = SoftCoT(copy.deepcopy(base), make_projection(), assistant)
+    loss = step(batch) / 5
+    loss.backward()
+    gradient = torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad])
+    check((loss.item(), gradient), truth, *TOLERANCES[torch.float32])
