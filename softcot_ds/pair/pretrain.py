@@ -240,8 +240,8 @@ def pretrain(name: str, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
         if step % 100 == 0:
             seconds = time.perf_counter() - began
             print(
-                f"{name} step {step}/{settings.steps}  loss {sum(losses[-100:]) / 100:.4f}  {num_tokens / seconds:,.0f} "
-                f"tokens/s  {seconds / step * (settings.steps - step):.0f} s left",
+                f"{name} step {step}/{settings.steps}  loss {sum(losses[-100:]) / 100:.4f}  "
+                f"{num_tokens / seconds:,.0f} tokens/s  {seconds / step * (settings.steps - step):.0f} s left",
                 flush=True,
             )
     model.save_pretrained(out)
