@@ -244,7 +244,8 @@ def pretrain(name: str, tokenizer: PreTrainedTokenizerFast, out: Path) -> dict:
                 f"{num_tokens / seconds:,.0f} tokens/s  {seconds / step * (settings.steps - step):.0f} s left",
                 flush=True,
             )
-    model.save_pretrained(out)
+    # Trained in float32, shipped in bfloat16 like most models of any size: half the bytes, the same answers.
+    model.bfloat16().save_pretrained(out)
     tokenizer.save_pretrained(out)
     return {
         **{key: value for key, value in asdict(settings).items() if key != "document"},

@@ -108,8 +108,8 @@ OPERATIONS = (
 )
 
 NAMES = words("tom ann bob eva sam mia leo zoe max ivy dan lily ben ruth carl nora hugo jane paul rosa")
-ITEMS = (
-    "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
+ITEMS = words(
+    "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs"
 )
 ORDINALS = ("first", "second", "third")
 SYLLABLES = words("bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo ren")
