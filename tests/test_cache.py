@@ -420,9 +420,7 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
 
 def test_a_missing_cache_is_told_from_one_of_other_thoughts(recipe_file):
     recipe = load_recipe(recipe_file)
-    with pytest.raises(
-        SoftCoTError, match=r"no cache of these thoughts at .*; build it with: softcot-ds cache"
-    ):
+    with pytest.raises(SoftCoTError, match=r"no cache of these thoughts at .*; build it with: softcot-ds cache"):
         cache.open_cache(recipe)
     assert cache.main([str(recipe_file)]) == 0
     with pytest.raises(SoftCoTError, match=r"There are others: assistant-T4.* \(num_thoughts is 4, wanted 2\)"):

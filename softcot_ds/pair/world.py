@@ -2,7 +2,8 @@
 
 A person starts with some things and two or three events follow, one sentence each:
 
-    question   tom has 23 coins . first tom snags 5 . second tom sketches 9 . third tom halves them . how many coins now ?
+    question   tom has 23 coins . first tom snags 5 . second tom sketches 9 . third tom halves them .
+               how many coins now ?
     plan       do add skip halve .
     reasoning  first 23 + 5 = 28 second skip 9 third 28 / 2 = 14 answer 14
 
@@ -41,6 +42,10 @@ def split_of(signature: Signature) -> Split:
     return {0: "test", 1: "test", 2: "validation"}.get(bucket, "train")
 
 
+def words(text: str) -> tuple[str, ...]:
+    return tuple(text.split())
+
+
 @dataclass(frozen=True)
 class Operation:
     """What an event does to the count, and the verbs that say so."""
@@ -77,39 +82,37 @@ OPERATIONS = (
         "+",
         True,
         0.3,
-        tuple(
-            "buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals".split()
-        ),
-        tuple("inherits snags pockets acquires scoops hoards".split()),
+        words("buys finds gets receives collects earns wins picks gathers gains grabs takes borrows makes steals"),
+        words("inherits snags pockets acquires scoops hoards"),
     ),
     Operation(
         "take",
         "-",
         True,
         0.3,
-        tuple("sells loses gives eats drops breaks throws uses hands burns trades wastes ruins sends pays".split()),
-        tuple("donates misplaces squanders forfeits discards shreds".split()),
+        words("sells loses gives eats drops breaks throws uses hands burns trades wastes ruins sends pays"),
+        words("donates misplaces squanders forfeits discards shreds"),
     ),
     Operation(
         "skip",
         "",
         True,
         0.2,
-        tuple(
-            "counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds".split()
+        words(
+            "counts sees draws admires paints watches smells describes cleans sorts imagines likes shows names holds"
         ),
-        tuple("sketches praises inspects ponders mentions adores".split()),
+        words("sketches praises inspects ponders mentions adores"),
     ),
     Operation("double", "x", False, 0.1, ("doubles", "twins", "clones", "repeats"), ("duplicates", "mirrors")),
     Operation("halve", "/", False, 0.1, ("halves", "splits", "shares", "cuts"), ("bisects", "cleaves")),
 )
 
-NAMES = "tom ann bob eva sam mia leo zoe max ivy dan lily ben ruth carl nora hugo jane paul rosa".split()
-ITEMS = (
-    "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs".split()
+NAMES = words("tom ann bob eva sam mia leo zoe max ivy dan lily ben ruth carl nora hugo jane paul rosa")
+ITEMS = words(
+    "apples coins books cards shells stones pens cups stamps balls plums eggs hats kites nuts beads toys figs"
 )
 ORDINALS = ("first", "second", "third")
-SYLLABLES = "bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo ren".split()
+SYLLABLES = words("bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo ren")
 
 MAX_COUNT = 99
 """Counts stay within 1 to 99: two digits, so that a 2M model can learn to calculate in minutes."""
