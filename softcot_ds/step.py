@@ -8,11 +8,14 @@ of both are the same.
 """
 
 import warnings
+from functools import partial
 from typing import Literal
 
 import torch
 from torch import nn
+from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data import IGNORE, Batch
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
@@ -50,7 +53,10 @@ class SoftCoT(nn.Module):
             else:
                 warnings.warn(f"{type(base).__name__} runs the full step: {reason}", stacklevel=2)
         if self.prefixed is None and activation_checkpointing:
-            base.activation_checkpointing_enable({"use_reentrant": False})
+            # transformers' own switch does nothing outside of training mode, which would bring dropout.
+            for layer in base.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
     def train(self, mode: bool = True) -> "SoftCoT":
         """Only the projection is ever in training mode: the frozen models have no dropout."""

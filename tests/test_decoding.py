@@ -93,7 +93,7 @@ def test_the_thoughts_matter_and_stand_between_prefix_and_suffix(model):
     assert decode(model, [prompt], thoughts, [STOP], Sampling(10)) != as_thoughts
 
 
-@settings(max_examples=15, deadline=None)
+@settings(max_examples=15)
 @given(
     st.lists(st.tuples(st.integers(0, 8), st.integers(0, 4)), min_size=1, max_size=5),
     st.integers(1, 4),
