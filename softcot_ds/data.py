@@ -132,10 +132,16 @@ def _leave_out_long(
     examples: list[Example], split: str, max_tokens: int | None, limits: ContextLimits
 ) -> tuple[list[Example], list[str]]:
     base_limit = min(limits.base, max_tokens or limits.base)
-    short = [e for e in examples if e.length <= base_limit and len(e.assistant.token_ids) <= limits.assistant]
+    # A test problem is judged by its prompt alone: leaving out those with long solutions would leave out the hard ones.
+    lengths = [e.length - len(e.target_ids) if split == "test" else e.length for e in examples]
+    short = [
+        example
+        for example, length in zip(examples, lengths, strict=True)
+        if length <= base_limit and len(example.assistant.token_ids) <= limits.assistant
+    ]
     if len(short) == len(examples):
         return examples, []
-    longest = max(example.length for example in examples)
+    longest = max(lengths)
     longest_assistant = max(len(example.assistant.token_ids) for example in examples)
     found = (
         f"{len(examples) - len(short)} of {len(examples)} {split} problems are too long: up to {longest} of "

@@ -104,7 +104,8 @@ class TaskConfig(Section):
     prompts: ExistingFile | None = None
     """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""
     max_tokens: int | None = Field(None, ge=1)
-    """Training problems whose prompt, thoughts and target are longer than this (base tokens) are left out."""
+    """Problems longer than this, in base tokens, are left out: prompt, thoughts and target; of test problems without
+    the target."""
 
     @field_validator("train", "test")
     @classmethod

@@ -93,7 +93,7 @@ def test_conditions_are_what_they_say(recipe, adapter):
     inputs.words = [f"word {index}" for index in everything]
     prompts, thoughts = inputs.of("text")
     assert thoughts is None
-    assert "plan : word 3" in experiment.base_tokenizer.decode(prompts[3].prefix_ids)
+    assert "plan :\nword 3" in experiment.base_tokenizer.decode(prompts[3].prefix_ids)
 
 
 def test_interrupted_evaluation_goes_on_where_it_was(recipe, adapter, monkeypatch):
@@ -138,8 +138,8 @@ def test_adapter_of_other_models_is_refused(recipe, adapter):
     swapped = load_recipe(RECIPE, [*SMALL, "base.model=package:pair/assistant", f"output_dir={recipe.output_dir}"])
     with pytest.raises(SoftCoTError, match=r"trained with the base package:pair/base .* holds other weights"):
         evaluate(swapped, adapter)
-    fewer = load_recipe(RECIPE, [*SMALL, "thoughts.count=4", f"output_dir={recipe.output_dir}"])
-    with pytest.raises(SoftCoTError, match=r"trained with 8 thoughts, thoughts.count is 4; set it to 8"):
+    fewer = load_recipe(RECIPE, [*SMALL, "thoughts.count=3", f"output_dir={recipe.output_dir}"])
+    with pytest.raises(SoftCoTError, match=r"trained with 4 thoughts, thoughts.count is 3; set it to 4"):
         evaluate(fewer, adapter)
 
 

@@ -55,12 +55,12 @@ def naive_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
             hidden = assistant.model(ids).last_hidden_state[0, example.assistant.positions]
         thoughts = hidden @ weight.T + bias
         prompt = tokenizer.apply_chat_template(
-            [{"role": "user", "content": f"{example.problem.question} plan : THOUGHTS"}],
+            [{"role": "user", "content": f"{example.problem.question}\nplan :\nTHOUGHTS"}],
             tokenize=False,
             add_generation_prompt=True,
         )
         left, right = (tokenizer(t, add_special_tokens=False).input_ids for t in prompt.split("THOUGHTS"))
-        answer = f"{example.problem.reasoning} ; answer {example.problem.answer}"
+        answer = example.problem.reasoning
         target = [*tokenizer(answer, add_special_tokens=False).input_ids, tokenizer.eos_token_id]
         table = base.get_input_embeddings().weight
         embeds = torch.cat([table[left], thoughts, table[right + target]])
@@ -159,7 +159,7 @@ def test_run_directory_holds_what_it_should(straight_run):
     }
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1_000_000, "no frozen weights"
     adapter = json.loads((checkpoint / "adapter.json").read_text())
-    assert adapter["num_thoughts"] == 8
+    assert adapter["num_thoughts"] == 4
     assert adapter["step"] == 12
     assert adapter["base"]["model"] == "package:pair/base"
     summary = json.loads((checkpoint / "trainer.json").read_text())["summary"]
@@ -214,7 +214,7 @@ def test_another_recipe_does_not_touch_the_run(straight_run):
     other = [f"output_dir={run_dir.parent}", *LONG, "training.learning_rate=1e-4"]
     refused = run(deepspeed_command(1, "softcot_ds.train", RECIPE, *other), check=False)
     assert refused.returncode != 0
-    assert "training.learning_rate is 0.002 there and 0.0001 here" in refused.stdout
+    assert "training.learning_rate is 0.0015 there and 0.0001 here" in refused.stdout
     assert "Traceback" not in refused.stdout
 
 
