@@ -6,8 +6,9 @@ another number of ranks continues the same curve.
 
 import hashlib
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import takewhile
 
 import torch
 
@@ -194,7 +195,8 @@ def micro_batches(batch: list[int], rank: int, world_size: int, accumulation: in
 class Batch:
     """Examples as padded tensors. B examples, prefix padded left to L, suffix and target padded right to R.
 
-    Between prefix and suffix stand T thoughts. K tokens are supervised.
+    The prefix may lack tokens that all examples share. Between prefix and suffix stand T thoughts. K tokens are
+    supervised.
     """
 
     prefix_ids: torch.Tensor
@@ -216,20 +218,32 @@ class Batch:
 
     @property
     def num_tokens(self) -> int:
-        """Base tokens without padding and without thoughts; call it before the batch moves to a GPU."""
+        """Base tokens without padding, thoughts and shared tokens; call it before the batch moves to a GPU."""
         return int(self.prefix_mask.sum() + self.suffix_mask.sum())
 
     def to(self, device: torch.device) -> "Batch":
-        moved = {
-            name: value.to(device, non_blocking=True) if isinstance(value, torch.Tensor) else value
-            for name, value in vars(self).items()
-        }
-        return Batch(**moved)
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory; the data loader asks for it."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(
+            **{name: change(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+        )
 
 
-def collate(examples: Sequence[Example], pad_id: int) -> Batch:
-    """Pad examples into a batch (on the CPU, without thoughts)."""
-    prefix_ids, prefix_mask = pad([e.prefix_ids for e in examples], pad_id, side="left")
+def shared_prefix(examples: Sequence[Example]) -> list[int]:
+    """The longest run of tokens that every example's prefix begins with: the instruction."""
+    # In lexicographic order, all stand between the first and the last, and so begin with what both begin with.
+    first, last = (choose(example.prefix_ids for example in examples) for choose in (min, max))
+    return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]
+
+
+def collate(examples: Sequence[Example], pad_id: int, num_shared: int = 0) -> Batch:
+    """Pad examples into a batch (on the CPU, without thoughts), without the first ``num_shared`` tokens of each."""
+    prefix_ids, prefix_mask = pad([e.prefix_ids[num_shared:] for e in examples], pad_id, side="left")
     suffix_ids, suffix_mask = pad([e.suffix_ids + e.target_ids for e in examples], pad_id, side="right")
     num_thoughts = len(examples[0].assistant.positions)
     width = num_thoughts + suffix_ids.shape[1]

@@ -8,6 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.backbone import load_frozen, width
+from softcot_ds.data import shared_prefix
 from softcot_ds.distributed import device, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
@@ -55,7 +56,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         check_fits(weights, projection, start_from)
         projection.load_state_dict(weights)
     training = recipe.training
-    model = SoftCoT(base, projection, assistant, training.step, training.activation_checkpointing)
+    shared_ids = shared_prefix([*experiment.splits.train, *experiment.splits.validation])
+    model = SoftCoT(base, projection, assistant, training.step, training.activation_checkpointing, shared_ids)
     # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.
     projection.to(device=device(), dtype=base.dtype)
     return model

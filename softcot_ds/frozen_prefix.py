@@ -5,8 +5,10 @@ and leaves its keys and values; then the suffix runs on top of them, with gradie
 whole prefix first, means that under ZeRO-3 a layer's weights are gathered once for both.
 
 A layer is not rewritten: its own forward is called twice, with slices of the arguments that the model made for the
-whole sequence (masks, positions, rotary embeddings) and with a stand-in for the cache. So whatever the family does in a
-layer, it does here.
+whole sequence (rotary embeddings, positions) and with a stand-in for the cache. So whatever the family does in a layer,
+it does here. Only the attention masks are made here: by position, so that sliding windows stay right where padding
+stands between shared tokens and the rest of a prefix, and without looking at what is in them, which would wait for the
+GPU.
 """
 
 import inspect
@@ -30,12 +32,25 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     layers = getattr(model.get_decoder(), "layers", None)
     if not isinstance(layers, nn.ModuleList):
         return "its decoder has no list of layers"
-    kinds = {type(layer) for layer in DynamicCache(config=model.config.get_text_config()).layers}
+    config = model.config.get_text_config()
+    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
     if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return "some of its layers keep other states than keys and values"
+    attention = set(getattr(config, "layer_types", None) or ())
+    if not attention <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):
+        return "some of its layers attend neither to all earlier tokens nor to a sliding window"
+    if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
+        return "it is not causal"
     if not all("past_key_values" in inspect.signature(layer.forward).parameters for layer in layers):
         return "its layers take no past_key_values"
     return None
+
+
+def states_depend_on_length(model: PreTrainedModel) -> bool:
+    """Whether keys change with the length of what follows: rotary embeddings that stretch with the sequence do that."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
 
 
 @dataclass
@@ -52,6 +67,8 @@ class _Call:
 
     prefix_length: int
     keep: torch.Tensor
+    masks: dict[int | None, torch.Tensor]
+    """What a layer may attend to, by its sliding window."""
     shared: SharedPrefix | None
     prefix_hidden: torch.Tensor | None = field(default=None)
 
@@ -81,21 +98,6 @@ class _Replay:
         return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
 
 
-class _PastLength:
-    """Tells the model how many tokens came before, when it makes its masks."""
-
-    def __init__(self, length: int) -> None:
-        self._length = length
-
-    def get_seq_length(self, layer_idx: int = 0) -> int:
-        return self._length
-
-    get_query_offset = get_seq_length
-
-    def get_mask_sizes(self, query_length: int, layer_idx: int = 0) -> tuple[int, int]:
-        return self._length + query_length, 0
-
-
 class FrozenPrefix:
     """Lets a model run ``prefix ; suffix`` as described above; otherwise the model works as before."""
 
@@ -104,6 +106,8 @@ class FrozenPrefix:
         self._checkpointing = activation_checkpointing
         self._call: _Call | None = None
         self._layers = model.get_decoder().layers
+        cache = DynamicCache(config=model.config.get_text_config())
+        self._windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._run_layer, index, layer.forward)
 
@@ -128,15 +132,11 @@ class FrozenPrefix:
         Returns:
             (K, V), with gradient with respect to the suffix part of ``embeds``.
         """
-        past = None if shared is None else _PastLength(shared.length)
-        self._call = _Call(prefix_length, keep, shared)
+        self._call = _Call(prefix_length, keep, self._masks(mask, positions, embeds.dtype), shared)
         try:
+            # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
             output = self._model(
-                inputs_embeds=embeds,
-                attention_mask=mask,
-                position_ids=positions,
-                past_key_values=past,
-                use_cache=False,
+                inputs_embeds=embeds, attention_mask=mask[:, None, None], position_ids=positions, use_cache=False
             )
         finally:
             self._call = None
@@ -149,6 +149,28 @@ class FrozenPrefix:
         self._model.get_decoder()(input_ids=ids[None], past_key_values=cache, use_cache=True)
         return SharedPrefix(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
 
+    def _masks(self, mask: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> dict[int | None, torch.Tensor]:
+        """Masks by window, (B, 1, L+R, I+L+R), as the attention implementation wants them."""
+        implementation = self._model.config._attn_implementation
+        if implementation.startswith("flash"):
+            return dict.fromkeys(self._windows, mask)  # the kernels leave padding out and count what remains
+        batch, queries = positions.shape
+        index = torch.arange(mask.shape[1], device=mask.device)
+        shared = len(index) - queries
+        key_positions = torch.cat([index[:shared].expand(batch, -1), positions], dim=1)
+        distance = positions[:, :, None] - key_positions[:, None, :]
+        # Padding sees itself: nobody reads what comes of it, but a softmax over nothing could give NaN, and zero times
+        # NaN is NaN.
+        itself = index[None, shared:, None] == index
+        masks = {}
+        for window in set(self._windows):
+            near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
+            allowed = (near & mask.bool()[:, None] | itself)[:, None]
+            if implementation == "eager":
+                allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
+            masks[window] = allowed
+        return masks
+
     def _run_layer(
         self, index: int, forward: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any, **kwargs: Any
     ) -> torch.Tensor:
@@ -160,11 +182,9 @@ class FrozenPrefix:
             # Between the layers only the suffix is handed on by the model; the prefix waits in the call.
             call.prefix_hidden, hidden = hidden[:, :length], hidden[:, length:]
         total = length + hidden.shape[1]
-        mask = kwargs.pop("attention_mask", None)
+        mask = call.masks[self._windows[index]]
+        kwargs.pop("attention_mask", None)
         kwargs.pop("past_key_values", None)
-        if mask is None:
-            # The model left causality to the attention kernel, which would align the suffix's square mask wrongly.
-            mask = torch.ones(total, total, dtype=torch.bool, device=hidden.device).tril()[None, None]
         states = call.shared.layers[index] if call.shared is not None else None
         if length:
             recorder = _Recorder(states)
@@ -206,8 +226,8 @@ def _part(values: Any, start: int, stop: int, total: int) -> Any:
 def _rows(mask: torch.Tensor, start: int, stop: int, total: int) -> torch.Tensor:
     """The mask of queries ``start`` to ``stop``, whose keys end with themselves.
 
-    ``mask`` is (B or 1, heads or 1, queries, keys), or (B, keys) as flash attention takes it; keys may have a past that
-    queries have not.
+    ``mask`` is (B, 1, queries, keys), or (B, keys) as flash attention takes it; keys may have a past that queries have
+    not.
     """
     keys = mask.shape[-1] - (total - stop)
     return mask[..., :keys] if mask.ndim == 2 else mask[:, :, start:stop, :keys]

@@ -1,13 +1,15 @@
 """The training step: from a batch to the loss, with only the work that the projection's gradient needs.
 
-B batch, L prefix tokens, T thoughts, R suffix and target tokens, K supervised tokens, D base width, V vocabulary.
+B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and target tokens, K supervised tokens,
+D base width, V vocabulary.
 
-``step="fast"`` runs the prefix without gradient (frozen_prefix.py) and the head on the K positions alone. ``"full"`` is
-the naive step, kept as an oracle: one pass over the whole sequence with gradient, logits everywhere. Loss and gradient
-of both are the same.
+``step="fast"`` reads the tokens that all prefixes begin with once, runs the rest of the prefix without gradient
+(frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, kept as an oracle: one pass over
+the whole sequence with gradient, logits everywhere. Loss and gradient of both are the same.
 """
 
 import warnings
+from collections.abc import Sequence
 from functools import partial
 from typing import Literal
 
@@ -18,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data import IGNORE, Batch
-from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
+from softcot_ds.frozen_prefix import FrozenPrefix, SharedPrefix, states_depend_on_length, why_unsupported
 from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
 from softcot_ds.thoughts import compute_thoughts
 
@@ -33,7 +35,9 @@ class SoftCoT(nn.Module):
         assistant: PreTrainedModel | None = None,
         step: Literal["fast", "full"] = "fast",
         activation_checkpointing: bool = False,
+        shared_ids: Sequence[int] = (),
     ) -> None:
+        """``shared_ids``: tokens that every prefix begins with. Batches must leave out the first ``num_shared``."""
         super().__init__()
         self.base = base
         self.projection = projection
@@ -52,11 +56,18 @@ class SoftCoT(nn.Module):
                 self.prefixed = FrozenPrefix(base, activation_checkpointing)
             else:
                 warnings.warn(f"{type(base).__name__} runs the full step: {reason}", stacklevel=2)
+        self._shared: SharedPrefix | None = None
+        self._shared_ids = () if self.prefixed is None or states_depend_on_length(base) else tuple(shared_ids)
         if self.prefixed is None and activation_checkpointing:
             # transformers' own switch does nothing outside of training mode, which would bring dropout.
             for layer in base.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    @property
+    def num_shared(self) -> int:
+        """I, how many of the shared tokens are read once. 0 where each batch reads them: in the full step, say."""
+        return len(self._shared_ids)
 
     def train(self, mode: bool = True) -> "SoftCoT":
         """Only the projection is ever in training mode: the frozen models have no dropout."""
@@ -70,10 +81,14 @@ class SoftCoT(nn.Module):
         A scalar in float32 (float64 for a float64 base). It is a sum because the mean is over the global batch, whose
         token count the caller knows.
         """
+        if self._shared is None and self._shared_ids:
+            # In the first pass, and not earlier, the weights of a partitioned model can be gathered.
+            ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
+            self._shared = self.prefixed.read_shared(ids)
         embeds, mask, positions = self._inputs(batch)
         prefix_length = batch.prefix_ids.shape[1]
         if self.prefixed is not None:
-            logits = self.prefixed.logits(embeds, mask, positions, prefix_length, batch.predict_at)
+            logits = self.prefixed.logits(embeds, mask, positions, prefix_length, batch.predict_at, self._shared)
         else:
             logits = self.base(
                 inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
@@ -95,7 +110,7 @@ class SoftCoT(nn.Module):
         return compute_thoughts(self.assistant, batch.assistant).to(batch.suffix_ids.device)
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings (B, L+T+R, D), mask (B, L+T+R) and positions (B, L+T+R) of the whole sequence.
+        """Embeddings (B, L+T+R, D), mask (B, I+L+T+R) and positions (B, L+T+R) of the whole sequence.
 
         The prefix is padded on the left and the suffix on the right, so that real tokens are adjacent.
         """
@@ -108,7 +123,8 @@ class SoftCoT(nn.Module):
             prefix, suffix = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
             embeds = torch.cat([prefix, self.thoughts(batch).to(prefix.dtype), suffix], dim=1)
         num_thoughts = embeds.shape[1] - token_ids.shape[1]
+        shared_mask = batch.prefix_mask.new_ones(batch_size, self.num_shared)
         thoughts_mask = batch.prefix_mask.new_ones(batch_size, num_thoughts)
-        mask = torch.cat([batch.prefix_mask, thoughts_mask, batch.suffix_mask], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)
+        mask = torch.cat([shared_mask, batch.prefix_mask, thoughts_mask, batch.suffix_mask], dim=1)
+        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.num_shared :]
         return embeds, mask.long(), positions

@@ -100,8 +100,12 @@ def train(recipe: Recipe) -> None:
         "per rank and step"
     )
 
-    batches = _Batches(splits.train, reader, experiment.base_pad_id, recipe, start, accumulation)
-    micro_batch = iter(DataLoader(batches, batch_sampler=batches.of_this_rank(), collate_fn=lambda batch: batch))
+    batches = _Batches(splits.train, reader, experiment.base_pad_id, model.num_shared, recipe, start, accumulation)
+    on_gpu = device().type == "cuda"  # from pinned memory, a copy to the GPU does not wait for the work before it
+    loader = DataLoader(
+        batches, batch_sampler=batches.of_this_rank(), collate_fn=lambda batch: batch, pin_memory=on_gpu
+    )
+    micro_batch = iter(loader)
     validator = Validator(engine, splits.validation, reader, experiment)
     stop = _StopRequest()
     board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
@@ -207,6 +211,7 @@ class _Batches(Dataset):
         examples: Sequence[Example],
         reader: ThoughtReader,
         pad_id: int,
+        num_shared: int,
         recipe: Recipe,
         start: int,
         accumulation: int,
@@ -214,6 +219,7 @@ class _Batches(Dataset):
         self.examples = examples
         self.reader = reader
         self.pad_id = pad_id
+        self.num_shared = num_shared
         self.recipe = recipe
         self.start = start
         self.accumulation = accumulation
@@ -229,7 +235,7 @@ class _Batches(Dataset):
 
     def __getitems__(self, indices: list[int]) -> Batch:
         examples = [self.examples[index] for index in indices]
-        batch = collate(examples, self.pad_id)
+        batch = collate(examples, self.pad_id, self.num_shared)
         batch.thoughts = self.reader.read(examples)
         return batch
 
@@ -241,8 +247,12 @@ class _MicroBatchIndices:
         self._batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        examples = self._batches.examples
         for batch in self._batches.schedule():
-            yield from micro_batches(batch, rank(), world_size(), self._batches.accumulation)
+            # A global batch holds examples of one length. In the order of their prefixes, neighbours are alike in both
+            # parts, and so in what each is padded to.
+            by_prefix = sorted(batch, key=lambda index: len(examples[index].prefix_ids))
+            yield from micro_batches(by_prefix, rank(), world_size(), self._batches.accumulation)
 
 
 class _Window:

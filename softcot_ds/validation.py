@@ -37,7 +37,7 @@ class Validator:
         return scalars, samples
 
     def _batch(self, examples: Sequence[Example]) -> Batch:
-        batch = collate(examples, self._experiment.base_pad_id)
+        batch = collate(examples, self._experiment.base_pad_id, self._engine.module.num_shared)
         batch.thoughts = self._reader.read(examples)
         return batch
 

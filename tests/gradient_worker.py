@@ -1,7 +1,12 @@
-"""Run by test_train.py on several ranks: the projection's gradient of one global batch, as DeepSpeed sees it."""
+"""Run by test_train.py on several ranks: the losses of some steps, and the projection's gradient in the first of them.
+
+The gradient is the one that DeepSpeed has summed over micro-batches and ranks.
+"""
 
 import sys
+from itertools import islice
 
+import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
@@ -19,18 +24,22 @@ for variant in variants:
     experiment = Experiment(recipe)
     examples = experiment.splits.train
     engine = build_engine(build_model(recipe, experiment, None), recipe, accumulation := accumulation_steps(recipe))
-    batch = next(global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed))
-    num_labels = sum(len(examples[index].target_ids) for index in batch)
-    total = 0.0
-    for micro in micro_batches(batch, rank(), world_size(), accumulation):
-        loss = engine(collate([examples[index] for index in micro], experiment.base_pad_id)) / num_labels
-        engine.backward(loss * (world_size() * accumulation))
-        total = total + loss.detach()
-        if engine.is_gradient_accumulation_boundary():
-            gradient = {name: safe_get_full_grad(p) for name, p in engine.module.projection.named_parameters()}
-        engine.step()
-    results[f"{variant}/loss"] = sum_over_ranks(total.reshape(1).clone())
-    results |= {f"{variant}/{name}": value.float().contiguous() for name, value in gradient.items()}
+    batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
+    losses = []
+    for batch in islice(batches, recipe.training.steps):
+        num_labels = sum(len(examples[index].target_ids) for index in batch)
+        total = 0.0
+        for micro in micro_batches(batch, rank(), world_size(), accumulation):
+            chosen = [examples[index] for index in micro]
+            loss = engine(collate(chosen, experiment.base_pad_id, engine.module.num_shared)) / num_labels
+            engine.backward(loss * (world_size() * accumulation))
+            total = total + loss.detach()
+            if not losses and engine.is_gradient_accumulation_boundary():
+                for name, parameter in engine.module.projection.named_parameters():
+                    results[f"{variant}/{name}"] = safe_get_full_grad(parameter).float().contiguous()
+            engine.step()
+        losses.append(total)
+    results[f"{variant}/losses"] = sum_over_ranks(torch.stack(losses))
 if is_main():
     save_file(results, output)
 shut_down()

@@ -16,6 +16,7 @@ from transformers import (
     Gemma3TextConfig,
     GemmaConfig,
     LlamaConfig,
+    MambaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
@@ -108,19 +109,19 @@ def true_loss_and_gradient(model, projection, examples) -> tuple[float, torch.Te
 # ------------------------------------------------------------------------------------------------ what is tested
 
 
-def make_batch(examples, dtype, pad_id=0):
+def make_batch(examples, dtype, pad_id=0, num_shared=0):
     rows = [
         Example(Problem("q", "r", "1"), AssistantInput("id", [0] * len(hidden), list(range(len(hidden)))), *ids)
         for *ids, hidden in [(prefix, suffix, target, hidden) for prefix, hidden, suffix, target in examples]
     ]
-    batch = collate(rows, pad_id)
+    batch = collate(rows, pad_id, num_shared)
     batch.thoughts = torch.stack([hidden for _, hidden, _, _ in examples]).to(dtype)
     return batch
 
 
 def loss_and_gradient(step: SoftCoT, examples, dtype, pad_id=0) -> tuple[float, torch.Tensor]:
     step.projection.zero_grad()
-    loss = step(make_batch(examples, dtype, pad_id)) / sum(len(target) for *_, target in examples)
+    loss = step(make_batch(examples, dtype, pad_id, step.num_shared)) / sum(len(target) for *_, target in examples)
     loss.backward()
     assert all(parameter.grad is None for parameter in step.base.parameters())
     return loss.item(), torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad])
@@ -136,25 +137,31 @@ def check(found, truth, loss_tolerance, gradient_tolerance):
 TOLERANCES = {torch.float32: (1e-6, 1e-5), torch.float64: (1e-10, 1e-10)}
 
 
-def check_steps(model, examples, dtype, pad_id=0):
+def check_steps(model, examples, dtype, num_shared=0, **options):
     truth = true_loss_and_gradient(model, make_projection(), examples)
+    shared_ids = examples[0][0][:num_shared]
     found = {}
-    for kind in ("full", "fast"):
-        step = SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind)
-        found[kind] = loss_and_gradient(step, examples, dtype, pad_id)
-        check(found[kind], truth, *TOLERANCES[dtype])
-    check(found["fast"], (found["full"][0], found["full"][1].double()), *TOLERANCES[dtype])
+    for name, kind, ids in (("full", "full", ()), ("fast", "fast", ()), ("shared", "fast", shared_ids)):
+        step = SoftCoT(
+            copy.deepcopy(model).to(dtype), make_projection().to(dtype), None, kind, shared_ids=ids, **options
+        )
+        assert step.num_shared == len(ids)
+        found[name] = loss_and_gradient(step, examples, dtype)
+        check(found[name], truth, *TOLERANCES[dtype])
+    for name in ("fast", "shared"):
+        check(found[name], (found["full"][0], found["full"][1].double()), *TOLERANCES[dtype])
 
 
-def draw_examples(lengths, thoughts: int, seed: int = 0):
-    """Random examples of the given (prefix, suffix, target) lengths."""
+def draw_examples(lengths, thoughts: int, seed: int = 0, shared: int = 0):
+    """Random examples of the given (prefix, suffix, target) lengths; ``shared`` more tokens begin every prefix."""
     generator = torch.Generator().manual_seed(seed)
 
     def ids(count):
         return torch.randint(3, VOCAB, (count,), generator=generator).tolist()
 
+    first = ids(shared)
     return [
-        (ids(prefix), torch.randn(thoughts, P, generator=generator), ids(suffix), ids(target))
+        (first + ids(prefix), torch.randn(thoughts, P, generator=generator), ids(suffix), ids(target))
         for prefix, suffix, target in lengths
     ]
 
@@ -170,7 +177,13 @@ def test_every_family_matches_examples_run_alone(family, dtype):
         pytest.skip(
             "transformers' eager attention takes its softmax in float32, where a float64 mask is minus infinity"
         )
-    check_steps(model, draw_examples(UNEVEN, thoughts=3), dtype)
+    check_steps(model, draw_examples(UNEVEN, thoughts=3, shared=6), dtype, num_shared=6)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3"])
+def test_recomputed_activations_give_the_same_gradient(family):
+    examples = draw_examples(UNEVEN, thoughts=3, shared=6)
+    check_steps(make_model(family), examples, torch.float64, num_shared=6, activation_checkpointing=True)
 
 
 @pytest.mark.parametrize("dtype", TOLERANCES, ids=["float32", "float64"])
@@ -200,13 +213,41 @@ length_lists = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integ
 
 
 @settings(max_examples=25)
-@given(length_lists, st.integers(1, 5), st.integers(0, 99), st.sampled_from([0, 2, VOCAB - 1]))
-def test_any_lengths_match_examples_run_alone(steps, lengths, thoughts, seed, pad_id):
+@given(length_lists, st.integers(1, 5), st.integers(0, 5), st.integers(0, 99), st.sampled_from([0, 2, VOCAB - 1]))
+def test_any_lengths_match_examples_run_alone(steps, lengths, thoughts, shared, seed, pad_id):
     model, made = steps
-    examples = draw_examples(lengths, thoughts, seed)
+    examples = draw_examples(lengths, thoughts, seed, shared)
     truth = true_loss_and_gradient(model, make_projection(), examples)
     for step, dtype in made:
         check(loss_and_gradient(step, examples, dtype, pad_id), truth, *TOLERANCES[dtype])
+    for dtype in TOLERANCES:
+        shared_ids = examples[0][0][:shared]
+        step = SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), shared_ids=shared_ids)
+        check(loss_and_gradient(step, examples, dtype, pad_id), truth, *TOLERANCES[dtype])
+
+
+def test_keys_that_depend_on_the_length_are_not_shared():
+    stretching = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    examples = draw_examples([(12, 3, 5), (2, 2, 4)], thoughts=3)
+    found = {}
+    for kind in ("full", "fast"):
+        model = make_model("llama", rope_parameters=stretching, max_position_embeddings=16)
+        step = SoftCoT(model, make_projection(), step=kind, shared_ids=[4, 5, 6])
+        assert step.num_shared == 0
+        found[kind] = loss_and_gradient(step, examples, torch.float32)
+    check(found["fast"], (found["full"][0], found["full"][1].double()), *TOLERANCES[torch.float32])
+
+
+def test_architecture_with_other_states_runs_the_full_step_and_says_so():
+    torch.manual_seed(5)
+    config = MambaConfig(hidden_size=D, num_hidden_layers=2, state_size=4, vocab_size=VOCAB)
+    model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
+    with pytest.warns(UserWarning, match="MambaForCausalLM runs the full step: "):
+        step = SoftCoT(copy.deepcopy(model), make_projection(), shared_ids=[4, 5])
+    assert step.num_shared == 0
+    examples = draw_examples([(6, 2, 3)] * 2, thoughts=2)
+    truth = true_loss_and_gradient(model, make_projection(), examples)
+    check(loss_and_gradient(step, examples, torch.float32), truth, *TOLERANCES[torch.float32])
 
 
 # -------------------------------------------------------------------------- from words to gradient, by template
