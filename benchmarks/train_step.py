@@ -1,0 +1,378 @@
+"""What the fast training step brings over the naive one, on GSM8K's lengths; the last line of output is one JSON object.
+
+    python benchmarks/train_step.py --out benchmarks/results/train_step.json
+
+``full`` is the package's naive step with the assistant in the loop, batches padded in arrival order: one pass with
+gradient over everything, logits everywhere. ``fast`` is the package's default: thoughts from the cache, grouping by
+length. A step here is forward and backward of one micro-batch of 8; both see the same 64 examples, drawn from one
+window of grouping so that they span all lengths. The variants take turns, micro-batch by micro-batch; a variant's time
+is the sum over micro-batches of its medians.
+
+- ``speedup``: seconds of full / of fast; ``speedup_processor_time``: the same in processor time, which other work on the
+  machine hardly disturbs (without a GPU); ``speedup_arithmetic``: the same in floating-point operations, counted
+- ``grad_rel_err``: of the projection's gradient over the 64 examples, fast against full
+- ``peak_memory_ratio``: fast / full, the most that a step holds beyond the weights, at the longest micro-batch
+- ``without``: for each ingredient, seconds of fast with this one switched off / seconds of fast
+- ``mfu``: model FLOPs utilisation of fast and full (with a GPU whose peak is known)
+
+Without a GPU the models are random Llamas in float32 with the proportions of Llama 3.1 8B and 3.2 1B: layers, head and
+assistant have the same shares of the arithmetic. With one, they have the very shapes, in bf16 (this has never been run).
+
+The lengths, in gsm8k_lengths.json, are numbers of tokens of a sample of GSM8K's training problems. They were made by
+
+    python benchmarks/train_step.py --record-lengths TOKENIZER GSM8K_TRAIN_JSONL
+"""
+
+import argparse
+import copy
+import json
+import multiprocessing
+import random
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from environment import describe
+from torch.utils.flop_counter import FlopCounterMode
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+
+from softcot_ds.data import Batch, Example, collate, global_batches, shared_prefix
+from softcot_ds.metrics import peak_memory_gib
+from softcot_ds.projection import LinearProjection
+from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.recipe import TaskConfig
+from softcot_ds.step import SoftCoT
+from softcot_ds.tasks import Problem, make_task
+from softcot_ds.thoughts import compute_thoughts
+
+LENGTHS = Path(__file__).parent / "gsm8k_lengths.json"
+NUM_THOUGHTS = 32
+MICRO_BATCH = 8
+GLOBAL_BATCH = 32
+NUM_BATCHES = 8
+
+LLAMA_8B = {
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+}
+LLAMA_1B = {
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "num_hidden_layers": 16,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "vocab_size": 128256,
+    "tie_word_embeddings": True,
+}
+# Widths / 8, layers / 8; the vocabulary / 64, so that the head keeps its share: 7% of the base.
+SMALL_8B = {
+    "hidden_size": 512,
+    "intermediate_size": 1792,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 8,
+    "num_key_value_heads": 2,
+    "vocab_size": 2004,
+}
+SMALL_1B = {
+    "hidden_size": 256,
+    "intermediate_size": 1024,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 1,
+    "vocab_size": 2004,
+    "tie_word_embeddings": True,
+}
+PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
+"""Dense bf16, by a part of the GPU's name."""
+
+
+def record_lengths(tokenizer_name: str, data: str, sample: int = 2048) -> None:
+    """Write the numbers of tokens of ``sample`` training problems, with the package's own prompts."""
+    task = make_task(TaskConfig(name="gsm8k", train=data, test=data))
+    tokenizer = AutoTokenizer.from_pretrained(tokenizer_name)
+    prompts = PromptFile.load(task.prompt_file)
+    chat = ChatFormat(tokenizer, {}, tokenizer_name)
+    base, assistant = BasePrompts(chat, prompts), AssistantPrompts(chat, prompts, NUM_THOUGHTS, tokenizer.pad_token)
+    problems = task.read("train")
+    examples = [
+        Example(
+            problem,
+            assistant.thoughts_input(problem.id, problem.question),
+            prompt.prefix_ids,
+            prompt.suffix_ids,
+            base.target_ids(task.target(problem)),
+        )
+        for problem in problems
+        for prompt in [base.with_thoughts(problem.question)]
+    ]
+    chosen = random.Random(0).sample(examples, sample)
+    lengths = {
+        "data": f"GSM8K (openai/grade-school-math, MIT), {sample} of {len(problems)} training problems",
+        "tokenizer": Path(tokenizer_name).name,
+        "shared_prefix": len(shared_prefix(examples)),
+        "prefix": [len(example.prefix_ids) for example in chosen],
+        "suffix": [len(example.suffix_ids) for example in chosen],
+        "target": [len(example.target_ids) for example in chosen],
+        "assistant": [len(example.assistant.token_ids) for example in chosen],
+    }
+    lines = ",\n".join(f" {json.dumps(key)}: {json.dumps(value)}" for key, value in lengths.items())
+    LENGTHS.write_text(f"{{\n{lines}\n}}\n")
+
+
+def read_examples(vocabulary: int) -> list[Example]:
+    """Examples of random tokens with the recorded lengths."""
+    lengths = json.loads(LENGTHS.read_text())
+    rng = random.Random(0)
+
+    def ids(count: int) -> list[int]:
+        return [rng.randrange(3, vocabulary) for _ in range(count)]
+
+    shared = ids(lengths["shared_prefix"])
+    examples = []
+    columns = (lengths[name] for name in ("prefix", "suffix", "target", "assistant"))
+    for number, (prefix, suffix, target, assistant) in enumerate(zip(*columns, strict=True)):
+        slots = list(range(assistant - NUM_THOUGHTS, assistant))
+        examples.append(
+            Example(
+                Problem(str(number), "", ""),
+                AssistantInput(str(number), ids(assistant), slots),
+                # A token that tells the examples apart follows what they share.
+                [*shared, 3 + number % 8, *ids(prefix - len(shared) - 1)],
+                ids(suffix),
+                ids(target),
+            )
+        )
+    return examples
+
+
+def choose_batches(examples: list[Example]) -> tuple[list[list[Example]], list[list[Example]]]:
+    """Micro-batches as the training loop groups them, from short to long; and the same examples in arrival order."""
+    lengths = [example.length for example in examples]
+    num_batches = len(examples) // GLOBAL_BATCH
+    micro_batches = []
+    for _, indices in zip(range(num_batches), global_batches(lengths, GLOBAL_BATCH, seed=0), strict=False):
+        batch = sorted((examples[index] for index in indices), key=lambda example: len(example.prefix_ids))
+        micro_batches += [batch[start : start + MICRO_BATCH] for start in range(0, len(batch), MICRO_BATCH)]
+    micro_batches.sort(key=lambda batch: sum(example.length for example in batch))
+    stride = len(micro_batches) / NUM_BATCHES
+    grouped = [micro_batches[int((number + 0.5) * stride)] for number in range(NUM_BATCHES)]
+    arrival = random.Random(0).sample([example for batch in grouped for example in batch], NUM_BATCHES * MICRO_BATCH)
+    return grouped, [arrival[start : start + MICRO_BATCH] for start in range(0, len(arrival), MICRO_BATCH)]
+
+
+def make_llama(shape: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
+    """A frozen model with random weights."""
+    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
+    torch.manual_seed(0)
+    with device:
+        model = LlamaForCausalLM._from_config(LlamaConfig(**shape, max_position_embeddings=4096), dtype=dtype)
+    return model.eval().requires_grad_(False)
+
+
+def with_prefix_gradient(step: SoftCoT) -> None:
+    """Take the prefix for a part of the suffix: it runs with gradient."""
+    logits = step.prefixed.logits
+
+    def run(embeds, mask, positions, prefix_length, keep, shared):
+        rows = embeds.shape[1] - prefix_length
+        keep = keep + (keep // rows + 1) * prefix_length
+        return logits(embeds, mask, positions, 0, keep, shared)
+
+    step.prefixed.logits = run
+
+
+def with_head_everywhere(step: SoftCoT) -> None:
+    """Run the head on every position of thoughts and suffix."""
+    logits = step.prefixed.logits
+
+    def run(embeds, mask, positions, prefix_length, keep, shared):
+        everywhere = torch.arange(len(embeds) * (embeds.shape[1] - prefix_length), device=embeds.device)
+        return logits(embeds, mask, positions, prefix_length, everywhere, shared)[keep]
+
+    step.prefixed.logits = run
+
+
+class Variant:
+    """A way to do the training step: a model, and the micro-batches for it."""
+
+    def __init__(
+        self,
+        models: tuple[LlamaForCausalLM, LlamaForCausalLM],
+        batches: list[list[Example]],
+        step: str = "fast",
+        shared_ids: list[int] = (),
+        online: bool = False,
+        change: Callable[[SoftCoT], None] = lambda step: None,
+    ) -> None:
+        base, assistant = models
+        torch.manual_seed(0)
+        projection = LinearProjection(assistant.config.hidden_size, base.config.hidden_size)
+        # Each variant hooks the layers of a base of its own, over the same weights.
+        memo = {id(parameter): parameter for parameter in base.parameters()}
+        self.step = SoftCoT(copy.deepcopy(base, memo), projection, assistant, step, shared_ids=shared_ids)
+        self.step.projection.to(base.device, base.dtype)
+        change(self.step)
+        self.batches = [self._collate(batch, assistant, online).to(base.device) for batch in batches]
+
+    def _collate(self, examples: list[Example], assistant: LlamaForCausalLM, online: bool) -> Batch:
+        batch = collate(examples, 0, self.step.num_shared)
+        if not online:
+            batch.thoughts = compute_thoughts(assistant, batch.assistant)
+        return batch
+
+    def run(self, number: int) -> float:
+        """Loss of one micro-batch, its gradient added to the projection's."""
+        loss = self.step(self.batches[number])
+        loss.backward()
+        return loss.detach()
+
+    def gradient(self) -> torch.Tensor:
+        """Over all micro-batches, in one vector."""
+        self.step.projection.zero_grad()
+        for number in range(len(self.batches)):
+            self.run(number)
+        return torch.cat([parameter.grad.flatten() for parameter in self.step.projection.parameters()]).double()
+
+    def flops(self) -> int:
+        """Floating-point operations of all micro-batches, as done."""
+        with FlopCounterMode(display=False) as counter:
+            for number in range(len(self.batches)):
+                self.run(number)
+        return counter.get_total_flops()
+
+
+def make_variants(device: torch.device, names: tuple[str, ...] | None = None) -> dict[str, Variant]:
+    """All variants, or those named."""
+    shapes = (LLAMA_8B, LLAMA_1B) if device.type == "cuda" else (SMALL_8B, SMALL_1B)
+    models = tuple(make_llama(shape, device) for shape in shapes)
+    examples = read_examples(shapes[0]["vocab_size"])
+    grouped, arrival = choose_batches(examples)
+    ids = shared_prefix(examples)
+    options = {
+        "full": {"batches": arrival, "step": "full", "online": True},
+        "fast": {"batches": grouped, "shared_ids": ids},
+        "prefix_without_gradient": {"batches": grouped, "shared_ids": ids, "change": with_prefix_gradient},
+        "shared_instruction": {"batches": grouped},
+        "head_on_supervised_positions": {"batches": grouped, "shared_ids": ids, "change": with_head_everywhere},
+        "length_grouping": {"batches": arrival, "shared_ids": ids},
+        "no_assistant": {"batches": grouped, "shared_ids": ids, "online": True},
+    }
+    return {name: Variant(models, **options[name]) for name in names or options}
+
+
+def now(device: torch.device) -> tuple[float, float]:
+    """Seconds by the clock, and of this process on the processor."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter(), time.process_time()
+
+
+def measure(variants: dict[str, Variant], device: torch.device, rounds: int) -> dict[str, tuple[list[float], float]]:
+    """Of each variant, the seconds of its micro-batches by the clock, and its processor seconds (sums of medians)."""
+    for variant in variants.values():
+        variant.run(NUM_BATCHES // 2)
+    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+    for repeat in range(rounds):
+        for number in range(NUM_BATCHES):
+            order = list(variants)
+            random.Random(f"{repeat}/{number}").shuffle(order)
+            for name in order:
+                began = now(device)
+                variants[name].run(number)
+                ended = now(device)
+                times.setdefault((name, number), []).append((ended[0] - began[0], ended[1] - began[1]))
+        print(f"round {repeat + 1} of {rounds}", flush=True)
+    return {
+        name: (
+            sum(statistics.median(wall for wall, _ in times[name, number]) for number in range(NUM_BATCHES)),
+            sum(statistics.median(cpu for _, cpu in times[name, number]) for number in range(NUM_BATCHES)),
+        )
+        for name in variants
+    }
+
+
+def peak_memory(name: str) -> float:
+    """GiB that one step of a variant holds beyond what was there before it, at its longest micro-batch.
+
+    Without a GPU this must be a process's first step: the peak of a process never falls.
+    """
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    variant = make_variants(device, (name,))[name]
+    longest = max(range(NUM_BATCHES), key=lambda number: variant.batches[number].num_tokens)
+    if device.type == "cuda":
+        before = torch.cuda.memory_allocated() / 2**30
+        torch.cuda.reset_peak_memory_stats()
+    else:
+        before = peak_memory_gib(device)
+    variant.run(longest)
+    return peak_memory_gib(device) - before
+
+
+def padding(batches: list[list[Example]]) -> dict[str, float]:
+    """Mean positions of an example: real ones, with the package's padding of both parts, with padding of the whole."""
+    examples = [example for batch in batches for example in batch]
+    longest = [
+        max(len(e.prefix_ids) for e in batch) + max(e.length - len(e.prefix_ids) for e in batch) for batch in batches
+    ]
+    return {
+        "real": statistics.mean(example.length for example in examples),
+        "padded_in_two_parts": statistics.mean(longest),
+        "padded_as_a_whole": statistics.mean(max(example.length for example in batch) for batch in batches),
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--rounds", type=int, default=5, help="how often each micro-batch is run by each variant")
+    parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
+    parser.add_argument("--record-lengths", nargs=2, metavar=("TOKENIZER", "DATA"), help="see above")
+    args = parser.parse_args()
+    if args.record_lengths:
+        record_lengths(*args.record_lengths)
+        return
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    # One after the other, each in a process of its own.
+    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+        peaks = {name: pool.apply(peak_memory, (name,)) for name in ("fast", "full")}
+    variants = make_variants(device)
+    gradients = {name: variants[name].gradient() for name in ("fast", "full")}
+    flops = {name: variant.flops() for name, variant in variants.items()}
+    seconds = measure(variants, device, args.rounds)
+
+    wall = {name: values[0] for name, values in seconds.items()}
+    ingredients = [name for name in variants if name not in ("full", "fast")]
+    grouped, arrival = choose_batches(read_examples(100))
+    result = {
+        "benchmark": "train_step",
+        **describe(),
+        "threads": torch.get_num_threads(),
+        "speedup": wall["full"] / wall["fast"],
+        "speedup_processor_time": None if device.type == "cuda" else seconds["full"][1] / seconds["fast"][1],
+        "speedup_arithmetic": flops["full"] / flops["fast"],
+        "grad_rel_err": ((gradients["fast"] - gradients["full"]).norm() / gradients["full"].norm()).item(),
+        "peak_memory_ratio": peaks["fast"] / peaks["full"],
+        "without": {name: wall[name] / wall["fast"] for name in ingredients},
+        "without_arithmetic": {name: flops[name] / flops["fast"] for name in ingredients},
+        "seconds_per_example": {name: wall[name] / (NUM_BATCHES * MICRO_BATCH) for name in wall},
+        "peak_gib_beyond_weights": peaks,
+        "positions": {"arrival_order": padding(arrival), "grouped": padding(grouped)},
+    }
+    known = [peak for part, peak in PEAK_FLOPS.items() if part in str(result["gpu"])]
+    if known:
+        result["mfu"] = {name: flops[name] / wall[name] / known[0] for name in ("fast", "full")}
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))
+
+
+if __name__ == "__main__":
+    main()
