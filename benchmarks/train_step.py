@@ -1,22 +1,22 @@
-"""What the fast training step brings over the naive one, on GSM8K's lengths; the last line of output is one JSON object.
+"""What the fast training step brings over the naive one, on GSM8K's lengths. The last line of output is a JSON object.
 
     python benchmarks/train_step.py --out benchmarks/results/train_step.json
 
 ``full`` is the package's naive step with the assistant in the loop, batches padded in arrival order: one pass with
 gradient over everything, logits everywhere. ``fast`` is the package's default: thoughts from the cache, grouping by
-length. A step here is forward and backward of one micro-batch of 8; both see the same 64 examples, drawn from one
-window of grouping so that they span all lengths. The variants take turns, micro-batch by micro-batch; a variant's time
-is the sum over micro-batches of its medians.
+length. A step here is forward and backward of one micro-batch of 16. Of all micro-batches of an epoch, ordered by their
+padded length, those in the middle of four equal parts are run. The variants take turns, micro-batch by micro-batch; a
+variant's time is the sum over micro-batches of its medians.
 
-- ``speedup``: seconds of full / of fast; ``speedup_processor_time``: the same in processor time, which other work on the
-  machine hardly disturbs (without a GPU); ``speedup_arithmetic``: the same in floating-point operations, counted
-- ``grad_rel_err``: of the projection's gradient over the 64 examples, fast against full
-- ``peak_memory_ratio``: fast / full, the most that a step holds beyond the weights, at the longest micro-batch
+- ``speedup``: seconds of full / of fast; ``speedup_processor_time``: the same in processor time, which other work on
+  the machine disturbs less (without a GPU); ``speedup_arithmetic``: the same in floating-point operations, counted
+- ``grad_rel_err``: of the projection's gradient over the micro-batches in arrival order, fast against full
+- ``peak_memory_ratio``: fast / full, the most that a step holds beyond the weights, at the longest micro-batch run
 - ``without``: for each ingredient, seconds of fast with this one switched off / seconds of fast
 - ``mfu``: model FLOPs utilisation of fast and full (with a GPU whose peak is known)
 
 Without a GPU the models are random Llamas in float32 with the proportions of Llama 3.1 8B and 3.2 1B: layers, head and
-assistant have the same shares of the arithmetic. With one, they have the very shapes, in bf16 (this has never been run).
+assistant have the same shares of the arithmetic. With one, they have the very shapes, in bf16; that has never been run.
 
 The lengths, in gsm8k_lengths.json, are numbers of tokens of a sample of GSM8K's training problems. They were made by
 
@@ -31,6 +31,7 @@ import random
 import statistics
 import time
 from collections.abc import Callable
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
@@ -50,9 +51,9 @@ from softcot_ds.thoughts import compute_thoughts
 
 LENGTHS = Path(__file__).parent / "gsm8k_lengths.json"
 NUM_THOUGHTS = 32
-MICRO_BATCH = 8
+MICRO_BATCH = 16
 GLOBAL_BATCH = 32
-NUM_BATCHES = 8
+NUM_BATCHES = 4
 
 LLAMA_8B = {
     "hidden_size": 4096,
@@ -71,22 +72,22 @@ LLAMA_1B = {
     "vocab_size": 128256,
     "tie_word_embeddings": True,
 }
-# Widths / 8, layers / 8; the vocabulary / 64, so that the head keeps its share: 7% of the base.
+# Widths x 3 / 32, layers / 8; the vocabulary x 3 / 256, so that the head keeps its share: 7% of the base.
 SMALL_8B = {
-    "hidden_size": 512,
-    "intermediate_size": 1792,
+    "hidden_size": 384,
+    "intermediate_size": 1344,
     "num_hidden_layers": 4,
-    "num_attention_heads": 8,
+    "num_attention_heads": 6,
     "num_key_value_heads": 2,
-    "vocab_size": 2004,
+    "vocab_size": 1503,
 }
 SMALL_1B = {
-    "hidden_size": 256,
-    "intermediate_size": 1024,
+    "hidden_size": 192,
+    "intermediate_size": 768,
     "num_hidden_layers": 2,
-    "num_attention_heads": 4,
+    "num_attention_heads": 3,
     "num_key_value_heads": 1,
-    "vocab_size": 2004,
+    "vocab_size": 1503,
     "tie_word_embeddings": True,
 }
 PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
@@ -153,18 +154,23 @@ def read_examples(vocabulary: int) -> list[Example]:
 
 
 def choose_batches(examples: list[Example]) -> tuple[list[list[Example]], list[list[Example]]]:
-    """Micro-batches as the training loop groups them, from short to long; and the same examples in arrival order."""
-    lengths = [example.length for example in examples]
-    num_batches = len(examples) // GLOBAL_BATCH
-    micro_batches = []
-    for _, indices in zip(range(num_batches), global_batches(lengths, GLOBAL_BATCH, seed=0), strict=False):
-        batch = sorted((examples[index] for index in indices), key=lambda example: len(example.prefix_ids))
-        micro_batches += [batch[start : start + MICRO_BATCH] for start in range(0, len(batch), MICRO_BATCH)]
-    micro_batches.sort(key=lambda batch: sum(example.length for example in batch))
-    stride = len(micro_batches) / NUM_BATCHES
-    grouped = [micro_batches[int((number + 0.5) * stride)] for number in range(NUM_BATCHES)]
-    arrival = random.Random(0).sample([example for batch in grouped for example in batch], NUM_BATCHES * MICRO_BATCH)
-    return grouped, [arrival[start : start + MICRO_BATCH] for start in range(0, len(arrival), MICRO_BATCH)]
+    """Micro-batches as the training loop groups them, and in arrival order."""
+    epoch = islice(global_batches([e.lengths for e in examples], GLOBAL_BATCH, seed=0), len(examples) // GLOBAL_BATCH)
+    return tuple(
+        representative([order[start : start + MICRO_BATCH] for start in range(0, len(order), MICRO_BATCH)])
+        for order in ([examples[index] for batch in epoch for index in batch], examples)
+    )
+
+
+def representative(batches: list[list[Example]]) -> list[list[Example]]:
+    """Of all batches, ordered by the work that they make, those in the middle of NUM_BATCHES equal parts."""
+    by_work = sorted(batches, key=padded_length)
+    return [by_work[int((number + 0.5) * len(by_work) / NUM_BATCHES)] for number in range(NUM_BATCHES)]
+
+
+def padded_length(batch: list[Example]) -> int:
+    """Positions of each example: prefix and rest are padded to the longest in the batch."""
+    return max(example.lengths[0] for example in batch) + max(example.lengths[1] for example in batch)
 
 
 def make_llama(shape: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
@@ -233,19 +239,14 @@ class Variant:
         loss.backward()
         return loss.detach()
 
-    def gradient(self) -> torch.Tensor:
-        """Over all micro-batches, in one vector."""
+    def gradient_and_flops(self) -> tuple[torch.Tensor, int]:
+        """Over all micro-batches: the gradient in one vector, and the floating-point operations done."""
         self.step.projection.zero_grad()
-        for number in range(len(self.batches)):
-            self.run(number)
-        return torch.cat([parameter.grad.flatten() for parameter in self.step.projection.parameters()]).double()
-
-    def flops(self) -> int:
-        """Floating-point operations of all micro-batches, as done."""
         with FlopCounterMode(display=False) as counter:
             for number in range(len(self.batches)):
                 self.run(number)
-        return counter.get_total_flops()
+        gradient = torch.cat([parameter.grad.flatten() for parameter in self.step.projection.parameters()])
+        return gradient.double(), counter.get_total_flops()
 
 
 def make_variants(device: torch.device, names: tuple[str, ...] | None = None) -> dict[str, Variant]:
@@ -276,8 +277,6 @@ def now(device: torch.device) -> tuple[float, float]:
 
 def measure(variants: dict[str, Variant], device: torch.device, rounds: int) -> dict[str, tuple[list[float], float]]:
     """Of each variant, the seconds of its micro-batches by the clock, and its processor seconds (sums of medians)."""
-    for variant in variants.values():
-        variant.run(NUM_BATCHES // 2)
     times: dict[tuple[str, int], list[tuple[float, float]]] = {}
     for repeat in range(rounds):
         for number in range(NUM_BATCHES):
@@ -305,32 +304,27 @@ def peak_memory(name: str) -> float:
     """
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     variant = make_variants(device, (name,))[name]
-    longest = max(range(NUM_BATCHES), key=lambda number: variant.batches[number].num_tokens)
     if device.type == "cuda":
         before = torch.cuda.memory_allocated() / 2**30
         torch.cuda.reset_peak_memory_stats()
     else:
         before = peak_memory_gib(device)
-    variant.run(longest)
+    variant.run(NUM_BATCHES - 1)
     return peak_memory_gib(device) - before
 
 
-def padding(batches: list[list[Example]]) -> dict[str, float]:
+def positions(batches: list[list[Example]]) -> dict[str, float]:
     """Mean positions of an example: real ones, with the package's padding of both parts, with padding of the whole."""
-    examples = [example for batch in batches for example in batch]
-    longest = [
-        max(len(e.prefix_ids) for e in batch) + max(e.length - len(e.prefix_ids) for e in batch) for batch in batches
-    ]
     return {
-        "real": statistics.mean(example.length for example in examples),
-        "padded_in_two_parts": statistics.mean(longest),
+        "real": statistics.mean(example.length for batch in batches for example in batch),
+        "padded_in_two_parts": statistics.mean(map(padded_length, batches)),
         "padded_as_a_whole": statistics.mean(max(example.length for example in batch) for batch in batches),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--rounds", type=int, default=5, help="how often each micro-batch is run by each variant")
+    parser.add_argument("--rounds", type=int, default=3, help="how often each micro-batch is run by each variant")
     parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
     parser.add_argument("--record-lengths", nargs=2, metavar=("TOKENIZER", "DATA"), help="see above")
     args = parser.parse_args()
@@ -343,8 +337,9 @@ def main() -> None:
     with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
         peaks = {name: pool.apply(peak_memory, (name,)) for name in ("fast", "full")}
     variants = make_variants(device)
-    gradients = {name: variants[name].gradient() for name in ("fast", "full")}
-    flops = {name: variant.flops() for name, variant in variants.items()}
+    gradients, flops = {}, {}
+    for name, variant in variants.items():
+        gradients[name], flops[name] = variant.gradient_and_flops()
     seconds = measure(variants, device, args.rounds)
 
     wall = {name: values[0] for name, values in seconds.items()}
@@ -357,13 +352,15 @@ def main() -> None:
         "speedup": wall["full"] / wall["fast"],
         "speedup_processor_time": None if device.type == "cuda" else seconds["full"][1] / seconds["fast"][1],
         "speedup_arithmetic": flops["full"] / flops["fast"],
-        "grad_rel_err": ((gradients["fast"] - gradients["full"]).norm() / gradients["full"].norm()).item(),
+        "grad_rel_err": (
+            (gradients["length_grouping"] - gradients["full"]).norm() / gradients["full"].norm()
+        ).item(),  # fast without grouping sees the examples that full sees
         "peak_memory_ratio": peaks["fast"] / peaks["full"],
         "without": {name: wall[name] / wall["fast"] for name in ingredients},
         "without_arithmetic": {name: flops[name] / flops["fast"] for name in ingredients},
         "seconds_per_example": {name: wall[name] / (NUM_BATCHES * MICRO_BATCH) for name in wall},
         "peak_gib_beyond_weights": peaks,
-        "positions": {"arrival_order": padding(arrival), "grouped": padding(grouped)},
+        "positions": {"arrival_order": positions(arrival), "grouped": positions(grouped)},
     }
     known = [peak for part, peak in PEAK_FLOPS.items() if part in str(result["gpu"])]
     if known:
