@@ -4,15 +4,17 @@
 
 ``full`` is the package's naive step with the assistant in the loop, batches padded in arrival order: one pass with
 gradient over everything, logits everywhere. ``fast`` is the package's default: thoughts from the cache, grouping by
-length. A step here is forward and backward of one micro-batch of 16. Of all micro-batches of an epoch, ordered by their
-padded length, those in the middle of four equal parts are run. The variants take turns, micro-batch by micro-batch; a
-variant's time is the sum over micro-batches of its medians.
+length. A step here is forward and backward of one micro-batch of 16. The micro-batches of an epoch are ordered by their
+padded length and cut into four equal parts; of each part the one closest to its mean is run. The variants take turns,
+micro-batch by micro-batch; a variant's time is the sum over micro-batches of its medians.
 
 - ``speedup``: seconds of full / of fast; ``speedup_processor_time``: the same in processor time, which other work on
   the machine disturbs less (without a GPU); ``speedup_arithmetic``: the same in floating-point operations, counted
 - ``grad_rel_err``: of the projection's gradient over the micro-batches in arrival order, fast against full
 - ``peak_memory_ratio``: fast / full, the most that a step holds beyond the weights, at the longest micro-batch run
 - ``without``: for each ingredient, seconds of fast with this one switched off / seconds of fast
+- ``prefix_cache_bound``: seconds of fast / of fast on examples without a question, more than a cache of each
+  example's prefix could ever bring
 - ``mfu``: model FLOPs utilisation of fast and full (with a GPU whose peak is known)
 
 Without a GPU the models are random Llamas in float32 with the proportions of Llama 3.1 8B and 3.2 1B: layers, head and
@@ -31,7 +33,8 @@ import random
 import statistics
 import time
 from collections.abc import Callable
-from itertools import islice
+from dataclasses import replace
+from itertools import islice, pairwise
 from pathlib import Path
 from typing import Any
 
@@ -163,9 +166,14 @@ def choose_batches(examples: list[Example]) -> tuple[list[list[Example]], list[l
 
 
 def representative(batches: list[list[Example]]) -> list[list[Example]]:
-    """Of all batches, ordered by the work that they make, those in the middle of NUM_BATCHES equal parts."""
-    by_work = sorted(batches, key=padded_length)
-    return [by_work[int((number + 0.5) * len(by_work) / NUM_BATCHES)] for number in range(NUM_BATCHES)]
+    """Of all batches, ordered by length and cut into NUM_BATCHES equal parts, the one closest to each part's mean."""
+    by_length = sorted(batches, key=padded_length)
+    bounds = [len(batches) * part // NUM_BATCHES for part in range(NUM_BATCHES + 1)]
+    chosen = []
+    for start, stop in pairwise(bounds):
+        mean = statistics.mean(map(padded_length, by_length[start:stop]))
+        chosen.append(min(by_length[start:stop], key=lambda batch: abs(padded_length(batch) - mean)))
+    return chosen
 
 
 def padded_length(batch: list[Example]) -> int:
@@ -264,6 +272,10 @@ def make_variants(device: torch.device, names: tuple[str, ...] | None = None) ->
         "head_on_supervised_positions": {"batches": grouped, "shared_ids": ids, "change": with_head_everywhere},
         "length_grouping": {"batches": arrival, "shared_ids": ids},
         "no_assistant": {"batches": grouped, "shared_ids": ids, "online": True},
+        "prefix_for_nothing": {
+            "batches": [[replace(example, prefix_ids=ids) for example in batch] for batch in grouped],
+            "shared_ids": ids,
+        },
     }
     return {name: Variant(models, **options[name]) for name in names or options}
 
@@ -343,7 +355,7 @@ def main() -> None:
     seconds = measure(variants, device, args.rounds)
 
     wall = {name: values[0] for name, values in seconds.items()}
-    ingredients = [name for name in variants if name not in ("full", "fast")]
+    ingredients = [name for name in variants if name not in ("full", "fast", "prefix_for_nothing")]
     grouped, arrival = choose_batches(read_examples(100))
     result = {
         "benchmark": "train_step",
@@ -358,6 +370,7 @@ def main() -> None:
         "peak_memory_ratio": peaks["fast"] / peaks["full"],
         "without": {name: wall[name] / wall["fast"] for name in ingredients},
         "without_arithmetic": {name: flops[name] / flops["fast"] for name in ingredients},
+        "prefix_cache_bound": wall["fast"] / wall["prefix_for_nothing"],
         "seconds_per_example": {name: wall[name] / (NUM_BATCHES * MICRO_BATCH) for name in wall},
         "peak_gib_beyond_weights": peaks,
         "positions": {"arrival_order": positions(arrival), "grouped": positions(grouped)},
