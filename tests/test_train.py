@@ -214,7 +214,7 @@ def test_another_recipe_does_not_touch_the_run(straight_run):
     other = [f"output_dir={run_dir.parent}", *LONG, "training.learning_rate=1e-4"]
     refused = run(deepspeed_command(1, "softcot_ds.train", RECIPE, *other), check=False)
     assert refused.returncode != 0
-    assert "training.learning_rate is 0.0015 there and 0.0001 here" in refused.stdout
+    assert "training.learning_rate is 0.001 there and 0.0001 here" in refused.stdout
     assert "Traceback" not in refused.stdout
 
 
