@@ -32,6 +32,9 @@ def device() -> torch.device:
 def init_distributed(timeout_minutes: float) -> None:
     """Join the process group that a launcher describes in the environment; alone, be a group of one.
 
+    Raises:
+        SoftCoTError: the ranks do not find each other, or the port is taken.
+
     The default timeout of PyTorch, ten minutes, is shorter than the loading of a large model.
     """
     if dist.is_initialized():
@@ -40,11 +43,18 @@ def init_distributed(timeout_minutes: float) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device().type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device().type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except dist.DistError as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise SoftCoTError(
+            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}. If another job uses that port, start "
+            "with deepspeed --master_port PORT"
+        ) from error
 
     # Control messages travel over the CPUs: they never make a rank wait for its GPU.
     global _control_group

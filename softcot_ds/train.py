@@ -37,7 +37,8 @@ from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
-from softcot_ds.metrics import PhaseTimer, Progress, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe, TrainingConfig
 from softcot_ds.thought_reader import ThoughtReader
 from softcot_ds.validation import Validator
