@@ -76,14 +76,17 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
-    def hyperparameters(self, values: dict[str, Any], results: dict[str, float]) -> None:
-        """The recipe in the HPARAMS tab, beside the final ``results``."""
+    def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The recipe in the HPARAMS tab, beside the last values of curves that exist, named by their tags."""
         if self._writer is not None:
-            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}
+            plain = {
+                key: value if isinstance(value, int | float | str | bool) else str(value)
+                for key, value in values.items()
+                if value is not None
+            }
             # add_hparams would start a second run of its own; the summaries belong to this one.
-            for summary in hparams(plain, results):
+            for summary in hparams(plain, metrics):
                 self._writer.file_writer.add_summary(summary)
-            self.scalars(results, 0)
 
     def flush(self) -> None:
         if self._writer is not None:

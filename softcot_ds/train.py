@@ -161,7 +161,7 @@ def train(recipe: Recipe) -> None:
                 "The same command goes on from there"
             )
 
-    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/last": summary["last_loss"]})
+    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/train": summary["last_loss"]})
     board.close()
     say(f"loss {summary['first_loss']:.4f} to {summary['last_loss']:.4f} in {config.steps} steps; adapter: {folder}")
 
