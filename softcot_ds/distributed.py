@@ -106,13 +106,13 @@ def on_main(work: Callable[[], Any]) -> Any:
     """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
 
     Raises:
-        SoftCoTError: ``work`` raised one; it is raised on every rank, so that none waits for ever.
+        SoftCoTError: ``work`` raised one, or an OSError (a full disk); on every rank, so that none waits for ever.
     """
     outcome: list[Any] = [None, None]
     if is_main():
         try:
             outcome[0] = work()
-        except SoftCoTError as error:
+        except (SoftCoTError, OSError) as error:
             outcome[1] = str(error)
     if world_size() > 1:
         dist.broadcast_object_list(outcome, src=0, group=_control_group)

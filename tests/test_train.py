@@ -1,8 +1,10 @@
 """Training on several ranks, with the embedded pair: same gradient, same curve, clear ends."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -245,6 +247,28 @@ def test_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
     assert "Traceback" not in done.stdout
     for path in (tmp_path / "demo/checkpoints").glob("step-*/projection.safetensors"):
         assert all(torch.isfinite(value).all() for value in load_file(path).values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_full_disk_ends_clearly_and_leaves_nothing_half_written(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        often = [*LONG, "training.save_every=1", "training.keep_checkpoints=12"]
+        done = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={disk}", *often), check=False)
+        assert done.returncode != 0
+        assert "No space left on device" in done.stdout
+        assert "Traceback" not in done.stdout
+        saved = list((disk / "demo/checkpoints").glob("step-*"))
+        assert saved
+        for checkpoint in saved:
+            assert (checkpoint / "COMPLETE").exists()
+            load_file(checkpoint / "projection.safetensors")
+            load_file(checkpoint / "optimizer.safetensors")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])
