@@ -211,11 +211,15 @@ def test_finished_run_is_not_trained_again(straight_run):
     assert sorted((run_dir / "checkpoints").iterdir()) == before
 
 
-def test_another_recipe_does_not_touch_the_run(straight_run):
+def test_another_recipe_does_not_touch_the_run(straight_run, tmp_path):
     run_dir, _ = straight_run
-    other = [f"output_dir={run_dir.parent}", *LONG, "training.learning_rate=1e-4"]
-    refused = run(deepspeed_command(1, "softcot_ds.train", RECIPE, *other), check=False)
+    prompts = (ROOT / "softcot_ds/tasks/word_problems.yaml").read_text()
+    (tmp_path / "prompts.yaml").write_text(prompts.replace("make a plan", "plan"))
+    other = [*LONG, "training.learning_rate=1e-4", f"task.prompts={tmp_path}/prompts.yaml"]
+    command = deepspeed_command(1, "softcot_ds.train", RECIPE, f"output_dir={run_dir.parent}", *other)
+    refused = run(command, check=False)
     assert refused.returncode != 0
+    assert "the wording there is not that of" in refused.stdout
     assert "training.learning_rate is 0.001 there and 0.0001 here" in refused.stdout
     assert "Traceback" not in refused.stdout
 
