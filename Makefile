@@ -30,7 +30,7 @@ demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.train $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.evaluate $(ARGS)
-	@echo "TensorBoard: $(BIN)/tensorboard --logdir runs"
+	@echo "TensorBoard logs: runs/$(RUN)/tensorboard; to see them: $(BIN)/tensorboard --logdir runs"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

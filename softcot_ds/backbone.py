@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -33,7 +34,7 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     """
     try:
         tokenizer = AutoTokenizer.from_pretrained(resolve_location(config.model), revision=config.revision)
-    except (OSError, ValueError) as error:
+    except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise _cannot_load("tokenizer", config, error) from error
     if config.chat_template is not None:
         tokenizer.chat_template = config.chat_template.read_text()
@@ -87,7 +88,7 @@ def load_frozen(
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config)) if partition == "zero3" else None
     try:
         model, info = AutoModelForCausalLM.from_pretrained(resolve_location(config.model), **kwargs)
-    except (OSError, ValueError, ImportError) as error:
+    except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _cannot_load("model", config, error) from error
     finally:
         if zero3 is not None:

@@ -31,6 +31,7 @@ import torch
 
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.progress import duration
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.thought_store import DamagedShard, Manifest, ShardRecord, StoreIdentity, StoreWriter, ThoughtStore
@@ -594,14 +595,8 @@ class _ManifestKeeper:
         (then, tokens_then), seconds_left = self._samples[0], ""
         if tokens > tokens_then:
             rate = (tokens - tokens_then) / (now - then)
-            seconds_left = f", {rate:,.0f} tokens/s, {_duration((self._tokens - tokens) / rate)} left"
+            seconds_left = f", {rate:,.0f} tokens/s, {duration((self._tokens - tokens) / rate)} left"
         _say(f"{rows:,} of {self._rows:,} rows ({tokens / self._tokens:.0%} of the tokens){seconds_left}")
-
-
-def _duration(seconds: float) -> str:
-    minutes, seconds = divmod(round(seconds), 60)
-    hours, minutes = divmod(minutes, 60)
-    return f"{hours} h {minutes:02} min" if hours else f"{minutes} min {seconds:02} s" if minutes else f"{seconds} s"
 
 
 def _cache_folders(path: Path) -> list[Path]:

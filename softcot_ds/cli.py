@@ -1,6 +1,7 @@
 """The command line: ``softcot-ds COMMAND ...``, and what all commands share."""
 
 import argparse
+import errno
 import importlib
 import os
 import signal
@@ -78,6 +79,11 @@ def run_command(work: Callable[[], None]) -> int:
         code = 0
     except SoftCoTError as error:
         _report(f"error: {error}")
+        code = 2
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _report(f"error: the disk is full: {error}; make room, and the same command goes on from what is finished")
         code = 2
     except KeyboardInterrupt:
         _report("interrupted; the same command goes on from what is finished")

@@ -32,6 +32,9 @@ def device() -> torch.device:
 def init_distributed(timeout_minutes: float) -> None:
     """Join the process group that a launcher describes in the environment; alone, be a group of one.
 
+    Raises:
+        SoftCoTError: the ranks do not find each other, or the port is taken.
+
     The default timeout of PyTorch, ten minutes, is shorter than the loading of a large model.
     """
     if dist.is_initialized():
@@ -40,11 +43,18 @@ def init_distributed(timeout_minutes: float) -> None:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     if device().type == "cuda":
         torch.cuda.set_device(device())
-    deepspeed.init_distributed(
-        dist_backend="nccl" if device().type == "cuda" else "gloo",
-        auto_mpi_discovery=False,
-        timeout=timedelta(minutes=timeout_minutes),
-    )
+    try:
+        deepspeed.init_distributed(
+            dist_backend="nccl" if device().type == "cuda" else "gloo",
+            auto_mpi_discovery=False,
+            timeout=timedelta(minutes=timeout_minutes),
+        )
+    except dist.DistError as error:
+        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
+        raise SoftCoTError(
+            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}. If another job uses that port, start "
+            "with deepspeed --master_port PORT"
+        ) from error
 
     # Control messages travel over the CPUs: they never make a rank wait for its GPU.
     global _control_group
@@ -96,13 +106,13 @@ def on_main(work: Callable[[], Any]) -> Any:
     """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
 
     Raises:
-        SoftCoTError: ``work`` raised one; it is raised on every rank, so that none waits for ever.
+        SoftCoTError: ``work`` raised one, or an OSError (a full disk); on every rank, so that none waits for ever.
     """
     outcome: list[Any] = [None, None]
     if is_main():
         try:
             outcome[0] = work()
-        except SoftCoTError as error:
+        except (SoftCoTError, OSError) as error:
             outcome[1] = str(error)
     if world_size() > 1:
         dist.broadcast_object_list(outcome, src=0, group=_control_group)

@@ -35,7 +35,7 @@ from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
-from softcot_ds.metrics import Progress
+from softcot_ds.progress import Progress
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.recipe import Condition, ModelConfig, Recipe
 from softcot_ds.statistics import compare, wilson_interval

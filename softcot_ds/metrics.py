@@ -76,14 +76,17 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
-    def hyperparameters(self, values: dict[str, Any], results: dict[str, float]) -> None:
-        """The recipe in the HPARAMS tab, beside the final ``results``."""
+    def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float]) -> None:
+        """The recipe in the HPARAMS tab, beside the last values of curves that exist, named by their tags."""
         if self._writer is not None:
-            plain = {k: v if isinstance(v, int | float | str | bool) else str(v) for k, v in values.items()}
+            plain = {
+                key: value if isinstance(value, int | float | str | bool) else str(value)
+                for key, value in values.items()
+                if value is not None
+            }
             # add_hparams would start a second run of its own; the summaries belong to this one.
-            for summary in hparams(plain, results):
+            for summary in hparams(plain, metrics):
                 self._writer.file_writer.add_summary(summary)
-            self.scalars(results, 0)
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -103,34 +106,3 @@ def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
         else:
             flat[prefix + key] = value
     return flat
-
-
-def duration(seconds: float) -> str:
-    """Seconds as people read them: ``42s``, ``3m10s``, ``2h05m``."""
-    seconds = round(seconds)
-    if seconds < 60:
-        return f"{seconds}s"
-    if seconds < 3600:
-        return f"{seconds // 60}m{seconds % 60:02}s"
-    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
-
-
-class Progress:
-    """Progress lines with rate and time left, for terminals and log files alike."""
-
-    def __init__(self, total: int, unit: str, every_seconds: float = 5.0) -> None:
-        self._total = total
-        self._unit = unit
-        self._every = every_seconds
-        self._done = 0
-        self._began = self._last = time.monotonic()
-
-    def line(self, done: int) -> str | None:
-        """A line for ``done`` of the total, or None when the last one is less than ``every_seconds`` old."""
-        now = time.monotonic()
-        if now - self._last < self._every and done < self._total:
-            return None
-        self._last = now
-        rate = done / max(now - self._began, 1e-9)
-        left = (self._total - done) / rate if rate else 0.0
-        return f"{done}/{self._total} {self._unit} ({rate:.1f}/s, {duration(left)} left)"

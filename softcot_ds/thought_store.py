@@ -40,6 +40,7 @@ import xxhash
 
 from softcot_ds import __version__
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import sync_folder
 
 FORMAT = "softcot-ds thoughts"
 FORMAT_VERSION = 1
@@ -224,20 +225,11 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
-    _sync_folder(folder)
+    sync_folder(folder)
 
 
 def _manifest_checksum(values: Mapping[str, Any]) -> str:
     return xxhash.xxh3_128_hexdigest(json.dumps(values, sort_keys=True).encode())
-
-
-def _sync_folder(folder: Path) -> None:
-    """A rename lasts through a power cut only once its folder is on disk."""
-    descriptor = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def shard_names(folder: Path) -> list[str]:
@@ -629,7 +621,7 @@ class StoreWriter:
             os.fsync(self._file.fileno())
             self._file.close()
             os.rename(self._temporary, self.folder / self._name)
-            _sync_folder(self.folder)
+            sync_folder(self.folder)
         record = ShardRecord(self._name, len(self._keys), size, _shard_checksum(header, index))
         self._forget()
         self.on_commit(record)

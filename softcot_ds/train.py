@@ -7,6 +7,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from itertools import islice
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -37,7 +38,8 @@ from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
-from softcot_ds.metrics import PhaseTimer, Progress, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe, TrainingConfig
 from softcot_ds.thought_reader import ThoughtReader
 from softcot_ds.validation import Validator
@@ -76,7 +78,7 @@ def train(recipe: Recipe) -> None:
         say(f"data: {note}")
 
     resume_from = latest_checkpoint(recipe.run_dir)
-    on_main(lambda: _claim_run_dir(recipe, resume_from))
+    on_main(lambda: _claim_run_dir(recipe, experiment.task.prompt_file, resume_from))
     start = AdapterConfig.load(resume_from).step if resume_from else 0
     if start >= config.steps:
         say(f"{recipe.name}: trained to step {start} before; adapter: {resume_from}")
@@ -164,7 +166,7 @@ def train(recipe: Recipe) -> None:
                 "The same command goes on from there"
             )
 
-    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/last": summary["last_loss"]})
+    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/train": summary["last_loss"]})
     board.close()
     say(f"loss {summary['first_loss']:.4f} to {summary['last_loss']:.4f} in {config.steps} steps; adapter: {folder}")
 
@@ -178,7 +180,7 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
-def _claim_run_dir(recipe: Recipe, resume_from: Any) -> None:
+def _claim_run_dir(recipe: Recipe, prompt_file: Path, resume_from: Path | None) -> None:
     """Write the resolved recipe into the run's directory; refuse one that holds another run's checkpoints."""
     run_dir = recipe.run_dir
     if resume_from is not None:
@@ -189,11 +191,14 @@ def _claim_run_dir(recipe: Recipe, resume_from: Any) -> None:
             for key in sorted(theirs.keys() | ours.keys())
             if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS)
         ]
+        if (resume_from / "prompts.yaml").read_bytes() != prompt_file.read_bytes():
+            differ.append(f"the wording there is not that of {prompt_file}")
         if differ:
             raise SoftCoTError(
                 f"{run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
                 "Give this run another name (name=...), or remove that folder"
             )
+        AdapterConfig.load(resume_from).check_models(recipe)
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
         write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
@@ -278,7 +283,7 @@ class _Window:
         self._batches[step] = batch
         self._tokens += num_tokens
 
-    def read(self, examples: Sequence[Example], last_saved: Any) -> tuple[dict[int, float], dict[str, float]]:
+    def read(self, examples: Sequence[Example], last_saved: Path | None) -> tuple[dict[int, float], dict[str, float]]:
         """Loss per step since the last reading, nats per supervised token, and throughput over all ranks.
 
         Raises:

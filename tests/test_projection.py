@@ -5,6 +5,7 @@ import pickle
 
 import pytest
 import torch
+from launch import ROOT, deepspeed_command, run
 from safetensors.torch import save_file
 from torch import nn
 
@@ -143,3 +144,9 @@ def test_weights_of_other_models_do_not_fit(tmp_path):
         wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         assert "{'weight': (2, 3), 'bias': (2,)}" in str(caught.value)
         assert str(wanted) in str(caught.value)
+
+
+@pytest.mark.distributed
+def test_fused_embedding_reads_a_partitioned_table():
+    done = run(deepspeed_command(2, "embedding_worker"), PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}")
+    assert done.stdout.count("embedding equal") == 2

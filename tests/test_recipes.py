@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT, deepspeed_command, run
+from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softcot_ds.recipe import load_recipe, resolve_location
@@ -92,7 +93,10 @@ def test_recipes_of_real_models_train_at_toy_width(tmp_path):
     for path in RECIPES:
         recipe = load_recipe(path)
         if recipe.task.name == "gsm8k":
-            assert (tmp_path / recipe.name / "checkpoints/step-2/COMPLETE").exists(), done.stdout
+            checkpoint = tmp_path / recipe.name / "checkpoints/step-2"
+            assert (checkpoint / "COMPLETE").exists(), done.stdout
+            weight = load_file(checkpoint / "projection.safetensors")["weight"]
+            assert not torch.equal(weight, weight.bfloat16().float()), "bf16 compute, float32 master weights"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)

@@ -1,8 +1,10 @@
 """Training on several ranks, with the embedded pair: same gradient, same curve, clear ends."""
 
 import json
+import os
 import shutil
 import signal
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -217,12 +219,16 @@ def test_finished_run_is_not_trained_again(straight_run):
     assert sorted((run_dir / "checkpoints").iterdir()) == before
 
 
-def test_another_recipe_does_not_touch_the_run(straight_run):
+def test_another_recipe_does_not_touch_the_run(straight_run, tmp_path):
     run_dir, _ = straight_run
-    other = [f"output_dir={run_dir.parent}", *LONG, "training.learning_rate=1e-4"]
-    refused = run(deepspeed_command(1, "softcot_ds.train", RECIPE, *other), check=False)
+    prompts = (ROOT / "softcot_ds/tasks/word_problems.yaml").read_text()
+    (tmp_path / "prompts.yaml").write_text(prompts.replace("make a plan", "plan"))
+    other = [*LONG, "training.learning_rate=1e-4", f"task.prompts={tmp_path}/prompts.yaml"]
+    command = deepspeed_command(1, "softcot_ds.train", RECIPE, f"output_dir={run_dir.parent}", *other)
+    refused = run(command, check=False)
     assert refused.returncode != 0
-    assert "training.learning_rate is 0.0015 there and 0.0001 here" in refused.stdout
+    assert "the wording there is not that of" in refused.stdout
+    assert "training.learning_rate is 0.001 there and 0.0001 here" in refused.stdout
     assert "Traceback" not in refused.stdout
 
 
@@ -253,6 +259,28 @@ def test_loss_that_is_not_finite_stops_and_names_the_batch(tmp_path):
     assert "Traceback" not in done.stdout
     for path in (tmp_path / "demo/checkpoints").glob("step-*/projection.safetensors"):
         assert all(torch.isfinite(value).all() for value in load_file(path).values())
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
+def test_full_disk_ends_clearly_and_leaves_nothing_half_written(tmp_path):
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        often = [*LONG, "training.save_every=1", "training.keep_checkpoints=12"]
+        done = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={disk}", *often), check=False)
+        assert done.returncode != 0
+        assert "No space left on device" in done.stdout
+        assert "Traceback" not in done.stdout
+        saved = list((disk / "demo/checkpoints").glob("step-*"))
+        assert saved
+        for checkpoint in saved:
+            assert (checkpoint / "COMPLETE").exists()
+            load_file(checkpoint / "projection.safetensors")
+            load_file(checkpoint / "optimizer.safetensors")
+    finally:
+        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize("schedule", ["cosine", "linear", "constant"])

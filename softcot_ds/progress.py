@@ -1,0 +1,34 @@
+"""How long things take, in words."""
+
+import time
+
+
+def duration(seconds: float) -> str:
+    """Seconds as people read them: ``42s``, ``3m10s``, ``2h05m``."""
+    seconds = round(seconds)
+    if seconds < 60:
+        return f"{seconds}s"
+    if seconds < 3600:
+        return f"{seconds // 60}m{seconds % 60:02}s"
+    return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+class Progress:
+    """Progress lines with rate and time left, for terminals and log files alike."""
+
+    def __init__(self, total: int, unit: str, every_seconds: float = 5.0) -> None:
+        self._total = total
+        self._unit = unit
+        self._every = every_seconds
+        self._done = 0
+        self._began = self._last = time.monotonic()
+
+    def line(self, done: int) -> str | None:
+        """A line for ``done`` of the total, or None when the last one is less than ``every_seconds`` old."""
+        now = time.monotonic()
+        if now - self._last < self._every and done < self._total:
+            return None
+        self._last = now
+        rate = done / max(now - self._began, 1e-9)
+        left = (self._total - done) / rate if rate else 0.0
+        return f"{done}/{self._total} {self._unit} ({rate:.1f}/s, {duration(left)} left)"

@@ -1,0 +1,54 @@
+"""Run by test_backbone.py on several ranks: peak memory of loading a model and taking a training step."""
+
+import json
+import sys
+import threading
+import time
+from pathlib import Path
+
+import torch
+
+from softcot_ds.backbone import load_frozen
+from softcot_ds.data import Batch
+from softcot_ds.distributed import device, init_distributed, rank, shut_down
+from softcot_ds.engine import build_engine, engine_config
+from softcot_ds.projection import LinearProjection
+from softcot_ds.recipe import load_recipe
+from softcot_ds.step import SoftCoT
+
+recipe_path, output, *overrides = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
+recipe = load_recipe(recipe_path, overrides)
+init_distributed(5)
+
+
+def private_bytes() -> int:
+    """Memory of this process that is not backed by a file: mapped weight files do not count, copies of them do."""
+    (line,) = (line for line in Path("/proc/self/status").read_text().splitlines() if line.startswith("RssAnon"))
+    return int(line.split()[1]) * 1024
+
+
+peak = before = private_bytes()
+done = False
+
+
+def watch() -> None:
+    global peak
+    while not done:
+        peak = max(peak, private_bytes())
+        time.sleep(0.002)
+
+
+watcher = threading.Thread(target=watch)
+watcher.start()
+base = load_frozen(recipe.base, recipe.backbone.partition, device(), engine_config(recipe))
+projection = LinearProjection(16, base.config.hidden_size)
+engine = build_engine(SoftCoT(base, projection), recipe, 1)
+ids = torch.arange(8)[None]
+mask = torch.ones(1, 8, dtype=torch.bool)
+batch = Batch(ids, mask, ids, mask, torch.arange(2, 9), ids[0, :7], [], thoughts=torch.randn(1, 2, 16))
+engine.backward(engine(batch))
+engine.step()
+done = True
+watcher.join()
+Path(f"{output}.{rank()}").write_text(json.dumps(peak - before))
+shut_down()

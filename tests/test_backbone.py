@@ -1,0 +1,114 @@
+"""Loading the frozen models: partitioned memory, missing weights, fingerprints."""
+
+import json
+import shutil
+
+import pytest
+import torch
+from launch import ROOT, deepspeed_command, run
+from safetensors.torch import load_file, save_file
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+
+from softcot_ds.backbone import load_frozen, load_tokenizer, weights_fingerprint
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import ModelConfig, resolve_location
+
+RECIPE = ROOT / "recipes" / "word_problems.yaml"
+MIB = 2**20
+
+
+@pytest.mark.distributed
+def test_a_zero3_rank_holds_its_share_and_the_layers_at_work(tmp_path):
+    config = AutoConfig.for_model(
+        "llama",
+        vocab_size=768,
+        hidden_size=768,
+        intermediate_size=3072,
+        num_hidden_layers=16,
+        num_attention_heads=8,
+        tie_word_embeddings=True,
+        bos_token_id=1,
+        eos_token_id=2,
+    )
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32)
+    model_bytes = 4 * sum(p.numel() for p in model.parameters())
+    layer_bytes = 4 * sum(p.numel() for p in model.model.layers[0].parameters())
+    model.save_pretrained(tmp_path / "base")
+    del model
+    AutoTokenizer.from_pretrained(resolve_location("package:pair/base")).save_pretrained(tmp_path / "base")
+    # The shipped limits are for GPUs: they would let all of this model be live at once.
+    zero3 = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    zero3["zero_optimization"] |= {
+        "stage3_max_live_parameters": layer_bytes // 4,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": 0,
+        "reduce_bucket_size": 100_000,
+    }
+    (tmp_path / "zero3.json").write_text(json.dumps(zero3))
+    peaks = {}
+    for partition, extra in (("zero3", [f"backbone.deepspeed={tmp_path}/zero3.json"]), ("none", [])):
+        output = tmp_path / f"peak-{partition}"
+        common = [f"base.model={tmp_path}/base", f"backbone.partition={partition}", *extra]
+        run(
+            deepspeed_command(2, "memory_worker", RECIPE, output, *common),
+            PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
+            MALLOC_MMAP_THRESHOLD_="131072",  # or glibc keeps what is freed, and it would count
+        )
+        peaks[partition] = max(json.loads((tmp_path / f"peak-{partition}.{rank}").read_text()) for rank in (0, 1))
+    assert peaks["none"] > model_bytes, "the measurement sees a whole model"
+    # The layer at work, the buffer that it is gathered in, the layer before it, and the activations.
+    live_set = 3 * layer_bytes + 64 * MIB
+    assert peaks["zero3"] < model_bytes / 2 + live_set < 0.8 * model_bytes, (
+        f"peak {peaks['zero3'] / MIB:.0f} MiB of a {model_bytes / MIB:.0f} MiB model; "
+        f"whole: {peaks['none'] / MIB:.0f} MiB"
+    )
+
+
+@pytest.fixture
+def base_copy(tmp_path):
+    shutil.copytree(resolve_location("package:pair/base"), tmp_path / "base")
+    return tmp_path / "base"
+
+
+def test_missing_weights_are_refused(base_copy):
+    weights = load_file(base_copy / "model.safetensors")
+    del weights["model.layers.2.mlp.up_proj.weight"]
+    save_file(weights, base_copy / "model.safetensors", {"format": "pt"})
+    with pytest.raises(SoftCoTError, match=r"1 weights are missing .*'model.layers.2.mlp.up_proj.weight'"):
+        load_frozen(ModelConfig(model=str(base_copy)), "none", torch.device("cpu"))
+
+
+def test_loaded_model_is_frozen_and_in_its_dtype(base_copy):
+    model = load_frozen(ModelConfig(model=str(base_copy), dtype="float32"), "none", torch.device("cpu"))
+    assert not model.training
+    assert all(not p.requires_grad and p.dtype == torch.float32 for p in model.parameters())
+
+
+def test_fingerprint_tells_weights_apart(base_copy, tmp_path):
+    config = ModelConfig(model=str(base_copy))
+    original = weights_fingerprint(config)
+    assert original == weights_fingerprint(ModelConfig(model="package:pair/base")), "the place does not matter"
+    weights = load_file(base_copy / "model.safetensors")
+    weights["model.layers.2.mlp.up_proj.weight"] += 0.01  # in the middle of the file
+    save_file(weights, base_copy / "model.safetensors", {"format": "pt"})
+    assert weights_fingerprint(config) != original
+    (base_copy / "model.safetensors").unlink()
+    with pytest.raises(SoftCoTError, match="no weights"):
+        weights_fingerprint(config)
+
+
+def test_broken_folders_get_one_line(base_copy):
+    config = ModelConfig(model=str(base_copy))
+    (base_copy / "model.safetensors").write_bytes(b"\x00" * 100)
+    with pytest.raises(SoftCoTError, match="cannot load the model"):
+        load_frozen(config, "none", torch.device("cpu"))
+    (base_copy / "tokenizer.json").write_text("{")
+    with pytest.raises(SoftCoTError, match="cannot load the tokenizer"):
+        load_tokenizer(config)
+
+
+def test_chat_template_of_the_recipe_wins(base_copy, tmp_path):
+    template = tmp_path / "own.jinja"
+    template.write_text("{{ messages[0]['content'] }}!")
+    tokenizer = load_tokenizer(ModelConfig(model=str(base_copy), chat_template=template))
+    assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello!"
