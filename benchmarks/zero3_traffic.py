@@ -110,7 +110,7 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
             f"training.activation_checkpointing={str(variant == 'fast_checkpointed').lower()}",
             f"training.global_batch_size={4 * world_size()}",
             "training.micro_batch_size=4",
-            "task.train_problems=64",
+            "task.train_problems=128",
             "task.validation_problems=8",
             "task.test_problems=8",
             "thoughts.source=cache",
