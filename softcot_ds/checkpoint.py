@@ -138,17 +138,18 @@ def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]
         SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
     """
     folder = Path(source)
+    recipe_file = folder / "recipe.yaml" if folder.is_dir() else folder
     if folder.is_dir():
         AdapterConfig.load(folder)
-        # Its own copy of the wording: the file that it was trained with may have changed.
-        return load_recipe(folder / "recipe.yaml", [f"task.prompts={folder / 'prompts.yaml'}", *overrides]), folder
-    recipe = load_recipe(source, overrides)
-    latest = latest_checkpoint(recipe.run_dir)
-    if latest is None:
-        raise SoftCoTError(
-            f"no complete checkpoint in {recipe.run_dir}/checkpoints; train first: softcot-ds train {source}"
-        )
-    return recipe, latest
+    else:
+        run_dir = load_recipe(source, overrides).run_dir
+        folder = latest_checkpoint(run_dir)
+        if folder is None:
+            raise SoftCoTError(
+                f"no complete checkpoint in {run_dir}/checkpoints; train first: softcot-ds train {source}"
+            )
+    # The adapter's own copy of the wording: the file that it was trained with may have changed since.
+    return load_recipe(recipe_file, [f"task.prompts={folder / 'prompts.yaml'}", *overrides]), folder
 
 
 def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | StaticThoughts:

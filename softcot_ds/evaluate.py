@@ -59,7 +59,7 @@ def evaluate(recipe: Recipe, adapter: Path) -> dict[str, Any]:
     examples = experiment.splits.test
     if not examples:
         raise SoftCoTError("there is no test problem to evaluate on; check task.test and task.max_tokens")
-    folder = on_main(lambda: _results_folder(recipe, adapter, config, examples))
+    folder = on_main(lambda: _results_folder(recipe, adapter, config, experiment))
     for note in experiment.splits.notes:
         say(f"data: {note}")
     say(f"evaluating {adapter} on {len(examples)} problems; each output goes to {folder}")
@@ -324,18 +324,16 @@ def table(report: dict[str, Any]) -> str:
     return "\n".join(lines)
 
 
-def _results_folder(recipe: Recipe, adapter: Path, config: AdapterConfig, examples: Sequence[Example]) -> Path:
+def _results_folder(recipe: Recipe, adapter: Path, config: AdapterConfig, experiment: Experiment) -> Path:
     """A folder of its own for each adapter, set of problems and way of decoding: nothing is mixed or overwritten."""
-    evaluation = recipe.evaluation
+    problems = "".join(example.problem.id for example in experiment.splits.test)
     settings = {
         "adapter": hashlib.sha256((adapter / "projection.safetensors").read_bytes()).hexdigest(),
-        "static_adapter": str(evaluation.static_adapter),
-        "problems": hashlib.sha256("".join(example.problem.id for example in examples).encode()).hexdigest(),
-        "prompts": hashlib.sha256((adapter / "prompts.yaml").read_bytes()).hexdigest(),
+        "problems": hashlib.sha256(problems.encode()).hexdigest(),
+        "wording": hashlib.sha256(experiment.task.prompt_file.read_bytes()).hexdigest(),
         "seed": recipe.seed,
-        "thoughts": recipe.thoughts.count,
-        "dtypes": [recipe.assistant.dtype, recipe.base.dtype],
-        "decoding": evaluation.model_dump(exclude={"conditions", "partition", "static_adapter"}),
+        "models": recipe.model_dump(mode="json", include={"assistant", "base", "thoughts"}),
+        "decoding": recipe.evaluation.model_dump(mode="json", exclude={"conditions", "partition"}),
     }
     digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{digest[:8]}"

@@ -115,6 +115,18 @@ def test_interrupted_evaluation_goes_on_where_it_was(recipe, adapter, monkeypatc
     assert sum(decoded) == 24 - 2 * 5, "finished batches are not decoded again"
 
 
+def test_other_wording_is_another_evaluation(recipe, adapter, tmp_path):
+    learned = {"evaluation": recipe.evaluation.model_copy(update={"conditions": ["learned"]})}
+    evaluate(recipe.model_copy(update=learned), adapter)
+    (first,) = recipe.run_dir.glob("evaluation/*")
+    before = (first / "learned.jsonl").read_text()
+    (tmp_path / "other.yaml").write_text((adapter / "prompts.yaml").read_text().replace("plan :", "plan"))
+    other = {"task": recipe.task.model_copy(update={"prompts": tmp_path / "other.yaml"})}
+    evaluate(recipe.model_copy(update=learned | other), adapter)
+    assert len(list(recipe.run_dir.glob("evaluation/*"))) == 2
+    assert (first / "learned.jsonl").read_text() == before
+
+
 def test_static_prompt_is_a_condition_of_its_own(tmp_path):
     static = make_recipe(tmp_path, "projection.kind=static", "name=static")
     static_adapter = make_adapter(tmp_path / "static-adapter", static)
@@ -163,6 +175,19 @@ def test_adapter_directory_alone_is_enough(adapter, tmp_path, monkeypatch, capsy
     assert generate_main([str(adapter), "--question", "tom has 23 coins . how many coins now ?"]) == 0
     assert generate_main([str(adapter), "--question", " "]) == 2
     assert "--question is empty" in capsys.readouterr().err
+
+
+def test_a_recipe_means_its_newest_checkpoint_and_the_wording_it_was_trained_with(recipe, tmp_path):
+    (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    with pytest.raises(SoftCoTError, match=r"no complete checkpoint in .*; train first: softcot-ds train "):
+        recipe_and_adapter(str(tmp_path / "recipe.yaml"), [])
+    make_adapter(recipe.run_dir / "checkpoints/step-9", recipe)
+    newest = make_adapter(recipe.run_dir / "checkpoints/step-10", recipe)
+    (make_adapter(recipe.run_dir / "checkpoints/step-11", recipe) / "COMPLETE").unlink()
+    found, folder = recipe_and_adapter(str(tmp_path / "recipe.yaml"), ["evaluation.batch_size=3"])
+    assert folder == newest
+    assert found.task.prompts == newest / "prompts.yaml"
+    assert found.evaluation.batch_size == 3
 
 
 @pytest.mark.distributed
