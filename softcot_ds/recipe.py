@@ -310,6 +310,13 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: EvaluationConfig = EvaluationConfig()
 
+    @field_validator("base")
+    @classmethod
+    def _base_needs_no_loss_scaling(cls, value: ModelConfig) -> ModelConfig:
+        if value.dtype == "float16":
+            raise ValueError("dtype float16 would need loss scaling, which there is not; use bfloat16 or float32")
+        return value
+
     @field_validator("backbone")
     @classmethod
     def _second_partition_holds_one_model(cls, value: BackboneConfig, info: ValidationInfo) -> BackboneConfig:

@@ -286,3 +286,12 @@ def test_every_shipped_recipe_is_valid(monkeypatch, path):
     recipe = load_recipe(path)
     assert recipe.training.warmup_steps < recipe.training.steps
     assert load_recipe(path, ["seed=7"]) == recipe.model_copy(update={"seed": 7})
+
+
+def test_what_cannot_be_trained_together_is_refused(write, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    assert mistakes_in(write(), "base.dtype=float16", "assistant.dtype=float16") == [
+        "base: dtype float16 would need loss scaling, which there is not; use bfloat16 or float32"
+    ]
+    (mistake,) = mistakes_in(write(), "backbone.deepspeed=ds_configs/zeropp.json", "thoughts.source=online")
+    assert mistake.startswith("backbone: zero_hpz_partition_size of ds_configs/zeropp.json works for one")
