@@ -1,7 +1,8 @@
-"""What a measurement was made on: goes into every committed result."""
+"""What all benchmarks share: what a measurement was made on, and how its result is given."""
 
 import datetime
 import importlib.metadata
+import json
 import os
 import platform
 import subprocess
@@ -33,3 +34,11 @@ def _processor() -> str:
         if line.startswith("model name"):
             return line.partition(":")[2].strip()
     return platform.processor()
+
+
+def write_result(result: dict[str, Any], out: Path | None) -> None:
+    """The result as the last line of the output, and into the file ``out`` if there is one."""
+    if out is not None:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        out.write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(result))

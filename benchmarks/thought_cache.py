@@ -18,9 +18,7 @@ with one file per sample, all through a DataLoader. All lies in the page cache, 
 """
 
 import argparse
-import json
 import os
-import platform
 import random
 import shutil
 import statistics
@@ -32,6 +30,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from environment import describe, write_result
 from torch.utils.data import DataLoader, Dataset
 from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -241,16 +240,12 @@ def measure_read(count: int, repeats: int, workers: int, scratch: Path) -> dict[
     }
 
 
-def processor() -> str:
-    with open("/proc/cpuinfo") as file:
-        return next((line.split(":")[1].strip() for line in file if line.startswith("model name")), platform.machine())
-
-
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=256, help="examples to compute in a build")
     parser.add_argument("--read-rows", type=int, default=5000, help="rows of 96 KiB to read")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--out", type=Path, help="write the result here, JSON")
     parser.add_argument("--build-into", type=Path, help=argparse.SUPPRESS)  # this script as a rank of mpirun
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -265,9 +260,10 @@ def main() -> None:
         with tempfile.TemporaryDirectory() as scratch:
             result |= measure_read(args.read_rows, args.repeats, workers, Path(scratch))
     result = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
-    result |= {"cpu": processor(), "cores": os.cpu_count(), "torch": torch.__version__}
+    result |= describe()
     result |= {"rows": args.rows, "read_rows": args.read_rows, "repeats": args.repeats}
-    print(json.dumps(result), file=stdout)
+    sys.stdout = stdout
+    write_result(result, args.out)
 
 
 if __name__ == "__main__":

@@ -39,7 +39,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe
+from environment import describe, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
@@ -378,10 +378,7 @@ def main() -> None:
     known = [peak for part, peak in PEAK_FLOPS.items() if part in str(result["gpu"])]
     if known:
         result["mfu"] = {name: flops[name] / wall[name] / known[0] for name in ("fast", "full")}
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write_result(result, args.out)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,7 @@ from typing import Any
 
 import deepspeed
 import torch
-from environment import describe
+from environment import describe, write_result
 from torch import nn
 from torch.multiprocessing import spawn
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
@@ -206,10 +206,7 @@ def main() -> None:
                 f"{ranks} ranks  {variant:22} gathered {row['gathered']:>12,} in {row['gathers']:>3} "
                 f"({row['gathered_over_arithmetic']:.3f} of the arithmetic), reduced {row['reduced']:>9,}"
             )
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(result))
+    write_result(result, args.out)
 
 
 if __name__ == "__main__":
