@@ -158,7 +158,7 @@ def read_examples(vocabulary: int) -> list[Example]:
 
 def choose_batches(examples: list[Example]) -> tuple[list[list[Example]], list[list[Example]]]:
     """Micro-batches as the training loop groups them, and in arrival order."""
-    epoch = islice(global_batches([e.lengths for e in examples], GLOBAL_BATCH, seed=0), len(examples) // GLOBAL_BATCH)
+    epoch = islice(global_batches([e.length for e in examples], GLOBAL_BATCH, seed=0), len(examples) // GLOBAL_BATCH)
     return tuple(
         representative([order[start : start + MICRO_BATCH] for start in range(0, len(order), MICRO_BATCH)])
         for order in ([examples[index] for batch in epoch for index in batch], examples)
@@ -178,7 +178,7 @@ def representative(batches: list[list[Example]]) -> list[list[Example]]:
 
 def padded_length(batch: list[Example]) -> int:
     """Positions of each example: prefix and rest are padded to the longest in the batch."""
-    return max(example.lengths[0] for example in batch) + max(example.lengths[1] for example in batch)
+    return max(len(e.prefix_ids) for e in batch) + max(e.length - len(e.prefix_ids) for e in batch)
 
 
 def make_llama(shape: dict[str, Any], device: torch.device) -> LlamaForCausalLM:

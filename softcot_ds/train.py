@@ -231,7 +231,7 @@ class _Batches(Dataset):
 
     def schedule(self) -> Iterator[list[int]]:
         """The global batches from the first step of this run on."""
-        lengths = [example.lengths for example in self.examples]
+        lengths = [example.length for example in self.examples]
         batches = global_batches(lengths, self.recipe.training.global_batch_size, self.recipe.seed)
         return islice(batches, self.start, None)
 
@@ -252,8 +252,12 @@ class _MicroBatchIndices:
         self._batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
+        examples = self._batches.examples
         for batch in self._batches.schedule():
-            yield from micro_batches(batch, rank(), world_size(), self._batches.accumulation)
+            # A global batch holds examples of one length. In the order of their prefixes, neighbours are alike in both
+            # parts, and so in what each is padded to.
+            by_prefix = sorted(batch, key=lambda index: len(examples[index].prefix_ids))
+            yield from micro_batches(by_prefix, rank(), world_size(), self._batches.accumulation)
 
 
 class _Window:

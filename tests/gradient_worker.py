@@ -24,7 +24,7 @@ for variant in variants:
     experiment = Experiment(recipe)
     examples = experiment.splits.train
     engine = build_engine(build_model(recipe, experiment, None), recipe, accumulation := accumulation_steps(recipe))
-    batches = global_batches([e.lengths for e in examples], recipe.training.global_batch_size, recipe.seed)
+    batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
     losses = []
     for batch in islice(batches, recipe.training.steps):
         num_labels = sum(len(examples[index].target_ids) for index in batch)

@@ -48,7 +48,7 @@ def naive_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
     projection = build_projection(recipe, experiment, base)
     weight, bias = projection.weight.detach().double(), projection.bias.detach().double()
     weight.requires_grad_(), bias.requires_grad_()
-    batch = next(global_batches([e.lengths for e in examples], recipe.training.global_batch_size, recipe.seed))
+    batch = next(global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed))
     total, count = 0.0, 0
     for index in batch:
         example = examples[index]
