@@ -43,7 +43,7 @@ from environment import describe, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from softcot_ds.data import Batch, Example, collate, global_batches, shared_prefix
+from softcot_ds.data import Batch, Example, collate, global_batches, order_by_prefix, shared_prefix
 from softcot_ds.metrics import peak_memory_gib
 from softcot_ds.projection import LinearProjection
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
@@ -159,9 +159,10 @@ def read_examples(vocabulary: int) -> list[Example]:
 def choose_batches(examples: list[Example]) -> tuple[list[list[Example]], list[list[Example]]]:
     """Micro-batches as the training loop groups them, and in arrival order."""
     epoch = islice(global_batches([e.length for e in examples], GLOBAL_BATCH, seed=0), len(examples) // GLOBAL_BATCH)
+    grouped = [examples[index] for batch in epoch for index in order_by_prefix(batch, examples)]
     return tuple(
         representative([order[start : start + MICRO_BATCH] for start in range(0, len(order), MICRO_BATCH)])
-        for order in ([examples[index] for batch in epoch for index in batch], examples)
+        for order in (grouped, examples)
     )
 
 

@@ -179,6 +179,14 @@ def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterat
         epoch += 1
 
 
+def order_by_prefix(batch: list[int], examples: Sequence[Example]) -> list[int]:
+    """A global batch in the order of its examples' prefixes.
+
+    It holds examples of one length, so neighbours are then alike in both parts, and so in what each is padded to.
+    """
+    return sorted(batch, key=lambda index: len(examples[index].prefix_ids))
+
+
 def micro_batches(batch: list[int], rank: int, world_size: int, accumulation: int) -> list[list[int]]:
     """This rank's ``accumulation`` micro-batches of a global batch; over all ranks each index comes once.
 

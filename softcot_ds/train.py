@@ -22,7 +22,7 @@ from softcot_ds.checkpoint import (
     save_checkpoint,
 )
 from softcot_ds.cli import recipe_command
-from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches
+from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.distributed import (
     any_rank,
     device,
@@ -252,11 +252,8 @@ class _MicroBatchIndices:
         self._batches = batches
 
     def __iter__(self) -> Iterator[list[int]]:
-        examples = self._batches.examples
         for batch in self._batches.schedule():
-            # A global batch holds examples of one length. In the order of their prefixes, neighbours are alike in both
-            # parts, and so in what each is padded to.
-            by_prefix = sorted(batch, key=lambda index: len(examples[index].prefix_ids))
+            by_prefix = order_by_prefix(batch, self._batches.examples)
             yield from micro_batches(by_prefix, rank(), world_size(), self._batches.accumulation)
 
 
