@@ -30,7 +30,8 @@ from typing import TYPE_CHECKING
 import torch
 
 from softcot_ds import thought_store as ts
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.cli import exit_code_of, interrupted_by_signals
+from softcot_ds.errors import Interrupted, SoftCoTError
 from softcot_ds.progress import duration
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import Recipe, load_recipe
@@ -721,22 +722,23 @@ def main(argv: list[str] | None = None) -> int:
         parser.add_argument(f"--{option}", dest="inspect", action="store_const", const=option, help=help_text)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as with Ctrl-C, what is computed is kept
     ranks = None
     try:
-        if args.inspect:
-            _inspect(args)
-            return 0
-        ranks = join_ranks()
-        build(load_recipe(args.recipe, args.overrides), ranks)
+        with interrupted_by_signals():
+            if args.inspect:
+                _inspect(args)
+                return 0
+            ranks = join_ranks()
+            build(load_recipe(args.recipe, args.overrides), ranks)
     except OtherRankFailed:
         return 2
     except SoftCoTError as error:
         _complain(str(error), ranks)
         return 2
-    except KeyboardInterrupt:
-        _complain("interrupted; finished rows are kept, the same command goes on from there", ranks)
-        return 130
+    except Interrupted as error:
+        name = signal.Signals(error.signal_number).name
+        _complain(f"interrupted by {name}; finished rows are kept, the same command goes on from there", ranks)
+        return exit_code_of(error.signal_number)
     except BaseException:  # a defect: the stack trace is wanted, and so is the end of the other ranks
         if ranks is not None:
             ranks.fail(_HAND_OUTS)

@@ -40,8 +40,8 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.files import sync_file, sync_folder
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
 from softcot_ds.recipe import ModelConfig, Recipe, load_recipe
+from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
 
-MARKER = "COMPLETE"
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
@@ -117,18 +117,6 @@ def adapter_config(recipe: Recipe) -> AdapterConfig:
         num_thoughts=recipe.thoughts.count,
         step=0,
     )
-
-
-def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{MARKER}")]
-    return sorted(found, key=lambda path: int(path.name.removeprefix("step-")))
-
-
-def latest_checkpoint(run_dir: Path) -> Path | None:
-    """The newest complete checkpoint of a run, or None."""
-    found = checkpoints(run_dir)
-    return found[-1] if found else None
 
 
 def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:

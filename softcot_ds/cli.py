@@ -1,16 +1,18 @@
 """The command line: ``softcot-ds COMMAND ...``, and what all commands share."""
 
 import argparse
+import contextlib
 import errno
 import importlib
 import os
 import signal
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
 
 from softcot_ds import __version__
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.errors import Interrupted, SoftCoTError, Stopped
 from softcot_ds.recipe import load_recipe
 
 COMMANDS = {
@@ -19,6 +21,11 @@ COMMANDS = {
     "evaluate": "measure accuracy, with controls",
     "generate": "answer a question",
 }
+
+EXIT_MISTAKE = 2
+"""Exit code after something that the user can mend."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask to stop: Ctrl-C; cancelled, or preempted; and SLURM's notice before a time limit."""
 
 OVERRIDES_HELP = "replace a value of the recipe, such as training.steps=200"
 
@@ -75,24 +82,57 @@ def run_command(work: Callable[[], None]) -> int:
     """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
     code = 1  # of a defect, whose stack trace is wanted
     try:
-        work()
+        with interrupted_by_signals():
+            work()
         code = 0
+    except Stopped as error:
+        _report(str(error))
+        code = exit_code_of(error.signal_number)
     except SoftCoTError as error:
         _report(f"error: {error}")
-        code = 2
+        code = EXIT_MISTAKE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
         _report(f"error: the disk is full: {error}; make room, and the same command goes on from what is finished")
-        code = 2
-    except KeyboardInterrupt:
-        _report("interrupted; the same command goes on from what is finished")
-        code = 128 + signal.SIGINT
+        code = EXIT_MISTAKE
+    except Interrupted as error:
+        _report(
+            f"interrupted by {signal.Signals(error.signal_number).name}; the same command goes on from what is finished"
+        )
+        code = exit_code_of(error.signal_number)
     finally:
         distributed = sys.modules.get("softcot_ds.distributed")
         if distributed is not None:
             distributed.shut_down(failed=code != 0)
     return code
+
+
+def exit_code_of(signal_number: int) -> int:
+    """The exit code of a process that a signal stopped, as shells give it."""
+    return 128 + signal_number
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Raise ``Interrupted`` in the block when one of ``STOP_SIGNALS`` comes.
+
+    Batch systems signal every process of a job, and launchers hand signals that they ignore down to their children: so
+    the handlers are set even where a signal is ignored, and forked children, such as data loader workers, leave the
+    answer to their parent.
+    """
+    pid = os.getpid()
+
+    def interrupt(number: int, _frame: Any) -> None:
+        if os.getpid() == pid:
+            raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _report(message: str) -> None:

@@ -87,13 +87,18 @@ def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     return values
 
 
+def max_over_ranks(value: int) -> int:
+    """The largest value on any rank; the same answer on all."""
+    if world_size() == 1:
+        return value
+    largest = torch.tensor(value)
+    dist.all_reduce(largest, op=dist.ReduceOp.MAX, group=_control_group)
+    return int(largest)
+
+
 def any_rank(flag: bool) -> bool:
     """Whether the flag is set on any rank; the same answer on all."""
-    if world_size() == 1:
-        return flag
-    value = torch.tensor(int(flag))
-    dist.all_reduce(value, op=dist.ReduceOp.MAX, group=_control_group)
-    return bool(value)
+    return bool(max_over_ranks(int(flag)))
 
 
 def barrier() -> None:

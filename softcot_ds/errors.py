@@ -1,4 +1,4 @@
-"""The one exception that a user is meant to read."""
+"""The exceptions that a user is meant to read."""
 
 
 class SoftCoTError(Exception):
@@ -7,3 +7,22 @@ class SoftCoTError(Exception):
     The message says what was wrong, the value found and what to do next. The command line prints it
     without a stack trace and exits with 2.
     """
+
+
+class Stopped(SoftCoTError):
+    """Work that stopped in good order because a signal asked for it, at the same point on all ranks.
+
+    The command line exits with 128 and the signal's number, as shells do.
+    """
+
+    def __init__(self, message: str, signal_number: int) -> None:
+        super().__init__(message)
+        self.signal_number = signal_number
+
+
+class Interrupted(KeyboardInterrupt):
+    """A signal that asks to stop, raised wherever the process was. Without good order, and without a loss."""
+
+    def __init__(self, signal_number: int) -> None:
+        super().__init__()
+        self.signal_number = signal_number

@@ -250,6 +250,8 @@ class TrainingConfig(Section):
     """How many of the newest checkpoints are kept."""
     timeout_minutes: float = Field(30.0, gt=0)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long."""
+    max_restarts: int = Field(100, ge=0)
+    """How often a SLURM job goes back into the queue: after a time limit, a preemption, a dead node or rank."""
 
     @field_validator("warmup_steps")
     @classmethod

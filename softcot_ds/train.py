@@ -2,10 +2,12 @@
 
 import json
 import math
+import os
 import signal
 import sys
 import time
 from collections.abc import Iterator, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -14,20 +16,14 @@ import torch
 import yaml
 from torch.utils.data import DataLoader, Dataset
 
-from softcot_ds.checkpoint import (
-    AdapterConfig,
-    adapter_config,
-    latest_checkpoint,
-    load_checkpoint,
-    save_checkpoint,
-)
-from softcot_ds.cli import recipe_command
+from softcot_ds.checkpoint import AdapterConfig, adapter_config, load_checkpoint, save_checkpoint
+from softcot_ds.cli import STOP_SIGNALS, recipe_command
 from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.distributed import (
-    any_rank,
     device,
     init_distributed,
     is_main,
+    max_over_ranks,
     on_main,
     rank,
     say,
@@ -35,12 +31,13 @@ from softcot_ds.distributed import (
     world_size,
 )
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.errors import SoftCoTError, Stopped
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
 from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe, TrainingConfig
+from softcot_ds.run_dir import Journal, latest_checkpoint
 from softcot_ds.thought_reader import ThoughtReader
 from softcot_ds.validation import Validator
 
@@ -60,6 +57,7 @@ _FREE_KEYS = (
     "training.save_every",
     "training.keep_checkpoints",
     "training.timeout_minutes",
+    "training.max_restarts",
     "task.prompts",
 )
 
@@ -68,7 +66,8 @@ def train(recipe: Recipe) -> None:
     """Train from the newest complete checkpoint of the run, or from the start, to ``training.steps``.
 
     Raises:
-        SoftCoTError: data, cache or run directory do not fit the recipe; the loss is not finite; asked to stop.
+        SoftCoTError: data, cache or run directory do not fit the recipe; the loss is not finite.
+        Stopped: a signal asked for it; a checkpoint has been saved.
     """
     config = recipe.training
     init_distributed(config.timeout_minutes)
@@ -139,9 +138,9 @@ def train(recipe: Recipe) -> None:
             window.add(step, batch, loss.detach(), num_tokens)
 
         last = step == config.steps
-        stopping = any_rank(bool(stop.signal))
+        stopping = stop.agreed_signal()
         validating = step % config.validate_every == 0 or last
-        saving = step % config.save_every == 0 or last or stopping
+        saving = step % config.save_every == 0 or last or stopping is not None
         if step % config.log_every == 0 or step == start + 1 or validating or saving:
             losses, throughput = window.read(splits.train, folder)
             history.add(losses)
@@ -160,10 +159,11 @@ def train(recipe: Recipe) -> None:
             board.flush()
         if validating or saving:
             window.restart_clock()
-        if stopping and not last:
-            raise SoftCoTError(
-                f"stopped by {stop.signal or 'another rank'} after step {step}; saved {folder}. "
-                "The same command goes on from there"
+        if stopping is not None and not last:
+            on_main(partial(Journal(recipe.run_dir).add, "stop", signal=stopping.name, step=step))
+            raise Stopped(
+                f"stopped by {stopping.name} after step {step}; saved {folder}. The same command goes on from there",
+                stopping,
             )
 
     board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/train": summary["last_loss"]})
@@ -362,12 +362,19 @@ class _StopRequest:
     """Remembers a signal to stop; the loop looks after each step, so that all ranks stop at the same one."""
 
     def __init__(self) -> None:
-        self.signal = ""
-        for number in (signal.SIGINT, signal.SIGTERM):
+        self._pid = os.getpid()
+        self._rank_of_signal = 0
+        for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        self.signal = signal.Signals(number).name
+        if os.getpid() == self._pid:  # not in a forked child, which gets the signals of a batch system too
+            self._rank_of_signal = max(self._rank_of_signal, 1 + STOP_SIGNALS.index(number))
+
+    def agreed_signal(self) -> signal.Signals | None:
+        """The signal that any rank has got, the same on all; the notice that more time comes later outranks others."""
+        rank_of_signal = max_over_ranks(self._rank_of_signal)
+        return signal.Signals(STOP_SIGNALS[rank_of_signal - 1]) if rank_of_signal else None
 
 
 main = recipe_command("train", "Train the projection of a recipe.", train)

@@ -1,0 +1,114 @@
+"""What a run has left in its directory: complete checkpoints, and the journal of the attempts to train it.
+
+Needs neither torch nor DeepSpeed: a batch script asks before and after the ranks work.
+"""
+
+import json
+import os
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softcot_ds.errors import SoftCoTError
+
+MARKER = "COMPLETE"
+"""File of a checkpoint that is written last."""
+
+
+def checkpoints(run_dir: Path) -> list[Path]:
+    """The complete checkpoints of a run, oldest first."""
+    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{MARKER}")]
+    return sorted(found, key=checkpoint_step)
+
+
+def latest_checkpoint(run_dir: Path) -> Path | None:
+    """The newest complete checkpoint of a run, or None."""
+    found = checkpoints(run_dir)
+    return found[-1] if found else None
+
+
+def checkpoint_step(folder: Path) -> int:
+    """Optimizer steps that a checkpoint directory stands for, by its name."""
+    return int(folder.name.removeprefix("step-"))
+
+
+def saved_step(run_dir: Path) -> int:
+    """Optimizer steps that are safe on disk; 0 without a checkpoint."""
+    folder = latest_checkpoint(run_dir)
+    return checkpoint_step(folder) if folder else 0
+
+
+@dataclass
+class Attempt:
+    """One stretch of training by one batch job: from its start, or from a restart, to its end."""
+
+    job: str
+    """Id of the SLURM job; restarts keep it."""
+    first_step: int
+    """Steps that were saved when it began."""
+    last_step: int
+    """Steps that were saved when it ended; of one that just vanished (a dead node) when the next began."""
+    signal: str = ""
+    """The signal that it stopped for, as train wrote it; empty when there was none."""
+
+    @property
+    def progress(self) -> int:
+        return self.last_step - self.first_step
+
+
+class Journal:
+    """``attempts.jsonl`` of a run: a line when an attempt begins, when it stops for a signal, and when it ends."""
+
+    def __init__(self, run_dir: Path) -> None:
+        self._path = run_dir / "attempts.jsonl"
+
+    def add(self, event: str, **facts: Any) -> None:
+        """Append a line. Raises SoftCoTError when it cannot be written."""
+        line = json.dumps({"event": event, "time": time.strftime("%Y-%m-%d %H:%M:%S %z"), **facts}) + "\n"
+        try:
+            self._path.parent.mkdir(parents=True, exist_ok=True)
+            with open(self._path, "ab") as file:
+                # A line that a full disk cut short must not swallow this one.
+                if file.tell() and not self._path.read_bytes().endswith(b"\n"):
+                    line = "\n" + line
+                file.write(line.encode())
+                file.flush()
+                os.fsync(file.fileno())
+        except OSError as error:
+            raise SoftCoTError(f"cannot write {self._path}: {error.strerror}; make room or set output_dir") from error
+
+    def records(self) -> list[dict[str, Any]]:
+        """All whole lines."""
+        records = []
+        lines = self._path.read_text().splitlines() if self._path.exists() else []
+        for line in lines:
+            try:
+                records.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue  # cut short by a crash or a full disk; what it said shows in the next one
+        return records
+
+    def attempts(self, job: str, saved: int) -> list[Attempt]:
+        """The attempts of one job, oldest first; ``saved`` steps are on disk now, where the newest has got to."""
+        attempts: list[Attempt] = []
+        for record in self.records():
+            if record["event"] == "begin":
+                if attempts and attempts[-1].last_step < 0:
+                    attempts[-1].last_step = record["step"]
+                attempts.append(Attempt(record["job"], record["step"], -1))
+            elif attempts and record["event"] == "stop":
+                attempts[-1].signal = record["signal"]
+            elif attempts and record["event"] == "end":
+                attempts[-1].last_step = record["step"]
+        if attempts and attempts[-1].last_step < 0:
+            attempts[-1].last_step = saved
+        return [attempt for attempt in attempts if attempt.job == job]
+
+
+def stuck_at(attempts: Sequence[Attempt]) -> int | None:
+    """The step that the last two attempts could not get past, or None."""
+    if len(attempts) >= 2 and not any(attempt.progress for attempt in attempts[-2:]):
+        return attempts[-1].last_step
+    return None
