@@ -44,13 +44,13 @@ check_nodes() {
 
 # run_ranks MODULE ARGUMENT...: on each node one task, a deepspeed launcher for the ranks of its node, without ssh.
 run_ranks() {
-    # When a rank ends, the others get a minute to end as well and give their own exit codes; then they are killed.
+    # When a rank ends, the others get 30 s to end as well and give their own exit codes; then they are killed.
     srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        --kill-on-bad-exit=0 --wait=60 \
+        --kill-on-bad-exit=0 --wait=30 \
         $CONTAINER bash -c '
             trap "" USR1 TERM INT  # SLURM signals every process; the ranks answer, their launchers must not die of it
             export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > $3 ? SRUN_CPUS_PER_TASK / $3 : 1))}
-            deepspeed --log_level error --hostfile "$2" --no_ssh --node_rank "$SLURM_NODEID" \
+            deepspeed --log_level critical --hostfile "$2" --no_ssh --node_rank "$SLURM_NODEID" \
                 --master_addr "$MASTER_ADDR" --master_port "$MASTER_PORT" \
                 --no_python --no_local_rank bash "$1/rank.sh" python -u -m "${@:4}"
         ' _ "$SCRIPTS" "$HOSTFILE" "$RANKS_PER_NODE" "$@"

@@ -24,6 +24,8 @@ COMMANDS = {
 
 EXIT_MISTAKE = 2
 """Exit code after something that the user can mend."""
+EXIT_LOST_RANK = 3
+"""Exit code when another rank has died or does not answer."""
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
 """Signals that ask to stop: Ctrl-C; cancelled, or preempted; and SLURM's notice before a time limit."""
 
@@ -81,6 +83,7 @@ def recipe_command(
 def run_command(work: Callable[[], None]) -> int:
     """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
     code = 1  # of a defect, whose stack trace is wanted
+    distributed = sys.modules.get("softcot_ds.distributed")  # only where the command works with other ranks
     try:
         with interrupted_by_signals():
             work()
@@ -101,8 +104,15 @@ def run_command(work: Callable[[], None]) -> int:
             f"interrupted by {signal.Signals(error.signal_number).name}; the same command goes on from what is finished"
         )
         code = exit_code_of(error.signal_number)
+    except RuntimeError as error:
+        if distributed is None or (reason := distributed.lost_rank(error)) is None:
+            raise
+        _report(
+            f"error: another rank has died, or has not answered in time ({reason}); its own last lines say why. The "
+            "same command goes on from what is finished"
+        )
+        code = EXIT_LOST_RANK
     finally:
-        distributed = sys.modules.get("softcot_ds.distributed")
         if distributed is not None:
             distributed.shut_down(failed=code != 0)
     return code

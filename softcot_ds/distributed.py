@@ -61,6 +61,15 @@ def init_distributed(timeout_minutes: float) -> None:
     _control_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
 
 
+def lost_rank(error: RuntimeError) -> str | None:
+    """What the transport said, when ``error`` means that another rank died or did not answer in time; else None."""
+    text = str(error)
+    if isinstance(error, dist.DistError) or "gloo" in text:
+        # "[file:line] what happened. Advice that does not help"
+        return text.splitlines()[0].partition("] ")[2].partition(". ")[0] or text.splitlines()[0]
+    return None
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 
