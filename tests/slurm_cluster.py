@@ -145,8 +145,8 @@ class Cluster:
     """A SLURM cluster of virtual nodes with 4 CPUs and a GPU each, which is none: its device is /dev/null's.
 
     Partitions over all nodes: ``main``, the default one, and ``urgent``, whose jobs preempt those of ``main``. The
-    steps of a preempted job get SIGTERM at once, its batch script gets nothing. A job that has not ended after 20 s, the
-    grace time, is requeued when SLURM next looks at time limits, which it does every 30 s.
+    steps of a preempted job get SIGTERM at once, its batch script gets nothing. If it has not ended after 20 s, the
+    grace time, the job is requeued when SLURM next looks at time limits, which it does every 30 s.
     """
 
     def __init__(self, folder: Path, nodes: int = 3):
