@@ -1,10 +1,12 @@
 """What several test files share."""
 
 import os
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+from slurm_cluster import Cluster, why_unavailable
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoTokenizer, PreTrainedTokenizerFast
 
@@ -79,3 +81,15 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder {folder}; name one in SOFTCOT_SHARED_DATA")
     return folder
+
+
+@pytest.fixture(scope="session")
+def cluster(tmp_path_factory) -> Iterator[Cluster]:
+    """A SLURM cluster of three nodes, started when the first test asks for it. A test leaves its nodes idle."""
+    reason = why_unavailable()
+    if reason:
+        pytest.skip(reason)
+    cluster = Cluster(tmp_path_factory.mktemp("slurm"), nodes=3)
+    cluster.start()
+    yield cluster
+    cluster.stop()
