@@ -18,6 +18,7 @@ CONTAINER=${SOFTCOT_CONTAINER:-}
 export SLURM_MPI_TYPE=${SLURM_MPI_TYPE:-pmix}
 
 SCRIPTS=$SOFTCOT_HOME/slurm
+export SLURM_WAIT=${SLURM_WAIT:-30}  # when a rank has ended, seconds that the others get to end by themselves
 export SRUN_CPUS_PER_TASK=${SLURM_CPUS_PER_TASK:-1}  # srun does not inherit it since Slurm 22.05
 # One rank per GPU; without GPUs one per node, or as many as SOFTCOT_RANKS_PER_NODE says.
 RANKS_PER_NODE=${SOFTCOT_RANKS_PER_NODE:-${SLURM_GPUS_ON_NODE:-1}}
@@ -44,9 +45,8 @@ check_nodes() {
 
 # run_ranks MODULE ARGUMENT...: on each node one task, a deepspeed launcher for the ranks of its node, without ssh.
 run_ranks() {
-    # When a rank ends, the others get 30 s to end as well and give their own exit codes; then they are killed.
     srun --mpi=none --nodes="$SLURM_JOB_NUM_NODES" --ntasks="$SLURM_JOB_NUM_NODES" --ntasks-per-node=1 \
-        --kill-on-bad-exit=0 --wait=30 \
+        --kill-on-bad-exit=0 \
         $CONTAINER bash -c '
             trap "" USR1 TERM INT  # SLURM signals every process; the ranks answer, their launchers must not die of it
             export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$((SRUN_CPUS_PER_TASK > $3 ? SRUN_CPUS_PER_TASK / $3 : 1))}

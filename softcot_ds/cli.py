@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train the projection",
     "evaluate": "measure accuracy, with controls",
     "generate": "answer a question",
+    "submit": "cache, train and evaluate as a chain of SLURM jobs",
 }
 
 EXIT_MISTAKE = 2

@@ -180,31 +180,36 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
+def refuse_other_run(recipe: Recipe, prompt_file: Path, resume_from: Path | None) -> None:
+    """Raises SoftCoTError when the run's newest checkpoint belongs to a run of another recipe, wording or model."""
+    if resume_from is None:
+        return
+    theirs = flatten(yaml.safe_load((resume_from / "recipe.yaml").read_text()))
+    ours = flatten(recipe.model_dump(mode="json"))
+    differ = [
+        f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
+        for key in sorted(theirs.keys() | ours.keys())
+        if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS)
+    ]
+    if (resume_from / "prompts.yaml").read_bytes() != prompt_file.read_bytes():
+        differ.append(f"the wording there is not that of {prompt_file}")
+    if differ:
+        raise SoftCoTError(
+            f"{recipe.run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
+            "Give this run another name (name=...), or remove that folder"
+        )
+    AdapterConfig.load(resume_from).check_models(recipe)
+
+
 def _claim_run_dir(recipe: Recipe, prompt_file: Path, resume_from: Path | None) -> None:
     """Write the resolved recipe into the run's directory; refuse one that holds another run's checkpoints."""
-    run_dir = recipe.run_dir
-    if resume_from is not None:
-        theirs = flatten(yaml.safe_load((resume_from / "recipe.yaml").read_text()))
-        ours = flatten(recipe.model_dump(mode="json"))
-        differ = [
-            f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-            for key in sorted(theirs.keys() | ours.keys())
-            if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS)
-        ]
-        if (resume_from / "prompts.yaml").read_bytes() != prompt_file.read_bytes():
-            differ.append(f"the wording there is not that of {prompt_file}")
-        if differ:
-            raise SoftCoTError(
-                f"{run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
-                "Give this run another name (name=...), or remove that folder"
-            )
-        AdapterConfig.load(resume_from).check_models(recipe)
+    refuse_other_run(recipe, prompt_file, resume_from)
     try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(run_dir / "recipe.yaml", recipe.to_yaml())
+        recipe.run_dir.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
         raise SoftCoTError(
-            f"cannot write to the run's directory {run_dir}: {error}; free space or set output_dir"
+            f"cannot write to the run's directory {recipe.run_dir}: {error}; free space or set output_dir"
         ) from error
 
 

@@ -1,0 +1,176 @@
+"""``softcot-ds submit RECIPE --nodes N``: cache, training and evaluation as a chain of SLURM jobs.
+
+Everything that can be checked without a node is checked here, on the submitting terminal. What is done already is left
+out: a complete cache, a finished training. The scripts are those of slurm/, with the site's options in their headers;
+they stay in the run's directory beside the resolved recipe, so that a job can be submitted again by hand.
+"""
+
+import argparse
+import re
+import shlex
+import shutil
+import subprocess
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+from softcot_ds.cli import OVERRIDES_HELP, run_command
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import write_atomically
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.run_dir import latest_checkpoint, saved_step
+
+CHECKOUT = Path(__file__).parent.parent
+_HOME_LINE = "SOFTCOT_HOME=${SOFTCOT_HOME:-$SLURM_SUBMIT_DIR}\n"
+"""Of the scripts in slurm/: where they find the others. A generated script knows."""
+
+
+def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = None, dry_run: bool = False) -> None:
+    """Check the recipe with its data, cache and run directory; then submit the jobs that are left to do.
+
+    Args:
+        options: of sbatch, as on its command line (``--nodes=2``); they replace those of the scripts.
+        tasks_per_node: processes of a node that build the cache.
+        dry_run: only show the scripts and the resolved recipe.
+
+    Raises:
+        SoftCoTError: anything is wrong with the recipe, or SLURM refuses a job; then none is left in the queue.
+    """
+    commands = _left_to_do(recipe)
+    folder = recipe.run_dir / "slurm"
+    scripts = {command: _script(command, recipe, options, tasks_per_node) for command in commands}
+    if dry_run:
+        for command, text in scripts.items():
+            print(f"# {folder / command}.sbatch\n{text}")
+        print(f"# {recipe.run_dir / 'recipe.yaml'}\n{recipe.to_yaml()}", end="")
+        return
+    if shutil.which("sbatch") is None:
+        raise SoftCoTError("there is no sbatch here; submit from a login node of the cluster, or see --dry-run")
+    try:
+        for path in (folder, recipe.run_dir / "logs"):  # SLURM does not make the folder of a job's log
+            path.mkdir(parents=True, exist_ok=True)
+        write_atomically(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
+        for command, text in scripts.items():
+            write_atomically(folder / f"{command}.sbatch", text)
+    except OSError as error:
+        raise SoftCoTError(f"cannot write to {recipe.run_dir}: {error}; free space or set output_dir") from error
+
+    jobs: list[str] = []
+    for command in commands:
+        jobs.append(_sbatch(folder / f"{command}.sbatch", jobs))
+        print(f"{command:9} job {jobs[-1]}{f' after job {jobs[-2]}' if len(jobs) > 1 else ''}", flush=True)
+    print(
+        f"logs: {recipe.run_dir}/logs; to see the jobs: squeue -j {','.join(jobs)}; to end them: scancel {' '.join(jobs)}"
+    )
+
+
+def _left_to_do(recipe: Recipe) -> list[str]:
+    """The commands to run, in their order. Raises SoftCoTError for what is wrong with the recipe."""
+    # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
+    from softcot_ds.cache import open_cache
+    from softcot_ds.experiment import Experiment
+    from softcot_ds.train import refuse_other_run
+
+    experiment = Experiment(recipe)
+    inputs = experiment.splits.assistant_inputs()
+    refuse_other_run(recipe, experiment.task.prompt_file, latest_checkpoint(recipe.run_dir))
+    commands = []
+    if recipe.thoughts.source == "cache" and recipe.projection.kind != "static":
+        try:
+            folder = open_cache(recipe, inputs).folder
+            print(f"cache     complete in {folder}: no job")
+        except SoftCoTError:
+            commands.append("cache")
+    if saved_step(recipe.run_dir) < recipe.training.steps:
+        commands.append("train")
+    else:
+        print(f"train     done to step {saved_step(recipe.run_dir)} in {recipe.run_dir}: no job")
+    return [*commands, "evaluate"]
+
+
+def _script(command: str, recipe: Recipe, options: Sequence[str], tasks_per_node: str | None) -> str:
+    """The script of slurm/ for one job, with its options and its recipe in it."""
+    path = CHECKOUT / "slurm" / f"{command}.sbatch"
+    if not path.is_file():
+        raise SoftCoTError(f"no such script: {path}; install softcot-ds from a checkout, with pip install -e")
+    own = [f"--job-name={recipe.name}-{command}", f"--output={recipe.run_dir}/logs/%x-%j.log"]
+    if command == "cache" and tasks_per_node:
+        own.append(f"--ntasks-per-node={tasks_per_node}")
+    again = f"sbatch {recipe.run_dir}/slurm/{path.name}"
+    made = f"# {command} of {recipe.name}, made by softcot-ds submit; to submit it again: {again}"
+    text = with_options(path.read_text(), [*own, *options], made)
+    home = f"SOFTCOT_HOME={shlex.quote(str(CHECKOUT))}\nset -- {shlex.quote(str(recipe.run_dir / 'recipe.yaml'))}\n"
+    if _HOME_LINE not in text:
+        raise SoftCoTError(f"{path} has no line {_HOME_LINE.strip()!r}; take the script of the checkout again")
+    return text.replace(_HOME_LINE, home)
+
+
+def with_options(script: str, options: Sequence[str], comment: str) -> str:
+    """A batch script with these options of sbatch, in place of lines with the same option, and another comment.
+
+    Raises:
+        SoftCoTError: an option is not of the form --name or --name=value.
+    """
+    first, *lines = script.splitlines(keepends=True)
+    start = next(index for index, line in enumerate(lines) if not line.startswith("#"))
+    header, body = [line for line in lines[:start] if line.startswith("#SBATCH")], lines[start:]
+    for option in options:
+        if not re.fullmatch(r"--[a-z][a-z-]*(=.*)?", option):
+            raise SoftCoTError(
+                f"{option!r} is no long option of sbatch; write --name or --name=value, as --partition=gpu"
+            )
+        name = option.partition("=")[0]
+        header = [line for line in header if not re.match(rf"#SBATCH {re.escape(name)}(=|\s|$)", line)]
+        header.append(f"#SBATCH {option}\n")
+    return "".join([first, f"{comment}\n", *header, *body])
+
+
+def _sbatch(script: Path, before: Sequence[str]) -> str:
+    """Submit one script after the last of ``before``; returns the job's id. If SLURM refuses, those are cancelled."""
+    command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
+    if before:
+        command.append(f"--dependency=afterok:{before[-1]}")
+    done = subprocess.run([*command, str(script)], capture_output=True, text=True)
+    if done.returncode:
+        if before:
+            subprocess.run(["scancel", *before], capture_output=True)
+        said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
+        raise SoftCoTError(f"SLURM refuses {script}: {said}. No job of this chain is left in the queue")
+    return done.stdout.strip().partition(";")[0]  # JOB;CLUSTER
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="softcot-ds submit", description="Cache, train and evaluate as a chain of SLURM jobs."
+    )
+    parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    parser.add_argument("--nodes", required=True, help="4, or 3-4 where a restart may do with fewer after a dead node")
+    parser.add_argument("--gpus-per-node", help="a rank for each; default: what slurm/*.sbatch say")
+    parser.add_argument("--time", help="limit of each job, as sbatch takes it; training goes on in restarts")
+    parser.add_argument(
+        "--sbatch",
+        action="append",
+        default=[],
+        metavar="OPTIONS",
+        help="further options of sbatch for all jobs, such as --sbatch='--partition=gpu --account=team'",
+    )
+    parser.add_argument(
+        "--dry-run", action="store_true", help="show the scripts and the resolved recipe, submit nothing"
+    )
+    args = parser.parse_intermixed_args(argv)
+    named: Mapping[str, str | None] = {
+        "--nodes": args.nodes,
+        "--gpus-per-node": args.gpus_per_node,
+        "--time": args.time,
+    }
+    options = [f"{name}={value}" for name, value in named.items() if value is not None]
+    options += [option for text in args.sbatch for option in shlex.split(text)]
+    return run_command(
+        lambda: submit(load_recipe(args.recipe, args.overrides), options, args.gpus_per_node, args.dry_run)
+    )
+
+
+if __name__ == "__main__":
+    sys.exit(main())
