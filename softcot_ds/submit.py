@@ -59,9 +59,7 @@ def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = 
     for command in commands:
         jobs.append(_sbatch(folder / f"{command}.sbatch", jobs))
         print(f"{command:9} job {jobs[-1]}{f' after job {jobs[-2]}' if len(jobs) > 1 else ''}", flush=True)
-    print(
-        f"logs: {recipe.run_dir}/logs; to see the jobs: squeue -j {','.join(jobs)}; to end them: scancel {' '.join(jobs)}"
-    )
+    print(f"logs: {recipe.run_dir}/logs; the jobs: squeue -j {','.join(jobs)}; to end them: scancel {' '.join(jobs)}")
 
 
 def _left_to_do(recipe: Recipe) -> list[str]:

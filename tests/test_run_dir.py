@@ -1,0 +1,120 @@
+"""The journal of a run's attempts, and what it says about a restart."""
+
+from pathlib import Path
+
+import pytest
+
+from softcot_ds import slurm
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.run_dir import MARKER, Attempt, Journal, checkpoints, latest_checkpoint, saved_step, stuck_at
+from softcot_ds.slurm import REQUEUE
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture
+def recipe(tmp_path, monkeypatch) -> Recipe:
+    monkeypatch.setenv("SLURM_JOB_ID", "7")
+    monkeypatch.delenv("SLURM_RESTART_COUNT", raising=False)
+    overrides = [f"output_dir={tmp_path}", "training.steps=100", "training.max_restarts=3"]
+    return load_recipe(ROOT / "recipes/word_problems.yaml", overrides)
+
+
+def save(recipe: Recipe, step: int) -> None:
+    folder = recipe.run_dir / "checkpoints" / f"step-{step}"
+    folder.mkdir(parents=True)
+    (folder / MARKER).touch()
+
+
+def attempt(recipe: Recipe, saved: int, code: int, stopped_by: str = "", preempted: bool = False) -> int:
+    """Begin, save a checkpoint, stop, end; returns the verdict."""
+    slurm.begin("train", recipe)
+    if saved > saved_step(recipe.run_dir):
+        save(recipe, saved)
+    if stopped_by:
+        Journal(recipe.run_dir).add("stop", signal=stopped_by, step=saved)
+    return slurm.end("train", code, recipe, preempted)[0]
+
+
+def test_only_complete_checkpoints_count_and_in_their_order(recipe):
+    assert (saved_step(recipe.run_dir), latest_checkpoint(recipe.run_dir)) == (0, None)
+    for step in (8, 100, 20):
+        save(recipe, step)
+    (recipe.run_dir / "checkpoints/step-900").mkdir()
+    assert [path.name for path in checkpoints(recipe.run_dir)] == ["step-8", "step-20", "step-100"]
+    assert saved_step(recipe.run_dir) == 100
+
+
+@pytest.mark.parametrize(
+    ("code", "stopped_by", "preempted", "verdict"),
+    [
+        (138, "SIGUSR1", False, REQUEUE),  # notice of the time limit
+        (1, "SIGUSR1", False, REQUEUE),  # the same, and a launcher that changed the code
+        (138, "", False, REQUEUE),  # notice while the model was being loaded
+        (247, "", False, REQUEUE),  # a rank was killed
+        (0, "", False, REQUEUE),  # the launcher was killed, and its own launcher says 0
+        (3, "", False, REQUEUE),  # a rank did not answer
+        (2, "", False, 2),  # a mistake, or a full disk
+        (1, "SIGTERM", False, 1),  # scancel
+        (1, "SIGTERM", True, REQUEUE),  # preempted
+        (130, "", False, 130),  # Ctrl-C
+    ],
+)
+def test_end_requeues_what_can_go_on(recipe, code, stopped_by, preempted, verdict):
+    assert attempt(recipe, saved=20, code=code, stopped_by=stopped_by, preempted=preempted) == verdict
+
+
+def test_finished_run_is_done(recipe):
+    assert attempt(recipe, saved=100, code=0) == 0
+
+
+def test_two_attempts_that_end_at_one_step_stop_the_loop(recipe):
+    assert attempt(recipe, saved=20, code=1) == REQUEUE
+    assert attempt(recipe, saved=20, code=1) == REQUEUE, "once may be chance"
+    assert attempt(recipe, saved=20, code=1) == 1
+    _, why = slurm.end("train", 1, recipe)
+    assert "two attempts have ended at step 20" in why
+
+
+def test_progress_keeps_the_loop_going(recipe, monkeypatch):
+    for restart, saved in enumerate((20, 20, 40, 40)):
+        monkeypatch.setenv("SLURM_RESTART_COUNT", str(restart))
+        verdict = attempt(recipe, saved=saved, code=1)
+        assert verdict == (REQUEUE if restart < 3 else 1), "the last is one more than max_restarts"
+
+
+def test_restarts_that_slurm_makes_itself_are_counted_too(recipe, monkeypatch):
+    """A dead node leaves no end in the journal: SLURM requeues the job, and the next begin looks."""
+    for _ in range(2):
+        slurm.begin("train", recipe)
+    with pytest.raises(SoftCoTError, match="two attempts have ended at step 0"):
+        slurm.begin("train", recipe)
+    monkeypatch.setenv("SLURM_JOB_ID", "8")
+    slurm.begin("train", recipe)  # submitted anew
+    monkeypatch.setenv("SLURM_RESTART_COUNT", "4")
+    with pytest.raises(SoftCoTError, match=r"restart 4 is one too many \(training.max_restarts=3\)"):
+        slurm.begin("train", recipe)
+
+
+@pytest.mark.parametrize(("code", "verdict"), [(0, 0), (138, REQUEUE), (1, 1), (2, 2), (143, 143)])
+@pytest.mark.parametrize("command", ["cache", "evaluate"])
+def test_other_commands_come_back_only_for_more_time(recipe, command, code, verdict):
+    slurm.begin(command, recipe)
+    assert slurm.end(command, code, recipe)[0] == verdict
+
+
+def test_line_that_was_cut_short_does_not_hide_others(tmp_path):
+    journal = Journal(tmp_path)
+    journal.add("begin", job="1", step=0)
+    with (tmp_path / "attempts.jsonl").open("a") as file:
+        file.write('{"event": "end", "st')
+    journal.add("begin", job="1", step=30)
+    assert journal.attempts("1", saved=50) == [Attempt("1", 0, 30), Attempt("1", 30, 50)]
+
+
+def test_stuck_needs_two_attempts_without_progress():
+    assert stuck_at([]) is None
+    assert stuck_at([Attempt("1", 0, 0)]) is None
+    assert stuck_at([Attempt("1", 0, 20), Attempt("1", 20, 20)]) is None
+    assert stuck_at([Attempt("1", 0, 20), Attempt("1", 20, 20), Attempt("1", 20, 20)]) == 20

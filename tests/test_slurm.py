@@ -1,0 +1,298 @@
+"""The batch scripts and ``softcot-ds submit`` on a real SLURM cluster: ends, restarts, and equal curves.
+
+One run, cut short in every way there is, ends with the curve of a run that nobody disturbed.
+"""
+
+import json
+import os
+import signal
+import subprocess
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+from launch import BIN, ROOT, deepspeed_command, run
+from safetensors.torch import load_file
+from slurm_cluster import Cluster, Process
+
+from softcot_ds.run_dir import Journal, saved_step
+
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+
+RECIPE = "recipes/word_problems.yaml"
+STEPS = 40
+SMALL = [
+    "task.train_problems=96",
+    "task.validation_problems=9",
+    "task.test_problems=8",
+    f"training.steps={STEPS}",
+    "training.save_every=4",
+    "training.validate_every=20",
+    "training.log_every=1",
+    "evaluation.conditions=[learned,none]",
+    "evaluation.partition=zero3",
+]
+SITE = ["--gpus-per-node=1", "--cpus-per-task=1"]
+VARIABLES = {
+    "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
+    "SLURM_WAIT": "5",  # seconds that other ranks get to end
+    "SOFTCOT_DOCTOR": "0",  # two tests have it on
+}
+
+
+@pytest.fixture(scope="module")
+def shared_cache(tmp_path_factory) -> str:
+    return f"cache.path={tmp_path_factory.mktemp('cache')}"
+
+
+@pytest.fixture(scope="module")
+def undisturbed(shared_cache, tmp_path_factory) -> Path:
+    """The run on two ranks of this machine, without SLURM."""
+    folder = tmp_path_factory.mktemp("undisturbed")
+    arguments = [RECIPE, *SMALL, shared_cache, f"output_dir={folder}"]
+    run([str(BIN / "softcot-ds"), "cache", *arguments])
+    run(deepspeed_command(2, "softcot_ds.train", *arguments))
+    run(deepspeed_command(2, "softcot_ds.evaluate", *arguments))
+    return folder / "demo"
+
+
+@pytest.fixture
+def batch(cluster, shared_cache, tmp_path) -> Iterator["Batch"]:
+    batch = Batch(cluster, tmp_path, [*SMALL, shared_cache])
+    yield batch
+    batch.clean_up()
+
+
+class Batch:
+    """Jobs of one test."""
+
+    def __init__(self, cluster: Cluster, folder: Path, overrides: list[str]) -> None:
+        self.cluster = cluster
+        self.folder = folder
+        self.overrides = [*overrides, f"output_dir={folder}"]
+        self.run_dir = folder / "demo"
+        self.jobs: list[int] = []
+
+    def submit(self, script: str, *options: str, overrides: tuple[str, ...] = (), **env: str) -> int:
+        command = ["sbatch", "--parsable", f"--output={self.folder}/%x-%j.log", *SITE, *options, f"slurm/{script}"]
+        arguments = [RECIPE, *self.overrides, *overrides]
+        done = self.cluster.run(*command, *arguments, cwd=ROOT, env=VARIABLES | env)
+        self.jobs.append(int(done.stdout))
+        return self.jobs[-1]
+
+    def wait(self, job: int, *states: str, timeout: float = 180) -> str:
+        """Wait for one of the states; returns the job's log."""
+        record = self.cluster.wait_for(job, set(states), timeout)
+        return Path(record["StdOut"]).read_text()
+
+    def wait_until(self, condition: Callable[[], object], what: str, timeout: float = 180) -> None:
+        give_up = time.monotonic() + timeout
+        while not condition():
+            logs = "\n".join(path.read_text() for path in self.folder.glob("*.log"))
+            assert time.monotonic() < give_up, f"not {what} in {timeout} s:\n{logs}"
+            time.sleep(0.02)
+
+    def wait_for_progress(self) -> None:
+        """Until a checkpoint is there that was not there before."""
+        before = saved_step(self.run_dir)
+        self.wait_until(lambda: saved_step(self.run_dir) > before, f"a checkpoint after step {before}")
+
+    def wait_for_restart(self, number: int) -> None:
+        self.wait_until(lambda: self.begins() > number, f"restart {number}")
+
+    def begins(self) -> int:
+        return sum(record["event"] == "begin" for record in Journal(self.run_dir).records())
+
+    def ranks(self, node: str) -> list[Process]:
+        return [p for p in self.cluster.processes(node) if p.command.startswith("python -u -m softcot_ds.train")]
+
+    def losses(self) -> dict[int, float]:
+        return losses(self.run_dir)
+
+    def clean_up(self) -> None:
+        for job in self.jobs:
+            self.cluster.run("scancel", str(job), check=False)
+        for node in self.cluster.nodes:
+            self.cluster.revive(node)
+
+
+def losses(run_dir: Path) -> dict[int, float]:
+    records = map(json.loads, (run_dir / "losses.jsonl").read_text().splitlines())
+    return {record["step"]: record["loss"] for record in records}
+
+
+def accuracies(run_dir: Path) -> dict[str, int]:
+    conditions = json.loads((run_dir / "report.json").read_text())["conditions"]
+    return {name: condition["correct"] for name, condition in conditions.items()}
+
+
+def curve(run_dir: Path) -> dict[int, list[float]]:
+    """The points of TensorBoard's training loss, by step."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events.Reload()
+    points: dict[int, list[float]] = {}
+    for event in events.Scalars("loss/train"):
+        points.setdefault(event.step, []).append(event.value)
+    return points
+
+
+def test_submit_runs_the_chain_and_gives_the_results_of_one_machine(batch, undisturbed, tmp_path):
+    cluster = batch.cluster
+    command = [str(BIN / "softcot-ds"), "submit", RECIPE, *SMALL, f"output_dir={tmp_path}", f"cache.path={tmp_path}/c"]
+    options = ["--nodes=2", "--gpus-per-node=1", "--sbatch=--cpus-per-task=1"]
+    done = cluster.run(*command, *options, cwd=ROOT, env=VARIABLES)
+    jobs = [int(line.split()[2]) for line in done.stdout.splitlines() if " job " in line]
+    batch.jobs += jobs
+    assert len(jobs) == 3, done.stdout
+    cache, train, evaluate = (batch.wait(job, "COMPLETED") for job in jobs)
+
+    assert "2 processes over MPI" in cache
+    assert "step 40  loss" in train, "rank 0's progress is in the job's log"
+    assert "2 ranks (cpu), ZeRO stage 3" in train
+    assert "McNemar" in evaluate
+    assert losses(tmp_path / "demo") == losses(undisturbed), "the same world size: bit for bit"
+    assert accuracies(tmp_path / "demo") == accuracies(undisturbed)
+
+    run_dir = tmp_path / "demo"
+    logs = {path.name for path in (run_dir / "logs").iterdir()}
+    names = zip(("cache", "train", "evaluate"), jobs, strict=True)
+    for name, job in names:
+        assert {f"demo-{name}-{job}.log", *(f"demo-{name}-{job}-node{node}.log" for node in (1, 2))} <= logs
+    first_node = (run_dir / "logs" / f"demo-train-{jobs[1]}-node1.log").read_text()
+    assert all(line.startswith("[rank 0] ") for line in first_node.splitlines())
+    assert {path.name for path in (run_dir / "slurm").iterdir()} == {"cache.sbatch", "train.sbatch", "evaluate.sbatch"}
+    assert (run_dir / "recipe.yaml").is_file()
+
+    again = cluster.run(*command, *options, "--dry-run", cwd=ROOT, env=VARIABLES).stdout
+    assert "cache     complete in" in again
+    assert "train     done to step 40" in again
+    assert "#SBATCH --nodes=2\n" in again
+
+
+def test_wrong_recipe_fails_on_the_terminal_before_a_node_is_used(cluster, tmp_path):
+    begin = time.monotonic()
+    command = [str(BIN / "softcot-ds"), "submit", RECIPE, "training.setps=3", f"output_dir={tmp_path}", "--nodes=2"]
+    done = cluster.run(*command, cwd=ROOT, check=False, env=VARIABLES)
+    assert time.monotonic() - begin < 10
+    assert done.returncode == 2
+    assert "did you mean training.steps?" in done.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_refused_chain_leaves_no_job(cluster, tmp_path, shared_cache):
+    """SLURM takes the first job and refuses the second: it must not run alone."""
+    calls = tmp_path / "calls"
+    fake = tmp_path / "bin" / "sbatch"
+    fake.parent.mkdir()
+    fake.write_text(
+        f'#!/bin/bash\necho >>{calls}\n[ $(wc -l <{calls}) = 1 ] && PATH=$REAL_PATH exec sbatch "$@"\n'
+        "echo 'sbatch: error: no such account' >&2; exit 1\n"
+    )
+    fake.chmod(0o755)
+    command = [str(BIN / "softcot-ds"), "submit", RECIPE, *SMALL, f"output_dir={tmp_path}", f"cache.path={tmp_path}/c"]
+    paths = {"PATH": f"{fake.parent}{os.pathsep}{VARIABLES['PATH']}", "REAL_PATH": os.environ["PATH"]}
+    done = cluster.run(*command, "--nodes=2", "--sbatch=--hold", cwd=ROOT, check=False, env=VARIABLES | paths)
+    assert done.returncode == 2
+    assert "no such account" in done.stderr
+    assert cluster.run("squeue", "--noheader").stdout == ""
+
+
+def test_time_limit_saves_requeues_and_joins_the_curve(batch, undisturbed):
+    job = batch.submit("train.sbatch", "--nodes=2", "--time=20", "--signal=USR1@60")
+    batch.wait_for_progress()
+    # Seconds of training are enough, but SLURM gives notice 60 to 90 s before the time is up. Let the run wait for it,
+    # and the time be up soon. SLURM wakes what it signals.
+    for node in ("node1", "node2"):
+        (rank,) = batch.ranks(node)
+        os.kill(rank.pid, signal.SIGSTOP)
+    hours, minutes, seconds = map(int, batch.cluster.job(job)["RunTime"].split(":"))
+    limit = -(-(3600 * hours + 60 * minutes + seconds + 40) // 60)
+    batch.cluster.run("scontrol", "update", f"JobId={job}", f"TimeLimit={limit}")
+    batch.wait_for_restart(1)
+    batch.cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
+    log = batch.wait(job, "COMPLETED")
+
+    events = [(record["event"], record.get("signal")) for record in Journal(batch.run_dir).records()]
+    assert events == [("begin", None), ("stop", "SIGUSR1"), ("end", None), ("begin", None), ("end", None)]
+    assert "its time is up; back into the queue for restart 1 of 100" in log
+    assert "resuming from" in log
+    assert batch.losses() == losses(undisturbed)
+    final = f"checkpoints/step-{STEPS}/projection.safetensors"
+    want, found = load_file(undisturbed / final), load_file(batch.run_dir / final)
+    assert all((want[name] == found[name]).all() for name in want)
+    assert curve(batch.run_dir) == curve(undisturbed), "one point per step"
+
+
+def test_dead_nodes_are_replaced_or_done_without(batch, undisturbed):
+    """Of three nodes two are used; when one dies the third takes part; when another dies, the last goes on alone."""
+    job = batch.submit("train.sbatch", "--nodes=1-2")
+    batch.wait_for_progress()
+    batch.cluster.fail("node2")
+    batch.wait_for_restart(1)
+    batch.wait_for_progress()
+    first_part = batch.losses()
+    batch.cluster.fail("node3")
+    log = batch.wait(job, "COMPLETED")
+
+    begins = [record for record in Journal(batch.run_dir).records() if record["event"] == "begin"]
+    assert [begin["nodes"] for begin in begins] == ["node[1-2]", "node[1,3]", "node1"]
+    assert [begin["restart"] for begin in begins] == [0, 1, 2]
+    assert 0 < begins[1]["step"] < begins[2]["step"]
+    assert "2 ranks (cpu)" in log
+    assert "1 ranks (cpu)" in log
+    straight = losses(undisturbed)
+    assert first_part == {step: straight[step] for step in first_part}, "still two ranks: bit for bit"
+    assert batch.losses().keys() == straight.keys()
+    for step, loss in batch.losses().items():
+        assert loss == pytest.approx(straight[step], rel=2e-5), f"another number of ranks, step {step}"
+
+
+def test_killed_hanging_preempted_and_cancelled_run_goes_on(batch, undisturbed):
+    cluster = batch.cluster
+    job = batch.submit("train.sbatch", "--nodes=2", overrides=("training.timeout_minutes=0.2",))
+    batch.wait_for_progress()
+    (rank,) = batch.ranks("node2")
+    os.kill(rank.pid, signal.SIGKILL)
+
+    batch.wait_for_restart(1)
+    batch.wait_for_progress()
+    (rank,) = batch.ranks("node1")
+    os.kill(rank.pid, signal.SIGSTOP)  # hangs; the other gives up after 0.2 minutes
+
+    batch.wait_for_restart(2)
+    batch.wait_for_progress()
+    urgent = cluster.run(
+        "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"
+    )
+    cluster.wait_for(int(urgent.stdout), {"COMPLETED"}, timeout=60)
+
+    batch.wait_for_restart(3)
+    batch.wait_for_progress()
+    cluster.run("scancel", str(job))
+    log = batch.wait(job, "CANCELLED")
+    assert "rank 1 on node2 was killed by SIGKILL" in log
+    assert "another rank has died, or has not answered in time" in log
+    assert "its ranks ended with 137; back into the queue for restart 1 of 100" in log
+    assert "another job takes its nodes; back into the queue for restart 3 of 100" in log
+    assert "Traceback" not in log
+    stops = [record["signal"] for record in Journal(batch.run_dir).records() if record["event"] == "stop"]
+    assert stops == ["SIGTERM", "SIGTERM"], "preempted, and cancelled"
+    cancelled_at = saved_step(batch.run_dir)
+    assert cancelled_at < STEPS
+
+    again = batch.submit("train.sbatch", "--nodes=2")
+    log = batch.wait(again, "COMPLETED")
+    assert f"resuming from {batch.run_dir}/checkpoints/step-{cancelled_at}" in log
+    assert batch.losses() == losses(undisturbed), "bit for bit, after all that"
+
+
+def test_full_disk_ends_clearly_and_the_nodes_are_checked_first(batch, shared_cache):
+    disk = batch.folder / "disk"
+    disk.mkdir()
+    for node in ("node1", "node2"):  # each its own: mounts of a node are its own, and rank 0 alone writes checkpoints
+        subprocess.run(batch.cluster.on_node(node, "mkdir", "-p", str(disk)), check=True)
+    pytest.skip("later")
