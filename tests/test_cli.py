@@ -117,14 +117,49 @@ def test_a_recipe_command_without_recipe_or_with_a_typo_in_an_option_is_refused(
     assert seen == []
 
 
-def test_control_c_says_how_to_go_on(capfd, monkeypatch):
+@pytest.mark.parametrize("number", cli.STOP_SIGNALS)
+def test_signals_that_ask_to_stop_end_in_a_message_even_where_they_are_ignored(number, capfd, monkeypatch):
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+    before = signal.signal(number, signal.SIG_IGN)  # as below a batch script's trap
+    try:
+        assert cli.run_command(lambda: os.kill(os.getpid(), number)) == 128 + number
+        assert signal.getsignal(number) == signal.SIG_IGN
+    finally:
+        signal.signal(number, before)
+    message = f"interrupted by {number.name}; the same command goes on from what is finished"
+    assert capfd.readouterr().err == f"softcot-ds: {message}\n"
+
+
+def test_forked_children_leave_signals_to_their_parent(capfd, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 
-    def interrupted():
-        raise KeyboardInterrupt
+    def work() -> None:
+        child = os.fork()
+        if child == 0:
+            os.kill(os.getpid(), signal.SIGUSR1)
+            os._exit(5)
+        assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
-    assert cli.run_command(interrupted) == 128 + signal.SIGINT
-    assert capfd.readouterr().err == "softcot-ds: interrupted; the same command goes on from what is finished\n"
+    assert cli.run_command(work) == 0
+    assert capfd.readouterr().err == ""
+
+
+def test_a_rank_that_lost_another_says_so(capfd, monkeypatch):
+    import softcot_ds.distributed  # noqa: F401  # only commands that bring it work with other ranks
+
+    monkeypatch.delenv("LOCAL_RANK", raising=False)
+
+    def work() -> None:
+        raise RuntimeError(
+            "[/x/gloo/tcp/buffer.cc:78] Timed out waiting 18000ms for recv operation to complete. Advice."
+        )
+
+    assert cli.run_command(work) == 3
+    message = capfd.readouterr().err
+    assert "(Timed out waiting 18000ms for recv operation to complete)" in message
+    assert "Advice" not in message
+    with pytest.raises(RuntimeError, match="shapes"):
+        cli.run_command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
 
 
 def test_success_is_silent_and_0(capfd):
