@@ -18,6 +18,7 @@ COMMANDS = {
     "train": "train the projection",
     "evaluate": "measure accuracy, with controls",
     "generate": "answer a question",
+    "doctor": "check whether this environment is fit for training",
 }
 
 OVERRIDES_HELP = "replace a value of the recipe, such as training.steps=200"
@@ -40,26 +41,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def recipe_command(
-    name: str, description: str, work: Callable[..., object], adapter: bool = False
+    name: str, description: str, work: Callable[..., object], adapter: bool = False, needs_recipe: bool = True
 ) -> Callable[[Sequence[str] | None], int]:
     """The ``main`` of a command whose arguments are a recipe and overrides.
 
     Args:
         work: called with the recipe; with ``adapter``, also with the adapter directory to use.
         adapter: an adapter directory may be named instead of a recipe.
+        needs_recipe: without, the recipe may be left out, and ``work`` is called with None.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
         source = "a YAML file; recipes/ holds some" + adapter * "; or an adapter directory"
-        parser.add_argument("recipe", help=source)
+        parser.add_argument("recipe", nargs=None if needs_recipe else "?", help=source)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
         parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-        args = parser.parse_args(argv)
+        # That argument comes first: parsed otherwise, an optional recipe behind it would not be found.
+        args = parser.parse_intermixed_args(argv)
 
         def run() -> None:
-            if adapter:
+            if args.recipe is None:
+                work(None)
+            elif adapter:
                 from softcot_ds.checkpoint import recipe_and_adapter  # brings deepspeed; not for --help
 
                 work(*recipe_and_adapter(args.recipe, args.overrides))
