@@ -191,19 +191,20 @@ def doctor(recipe: Recipe | None) -> None:
     recipes = _groups(everyone, lambda facts: facts.recipe)
     if len(recipes) > 1:  # with other folders and models in them, nothing else can be compared
         raise SoftCoTError(f"the recipe differs (hash {_each(recipes, everyone)}); give all nodes the same file")
-    stuck = exchange(facts, on_gpu=all(other.has_gpu for other in everyone))
+    exchange(facts, on_gpu=all(other.has_gpu for other in everyone))
     with marks(facts, everyone[0].token):
         everyone = gather(facts)
         look(facts, everyone)
         everyone = gather(facts)
-    try:
-        distributed.on_main(lambda: _tell(judge(everyone), everyone))
-    except SoftCoTError as error:
-        if not stuck:
-            raise
-        # A thread waits inside NCCL for ranks that never come; to leave the process group would wait for that thread.
-        print(f"softcot-ds: error: {error}", file=sys.stderr, flush=True)
+    problems = distributed.on_main(lambda: _tell(judge(everyone), everyone))
+    message = f"{_count(problems, 'problem')}, listed above, each with what to do"
+    if any(other.exchange_failure for other in everyone):
+        # A thread may wait inside NCCL for ranks that never come, and to leave the group would be to wait for it.
+        distributed.say(f"softcot-ds: error: {message}")
         os._exit(2)
+    distributed.shut_down()
+    if problems:
+        raise SoftCoTError(message)
 
 
 # Facts
@@ -384,8 +385,8 @@ def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
     return inputs * models["base"].width * 4 * 3 * (recipe.training.keep_checkpoints + 1)
 
 
-def exchange(facts: Facts, on_gpu: bool) -> bool:
-    """All-reduce between all ranks: is the sum right, and how fast is it. Returns whether a thread is stuck in it.
+def exchange(facts: Facts, on_gpu: bool) -> None:
+    """All-reduce between all ranks: is the sum right, and how fast is it.
 
     Bus bandwidth is algorithm bandwidth x 2(n-1)/n, as nccl-tests define it: what each link must have carried.
     """
@@ -394,7 +395,7 @@ def exchange(facts: Facts, on_gpu: bool) -> bool:
 
     n = dist.get_world_size()
     if n == 1:
-        return False
+        return
     # NCCL connects in the first all-reduce, not here.
     group = dist.new_group(backend="nccl", timeout=timedelta(minutes=JOIN_MINUTES)) if on_gpu else dist.group.WORLD
     device = torch.device("cuda", facts.local_rank) if on_gpu else torch.device("cpu")
@@ -418,17 +419,16 @@ def exchange(facts: Facts, on_gpu: bool) -> bool:
             seconds.append(time.perf_counter() - start)
         facts.bus_gb_per_s = size / statistics.median(seconds) * 2 * (n - 1) / n / 1e9
 
-    facts.exchange_failure, stuck = _within(EXCHANGE_SECONDS, work)
-    return stuck
+    facts.exchange_failure = _within(EXCHANGE_SECONDS, work)
 
 
-def _within(seconds: float, work: Callable[[], None]) -> tuple[str, bool]:
-    """Run ``work`` in a thread. Returns why it failed ("" if it did not), and whether it still runs."""
+def _within(seconds: float, work: Callable[[], None]) -> str:
+    """Run ``work`` in a thread, which is left behind when it does not end. Returns why it failed, or ""."""
     failure: list[str] = []
     thread = threading.Thread(target=lambda: failure.append(_failure_of(work)), daemon=True)
     thread.start()
     thread.join(seconds)
-    return (failure[0], False) if failure else (f"no end within {seconds:.0f} s", True)
+    return failure[0] if failure else f"no end within {seconds:g} s"
 
 
 @contextmanager
@@ -906,8 +906,8 @@ def _list(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
     return separator.join(names[:most]) + more
 
 
-def _tell(findings: Sequence[Finding], everyone: Sequence[Facts]) -> None:
-    """Print the findings, problems last. Raises SoftCoTError when there are any."""
+def _tell(findings: Sequence[Finding], everyone: Sequence[Facts]) -> int:
+    """Print the findings, problems last. Returns how many problems there are."""
     nodes = len({facts.node for facts in everyone})
     lines = [f"{_count(len(everyone), 'rank')} on {_count(nodes, 'node')}"]
     for level in (OK, WARNING, PROBLEM):
@@ -917,9 +917,7 @@ def _tell(findings: Sequence[Finding], everyone: Sequence[Facts]) -> None:
                 if finding.remedy:
                     lines.append(f"{'':<25}-> {finding.remedy}")
     print("\n".join(lines), flush=True)
-    problems = sum(finding.level == PROBLEM for finding in findings)
-    if problems:
-        raise SoftCoTError(f"{_count(problems, 'problem')}, listed above, each with what to do")
+    return sum(finding.level == PROBLEM for finding in findings)
 
 
 def _count(number: int, what: str) -> str:
