@@ -32,10 +32,10 @@ from typing import Any
 from packaging.requirements import Requirement
 from packaging.specifiers import SpecifierSet
 
+# What brings torch is imported in functions, after the look at whether it can be.
 from softcot_ds import __version__
 from softcot_ds.cli import recipe_command
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.ranks import MPI_SIZE_VARIABLES
 from softcot_ds.recipe import ModelConfig, Recipe
 
 PACKAGE = "softcot-ds"
@@ -290,6 +290,8 @@ def _recipe_hash(recipe: Recipe) -> str:
 
 
 def _alone_of() -> str:
+    from softcot_ds.ranks import MPI_SIZE_VARIABLES
+
     announced = [name for name in MPI_SIZE_VARIABLES if os.environ.get(name, "").isdigit()]
     several = [f"{name}={os.environ[name]}" for name in announced if int(os.environ[name]) > 1]
     return several[0] if several and "RANK" not in os.environ else ""

@@ -479,10 +479,11 @@ def test_processes_that_do_not_know_of_each_other_are_a_problem(tmp_path):
     assert "SLURM_STEP_NUM_TASKS=4, but this process knows of no others" in done.stdout
 
 
-def test_a_library_that_does_not_load_is_named_with_the_command_that_mends_it(tmp_path):
-    (tmp_path / "deepspeed.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
+@pytest.mark.parametrize("library", ["torch", "deepspeed", "transformers"])
+def test_a_library_that_does_not_load_is_named_with_the_command_that_mends_it(tmp_path, library):
+    (tmp_path / f"{library}.py").write_text("raise ImportError('libcudart.so.13: cannot open shared object file')")
     done = run(alone(), check=False, PYTHONPATH=f"{tmp_path}:{ROOT}:{ROOT / 'kernels'}")
     assert done.returncode == 2
     assert "libcudart.so.13: cannot open shared object file" in done.stdout
-    assert "pip install --force-reinstall 'deepspeed<" in done.stdout
+    assert f"pip install --force-reinstall '{library}<" in done.stdout
     assert "Traceback" not in done.stdout
