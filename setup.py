@@ -33,6 +33,7 @@ setup(
         "tensorboard>=2.21",
         "pydantic>=2.14,<3",
         "pyyaml>=6",
+        "packaging>=24",
         "jinja2>=3.1",
         "numpy>=2",
         "scipy>=1.17",

@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from softcot_ds import __version__
-from softcot_ds.errors import Interrupted, SoftCoTError, Stopped
+from softcot_ds.errors import Interrupted, LostRank, SoftCoTError, Stopped
 from softcot_ds.recipe import load_recipe
 
 COMMANDS = {
@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train the projection",
     "evaluate": "measure accuracy, with controls",
     "generate": "answer a question",
+    "doctor": "check whether this environment is fit for training",
     "submit": "cache, train and evaluate as a chain of SLURM jobs",
 }
 
@@ -50,26 +51,30 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def recipe_command(
-    name: str, description: str, work: Callable[..., object], adapter: bool = False
+    name: str, description: str, work: Callable[..., object], adapter: bool = False, needs_recipe: bool = True
 ) -> Callable[[Sequence[str] | None], int]:
     """The ``main`` of a command whose arguments are a recipe and overrides.
 
     Args:
         work: called with the recipe; with ``adapter``, also with the adapter directory to use.
         adapter: an adapter directory may be named instead of a recipe.
+        needs_recipe: without, the recipe may be left out, and ``work`` is called with None.
     """
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
         source = "a YAML file; recipes/ holds some" + adapter * "; or an adapter directory"
-        parser.add_argument("recipe", help=source)
+        parser.add_argument("recipe", nargs=None if needs_recipe else "?", help=source)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
         parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-        args = parser.parse_args(argv)
+        # That argument comes first: parsed otherwise, an optional recipe behind it would not be found.
+        args = parser.parse_intermixed_args(argv)
 
         def run() -> None:
-            if adapter:
+            if args.recipe is None:
+                work(None)
+            elif adapter:
                 from softcot_ds.checkpoint import recipe_and_adapter  # brings deepspeed; not for --help
 
                 work(*recipe_and_adapter(args.recipe, args.overrides))
@@ -84,7 +89,6 @@ def recipe_command(
 def run_command(work: Callable[[], None]) -> int:
     """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
     code = 1  # of a defect, whose stack trace is wanted
-    distributed = sys.modules.get("softcot_ds.distributed")  # only where the command works with other ranks
     try:
         with interrupted_by_signals():
             work()
@@ -94,7 +98,7 @@ def run_command(work: Callable[[], None]) -> int:
         code = exit_code_of(error.signal_number)
     except SoftCoTError as error:
         _report(f"error: {error}")
-        code = EXIT_MISTAKE
+        code = EXIT_LOST_RANK if isinstance(error, LostRank) else EXIT_MISTAKE
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT):
             raise
@@ -106,6 +110,7 @@ def run_command(work: Callable[[], None]) -> int:
         )
         code = exit_code_of(error.signal_number)
     except RuntimeError as error:
+        distributed = sys.modules.get("softcot_ds.distributed")
         if distributed is None or (reason := distributed.lost_rank(error)) is None:
             raise
         _report(
@@ -114,6 +119,7 @@ def run_command(work: Callable[[], None]) -> int:
         )
         code = EXIT_LOST_RANK
     finally:
+        distributed = sys.modules.get("softcot_ds.distributed")  # only where the command works with other ranks
         if distributed is not None:
             distributed.shut_down(failed=code != 0)
     return code

@@ -11,7 +11,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.errors import LostRank, SoftCoTError
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
@@ -29,11 +29,14 @@ def device() -> torch.device:
     return torch.device("cpu")
 
 
-def init_distributed(timeout_minutes: float) -> None:
+def init_distributed(timeout_minutes: float, cpu_only: bool = False) -> None:
     """Join the process group that a launcher describes in the environment; alone, be a group of one.
 
+    Args:
+        cpu_only: meet over gloo also where there are GPUs, which are not touched; DeepSpeed cannot be used then.
+
     Raises:
-        SoftCoTError: the ranks do not find each other, or the port is taken.
+        LostRank: the ranks do not find each other, the port is taken, or the launcher's variables are wrong.
 
     The default timeout of PyTorch, ten minutes, is shorter than the loading of a large model.
     """
@@ -41,24 +44,32 @@ def init_distributed(timeout_minutes: float) -> None:
         return
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
-    if device().type == "cuda":
+    backend = "nccl" if device().type == "cuda" and not cpu_only else "gloo"
+    if backend == "nccl":
         torch.cuda.set_device(device())
-    try:
-        deepspeed.init_distributed(
-            dist_backend="nccl" if device().type == "cuda" else "gloo",
-            auto_mpi_discovery=False,
-            timeout=timedelta(minutes=timeout_minutes),
-        )
-    except dist.DistError as error:
-        where = f"MASTER_ADDR={os.environ.get('MASTER_ADDR')} MASTER_PORT={os.environ.get('MASTER_PORT')}"
-        raise SoftCoTError(
-            f"the ranks cannot meet at {where}: {str(error).splitlines()[0]}. If another job uses that port, start "
-            "with deepspeed --master_port PORT"
-        ) from error
-
-    # Control messages travel over the CPUs: they never make a rank wait for its GPU.
+    timeout = timedelta(minutes=timeout_minutes)
     global _control_group
-    _control_group = dist.new_group(backend="gloo", timeout=timedelta(minutes=timeout_minutes))
+    try:
+        if cpu_only:
+            dist.init_process_group(backend, timeout=timeout)
+        else:
+            deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
+        # Control messages travel over the CPUs: they never make a rank wait for its GPU.
+        _control_group = dist.new_group(backend="gloo", timeout=timeout)
+    except (RuntimeError, ValueError) as error:  # no peers, no such address or interface; a variable is missing
+        raise _cannot_meet(error) from error
+
+
+def _cannot_meet(error: Exception) -> LostRank:
+    environ = os.environ
+    where = f"MASTER_ADDR={environ.get('MASTER_ADDR')} MASTER_PORT={environ.get('MASTER_PORT')}"
+    reason = str(error).strip().splitlines()[0].rstrip(".")
+    return LostRank(
+        f"rank {environ['RANK']} of {environ.get('WORLD_SIZE')} cannot meet the others at {where}: {reason}. Start the "
+        "same command on every node, with the first one's address. If another job uses that port, start with "
+        "deepspeed --master_port PORT; if this network does not connect the nodes, name the interface that does in "
+        "GLOO_SOCKET_IFNAME"
+    )
 
 
 def lost_rank(error: RuntimeError) -> str | None:

@@ -9,6 +9,10 @@ class SoftCoTError(Exception):
     """
 
 
+class LostRank(SoftCoTError):
+    """Another rank has died, does not answer, or was never found. The command line exits with 3: another try may do."""
+
+
 class Stopped(SoftCoTError):
     """Work that stopped in good order because a signal asked for it, at the same point on all ranks.
 

@@ -19,7 +19,7 @@ import torch.distributed as dist
 from softcot_ds.errors import SoftCoTError
 
 # Each launcher tells a process in one of these how many there are.
-_MPI_SIZE_VARIABLES = (
+MPI_SIZE_VARIABLES = (
     "OMPI_COMM_WORLD_SIZE",
     "PMI_SIZE",
     "MPI_LOCALNRANKS",
@@ -153,7 +153,7 @@ def join_ranks() -> Ranks:
     environ = os.environ
     if int(environ.get("WORLD_SIZE", "1")) > 1 and "RANK" in environ:
         return _join_over_tcp()
-    if any(name in environ for name in (*_MPI_SIZE_VARIABLES, "PMIX_RANK")):
+    if any(name in environ for name in (*MPI_SIZE_VARIABLES, "PMIX_RANK")):
         return _join_over_mpi()
     return Ranks(0, 1, 0, 1, dist.HashStore(), "no launcher")
 
@@ -182,7 +182,7 @@ def _join_over_tcp() -> Ranks:
 
 def _join_over_mpi() -> Ranks:
     """Ranks of mpirun or srun --mpi."""
-    announced = {name: os.environ[name] for name in _MPI_SIZE_VARIABLES if os.environ.get(name, "").isdigit()}
+    announced = {name: os.environ[name] for name in MPI_SIZE_VARIABLES if os.environ.get(name, "").isdigit()}
     several = [f"{name}={value}" for name, value in announced.items() if int(value) > 1]
     try:
         from mpi4py import MPI  # starts MPI, so only where there is a launcher

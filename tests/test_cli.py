@@ -117,6 +117,17 @@ def test_a_recipe_command_without_recipe_or_with_a_typo_in_an_option_is_refused(
     assert seen == []
 
 
+@pytest.mark.parametrize("launcher", [[], ["--local_rank=0"]])
+def test_a_recipe_may_be_left_out_where_the_command_allows_it(monkeypatch, launcher):
+    seen = []
+    main = cli.recipe_command("doctor", "Look.", seen.append, needs_recipe=False)
+    monkeypatch.chdir(ROOT)
+    assert main(launcher) == 0
+    assert main([*launcher, "recipes/gsm8k_llama_8b.yaml", "name=other"]) == 0
+    assert seen[0] is None
+    assert seen[1].name == "other"
+
+
 @pytest.mark.parametrize("number", cli.STOP_SIGNALS)
 def test_signals_that_ask_to_stop_end_in_a_message_even_where_they_are_ignored(number, capfd, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
