@@ -336,9 +336,9 @@ class Cluster:
 
     def _power_off(self, node: str) -> None:
         if node in self._daemons:
-            _kill(self._daemons.pop(node))
-            # The kernel takes its time, and the name is wanted again.
+            # First the link: dying processes would say good-bye to their peers, which a dead machine does not.
             self._on_bridge("ip", "link", "del", node, check=False)
+            _kill(self._daemons.pop(node))
 
     def _init(self, node: str) -> int:
         """The node's first process, as seen from the head node."""
