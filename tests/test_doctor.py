@@ -460,7 +460,7 @@ def test_ranks_that_cannot_meet_are_told_where_and_what_to_do(tmp_path):
         port = str(taken.getsockname()[1])
         launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
         done = run(alone(), check=False, **launcher)
-    assert done.returncode == 2
+    assert done.returncode == 3
     assert f"rank 0 of 2 cannot meet the others at MASTER_ADDR=127.0.0.1 MASTER_PORT={port}: " in done.stdout
     assert "deepspeed --master_port PORT" in done.stdout
     assert "Traceback" not in done.stdout
