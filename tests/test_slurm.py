@@ -9,6 +9,7 @@ import signal
 import subprocess
 import time
 from collections.abc import Callable, Iterator
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -290,9 +291,46 @@ def test_killed_hanging_preempted_and_cancelled_run_goes_on(batch, undisturbed):
     assert batch.losses() == losses(undisturbed), "bit for bit, after all that"
 
 
-def test_full_disk_ends_clearly_and_the_nodes_are_checked_first(batch, shared_cache):
+def test_full_disk_ends_clearly_and_room_is_all_that_it_takes(batch, undisturbed):
     disk = batch.folder / "disk"
     disk.mkdir()
-    for node in ("node1", "node2"):  # each its own: mounts of a node are its own, and rank 0 alone writes checkpoints
-        subprocess.run(batch.cluster.on_node(node, "mkdir", "-p", str(disk)), check=True)
-    pytest.skip("later")
+    on_node = partial(batch.cluster.on_node, "node1")
+    subprocess.run(on_node("mount", "-t", "tmpfs", "-o", "size=900k", "tmpfs", str(disk)), check=True)
+    try:
+        often = (f"output_dir={disk}", "training.save_every=1", "training.keep_checkpoints=40")
+        job = batch.submit("train.sbatch", "--nodelist=node1", overrides=often, SOFTCOT_RANKS_PER_NODE="2")
+        log = batch.wait(job, "FAILED")
+        assert "No space left on device" in log
+        assert "Make room and run the same command again" in log
+        assert "it stays out of the queue" in log
+        assert "Traceback" not in log
+        subprocess.run(on_node("mount", "-o", "remount,size=100M", str(disk)), check=True)
+        again = batch.submit("train.sbatch", "--nodelist=node1", overrides=often, SOFTCOT_RANKS_PER_NODE="2")
+        log = batch.wait(again, "COMPLETED")
+        assert "resuming from" in log
+        subprocess.run(on_node("cp", "-r", str(disk / "demo"), str(batch.run_dir)), check=True)
+        assert batch.losses() == losses(undisturbed)
+    finally:
+        subprocess.run(on_node("umount", "--lazy", str(disk)), check=True)
+
+
+def test_nodes_are_checked_before_time_is_spent(batch, undisturbed):
+    """The doctor looks at both nodes before the cache, which is complete. Then one of them has a folder of its own."""
+    cpu_nodes = ("--nodes=2", "--ntasks-per-node=1", "--gpus-per-node=0")  # it would miss the GPUs, which are none
+    job = batch.submit("cache.sbatch", *cpu_nodes, SOFTCOT_DOCTOR="1")
+    log = batch.wait(job, "COMPLETED")
+    assert "2 nodes" in log
+    assert "nothing to compute" in log
+
+    unshared = batch.folder / "unshared"
+    unshared.mkdir()
+    subprocess.run(batch.cluster.on_node("node2", "mount", "-t", "tmpfs", "tmpfs", str(unshared)), check=True)
+    try:
+        here = (f"cache.path={unshared}",)
+        job = batch.submit("cache.sbatch", *cpu_nodes, overrides=here, SOFTCOT_DOCTOR="1")
+        log = batch.wait(job, "FAILED")
+    finally:
+        subprocess.run(batch.cluster.on_node("node2", "umount", "--lazy", str(unshared)), check=True)
+    assert "cache.path" in log
+    assert "node2" in log
+    assert "rows to compute" not in log
