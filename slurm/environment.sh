@@ -38,9 +38,12 @@ begin() {
     scontrol show hostnames "$SLURM_JOB_NODELIST" | sed "s/\$/ slots=$RANKS_PER_NODE/" >"$HOSTFILE"
 }
 
-# check_nodes RECIPE [key=value ...]: softcot-ds doctor on every rank. Ends the job where something is wrong.
+# check_nodes RECIPE|ADAPTER_DIR [key=value ...]: softcot-ds doctor on every rank. Ends the job where something is wrong.
+# SOFTCOT_DOCTOR=0 leaves it out.
 check_nodes() {
-    [ "${SOFTCOT_DOCTOR:-1}" = 0 ] || run_ranks softcot_ds.doctor "$@" || exit
+    local recipe=$1
+    if [ -d "$recipe" ]; then recipe=$recipe/recipe.yaml; fi
+    [ "${SOFTCOT_DOCTOR:-1}" = 0 ] || run_ranks softcot_ds.doctor "$recipe" "${@:2}" || exit
 }
 
 # run_ranks MODULE ARGUMENT...: on each node one task, a deepspeed launcher for the ranks of its node, without ssh.

@@ -5,9 +5,11 @@ One run, cut short in every way there is, ends with the curve of a run that nobo
 
 import json
 import os
+import re
 import signal
 import subprocess
 import time
+import urllib.request
 from collections.abc import Callable, Iterator
 from functools import partial
 from pathlib import Path
@@ -334,3 +336,26 @@ def test_nodes_are_checked_before_time_is_spent(batch, undisturbed):
     assert "cache.path" in log
     assert "node2" in log
     assert "rows to compute" not in log
+
+
+def test_tensorboard_answers_and_says_how_to_reach_it(cluster, undisturbed, tmp_path):
+    command = ["sbatch", "--parsable", f"--output={tmp_path}/log", "slurm/tensorboard.sbatch", undisturbed.parent]
+    job = cluster.run(*map(str, command), cwd=ROOT, env=VARIABLES | {"USER": "ann"}).stdout.strip()
+    try:
+        log, give_up = tmp_path / "log", time.monotonic() + 60
+        while not (found := re.search(r"ssh -N -L (\d+):(node\d):\1 ann@\S+", log.read_text() if log.exists() else "")):
+            assert time.monotonic() < give_up
+            time.sleep(0.1)
+        port, node = found.groups()
+        address = dict(line.split()[::-1] for line in (cluster.folder / "hosts").read_text().splitlines())[node]
+        url = f"http://{address}:{port}/data/plugin/scalars/tags"
+        while True:
+            try:
+                tags = json.loads(urllib.request.urlopen(url, timeout=5).read())
+                assert "loss/train" in tags["demo/tensorboard"]
+                break
+            except (OSError, KeyError):  # it is starting, or reading
+                assert time.monotonic() < give_up, log.read_text()
+                time.sleep(0.2)
+    finally:
+        cluster.run("scancel", job)
