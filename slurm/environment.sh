@@ -64,8 +64,7 @@ finish() {
     local verdict=0 preempted=()
     if scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; then preempted=(--preempted); fi
     $CONTAINER python -m softcot_ds.slurm end "${preempted[@]}" "$@" || verdict=$?
-    if [ "$verdict" = 75 ]; then
-        scontrol requeue "$SLURM_JOB_ID"
+    if [ "$verdict" = 75 ] && scontrol requeue "$SLURM_JOB_ID"; then
         sleep 600  # SLURM ends this script now
     fi
     exit "$verdict"
