@@ -54,7 +54,7 @@ def states_depend_on_length(model: PreTrainedModel) -> bool:
 
 
 @dataclass
-class SharedPrefix:
+class SharedStates:
     """Tokens that every prefix begins with, read once: their keys and values of each layer, batch of one."""
 
     length: int
@@ -69,7 +69,7 @@ class _Call:
     keep: torch.Tensor
     masks: dict[int | None, torch.Tensor]
     """What a layer may attend to, by its sliding window."""
-    shared: SharedPrefix | None
+    shared: SharedStates | None
     prefix_hidden: torch.Tensor | None = field(default=None)
 
 
@@ -118,7 +118,7 @@ class FrozenPrefix:
         positions: torch.Tensor,
         prefix_length: int,
         keep: torch.Tensor,
-        shared: SharedPrefix | None = None,
+        shared: SharedStates | None = None,
     ) -> torch.Tensor:
         """Logits at chosen positions of the suffix.
 
@@ -143,11 +143,11 @@ class FrozenPrefix:
         return output.logits[0]
 
     @torch.no_grad()
-    def read_shared(self, ids: torch.Tensor) -> SharedPrefix:
+    def read_shared(self, ids: torch.Tensor) -> SharedStates:
         """Run tokens (I,) that every prefix begins with."""
         cache = DynamicCache()
         self._model.get_decoder()(input_ids=ids[None], past_key_values=cache, use_cache=True)
-        return SharedPrefix(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+        return SharedStates(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
 
     def _masks(self, mask: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> dict[int | None, torch.Tensor]:
         """Masks by window, (B, 1, L+R, I+L+R), as the attention implementation wants them."""

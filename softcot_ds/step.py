@@ -20,9 +20,10 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data import IGNORE, Batch
-from softcot_ds.frozen_prefix import FrozenPrefix, SharedPrefix, states_depend_on_length, why_unsupported
+from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, states_depend_on_length, why_unsupported
 from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
-from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.prompts import AssistantInput
+from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
 
 class SoftCoT(nn.Module):
@@ -36,8 +37,14 @@ class SoftCoT(nn.Module):
         step: Literal["fast", "full"] = "fast",
         activation_checkpointing: bool = False,
         shared_ids: Sequence[int] = (),
+        assistant_inputs: Sequence[AssistantInput] = (),
     ) -> None:
-        """``shared_ids``: tokens that every prefix begins with. Batches must leave out the first ``num_shared``."""
+        """
+        Args:
+            shared_ids: tokens that every prefix begins with. Batches must leave out the first ``num_shared``.
+            assistant_inputs: all that the assistant may be given; it reads what they begin with once. Those that a
+                cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
+        """
         super().__init__()
         self.base = base
         self.projection = projection
@@ -56,8 +63,10 @@ class SoftCoT(nn.Module):
                 self.prefixed = FrozenPrefix(base, activation_checkpointing)
             else:
                 warnings.warn(f"{type(base).__name__} runs the full step: {reason}", stacklevel=2)
-        self._shared: SharedPrefix | None = None
+        self._shared: SharedStates | None = None
         self._shared_ids = () if self.prefixed is None or states_depend_on_length(base) else tuple(shared_ids)
+        self._assistant_inputs = assistant_inputs
+        self._assistant_prefix: SharedPrefix | None = None
         if self.prefixed is None and activation_checkpointing:
             # transformers' own switch does nothing outside of training mode, which would bring dropout.
             for layer in base.modules():
@@ -107,7 +116,9 @@ class SoftCoT(nn.Module):
         """(B, T, P) assistant states, from the batch or from the assistant."""
         if batch.thoughts is not None:
             return batch.thoughts
-        return compute_thoughts(self.assistant, batch.assistant).to(batch.suffix_ids.device)
+        if self._assistant_prefix is None:  # in the first pass, as above
+            self._assistant_prefix = SharedPrefix.of(self.assistant, self._assistant_inputs)
+        return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings (B, L+T+R, D), mask (B, I+L+T+R) and positions (B, L+T+R) of the whole sequence.

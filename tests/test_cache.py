@@ -30,6 +30,8 @@ from transformers import (
 
 from softcot_ds import cache
 from softcot_ds import thought_store as ts
+from softcot_ds.data import collate
+from softcot_ds.engine import build_model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.prompts import AssistantInput
@@ -418,6 +420,27 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
     assert "rows computed again: largest relative error" in capsys.readouterr().out
 
 
+def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
+    """The models and the builder's function of both commands, one batch of the same inputs."""
+    recipe = load_recipe(recipe_file, ["thoughts.source=online"])
+    experiment = Experiment(recipe)
+    inputs = experiment.splits.assistant_inputs()
+    compute = cache.load_assistant(recipe, inputs, alone())
+    identity = cache.cache_identity(recipe)
+    store = fill(recipe.cache.path / identity.folder_name, inputs, compute, identity=identity, tokens_per_batch=10**6)
+    examples = experiment.splits.train
+    batch = collate(sorted(examples, key=lambda e: -e.assistant.positions[-1])[:8], 0)
+    in_one_batch = fill(recipe.cache.path / "8", batch.assistant, compute, identity=identity, tokens_per_batch=10**6)
+
+    model = build_model(recipe, experiment, None)
+    online = model.thoughts(batch)
+    batch.thoughts = read(in_one_batch, batch.assistant)
+    assert torch.equal(model.thoughts(batch), online)
+    # In the batches of the recipe's own cache, which are others, rounding is all that differs.
+    batch.thoughts = read(store, batch.assistant)
+    torch.testing.assert_close(model.thoughts(batch), online, rtol=1e-5, atol=1e-5)
+
+
 def test_a_missing_cache_is_told_from_one_of_other_thoughts(recipe_file):
     recipe = load_recipe(recipe_file)
     with pytest.raises(SoftCoTError, match=r"no cache of these thoughts at .*; build it with: softcot-ds cache"):
@@ -531,6 +554,9 @@ Input = namedtuple("Input", "example_id token_ids positions")
 inputs = [Input(i, [i, 5, 7], [2]) for i in range(60)]
 identity = StoreIdentity("f" * 64, 1, 65536, "float32", "float32", "sdpa")
 ranks = join_ranks()
+ranks.count("here", 1)
+while ranks.count("here") < ranks.size:  # on a busy machine one might have done all before the other has started
+    time.sleep(0.01)
 computed = []
 def compute(batch):
     time.sleep(0.03)
