@@ -19,8 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softcot_ds.data import IGNORE, Batch
+from softcot_ds.data import Batch
 from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, states_depend_on_length, why_unsupported
+from softcot_ds.loss import cross_entropy
 from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
@@ -97,14 +98,11 @@ class SoftCoT(nn.Module):
         embeds, mask, positions = self._inputs(batch)
         prefix_length = batch.prefix_ids.shape[1]
         if self.prefixed is not None:
-            logits = self.prefixed.logits(embeds, mask, positions, prefix_length, batch.predict_at, self._shared)
-        else:
-            logits = self.base(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-            ).logits
-            logits = logits[:, prefix_length:].flatten(0, 1)[batch.predict_at]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORE, reduction="sum")
+            return self.prefixed.loss(
+                embeds, mask, positions, prefix_length, batch.predict_at, batch.targets, self._shared
+            )
+        logits = self.base(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        return cross_entropy(logits[:, prefix_length:].flatten(0, 1)[batch.predict_at], batch.targets)
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts."""

@@ -43,6 +43,8 @@ for variant in variants:
                     results[f"{variant}/{name}"] = safe_get_full_grad(parameter).float().contiguous()
             engine.step()
         losses.append(total)
+    if engine.module.prefixed is not None:
+        results[f"{variant}/fuses_loss"] = torch.tensor(engine.module.prefixed.fuses_loss)
     results[f"{variant}/losses"] = sum_over_ranks(torch.stack(losses))
 if is_main():
     save_file(results, output)

@@ -149,6 +149,22 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     torch.testing.assert_close(from_cache, online, rtol=1e-6, atol=0)
 
 
+def test_loss_fused_with_a_partitioned_head_gives_the_gradient_in_float64(tmp_path, random_pair, monkeypatch):
+    """The kernels run in Triton's interpreter, slowly, so in one step on small batches."""
+    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
+    batch = ["training.global_batch_size=4", "training.micro_batch_size=2", "training.warmup_steps=0"]
+    variant = " ".join([*SMALL, *random_pair, *batch, "training.steps=1", "backbone.partition=zero3"])
+    output = tmp_path / "gradients.safetensors"
+    monkeypatch.setenv("TRITON_INTERPRET", "1")
+    run_worker(output, [variant])
+    found = load_file(output)
+    assert found[f"{variant}/fuses_loss"]
+    loss, gradient = naive_loss_and_gradient(load_recipe(RECIPE, variant.split()))
+    assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6)
+    for name, truth in gradient.items():
+        assert (found[f"{variant}/{name}"] - truth).norm() < 1e-5 * truth.norm(), name
+
+
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory):
     """Twelve steps on two ZeRO-3 ranks without interruption."""
