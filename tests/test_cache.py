@@ -420,6 +420,36 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
     assert "rows computed again: largest relative error" in capsys.readouterr().out
 
 
+def test_recipes_with_one_assistant_share_a_cache_and_new_data_adds_its_rows_alone(recipe_file, capsys):
+    assert cache.main([str(recipe_file)]) == 0
+    capsys.readouterr()
+    other_run = ["name=other", "seed=5", "training.steps=7", "projection.init_scale=0.5", "task.validation_problems=7"]
+    assert cache.main([str(recipe_file), *other_run, "task.train_problems=28"]) == 0
+    assert "nothing to compute" in capsys.readouterr().out
+    assert cache.main([str(recipe_file), *other_run, "task.test_problems=13"]) == 0
+    assert re.search(r": 3 of \d+ rows to compute", capsys.readouterr().out)
+    assert len([path for path in (recipe_file.parent / "caches").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_several_thoughts_of_an_input_are_built_like_one(tmp_path, dtype):
+    """Rows of SoftCoT++, (K, T, P), from the computing function to the reader."""
+    identity = StoreIdentity("f" * 64, T, P, dtype, "float32", "sdpa", num_initial_embeddings=3)
+    inputs = make_inputs(9)
+    truth = torch.randn(9, 3, T, P, generator=torch.Generator().manual_seed(0))
+    number = {item.example_id: i for i, item in enumerate(inputs)}
+    store = fill(
+        tmp_path,
+        inputs,
+        lambda batch: truth[[number[item.example_id] for item in batch]],
+        identity=identity,
+        tokens_per_batch=200,
+    )
+    found = read(store, inputs)
+    assert found.shape == (9, 3, T, P)
+    assert torch.equal(found, truth.to(getattr(torch, dtype)))
+
+
 def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
     """The models and the builder's function of both commands, one batch of the same inputs."""
     recipe = load_recipe(recipe_file, ["thoughts.source=online"])
