@@ -113,8 +113,10 @@ class FrozenPrefix:
         self._windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._run_layer, index, layer.forward)
-        self._head = model.get_output_embeddings()
-        self._head.forward = partial(self._run_head, self._head.forward)
+        head = model.get_output_embeddings()
+        self._head = head if type(head) is nn.Linear and head.bias is None else None  # no subclass: quantized weights
+        if self._head is not None:
+            self._head.forward = partial(self._run_head, self._head.forward)
         self._trial: torch.Tensor | None = None
         self.fuses_loss: bool | None = None
         """Whether head and cross entropy are one, without logits; None before the first pass, which finds out."""
@@ -143,7 +145,7 @@ class FrozenPrefix:
             A scalar as of ``loss.cross_entropy``, with gradient with respect to the suffix part of ``embeds``.
         """
         if self.fuses_loss is None:
-            self.fuses_loss = can_fuse(embeds) and self._head_makes_logits(embeds)
+            self.fuses_loss = self._head is not None and can_fuse(embeds) and self._head_makes_logits(embeds)
         self._call = _Call(prefix_length, keep, targets, self._masks(mask, positions, embeds.dtype), shared)
         try:
             # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
@@ -167,8 +169,6 @@ class FrozenPrefix:
 
         No list of families: the model is given logits in the head's place, and must return them as they are.
         """
-        if not isinstance(self._head, nn.Linear) or self._head.bias is not None:
-            return False
         trial = torch.linspace(-1000, 1000, self._head.out_features, dtype=embeds.dtype, device=embeds.device)
         self._trial = trial[None, None]
         try:
