@@ -1,6 +1,7 @@
 """How fast the thought cache is built and read: prints one JSON line.
 
     python benchmarks/thought_cache.py
+    python benchmarks/thought_cache.py --gsm8k DIR    # the size of a real cache, and what its builder holds
 
 Building is compared with the way of the reference implementation: the whole causal language model with all its hidden
 states, in arrival order, padded batches of 32, no disk. Ours is timed with everything: verification, writing, manifest.
@@ -15,9 +16,18 @@ with one file per sample, all through a DataLoader. All lies in the page cache, 
 - ``scaling``: seconds of one process / of two, under mpirun
 - ``read_fraction_of_mmap``: ours / plain map, GB/s, once every row has been checked; ``..._first_epoch`` while checking
 - ``read_speedup_over_files``: ours / one file per sample, GB/s
+
+``--gsm8k`` runs ``softcot-ds cache`` on GSM8K's training problems with the Qwen2.5 tokenizer, T = 32, for an assistant
+of Qwen2.5 1.5B's width, 1536, but one thin layer: what it computes is worthless, but its bytes, files and the builder's
+memory are real. DIR holds ``gsm8k/train.jsonl``, ``gsm8k/test.jsonl`` and ``qwen2.5_tokenizer/``.
+
+- ``bytes``, ``files``: of all shards
+- ``peak_resident_gib``: the most that the building process held, interpreter, libraries and the 0.5 GB of the
+  assistant included; ``..._tenth`` for a tenth of the problems: the difference is what grows with the data
 """
 
 import argparse
+import json
 import os
 import random
 import shutil
@@ -32,7 +42,7 @@ import numpy as np
 import torch
 from environment import describe, write_result
 from torch.utils.data import DataLoader, Dataset
-from transformers import LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from softcot_ds import thought_store as ts
 from softcot_ds.cache import fill, input_key
@@ -240,11 +250,69 @@ def measure_read(count: int, repeats: int, workers: int, scratch: Path) -> dict[
     }
 
 
+def measure_gsm8k(data: Path, scratch: Path) -> dict[str, float]:
+    tokenizer = AutoTokenizer.from_pretrained(data / "qwen2.5_tokenizer")
+    config = LlamaConfig(
+        vocab_size=151_936,
+        hidden_size=1536,
+        intermediate_size=256,
+        num_hidden_layers=1,
+        num_attention_heads=12,
+        num_key_value_heads=2,
+        max_position_embeddings=4096,
+        tie_word_embeddings=True,
+    )
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).bfloat16().save_pretrained(scratch / "assistant")
+    tokenizer.save_pretrained(scratch / "assistant")
+    model = {"model": str(scratch / "assistant"), "dtype": "bfloat16"}
+    task = {"name": "gsm8k", "train": str(data / "gsm8k/train.jsonl"), "test": str(data / "gsm8k/test.jsonl")}
+    recipe = {
+        "name": "gsm8k",
+        "task": task | {"validation_problems": 0, "test_problems": 1},
+        "assistant": model,
+        "base": model,
+        "thoughts": {"count": T, "placeholder": "<|fim_pad|>"},
+        "cache": {"path": str(scratch / "whole"), "tokens_per_batch": TOKENS_PER_BATCH},
+    }
+    (scratch / "recipe.yaml").write_text(json.dumps(recipe))  # JSON is YAML
+    tenth = [f"cache.path={scratch / 'tenth'}", "task.train_problems=747"]
+    _, peak_tenth = build_by_command(scratch, tenth)
+    seconds, peak = build_by_command(scratch, [])
+    (manifest,) = (ts.load_manifest(path) for path in (scratch / "whole").iterdir())
+    return {
+        "rows": manifest.rows,
+        "bytes": manifest.bytes,
+        "files": len(manifest.shards),
+        "seconds": seconds,
+        "peak_resident_gib": peak,
+        "peak_resident_gib_tenth": peak_tenth,
+    }
+
+
+def build_by_command(scratch: Path, overrides: list[str]) -> tuple[float, float]:
+    """Seconds from start to end and peak resident memory, GiB, of one process that builds a cache."""
+    command = [sys.executable, "-m", "softcot_ds.cache", str(scratch / "recipe.yaml"), *overrides]
+    start = time.perf_counter()
+    process = subprocess.Popen(command, stdout=sys.stderr, env=os.environ | {"OMP_NUM_THREADS": "1"})
+    peak_kib = 0
+    while process.poll() is None:
+        # Not the child's ru_maxrss, which begins with what this process held when it forked.
+        for line in Path(f"/proc/{process.pid}/status").read_text().splitlines():
+            if line.startswith("VmHWM:"):
+                peak_kib = int(line.split()[1])
+        time.sleep(0.05)
+    if process.returncode:
+        raise RuntimeError(f"{' '.join(command)} ended with {process.returncode}")
+    return time.perf_counter() - start, peak_kib / 2**20
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--rows", type=int, default=256, help="examples to compute in a build")
     parser.add_argument("--read-rows", type=int, default=5000, help="rows of 96 KiB to read")
     parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--gsm8k", type=Path, metavar="DIR", help="measure the cache of GSM8K instead, see above")
     parser.add_argument("--out", type=Path, help="write the result here, JSON")
     parser.add_argument("--build-into", type=Path, help=argparse.SUPPRESS)  # this script as a rank of mpirun
     args = parser.parse_args()
@@ -254,14 +322,19 @@ def main() -> None:
         return
     result: dict[str, object] = {"benchmark": "thought_cache"}
     sys.stdout, stdout = sys.stderr, sys.stdout  # progress is not the result
-    with tempfile.TemporaryDirectory() as scratch:
-        result |= measure_build(args.rows, args.repeats, Path(scratch))
-    for workers in (0, 2):
+    if args.gsm8k:
+        result["benchmark"] = "thought_cache_gsm8k"
         with tempfile.TemporaryDirectory() as scratch:
-            result |= measure_read(args.read_rows, args.repeats, workers, Path(scratch))
+            result |= measure_gsm8k(args.gsm8k.absolute(), Path(scratch))
+    else:
+        result |= {"rows": args.rows, "read_rows": args.read_rows, "repeats": args.repeats}
+        with tempfile.TemporaryDirectory() as scratch:
+            result |= measure_build(args.rows, args.repeats, Path(scratch))
+        for workers in (0, 2):
+            with tempfile.TemporaryDirectory() as scratch:
+                result |= measure_read(args.read_rows, args.repeats, workers, Path(scratch))
     result = {key: round(value, 3) if isinstance(value, float) else value for key, value in result.items()}
     result |= describe()
-    result |= {"rows": args.rows, "read_rows": args.read_rows, "repeats": args.repeats}
     sys.stdout = stdout
     write_result(result, args.out)
 

@@ -43,7 +43,7 @@ from environment import describe, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from softcot_ds.data import Batch, Example, collate, global_batches, order_by_prefix, shared_prefix
+from softcot_ds.data import IGNORE, Batch, Example, collate, global_batches, order_by_prefix, shared_prefix
 from softcot_ds.metrics import peak_memory_gib
 from softcot_ds.projection import LinearProjection
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
@@ -193,25 +193,26 @@ def make_llama(shape: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
 
 def with_prefix_gradient(step: SoftCoT) -> None:
     """Take the prefix for a part of the suffix: it runs with gradient."""
-    logits = step.prefixed.logits
+    loss = step.prefixed.loss
 
-    def run(embeds, mask, positions, prefix_length, keep, shared):
+    def run(embeds, mask, positions, prefix_length, keep, targets, shared):
         rows = embeds.shape[1] - prefix_length
         keep = keep + (keep // rows + 1) * prefix_length
-        return logits(embeds, mask, positions, 0, keep, shared)
+        return loss(embeds, mask, positions, 0, keep, targets, shared)
 
-    step.prefixed.logits = run
+    step.prefixed.loss = run
 
 
 def with_head_everywhere(step: SoftCoT) -> None:
     """Run the head on every position of thoughts and suffix."""
-    logits = step.prefixed.logits
+    loss = step.prefixed.loss
 
-    def run(embeds, mask, positions, prefix_length, keep, shared):
+    def run(embeds, mask, positions, prefix_length, keep, targets, shared):
         everywhere = torch.arange(len(embeds) * (embeds.shape[1] - prefix_length), device=embeds.device)
-        return logits(embeds, mask, positions, prefix_length, everywhere, shared)[keep]
+        targets = torch.full_like(everywhere, IGNORE).index_put((keep,), targets)
+        return loss(embeds, mask, positions, prefix_length, everywhere, targets, shared)
 
-    step.prefixed.logits = run
+    step.prefixed.loss = run
 
 
 class Variant:

@@ -58,7 +58,15 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         projection.load_state_dict(weights)
     training = recipe.training
     shared_ids = shared_prefix([*experiment.splits.train, *experiment.splits.validation])
-    model = SoftCoT(base, projection, assistant, training.step, training.activation_checkpointing, shared_ids)
+    model = SoftCoT(
+        base,
+        projection,
+        assistant,
+        training.step,
+        training.activation_checkpointing,
+        shared_ids,
+        experiment.splits.assistant_inputs(),
+    )
     # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.
     projection.to(device=device(), dtype=base.dtype)
     return model

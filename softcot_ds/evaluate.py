@@ -87,7 +87,7 @@ class _Inputs:
         self._experiment = experiment
         self._examples = examples
         self._projection = load_adapter(adapter, experiment)
-        self._hidden = read_all_thoughts(recipe, examples)
+        self._hidden = read_all_thoughts(experiment, examples)
         self.words: list[str] = []
 
     def of(self, condition: Condition) -> tuple[list[BasePrompt], ThoughtsOf | None]:

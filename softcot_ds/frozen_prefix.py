@@ -23,6 +23,8 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from softcot_ds.loss import can_fuse, cross_entropy, fused_cross_entropy
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (B, heads, tokens, head width)."""
 
@@ -54,7 +56,7 @@ def states_depend_on_length(model: PreTrainedModel) -> bool:
 
 
 @dataclass
-class SharedPrefix:
+class SharedStates:
     """Tokens that every prefix begins with, read once: their keys and values of each layer, batch of one."""
 
     length: int
@@ -67,9 +69,10 @@ class _Call:
 
     prefix_length: int
     keep: torch.Tensor
+    targets: torch.Tensor
     masks: dict[int | None, torch.Tensor]
     """What a layer may attend to, by its sliding window."""
-    shared: SharedPrefix | None
+    shared: SharedStates | None
     prefix_hidden: torch.Tensor | None = field(default=None)
 
 
@@ -110,17 +113,25 @@ class FrozenPrefix:
         self._windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
         for index, layer in enumerate(self._layers):
             layer.forward = partial(self._run_layer, index, layer.forward)
+        head = model.get_output_embeddings()
+        self._head = head if type(head) is nn.Linear and head.bias is None else None  # no subclass: quantized weights
+        if self._head is not None:
+            self._head.forward = partial(self._run_head, self._head.forward)
+        self._trial: torch.Tensor | None = None
+        self.fuses_loss: bool | None = None
+        """Whether head and cross entropy are one, without logits; None before the first pass, which finds out."""
 
-    def logits(
+    def loss(
         self,
         embeds: torch.Tensor,
         mask: torch.Tensor,
         positions: torch.Tensor,
         prefix_length: int,
         keep: torch.Tensor,
-        shared: SharedPrefix | None = None,
+        targets: torch.Tensor,
+        shared: SharedStates | None = None,
     ) -> torch.Tensor:
-        """Logits at chosen positions of the suffix.
+        """Cross entropy at chosen positions of the suffix, summed.
 
         Args:
             embeds: (B, L+R, D), L prefix (padded on the left) and R suffix tokens.
@@ -128,11 +139,14 @@ class FrozenPrefix:
             positions: (B, L+R) position of each token.
             prefix_length: L.
             keep: (K,) indices into the flattened (B, R) suffix positions. The head runs on these alone.
+            targets: (K,) tokens that should follow there.
 
         Returns:
-            (K, V), with gradient with respect to the suffix part of ``embeds``.
+            A scalar as of ``loss.cross_entropy``, with gradient with respect to the suffix part of ``embeds``.
         """
-        self._call = _Call(prefix_length, keep, self._masks(mask, positions, embeds.dtype), shared)
+        if self.fuses_loss is None:
+            self.fuses_loss = self._head is not None and can_fuse(embeds) and self._head_makes_logits(embeds)
+        self._call = _Call(prefix_length, keep, targets, self._masks(mask, positions, embeds.dtype), shared)
         try:
             # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
             output = self._model(
@@ -140,14 +154,37 @@ class FrozenPrefix:
             )
         finally:
             self._call = None
-        return output.logits[0]
+        return output.logits.squeeze() if self.fuses_loss else cross_entropy(output.logits[0], targets)
 
     @torch.no_grad()
-    def read_shared(self, ids: torch.Tensor) -> SharedPrefix:
+    def read_shared(self, ids: torch.Tensor) -> SharedStates:
         """Run tokens (I,) that every prefix begins with."""
         cache = DynamicCache()
         self._model.get_decoder()(input_ids=ids[None], past_key_values=cache, use_cache=True)
-        return SharedPrefix(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+        return SharedStates(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+
+    @torch.no_grad()
+    def _head_makes_logits(self, embeds: torch.Tensor) -> bool:
+        """Whether logits are a plain product with the head's weight, which families that scale or cap them change.
+
+        No list of families: the model is given logits in the head's place, and must return them as they are.
+        """
+        trial = torch.linspace(-1000, 1000, self._head.out_features, dtype=embeds.dtype, device=embeds.device)
+        self._trial = trial[None, None]
+        try:
+            logits = self._model(inputs_embeds=embeds[:1, :1], use_cache=False).logits
+            return torch.equal(logits.to(trial.dtype), self._trial)
+        finally:
+            self._trial = None
+
+    def _run_head(self, forward: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+        if self._trial is not None:
+            return self._trial
+        if self._call is None or not self.fuses_loss:
+            return forward(states)
+        # Here, inside the head's own forward, because a partitioned weight exists nowhere else.
+        loss = fused_cross_entropy(states[0], self._head.weight, self._call.targets)
+        return loss[None, None, None]  # in the place of logits, and with as many dimensions
 
     def _masks(self, mask: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> dict[int | None, torch.Tensor]:
         """Masks by window, (B, 1, L+R, I+L+R), as the attention implementation wants them."""

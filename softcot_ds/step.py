@@ -19,10 +19,12 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softcot_ds.data import IGNORE, Batch
-from softcot_ds.frozen_prefix import FrozenPrefix, SharedPrefix, states_depend_on_length, why_unsupported
+from softcot_ds.data import Batch
+from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, states_depend_on_length, why_unsupported
+from softcot_ds.loss import cross_entropy
 from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
-from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.prompts import AssistantInput
+from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
 
 class SoftCoT(nn.Module):
@@ -36,8 +38,14 @@ class SoftCoT(nn.Module):
         step: Literal["fast", "full"] = "fast",
         activation_checkpointing: bool = False,
         shared_ids: Sequence[int] = (),
+        assistant_inputs: Sequence[AssistantInput] = (),
     ) -> None:
-        """``shared_ids``: tokens that every prefix begins with. Batches must leave out the first ``num_shared``."""
+        """
+        Args:
+            shared_ids: tokens that every prefix begins with. Batches must leave out the first ``num_shared``.
+            assistant_inputs: all that the assistant may be given; it reads what they begin with once. Those that a
+                cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
+        """
         super().__init__()
         self.base = base
         self.projection = projection
@@ -56,8 +64,10 @@ class SoftCoT(nn.Module):
                 self.prefixed = FrozenPrefix(base, activation_checkpointing)
             else:
                 warnings.warn(f"{type(base).__name__} runs the full step: {reason}", stacklevel=2)
-        self._shared: SharedPrefix | None = None
+        self._shared: SharedStates | None = None
         self._shared_ids = () if self.prefixed is None or states_depend_on_length(base) else tuple(shared_ids)
+        self._assistant_inputs = assistant_inputs
+        self._assistant_prefix: SharedPrefix | None = None
         if self.prefixed is None and activation_checkpointing:
             # transformers' own switch does nothing outside of training mode, which would bring dropout.
             for layer in base.modules():
@@ -88,14 +98,11 @@ class SoftCoT(nn.Module):
         embeds, mask, positions = self._inputs(batch)
         prefix_length = batch.prefix_ids.shape[1]
         if self.prefixed is not None:
-            logits = self.prefixed.logits(embeds, mask, positions, prefix_length, batch.predict_at, self._shared)
-        else:
-            logits = self.base(
-                inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False
-            ).logits
-            logits = logits[:, prefix_length:].flatten(0, 1)[batch.predict_at]
-        logits = logits.to(torch.promote_types(logits.dtype, torch.float32))
-        return nn.functional.cross_entropy(logits, batch.targets, ignore_index=IGNORE, reduction="sum")
+            return self.prefixed.loss(
+                embeds, mask, positions, prefix_length, batch.predict_at, batch.targets, self._shared
+            )
+        logits = self.base(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
+        return cross_entropy(logits[:, prefix_length:].flatten(0, 1)[batch.predict_at], batch.targets)
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts."""
@@ -107,7 +114,9 @@ class SoftCoT(nn.Module):
         """(B, T, P) assistant states, from the batch or from the assistant."""
         if batch.thoughts is not None:
             return batch.thoughts
-        return compute_thoughts(self.assistant, batch.assistant).to(batch.suffix_ids.device)
+        if self._assistant_prefix is None:  # in the first pass, as above
+            self._assistant_prefix = SharedPrefix.of(self.assistant, self._assistant_inputs)
+        return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
 
     def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
         """Embeddings (B, L+T+R, D), mask (B, I+L+T+R) and positions (B, L+T+R) of the whole sequence.

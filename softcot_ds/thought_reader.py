@@ -9,9 +9,10 @@ from softcot_ds.cache import open_cache
 from softcot_ds.data import Example
 from softcot_ds.distributed import device, say
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Recipe
 from softcot_ds.thought_store import ThoughtStore, row_key
-from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
 
 class ThoughtReader:
@@ -34,11 +35,12 @@ class ThoughtReader:
         return self._store.read([row_key(e.assistant.token_ids, e.assistant.positions) for e in examples])
 
 
-def read_all_thoughts(recipe: Recipe, examples: Sequence[Example]) -> torch.Tensor | None:
+def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> torch.Tensor | None:
     """(len(examples), T, P) assistant states on the device; None where the recipe needs none.
 
     Without a cache of them the assistant is loaded, and let go again.
     """
+    recipe = experiment.recipe
     if recipe.projection.kind == "static":
         return None
     if recipe.thoughts.source == "cache":
@@ -48,5 +50,7 @@ def read_all_thoughts(recipe: Recipe, examples: Sequence[Example]) -> torch.Tens
             say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
     assistant = load_frozen(recipe.assistant, "none", device())
     size = recipe.evaluation.batch_size
-    batches = [examples[start : start + size] for start in range(0, len(examples), size)]
-    return torch.cat([compute_thoughts(assistant, [example.assistant for example in batch]) for batch in batches])
+    prefix = SharedPrefix.of(assistant, experiment.splits.assistant_inputs())
+    inputs = [example.assistant for example in examples]
+    batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
+    return torch.cat([compute_thoughts(assistant, batch, prefix) for batch in batches])

@@ -14,6 +14,7 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from softcot_ds.frozen_prefix import states_depend_on_length
 from softcot_ds.prompts import AssistantInput
 
 
@@ -35,7 +36,7 @@ class SharedPrefix:
         # What the smallest and the largest in lexicographic order share, all between them share.
         while first[:length] != last[:length]:
             length -= 1
-        if not length:
+        if not length or states_depend_on_length(assistant):
             return cls((), None)
         cache = DynamicCache(config=assistant.config.get_text_config())
         ids = torch.tensor([first[:length]], device=assistant.get_input_embeddings().weight.device)

@@ -15,6 +15,7 @@ from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, s
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe
+from softcot_ds.thought_reader import ThoughtReader
 
 recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 init_distributed(5)
@@ -23,6 +24,7 @@ for variant in variants:
     recipe = load_recipe(recipe_path, variant.split())
     experiment = Experiment(recipe)
     examples = experiment.splits.train
+    reader = ThoughtReader.open(recipe, examples)
     engine = build_engine(build_model(recipe, experiment, None), recipe, accumulation := accumulation_steps(recipe))
     batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
     losses = []
@@ -31,7 +33,9 @@ for variant in variants:
         total = 0.0
         for micro in micro_batches(batch, rank(), world_size(), accumulation):
             chosen = [examples[index] for index in micro]
-            loss = engine(collate(chosen, experiment.base_pad_id, engine.module.num_shared)) / num_labels
+            tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared)
+            tensors.thoughts = reader.read(chosen)
+            loss = engine(tensors) / num_labels
             engine.backward(loss * (world_size() * accumulation))
             total = total + loss.detach()
             if not losses and engine.is_gradient_accumulation_boundary():
@@ -39,6 +43,8 @@ for variant in variants:
                     results[f"{variant}/{name}"] = safe_get_full_grad(parameter).float().contiguous()
             engine.step()
         losses.append(total)
+    if engine.module.prefixed is not None:
+        results[f"{variant}/fuses_loss"] = torch.tensor(engine.module.prefixed.fuses_loss)
     results[f"{variant}/losses"] = sum_over_ranks(torch.stack(losses))
 if is_main():
     save_file(results, output)

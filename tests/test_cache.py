@@ -30,6 +30,8 @@ from transformers import (
 
 from softcot_ds import cache
 from softcot_ds import thought_store as ts
+from softcot_ds.data import collate
+from softcot_ds.engine import build_model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.prompts import AssistantInput
@@ -142,6 +144,12 @@ def test_a_shared_prefix_is_not_changed_by_its_use():
 def test_a_shared_prefix_ends_where_inputs_differ_or_thoughts_begin(ids, positions, shared):
     inputs = [AssistantInput(str(i), tokens, positions) for i, tokens in enumerate(ids)]
     assert len(SharedPrefix.of(make_assistant(), inputs).ids) == shared
+
+
+def test_keys_that_depend_on_the_length_are_not_shared():
+    stretching = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
+    assistant = LlamaForCausalLM(LlamaConfig(**TOY | {"rope_parameters": stretching}))
+    assert SharedPrefix.of(assistant, make_inputs(5)).ids == ()
 
 
 def test_cached_thoughts_equal_online_thoughts_bit_for_bit(tmp_path):
@@ -418,6 +426,57 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
     assert "rows computed again: largest relative error" in capsys.readouterr().out
 
 
+def test_recipes_with_one_assistant_share_a_cache_and_new_data_adds_its_rows_alone(recipe_file, capsys):
+    assert cache.main([str(recipe_file)]) == 0
+    capsys.readouterr()
+    other_run = ["name=other", "seed=5", "training.steps=7", "projection.init_scale=0.5", "task.validation_problems=7"]
+    assert cache.main([str(recipe_file), *other_run, "task.train_problems=28"]) == 0
+    assert "nothing to compute" in capsys.readouterr().out
+    assert cache.main([str(recipe_file), *other_run, "task.test_problems=13"]) == 0
+    assert re.search(r": 3 of \d+ rows to compute", capsys.readouterr().out)
+    assert len([path for path in (recipe_file.parent / "caches").iterdir() if path.is_dir()]) == 1
+
+
+@pytest.mark.parametrize("dtype", ["float32", "float16", "bfloat16"])
+def test_several_thoughts_of_an_input_are_built_like_one(tmp_path, dtype):
+    """Rows of SoftCoT++, (K, T, P), from the computing function to the reader."""
+    identity = StoreIdentity("f" * 64, T, P, dtype, "float32", "sdpa", num_initial_embeddings=3)
+    inputs = make_inputs(9)
+    truth = torch.randn(9, 3, T, P, generator=torch.Generator().manual_seed(0))
+    number = {item.example_id: i for i, item in enumerate(inputs)}
+    store = fill(
+        tmp_path,
+        inputs,
+        lambda batch: truth[[number[item.example_id] for item in batch]],
+        identity=identity,
+        tokens_per_batch=200,
+    )
+    found = read(store, inputs)
+    assert found.shape == (9, 3, T, P)
+    assert torch.equal(found, truth.to(getattr(torch, dtype)))
+
+
+def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
+    """The models and the builder's function of both commands, one batch of the same inputs."""
+    recipe = load_recipe(recipe_file, ["thoughts.source=online"])
+    experiment = Experiment(recipe)
+    inputs = experiment.splits.assistant_inputs()
+    compute = cache.load_assistant(recipe, inputs, alone())
+    identity = cache.cache_identity(recipe)
+    store = fill(recipe.cache.path / identity.folder_name, inputs, compute, identity=identity, tokens_per_batch=10**6)
+    examples = experiment.splits.train
+    batch = collate(sorted(examples, key=lambda e: -e.assistant.positions[-1])[:8], 0)
+    in_one_batch = fill(recipe.cache.path / "8", batch.assistant, compute, identity=identity, tokens_per_batch=10**6)
+
+    model = build_model(recipe, experiment, None)
+    online = model.thoughts(batch)
+    batch.thoughts = read(in_one_batch, batch.assistant)
+    assert torch.equal(model.thoughts(batch), online)
+    # In the batches of the recipe's own cache, which are others, rounding is all that differs.
+    batch.thoughts = read(store, batch.assistant)
+    torch.testing.assert_close(model.thoughts(batch), online, rtol=1e-5, atol=1e-5)
+
+
 def test_a_missing_cache_is_told_from_one_of_other_thoughts(recipe_file):
     recipe = load_recipe(recipe_file)
     with pytest.raises(SoftCoTError, match=r"no cache of these thoughts at .*; build it with: softcot-ds cache"):
@@ -531,6 +590,9 @@ Input = namedtuple("Input", "example_id token_ids positions")
 inputs = [Input(i, [i, 5, 7], [2]) for i in range(60)]
 identity = StoreIdentity("f" * 64, 1, 65536, "float32", "float32", "sdpa")
 ranks = join_ranks()
+ranks.count("here", 1)
+while ranks.count("here") < ranks.size:  # on a busy machine one might have done all before the other has started
+    time.sleep(0.01)
 computed = []
 def compute(batch):
     time.sleep(0.03)
