@@ -448,22 +448,26 @@ class ThoughtStore:
                 "add them with: softcot-ds cache RECIPE"
             )
         index = self._index
-        batch = torch.empty(len(keys), self.identity.row_bytes, dtype=torch.uint8)
-        copied = batch.numpy()
-        places = zip(*(column[entries].tolist() for column in (index.shards, index.rows, index.verified)), strict=True)
-        for i, (shard, row, verified) in enumerate(places):
-            mapped = self._mapped.get(shard)
-            if mapped is None:
-                mapped = self._mapped[shard] = self._map(shard)
-            copied[i] = mapped[row]
-            # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
-            if not verified and xxhash.xxh3_64_intdigest(copied[i]) != index.row_checksums[entries[i]]:
+        shards, rows = index.shards[entries].tolist(), index.rows[entries].tolist()
+        # One call for all rows: a loop that copies row by row into a tensor takes an eighth longer.
+        parts = [self._rows(shard)[row] for shard, row in zip(shards, rows, strict=True)]
+        batch = np.concatenate([np.empty(0, np.uint8), *parts]).reshape(len(keys), self.identity.row_bytes)
+        # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
+        for i in np.flatnonzero(~index.verified[entries]).tolist():
+            if xxhash.xxh3_64_intdigest(batch[i]) != index.row_checksums[entries[i]]:
                 raise DamagedShard(
-                    f"{self.folder / self.manifest.shards[shard].name}: the checksum of row {row:,} differs; "
+                    f"{self.folder / self.manifest.shards[shards[i]].name}: the checksum of row {rows[i]:,} differs; "
                     "run softcot-ds cache RECIPE to set the shard aside and compute its rows anew"
                 )
         index.verified[entries] = True
-        return batch.view(self.identity.torch_dtype).view(len(keys), *self.identity.row_shape)
+        return torch.from_numpy(batch).view(self.identity.torch_dtype).view(len(keys), *self.identity.row_shape)
+
+    def _rows(self, shard: int) -> np.ndarray:
+        """(rows, row_bytes) uint8 of a shard, mapped on first use."""
+        mapped = self._mapped.get(shard)
+        if mapped is None:
+            mapped = self._mapped[shard] = self._map(shard)
+        return mapped
 
     def _map(self, shard: int) -> np.ndarray:
         """(rows, row_bytes) uint8."""
