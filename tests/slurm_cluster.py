@@ -63,7 +63,7 @@ SlurmUser=root
 SlurmdUser=root
 AuthType=auth/munge
 CredType=cred/munge
-# cred_expire is also the time that a requeued job waits; its default is 120 s.
+# cred_expire is also the time that a requeued job waits: 120 s unless it says 5 or more.
 AuthInfo=socket={folder}/munge.sock,cred_expire=5
 StateSaveLocation={folder}/controller
 SlurmctldPidFile={folder}/slurmctld.pid
