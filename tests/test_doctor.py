@@ -316,6 +316,12 @@ def test_without_a_recipe_the_current_folder_is_looked_at(tmp_path, monkeypatch)
     assert wrong.text == f"output_dir {tmp_path}/runs cannot be written on {socket.gethostname()}: File exists"
 
 
+def test_a_device_that_raises_becomes_a_fact(tmp_path, monkeypatch):
+    monkeypatch.setattr(doctor.torch, "randn", lambda *_, **__: 1 / 0)
+    (wrong,) = wrong_alone(f"output_dir={tmp_path}", f"cache.path={tmp_path}")
+    assert wrong.text == f"the device fails on {socket.gethostname()}: division by zero"
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_full_disk_is_a_problem_with_a_remedy(tmp_path):
     disk = tmp_path / "disk"
