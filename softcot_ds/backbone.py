@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import json
 from pathlib import Path
 from typing import Any
 
@@ -83,11 +84,14 @@ def load_frozen(
         "attn_implementation": config.attention,
         "output_loading_info": True,
     }
+    location = resolve_location(config.model)
+    if (folder := Path(location)).is_dir():
+        _weight_files(config, folder)
     # from_pretrained partitions while this object lives. It is undone at once, so that loading one model partitioned
     # does not partition whatever is loaded later.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config)) if partition == "zero3" else None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(resolve_location(config.model), **kwargs)
+        model, info = AutoModelForCausalLM.from_pretrained(location, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
         raise _cannot_load("model", config, error) from error
     finally:
@@ -111,7 +115,7 @@ def weights_fingerprint(config: ModelConfig) -> str:
     places of all tensors, and 256 samples of 4 KiB spread over the rest: training changes practically every weight.
 
     Raises:
-        SoftCoTError: the model's files cannot be found.
+        SoftCoTError: some of the model's files cannot be found.
     """
     digest = hashlib.sha256()
     try:
@@ -120,10 +124,7 @@ def weights_fingerprint(config: ModelConfig) -> str:
         raise _cannot_load("configuration", config, error) from error
     folder = Path(config_file).parent
     digest.update(Path(config_file).read_bytes())
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    if not files:
-        raise SoftCoTError(f"{config.model}: no weights (*.safetensors) in {folder}")
-    for path in files:
+    for path in _weight_files(config, folder):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
@@ -132,6 +133,26 @@ def weights_fingerprint(config: ModelConfig) -> str:
                 file.seek(sample * max(0, size - 4096) // 255)
                 digest.update(file.read(4096))
     return digest.hexdigest()
+
+
+def _weight_files(config: ModelConfig, folder: Path) -> list[Path]:
+    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
+    index = folder / "model.safetensors.index.json"
+    if index.exists() and folder / "model.safetensors" not in files:  # an index counts where there is no single file
+        try:
+            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SoftCoTError(f"{index}: no index of weights ({error}); fetch the model again") from error
+        missing = [name for name in named if not (folder / name).exists()]
+        if missing:
+            raise SoftCoTError(
+                f"{config.model}: {len(missing)} of {len(named)} weight files are missing in {folder}, {missing[0]} "
+                "first, which model.safetensors.index.json names; fetch the model again (hf download goes on from what "
+                "is there)"
+            )
+    if not files:
+        raise SoftCoTError(f"{config.model}: no weights (*.safetensors) in {folder}")
+    return files
 
 
 def _cannot_load(part: str, config: ModelConfig, error: Exception) -> SoftCoTError:

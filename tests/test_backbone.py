@@ -97,6 +97,29 @@ def test_fingerprint_tells_weights_apart(base_copy, tmp_path):
         weights_fingerprint(config)
 
 
+def test_a_shard_that_the_index_names_and_that_is_missing_is_refused(base_copy):
+    config = ModelConfig(model=str(base_copy))
+    weights = load_file(base_copy / "model.safetensors")
+    (base_copy / "model.safetensors").unlink()
+    shards = {f"model-0000{part + 1}-of-00003.safetensors": sorted(weights)[part::3] for part in range(3)}
+    for shard, names in shards.items():
+        save_file({name: weights[name] for name in names}, base_copy / shard, {"format": "pt"})
+    weight_map = {name: shard for shard, names in shards.items() for name in names}
+    index = base_copy / "model.safetensors.index.json"
+    index.write_text(json.dumps({"metadata": {}, "weight_map": weight_map}))
+    assert len(weights_fingerprint(config)) == 64
+    load_frozen(config, "none", torch.device("cpu"))
+    (base_copy / "model-00002-of-00003.safetensors").unlink()
+    named = "1 of 3 weight files are missing in .*, model-00002-of-00003.safetensors first.* fetch the model again"
+    with pytest.raises(SoftCoTError, match=named):
+        weights_fingerprint(config)
+    with pytest.raises(SoftCoTError, match=named):
+        load_frozen(config, "none", torch.device("cpu"))
+    index.write_text("{}")
+    with pytest.raises(SoftCoTError, match=r"index.json: no index of weights \('weight_map'\); fetch the model again"):
+        weights_fingerprint(config)
+
+
 def test_broken_folders_get_one_line(base_copy):
     config = ModelConfig(model=str(base_copy))
     (base_copy / "model.safetensors").write_bytes(b"\x00" * 100)
