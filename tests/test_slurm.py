@@ -11,6 +11,7 @@ import subprocess
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from functools import partial
 from pathlib import Path
 
@@ -22,7 +23,7 @@ from slurm_cluster import Cluster, Process
 
 from softcot_ds.run_dir import Journal, saved_step
 
-pytestmark = [pytest.mark.slurm, pytest.mark.distributed]
+pytestmark = [pytest.mark.slurm, pytest.mark.distributed, pytest.mark.timeout(900)]
 
 RECIPE = "recipes/word_problems.yaml"
 STEPS = 40
@@ -32,15 +33,18 @@ SMALL = [
     "task.test_problems=8",
     f"training.steps={STEPS}",
     "training.save_every=4",
-    "training.validate_every=20",
+    "training.validate_every=40",
+    "training.global_batch_size=8",
+    "training.micro_batch_size=4",
     "training.log_every=1",
     "evaluation.conditions=[learned,none]",
     "evaluation.partition=zero3",
+    "evaluation.max_new_tokens=24",
 ]
 SITE = ["--gpus-per-node=1", "--cpus-per-task=1"]
 VARIABLES = {
     "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}",
-    "SLURM_WAIT": "5",  # seconds that other ranks get to end
+    "SLURM_WAIT": "3",  # seconds that other ranks get to end
     "SOFTCOT_DOCTOR": "0",  # two tests have it on
 }
 
@@ -66,6 +70,25 @@ def batch(cluster, shared_cache, tmp_path) -> Iterator["Batch"]:
     batch = Batch(cluster, tmp_path, [*SMALL, shared_cache])
     yield batch
     batch.clean_up()
+
+
+@pytest.fixture(scope="module")
+def side_by_side(cluster, undisturbed, shared_cache, tmp_path_factory) -> Iterator[dict[str, Future]]:
+    """Three runs that mostly wait, for timeouts, notices and SLURM: at the same time, each on a cluster of its own."""
+    batches, futures = [], {}
+    with ThreadPoolExecutor() as pool:
+        try:
+            for scenario in (outlive_dead_nodes_and_a_hang, be_killed_timed_out_preempted_and_cancelled, fill_the_disk):
+                folder = tmp_path_factory.mktemp(scenario.__name__)
+                own = Cluster(tmp_path_factory.mktemp("slurm"), nodes=3)
+                own.start()
+                batches.append(Batch(own, folder, [*SMALL, shared_cache]))
+                futures[scenario.__name__] = pool.submit(scenario, batches[-1], undisturbed)
+            yield futures
+        finally:
+            pool.shutdown(cancel_futures=True)
+            for batch in batches:
+                batch.cluster.stop()
 
 
 class Batch:
@@ -126,9 +149,9 @@ def losses(run_dir: Path) -> dict[int, float]:
     return {record["step"]: record["loss"] for record in records}
 
 
-def accuracies(run_dir: Path) -> dict[str, int]:
-    conditions = json.loads((run_dir / "report.json").read_text())["conditions"]
-    return {name: condition["correct"] for name, condition in conditions.items()}
+def outputs(run_dir: Path) -> dict[str, str]:
+    """Every prompt, output and verdict, by condition."""
+    return {path.stem: path.read_text() for path in run_dir.glob("evaluation/*/*.jsonl")}
 
 
 def curve(run_dir: Path) -> dict[int, list[float]]:
@@ -158,7 +181,8 @@ def test_submit_runs_the_chain_and_gives_the_results_of_one_machine(batch, undis
     assert "2 ranks (cpu), ZeRO stage 3" in train
     assert "McNemar" in evaluate
     assert losses(tmp_path / "demo") == losses(undisturbed), "the same world size: bit for bit"
-    assert accuracies(tmp_path / "demo") == accuracies(undisturbed)
+    assert outputs(tmp_path / "demo") == outputs(undisturbed)
+    assert outputs(undisturbed).keys() == {"learned", "none"}
 
     run_dir = tmp_path / "demo"
     logs = {path.name for path in (run_dir / "logs").iterdir()}
@@ -205,7 +229,11 @@ def test_refused_chain_leaves_no_job(cluster, tmp_path, shared_cache):
     assert cluster.run("squeue", "--noheader").stdout == ""
 
 
-def test_run_outlives_dead_nodes_and_a_hanging_rank(batch, undisturbed):
+def test_run_outlives_dead_nodes_and_a_hanging_rank(side_by_side):
+    side_by_side["outlive_dead_nodes_and_a_hang"].result()
+
+
+def outlive_dead_nodes_and_a_hang(batch: Batch, undisturbed: Path) -> None:
     """Of three nodes two are used; when one dies the third takes part; when another dies, the last goes on alone."""
     job = batch.submit("train.sbatch", "--nodes=1-2", overrides=("training.timeout_minutes=0.2",))
     batch.wait_for_progress()
@@ -237,7 +265,11 @@ def test_run_outlives_dead_nodes_and_a_hanging_rank(batch, undisturbed):
     assert batch.losses() == pytest.approx(straight, rel=2e-5), "another number of ranks"
 
 
-def test_killed_timed_out_preempted_and_cancelled_run_goes_on(batch, undisturbed):
+def test_killed_timed_out_preempted_and_cancelled_run_goes_on(side_by_side):
+    side_by_side["be_killed_timed_out_preempted_and_cancelled"].result()
+
+
+def be_killed_timed_out_preempted_and_cancelled(batch: Batch, undisturbed: Path) -> None:
     cluster = batch.cluster
     job = batch.submit("train.sbatch", "--nodes=2", "--time=20", "--signal=USR1@60")
     batch.wait_for_progress()
@@ -287,7 +319,11 @@ def test_killed_timed_out_preempted_and_cancelled_run_goes_on(batch, undisturbed
     assert curve(batch.run_dir) == curve(undisturbed), "TensorBoard has one point per step"
 
 
-def test_full_disk_ends_clearly_and_room_is_all_that_it_takes(batch, undisturbed):
+def test_full_disk_ends_clearly_and_room_is_all_that_it_takes(side_by_side):
+    side_by_side["fill_the_disk"].result()
+
+
+def fill_the_disk(batch: Batch, undisturbed: Path) -> None:
     disk = batch.folder / "disk"
     disk.mkdir()
     on_node = partial(batch.cluster.on_node, "node1")
