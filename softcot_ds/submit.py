@@ -34,7 +34,8 @@ def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = 
         dry_run: only show the scripts and the resolved recipe.
 
     Raises:
-        SoftCoTError: anything is wrong with the recipe, or SLURM refuses a job; then none is left in the queue.
+        SoftCoTError: anything is wrong with the recipe, jobs of this run are in the queue already, or SLURM refuses a
+            job; then none of this chain is left in the queue.
     """
     commands = _left_to_do(recipe)
     folder = recipe.run_dir / "slurm"
@@ -46,6 +47,7 @@ def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = 
         return
     if shutil.which("sbatch") is None:
         raise SoftCoTError("there is no sbatch here; submit from a login node of the cluster, or see --dry-run")
+    _refuse_second_chain(folder)
     try:
         for path in (folder, recipe.run_dir / "logs"):  # SLURM does not make the folder of a job's log
             path.mkdir(parents=True, exist_ok=True)
@@ -86,6 +88,18 @@ def _left_to_do(recipe: Recipe) -> list[str]:
     return [*commands, "evaluate"]
 
 
+def _refuse_second_chain(folder: Path) -> None:
+    """Raises SoftCoTError when a job with a script of this run is in the queue: two must not train in one directory."""
+    listed = subprocess.run(["squeue", "--noheader", "--format=%A %o"], capture_output=True, text=True).stdout
+    for line in listed.splitlines():
+        job, _, script = line.strip().partition(" ")
+        if Path(script).is_absolute() and Path(script).parent == folder.absolute():
+            raise SoftCoTError(
+                f"job {job} of this run is in the queue already ({script}); let it end, or end it with scancel {job}, "
+                "or give this run another name (name=...)"
+            )
+
+
 def _script(command: str, recipe: Recipe, options: Sequence[str], tasks_per_node: str | None) -> str:
     """The script of slurm/ for one job, with its options and its recipe in it."""
     path = CHECKOUT / "slurm" / f"{command}.sbatch"
@@ -119,7 +133,7 @@ def with_options(script: str, options: Sequence[str], comment: str) -> str:
             )
         name = option.partition("=")[0]
         header = [line for line in header if not re.match(rf"#SBATCH {re.escape(name)}(=|\s|$)", line)]
-        header.append(f"#SBATCH {option}\n")
+        header.append(f"#SBATCH {shlex.quote(option)}\n")
     return "".join([first, f"{comment}\n", *header, *body])
 
 

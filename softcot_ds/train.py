@@ -368,18 +368,22 @@ class _StopRequest:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._rank_of_signal = 0
+        self._signal = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
-        if os.getpid() == self._pid:  # not in a forked child, which gets the signals of a batch system too
-            self._rank_of_signal = max(self._rank_of_signal, 1 + STOP_SIGNALS.index(number))
+        if os.getpid() != self._pid:
+            return  # a forked child: a batch system signals those too
+        # The first counts, as launchers follow up with SIGTERM; but not against the notice that the run goes on later.
+        if not self._signal or number == signal.SIGUSR1:
+            self._signal = number
 
     def agreed_signal(self) -> signal.Signals | None:
-        """The signal that any rank has got, the same on all; the notice that more time comes later outranks others."""
-        rank_of_signal = max_over_ranks(self._rank_of_signal)
-        return signal.Signals(STOP_SIGNALS[rank_of_signal - 1]) if rank_of_signal else None
+        """The signal to stop for, the same on all ranks, or None; the notice of a time limit before others."""
+        order = 1 + STOP_SIGNALS.index(self._signal) if self._signal else 0
+        agreed = max_over_ranks(order)
+        return STOP_SIGNALS[agreed - 1] if agreed else None
 
 
 main = recipe_command("train", "Train the projection of a recipe.", train)

@@ -211,7 +211,7 @@ def test_wrong_recipe_fails_on_the_terminal_before_a_node_is_used(cluster, tmp_p
     assert list(tmp_path.iterdir()) == []
 
 
-def test_refused_chain_leaves_no_job(cluster, tmp_path, shared_cache):
+def test_refused_chain_leaves_no_job_and_a_second_chain_is_refused(cluster, tmp_path, shared_cache):
     """SLURM takes the first job and refuses the second: it must not run alone."""
     calls = tmp_path / "calls"
     fake = tmp_path / "bin" / "sbatch"
@@ -228,6 +228,16 @@ def test_refused_chain_leaves_no_job(cluster, tmp_path, shared_cache):
     assert "no such account" in done.stderr
     assert cluster.run("squeue", "--noheader").stdout == ""
 
+    held = [*command, "--nodes=2", "--sbatch=--hold"]
+    cluster.run(*held, cwd=ROOT, env=VARIABLES)
+    try:
+        twice = cluster.run(*held, cwd=ROOT, check=False, env=VARIABLES)
+        assert twice.returncode == 2
+        assert "of this run is in the queue already" in twice.stderr
+        assert len(cluster.run("squeue", "--noheader").stdout.splitlines()) == 3
+    finally:
+        cluster.run("scancel", "--partition=main")
+
 
 def test_run_outlives_dead_nodes_and_a_hanging_rank(side_by_side):
     side_by_side["outlive_dead_nodes_and_a_hang"].result()
@@ -235,14 +245,14 @@ def test_run_outlives_dead_nodes_and_a_hanging_rank(side_by_side):
 
 def outlive_dead_nodes_and_a_hang(batch: Batch, undisturbed: Path) -> None:
     """Of three nodes two are used; when one dies the third takes part; when another dies, the last goes on alone."""
-    job = batch.submit("train.sbatch", "--nodes=1-2", overrides=("training.timeout_minutes=0.2",))
+    job = batch.submit("train.sbatch", "--nodes=1-2", overrides=("training.timeout_minutes=0.3",))
     batch.wait_for_progress()
     batch.cluster.fail("node2")
 
     batch.wait_for_restart(1)
     batch.wait_for_progress()
     (rank,) = batch.ranks("node1")
-    os.kill(rank.pid, signal.SIGSTOP)  # the other gives up after 0.2 minutes
+    os.kill(rank.pid, signal.SIGSTOP)  # the other gives up after 0.3 minutes
 
     batch.wait_for_restart(2)
     batch.wait_for_progress()

@@ -1,0 +1,73 @@
+"""Scripts that ``softcot-ds submit`` makes of those in slurm/, without SLURM; test_slurm.py submits them."""
+
+import re
+import subprocess
+from pathlib import Path
+
+import pytest
+
+from softcot_ds import submit
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import Recipe, load_recipe
+
+ROOT = Path(__file__).parents[1]
+SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
+
+
+@pytest.fixture
+def recipe(tmp_path) -> Recipe:
+    sizes = ["task.train_problems=20", "task.validation_problems=4", "task.test_problems=4"]
+    return load_recipe(
+        ROOT / "recipes/word_problems.yaml",
+        [*sizes, f"output_dir={tmp_path}/with a space", f"cache.path={tmp_path}/c"],
+    )
+
+
+def options(script: str) -> list[str]:
+    return re.findall(r"^#SBATCH (\S+)", script, flags=re.MULTILINE)
+
+
+@pytest.mark.parametrize("path", [*SCRIPTS, *(ROOT / "slurm").glob("*.sh")], ids=lambda path: path.name)
+def test_scripts_are_bash(path):
+    subprocess.run(["bash", "-n", path], check=True)
+
+
+def test_options_replace_those_of_the_script_and_the_rest_stays():
+    script = (ROOT / "slurm/train.sbatch").read_text()
+    made = submit.with_options(script, ["--nodes=3-4", "--exclusive", "--time=1:00:00"], "# made")
+    assert made.startswith("#!/usr/bin/env bash\n# made\n#SBATCH ")
+    before, after = options(script), options(made)
+    kept = [option for option in before if not option.startswith(("--nodes=", "--time="))]
+    assert sorted(after) == sorted([*kept, "--nodes=3-4", "--exclusive", "--time=1:00:00"])
+    assert made.partition("SOFTCOT_HOME=")[2] == script.partition("SOFTCOT_HOME=")[2]
+
+
+@pytest.mark.parametrize("option", ["-p", "gpu", "--nodes 2", "nodes=2"])
+def test_options_that_sbatch_would_misread_are_refused(option):
+    with pytest.raises(SoftCoTError, match="is no long option of sbatch"):
+        submit.with_options((ROOT / "slurm/train.sbatch").read_text(), [option], "# made")
+
+
+def test_dry_run_shows_all_and_leaves_nothing(recipe, capsys, tmp_path):
+    submit.submit(recipe, ["--nodes=2"], tasks_per_node="4", dry_run=True)
+    shown = capsys.readouterr().out
+    for command in ("cache", "train", "evaluate"):
+        assert f"#SBATCH --job-name=demo-{command}\n" in shown
+    assert "#SBATCH --ntasks-per-node=4\n" in shown
+    assert f"set -- '{tmp_path}/with a space/demo/recipe.yaml'\n" in shown
+    assert shown.endswith(recipe.to_yaml())
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_without_slurm_it_says_so(recipe, monkeypatch, tmp_path):
+    monkeypatch.setenv("PATH", str(tmp_path))
+    with pytest.raises(SoftCoTError, match="no sbatch here"):
+        submit.submit(recipe, ["--nodes=2"])
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_data_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path):
+    recipe.task.validation_problems = 20
+    with pytest.raises(SoftCoTError, match=r"task.validation_problems is 20"):
+        submit.submit(recipe, ["--nodes=2"])
+    assert list(tmp_path.iterdir()) == []
