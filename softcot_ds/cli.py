@@ -89,6 +89,7 @@ def recipe_command(
 def run_command(work: Callable[[], None]) -> int:
     """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
     code = 1  # of a defect, whose stack trace is wanted
+    midway = False  # in something that the ranks do together, and that will not end
     try:
         with interrupted_by_signals():
             work()
@@ -108,7 +109,7 @@ def run_command(work: Callable[[], None]) -> int:
         _report(
             f"interrupted by {signal.Signals(error.signal_number).name}; the same command goes on from what is finished"
         )
-        code = exit_code_of(error.signal_number)
+        code, midway = exit_code_of(error.signal_number), True
     except RuntimeError as error:
         distributed = sys.modules.get("softcot_ds.distributed")
         if distributed is None or (reason := distributed.lost_rank(error)) is None:
@@ -117,11 +118,11 @@ def run_command(work: Callable[[], None]) -> int:
             f"error: another rank has died, or has not answered in time ({reason}); its own last lines say why. The "
             "same command goes on from what is finished"
         )
-        code = EXIT_LOST_RANK
+        code, midway = EXIT_LOST_RANK, True
     finally:
         distributed = sys.modules.get("softcot_ds.distributed")  # only where the command works with other ranks
         if distributed is not None:
-            distributed.shut_down(failed=code != 0)
+            distributed.shut_down(code, midway)
     return code
 
 

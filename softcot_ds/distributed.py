@@ -2,6 +2,7 @@
 
 import os
 import socket
+import sys
 import warnings
 from collections.abc import Callable
 from datetime import timedelta
@@ -146,12 +147,23 @@ def on_main(work: Callable[[], Any]) -> Any:
     return outcome[0]
 
 
-def shut_down(failed: bool = False) -> None:
-    """Leave the process group; NCCL warns when a process ends without. After a failure nobody is waited for."""
-    if dist.is_initialized():
-        if not failed:
-            barrier()  # rank 0 serves the others' store: it leaves with them, not before
-        dist.destroy_process_group()
+def shut_down(code: int = 0, midway: bool = False) -> None:
+    """Leave the process group; NCCL warns when a process ends without. After a failure nobody is waited for.
+
+    Args:
+        code: the exit code of this process.
+        midway: an operation of the group has not ended, and never will. PyTorch's threads that wait for it would turn
+            the end of the process into an abort, so this does not return: it ends the process with ``code``.
+    """
+    if not dist.is_initialized():
+        return
+    if midway and world_size() > 1:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    if not code:
+        barrier()  # rank 0 serves the others' store: it leaves with them, not before
+    dist.destroy_process_group()
 
 
 def _free_port() -> str:
