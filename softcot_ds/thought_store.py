@@ -388,6 +388,7 @@ class ThoughtStore:
     def __init__(self, folder: Path, manifest: Manifest) -> None:
         self.folder = folder
         self.manifest = manifest
+        self._dtype, self._row_shape = self.identity.torch_dtype, self.identity.row_shape
         self._mapped: dict[int, np.ndarray] = {}
 
     @property
@@ -451,16 +452,20 @@ class ThoughtStore:
         shards, rows = index.shards[entries].tolist(), index.rows[entries].tolist()
         # One call for all rows: a loop that copies row by row into a tensor takes an eighth longer.
         parts = [self._rows(shard)[row] for shard, row in zip(shards, rows, strict=True)]
-        batch = np.concatenate([np.empty(0, np.uint8), *parts]).reshape(len(keys), self.identity.row_bytes)
-        # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
-        for i in np.flatnonzero(~index.verified[entries]).tolist():
-            if xxhash.xxh3_64_intdigest(batch[i]) != index.row_checksums[entries[i]]:
-                raise DamagedShard(
-                    f"{self.folder / self.manifest.shards[shards[i]].name}: the checksum of row {rows[i]:,} differs; "
-                    "run softcot-ds cache RECIPE to set the shard aside and compute its rows anew"
-                )
-        index.verified[entries] = True
-        return torch.from_numpy(batch).view(self.identity.torch_dtype).view(len(keys), *self.identity.row_shape)
+        if not parts:
+            return torch.empty(0, *self._row_shape, dtype=self._dtype)
+        batch = np.concatenate(parts)
+        if not index.verified[entries].all():
+            # The copy is checked, not the map: it is in the processor's cache, and it is what is handed out.
+            for i, row in enumerate(batch.reshape(len(keys), -1)):
+                if xxhash.xxh3_64_intdigest(row) != index.row_checksums[entries[i]]:
+                    path = self.folder / self.manifest.shards[shards[i]].name
+                    raise DamagedShard(
+                        f"{path}: the checksum of row {rows[i]:,} differs; run softcot-ds cache RECIPE to set the "
+                        "shard aside and compute its rows anew"
+                    )
+            index.verified[entries] = True
+        return torch.from_numpy(batch).view(self._dtype).view(len(keys), *self._row_shape)
 
     def _rows(self, shard: int) -> np.ndarray:
         """(rows, row_bytes) uint8 of a shard, mapped on first use."""
