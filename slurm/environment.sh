@@ -62,7 +62,8 @@ run_ranks() {
 # finish COMMAND CODE RECIPE [key=value ...]: end the job, or put it back into the queue, by what its ranks ended with.
 finish() {
     local verdict=0 preempted=()
-    if scontrol show job "$SLURM_JOB_ID" | grep -q 'PreemptTime=[0-9]'; then preempted=(--preempted); fi
+    # Not grep -q: it ends at the first match, scontrol may die of the closed pipe, and pipefail would call that no match.
+    if scontrol show job "$SLURM_JOB_ID" | grep 'PreemptTime=[0-9]' >/dev/null; then preempted=(--preempted); fi
     $CONTAINER python -m softcot_ds.slurm end "${preempted[@]}" "$@" || verdict=$?
     if [ "$verdict" = 75 ] && scontrol requeue "$SLURM_JOB_ID"; then
         sleep 600  # SLURM ends this script now
