@@ -15,17 +15,22 @@ _LONGEST = 1000
 _LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
 # Four hashes announce an answer when a number is next; otherwise they are a heading ("#### Step 2: add").
 _MARKER = re.compile(r"####(?=[^\w\n]*\d)|(?:final\s+)?answer\**\s*(?:is\b|:|=)[\s:*]*", re.IGNORECASE)
+_MAY_GO_ON = re.compile(r"[\d.,/]+\Z")
 _END_OF_SENTENCE = re.compile(r"[.!?;](?:\s|$)|\n")
 
 
-def extract_number(text: str) -> Fraction | None:
+def extract_number(text: str, cut: bool = False) -> Fraction | None:
     r"""The number that ``text`` gives as its answer, or None when there is none.
 
     Looked for in this order: the last ``\boxed{...}``; the sentence after the last ``####``, ``answer is`` or
     ``answer:``; the last number of the text. Of an equation the right side counts (``x = 4``, ``3 + 4 = 7``). A
     percentage counts as its figure (``50%`` is 50), a currency sign is ignored, commas between groups of three digits
     are thousands separators.
+
+    Of a text that was ``cut`` at a limit only an announced answer counts, and no number that may have gone on.
     """
+    if cut:
+        text = _MAY_GO_ON.sub("", text)
     boxed = _last_boxed(text)
     if boxed is not None:
         numbers = _stated(boxed)
@@ -35,7 +40,7 @@ def extract_number(text: str) -> Fraction | None:
         numbers = _stated(_END_OF_SENTENCE.split(text[markers[-1].end() :], maxsplit=1)[0])
         if numbers:
             return numbers[0]
-    numbers = _numbers(text)
+    numbers = [] if cut else _numbers(text)
     return numbers[-1] if numbers else None
 
 

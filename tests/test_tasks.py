@@ -248,6 +248,23 @@ def test_only_a_number_after_answer_answers_a_word_problem(words, output, answer
     assert words.is_correct(words.extract(output), Problem("q", "r", "7")) is (answer == "7")
 
 
+@pytest.mark.parametrize(
+    ("output", "answer"),
+    [
+        ("first 3 + 4 = 7 answer 7", None),
+        ("answer 1 4", None),
+        ("answer 1 4 \n", None),
+        ("answer 1 4 answer 1", "14"),
+        ("answer 1 4 first", "14"),
+        ("answer 1 4 answer", "14"),
+        ("answer -", None),
+        ("", None),
+    ],
+)
+def test_a_number_at_the_end_of_a_cut_output_may_have_gone_on(words, output, answer):
+    assert words.extract(output, cut=True) == answer
+
+
 def test_a_digit_repeated_for_ever_is_wrong_not_an_error(words):
     assert not words.is_correct(words.extract("answer " + "9 " * 6000), Problem("q", "r", "9"))
 

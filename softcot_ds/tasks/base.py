@@ -55,9 +55,15 @@ class Task(ABC):
     def target(self, problem: Problem) -> str:
         """The text that the base is trained to write: reasoning, then the answer."""
 
-    def extract(self, output: str) -> str | None:
-        """The answer that an output gives, in canonical form, or None when it cannot be parsed."""
-        number = extract_number(output)
+    def extract(self, output: str, cut: bool = False) -> str | None:
+        """The answer that an output gives, in canonical form, or None when it cannot be parsed.
+
+        Args:
+            output: what the model wrote, without its stop token.
+            cut: the output ended at the limit of new tokens. Its last number may be anything, so only an answer that
+                was announced, and is complete, counts.
+        """
+        number = extract_number(output, cut)
         return None if number is None else str(number)
 
     def is_correct(self, answer: str | None, problem: Problem) -> bool:

@@ -23,9 +23,12 @@ class WordProblems(Task):
     def target(self, problem: Problem) -> str:
         return f"{problem.reasoning}answer {problem.answer}"
 
-    def extract(self, output: str) -> str | None:
-        """The number after the last ``answer``; the steps before it are full of other numbers."""
-        answers = _ANSWER.findall(output)
+    def extract(self, output: str, cut: bool = False) -> str | None:
+        """The number after the last ``answer``; the steps before it are full of other numbers.
+
+        Of an output that was ``cut``, digits at its very end are no number yet: the next token may have been a digit.
+        """
+        answers = _ANSWER.findall(output.rstrip("0123456789 \n") if cut else output)
         return str(int("".join(answers[-1].split()))) if answers else None
 
     def is_correct(self, answer: str | None, problem: Problem) -> bool:
