@@ -89,9 +89,19 @@ def _left_to_do(recipe: Recipe) -> list[str]:
 
 
 def _refuse_second_chain(folder: Path) -> None:
-    """Raises SoftCoTError when a job with a script of this run is in the queue: two must not train in one directory."""
-    listed = subprocess.run(["squeue", "--noheader", "--format=%A %o"], capture_output=True, text=True).stdout
-    for line in listed.splitlines():
+    """Two must not train in one directory.
+
+    Raises:
+        SoftCoTError: a job with a script of this run is in the queue, or squeue does not say what is in it.
+    """
+    try:
+        listed = subprocess.run(["squeue", "--noheader", "--format=%A %o"], capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError) as error:
+        said = " ".join((getattr(error, "stderr", None) or str(error)).split())
+        raise SoftCoTError(
+            f"squeue does not say whether jobs of this run are in the queue already: {said}; submit when it answers"
+        ) from error
+    for line in listed.stdout.splitlines():
         job, _, script = line.strip().partition(" ")
         if Path(script).is_absolute() and Path(script).parent == folder.absolute():
             raise SoftCoTError(

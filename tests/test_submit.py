@@ -66,6 +66,23 @@ def test_without_slurm_it_says_so(recipe, monkeypatch, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("squeue", "said"),
+    [("echo 'Unable to contact slurm controller' >&2; exit 1", "Unable to contact"), (None, "squeue")],
+)
+def test_queue_that_does_not_answer_is_not_taken_for_an_empty_one(recipe, monkeypatch, tmp_path, squeue, said):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    for name, text in {"sbatch": "echo 1", "squeue": squeue}.items():
+        if text is not None:
+            (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+            (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(programs))
+    with pytest.raises(SoftCoTError, match=rf"squeue does not say .*{said}"):
+        submit.submit(recipe, ["--nodes=2"])
+    assert not recipe.run_dir.exists()
+
+
 def test_data_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path):
     recipe.task.validation_problems = 20
     with pytest.raises(SoftCoTError, match=r"task.validation_problems is 20"):
