@@ -52,6 +52,8 @@ class Attempt:
     """Steps that were saved when it ended; of one that just vanished (a dead node) when the next began."""
     signal: str = ""
     """The signal that it stopped for, as train wrote it; empty when there was none."""
+    preempted: bool = False
+    """Whether another job took its nodes."""
 
     @property
     def progress(self) -> int:
@@ -102,13 +104,15 @@ class Journal:
                 attempts[-1].signal = record["signal"]
             elif attempts and record["event"] == "end":
                 attempts[-1].last_step = record["step"]
+                attempts[-1].preempted = record.get("preempted", False)
         if attempts and attempts[-1].last_step < 0:
             attempts[-1].last_step = saved
         return [attempt for attempt in attempts if attempt.job == job]
 
 
 def stuck_at(attempts: Sequence[Attempt]) -> int | None:
-    """The step that the last two attempts could not get past, or None."""
-    if len(attempts) >= 2 and not any(attempt.progress for attempt in attempts[-2:]):
-        return attempts[-1].last_step
+    """The step that the last two attempts could not get past, or None. Preempted ones are not to blame, nor counted."""
+    tried = [attempt for attempt in attempts if attempt.progress or not attempt.preempted]
+    if len(tried) >= 2 and not any(attempt.progress for attempt in tried[-2:]):
+        return tried[-1].last_step
     return None

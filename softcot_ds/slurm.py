@@ -57,7 +57,7 @@ def end(command: str, code: int, recipe: Recipe, preempted: bool = False) -> tup
     failures_come_back, stuck = False, None
     if command == "train":
         journal, saved = Journal(recipe.run_dir), saved_step(recipe.run_dir)
-        journal.add("end", code=code, step=saved)
+        journal.add("end", code=code, step=saved, preempted=preempted)
         if code == 0 and saved < recipe.training.steps:
             code = 1  # the launcher died
         attempts = journal.attempts(_job(), saved)

@@ -72,6 +72,7 @@ def test_finished_run_is_done(recipe):
 def test_two_attempts_that_end_at_one_step_stop_the_loop(recipe):
     assert attempt(recipe, saved=20, code=1) == REQUEUE
     assert attempt(recipe, saved=20, code=1) == REQUEUE, "once may be chance"
+    assert attempt(recipe, saved=20, code=143, preempted=True) == REQUEUE, "no fault of its own"
     assert attempt(recipe, saved=20, code=1) == 1
     _, why = slurm.end("train", 1, recipe)
     assert "two attempts have ended at step 20" in why
@@ -118,3 +119,11 @@ def test_stuck_needs_two_attempts_without_progress():
     assert stuck_at([Attempt("1", 0, 0)]) is None
     assert stuck_at([Attempt("1", 0, 20), Attempt("1", 20, 20)]) is None
     assert stuck_at([Attempt("1", 0, 20), Attempt("1", 20, 20), Attempt("1", 20, 20)]) == 20
+
+
+def test_preempted_attempts_are_not_stuck():
+    failed, preempted = Attempt("1", 20, 20), Attempt("1", 20, 20, preempted=True)
+    assert stuck_at([preempted] * 5) is None
+    assert stuck_at([failed, preempted]) is None
+    assert stuck_at([failed, preempted, failed]) == 20, "nothing between them got further"
+    assert stuck_at([failed, Attempt("1", 20, 24, preempted=True), Attempt("1", 24, 24)]) is None
