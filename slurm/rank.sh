@@ -4,15 +4,24 @@
 trap '' USR1 TERM INT  # SLURM signals every process: the rank answers, its log must outlive it
 rank=${RANK:-$SLURM_PROCID}
 log=$SOFTCOT_LOGS/$SLURM_JOB_NAME-$SLURM_JOB_ID-$SLURMD_NODENAME.log
+logged=$(wc -c 2>/dev/null <"$log" || echo 0)  # bytes of earlier attempts
 
+to_logs() { sed -u "s/^/[rank $rank] /" | tee -a "$log" | for_job; }
 for_job() { if [ "$rank" = 0 ]; then sed -u 's/^\[rank 0\] //'; else grep --line-buffered softcot-ds; fi; }
-run() {
-    local code=0
-    "$@" || code=$?
-    case $code in 134 | 135 | 136 | 137 | 139)  # ABRT BUS FPE KILL SEGV: it had no time to say so itself
-        echo "softcot-ds: rank $rank on $SLURMD_NODENAME was killed by SIG$(kill -l $((code - 128)))" >&2 ;;
-    esac
-    return $code
+
+# watchdog_ended_it: whether NCCL's watchdog, which notices that another rank is gone or late, aborted this one.
+watchdog_ended_it() {
+    [ "$code" = 134 ] && tail -c "+$((logged + 1))" "$log" | grep -F "[rank $rank] " |
+        grep -E 'Watchdog caught collective operation timeout|ncclRemoteError' >/dev/null
 }
-run "$@" 2>&1 | sed -u "s/^/[rank $rank] /" | tee -a "$log" | for_job
-exit "${PIPESTATUS[0]}"
+
+"$@" 2>&1 | to_logs
+code=${PIPESTATUS[0]}
+if watchdog_ended_it; then
+    code=3  # as where the rank itself notices
+    echo "softcot-ds: rank $rank on $SLURMD_NODENAME: another rank has died, or has not answered in time (NCCL)" | to_logs
+fi
+case $code in 134 | 135 | 136 | 137 | 139)  # ABRT BUS FPE KILL SEGV: it had no time to say so itself
+    echo "softcot-ds: rank $rank on $SLURMD_NODENAME was killed by SIG$(kill -l $((code - 128)))" | to_logs ;;
+esac
+exit "$code"
