@@ -20,6 +20,16 @@ class Sampling:
     top_p: float = 1.0
 
 
+@dataclass(frozen=True)
+class Output:
+    """What the model wrote after one prompt."""
+
+    token_ids: list[int]
+    """Without the stop token."""
+    cut: bool
+    """It ended at ``max_new_tokens``, not at a stop token."""
+
+
 @torch.no_grad()
 def decode(
     model: PreTrainedModel,
@@ -28,7 +38,7 @@ def decode(
     stop_ids: list[int],
     sampling: Sampling,
     synced: bool = False,
-) -> list[list[int]]:
+) -> list[Output]:
     """Continue a batch of prompts, padded on the left.
 
     Args:
@@ -38,7 +48,7 @@ def decode(
         synced: the model is partitioned over ranks: go on until every rank is done, as each forward pass needs all.
 
     Returns:
-        The new tokens of each prompt, without the stop token.
+        The output of each prompt.
     """
     embed = model.get_input_embeddings()
     device = embed.weight.device
@@ -68,9 +78,9 @@ def decode(
         pad_token_id=stop_ids[0],
         synced_gpus=synced,
     )
-    stops = set(stop_ids)
-    ended = []
-    for row in outputs.tolist():
-        end = next((i for i, token in enumerate(row) if token in stops), len(row))
-        ended.append(row[:end])
-    return ended
+    return [_until_stop(row, set(stop_ids)) for row in outputs.tolist()]
+
+
+def _until_stop(row: list[int], stops: set[int]) -> Output:
+    end = next((i for i, token in enumerate(row) if token in stops), None)
+    return Output(row[:end], cut=end is None)

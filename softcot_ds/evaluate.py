@@ -221,7 +221,7 @@ class _Decoder:
             Sampling(max_new_tokens, evaluation.temperature, evaluation.top_p),
             synced=self._partitioned and world_size() > 1,
         )
-        return [self._tokenizer.decode(output) for output in outputs]
+        return [self._tokenizer.decode(output.token_ids) for output in outputs]
 
     def _finished(self, name: str) -> dict[int, dict[str, str]]:
         """Outputs by batch, from every process that ever worked on this condition."""

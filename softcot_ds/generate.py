@@ -48,7 +48,7 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
                     item = experiment.assistant_prompts.thoughts_input("question", question)
                     thoughts = projection(compute_thoughts(assistant, [item]).float())
         (output,) = decode(base, [prompt], thoughts, prompts.stop_ids, sampling)
-        print(experiment.base_tokenizer.decode(output), flush=True)
+        print(experiment.base_tokenizer.decode(output.token_ids), flush=True)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

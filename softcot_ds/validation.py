@@ -88,7 +88,7 @@ class Validator:
         )
         parts = []
         for example, output in zip(examples, outputs, strict=True):
-            text = experiment.base_tokenizer.decode(output)
+            text = experiment.base_tokenizer.decode(output.token_ids)
             answer = experiment.task.extract(text)
             verdict = "right" if experiment.task.is_correct(answer, example.problem) else "wrong"
             parts.append(

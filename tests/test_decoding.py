@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
 
-from softcot_ds.decoding import Sampling, decode
+from softcot_ds.decoding import Output, Sampling, decode
 from softcot_ds.prompts import BasePrompt
 
 D, VOCAB, STOP = 16, 40, 2
@@ -37,7 +37,7 @@ def model():
     return make_model()
 
 
-def alone(model, prompt: BasePrompt, thoughts_TD, stop_ids, max_new_tokens) -> list[int]:
+def alone(model, prompt: BasePrompt, thoughts_TD, stop_ids, max_new_tokens) -> Output:
     """The most likely tokens of one prompt: each from a fresh pass over everything before it."""
     embed = model.get_input_embeddings().weight
     rows = [*embed[prompt.prefix_ids], *([] if thoughts_TD is None else thoughts_TD), *embed[prompt.suffix_ids]]
@@ -46,10 +46,10 @@ def alone(model, prompt: BasePrompt, thoughts_TD, stop_ids, max_new_tokens) -> l
         logits = model(inputs_embeds=torch.stack(rows)[None], use_cache=False).logits[0, -1]
         token = int(logits.argmax())
         if token in stop_ids:
-            break
+            return Output(output, cut=False)
         output.append(token)
         rows.append(embed[token])
-    return output
+    return Output(output, cut=True)
 
 
 def draw(lengths, thoughts, seed=0, dtype=torch.float64):
@@ -73,7 +73,7 @@ def test_a_batch_decodes_like_each_prompt_alone(family, dtype):
     prompts, thoughts = draw(LENGTHS, 3, dtype=dtype)
     outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
     assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
-    assert len({tuple(output) for output in outputs}) > 1
+    assert len({tuple(output.token_ids) for output in outputs}) > 1
 
 
 def test_prompts_without_thoughts_decode_too(model):
@@ -109,17 +109,31 @@ def test_any_batch_and_any_stop_tokens(model, lengths, thoughts, seed, stops):
 def test_an_output_ends_before_the_first_stop_token(model):
     prompts, thoughts = draw(LENGTHS, 3)
     free = decode(model, prompts, thoughts, [STOP], Sampling(12))
-    stop = free[0][4]
+    rows = [output.token_ids for output in free]
+    stop = rows[0][4]
     stopped = decode(model, prompts, thoughts, [STOP, stop], Sampling(12))
-    assert stopped == [row[: row.index(stop)] if stop in row else row for row in free]
-    assert len(stopped[0]) <= 4
+    assert [output.token_ids for output in stopped] == [row[: row.index(stop)] if stop in row else row for row in rows]
+    assert [output.cut for output in stopped] == [
+        output.cut and stop not in row for output, row in zip(free, rows, strict=True)
+    ]
+    assert len(stopped[0].token_ids) <= 4
+
+
+def test_a_stop_token_as_the_last_one_allowed_is_no_cut(model):
+    prompts, thoughts = draw(LENGTHS[:1], 3)
+    free = alone(model, prompts[0], thoughts[0], [STOP], 12).token_ids
+    stop = free[4]
+    assert stop not in free[:4]
+    for most, expected in ((4, Output(free[:4], cut=True)), (5, Output(free[:4], cut=False))):
+        assert decode(model, prompts, thoughts, [stop], Sampling(most)) == [expected]
 
 
 def test_no_more_tokens_than_asked_for(model):
     prompts, thoughts = draw(LENGTHS, 3)
     long = decode(model, prompts, thoughts, [STOP], Sampling(10))
     for count in (1, 4):
-        assert decode(model, prompts, thoughts, [STOP], Sampling(count)) == [row[:count] for row in long]
+        short = decode(model, prompts, thoughts, [STOP], Sampling(count))
+        assert [output.token_ids for output in short] == [output.token_ids[:count] for output in long]
 
 
 def test_sampling_is_repeated_by_its_seed_and_differs_without(model):
@@ -146,7 +160,12 @@ def test_sampled_tokens_have_the_frequencies_of_the_softmax(model):
     torch.manual_seed(0)
     count = 4000
     outputs = decode(model, [prompt] * count, thoughts.expand(count, -1, -1), [STOP], Sampling(1, temperature))
-    found = torch.bincount(torch.tensor([row[0] if row else STOP for row in outputs]), minlength=VOCAB) / count
+    found = (
+        torch.bincount(
+            torch.tensor([output.token_ids[0] if output.token_ids else STOP for output in outputs]), minlength=VOCAB
+        )
+        / count
+    )
     # Five standard deviations of a frequency.
     assert ((found - expected).abs() <= 5 * (expected * (1 - expected) / count).sqrt() + 1e-3).all()
 
@@ -178,4 +197,4 @@ def test_a_models_own_top_k_and_min_p_do_not_narrow_sampling(model):
     other.generation_config.top_k, other.generation_config.min_p = 2, 0.999
     torch.manual_seed(0)
     outputs = decode(other, [prompt] * 300, thoughts.expand(300, -1, -1), [STOP], Sampling(1, temperature=10.0))
-    assert len({tuple(output) for output in outputs}) > VOCAB / 2
+    assert len({tuple(output.token_ids) for output in outputs}) > VOCAB / 2
