@@ -1,6 +1,7 @@
 """What a recipe stands for: tokenizers, prompts, task and data, made in one place for every command."""
 
 from functools import cached_property
+from typing import Any
 
 from softcot_ds.backbone import context_length, load_config, load_tokenizer, pad_id
 from softcot_ds.data import ContextLimits, Splits, load_splits
@@ -29,6 +30,18 @@ class Experiment:
             recipe.thoughts.count,
             recipe.thoughts.placeholder,
         )
+
+    @property
+    def chat_identity(self) -> dict[str, dict[str, Any]]:
+        """Both models' effective chat templates by content: two that differ in nothing here render the same prompts.
+
+        JSON values; for ``base`` and ``assistant`` the template's digest, the variables that reach it, and the tokens
+        that end an answer.
+        """
+        return {
+            "base": {**self.base_prompts.chat.identity, "stop_ids": self.base_prompts.stop_ids},
+            "assistant": {**self.assistant_prompts.chat.identity, "stop_ids": self.assistant_prompts.stop_ids},
+        }
 
     @property
     def base_pad_id(self) -> int:

@@ -5,12 +5,14 @@ tokenized on their own. No model name is ever tested: any tokenizer with a chat 
 prompt file, a YAML mapping with four lists of chat messages (see softcot_ds/tasks/gsm8k.yaml).
 """
 
+import hashlib
 import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from jinja2 import TemplateError
+from jinja2 import Environment, TemplateError
+from jinja2.meta import find_undeclared_variables
 from transformers import PreTrainedTokenizerBase
 
 from softcot_ds.errors import SoftCoTError
@@ -26,6 +28,8 @@ _FIELDS = {
     "base_without_thoughts": ({"question"}, set()),
 }
 _FIELD = re.compile(r"\{(question|thoughts|count)\}")
+_GENERATION_TAG = re.compile(r"\{%[-+]?\s*(?:end)?generation\s*[-+]?%\}")
+"""A tag of transformers around what the assistant writes; it shows nothing."""
 
 
 @dataclass(frozen=True)
@@ -107,6 +111,20 @@ class ChatFormat:
         self.tokenizer = tokenizer
         self.template_kwargs = template_kwargs
         self.name = name
+        try:
+            self.template = tokenizer.get_chat_template()
+            self.variables = _variables(self.template)
+        except (TemplateError, ValueError) as error:
+            raise SoftCoTError(f"the chat template of {name} refuses the prompt: {error}") from error
+
+    @property
+    def identity(self) -> dict[str, Any]:
+        """What decides how messages are rendered, by content: whatever files and settings are called."""
+        given = {**self.tokenizer.special_tokens_map, **self.template_kwargs}
+        return {
+            "template_sha256": hashlib.sha256(self.template.encode()).hexdigest(),
+            "variables": {name: given[name] for name in sorted(self.variables & given.keys())},
+        }
 
     def encode(self, text: str) -> list[int]:
         """Token ids of rendered text. The template has already written the special tokens."""
@@ -158,6 +176,12 @@ class ChatFormat:
         if self.tokenizer.eos_token_id is None:
             raise SoftCoTError(f"the tokenizer of {self.name} has no end-of-sequence token: answers would never end")
         return self.tokenizer.eos_token_id
+
+
+def _variables(template: str) -> set[str]:
+    """Names that a chat template reads and that something outside it must give. Raises jinja2.TemplateError."""
+    environment = Environment(extensions=["jinja2.ext.loopcontrols"])  # those that transformers gives to templates
+    return find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template)))
 
 
 class BasePrompts:

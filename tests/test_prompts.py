@@ -1,5 +1,6 @@
 """Prompts as tokens, against the chat template rendered and cut by hand."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -123,6 +124,16 @@ def test_a_sentinel_in_the_wording_is_ordinary_text():
     sections = SECTIONS | {"base": [{"role": "user", "content": "SOFT-THOUGHTS {question} {thoughts}"}]}
     prompt = BasePrompts(chat_format(), PromptFile(**sections)).with_thoughts("2+2?")
     assert prompt.prefix_ids[-len("2+2? ") :] == ids(byte_tokenizer(None), "2+2? ")
+
+
+def test_the_identity_of_a_format_is_its_content():
+    identity = chat_format(LLAMA3, **DATE).identity
+    assert json.loads(json.dumps(identity)) == identity
+    assert identity["variables"] == {"bos_token": "<s>"}  # the date does not reach this template
+    assert chat_format(LLAMA3).identity == identity
+    assert chat_format(LLAMA3 + " ").identity != identity
+    dated = "{{ date_string }}" + CHATML
+    assert chat_format(dated, **DATE).identity != chat_format(dated, date_string="1 Jan 1970").identity
 
 
 # ---------------------------------------------------------------------------------------------------------- errors
