@@ -15,6 +15,8 @@ from softcot_ds.thought_reader import ThoughtReader
 
 _NUM_SAMPLES = 2
 _SAMPLE_TOKENS = 128
+_ROW_ELEMENTS = 2**22
+"""Elements of the token table that are looked at together: 16 MiB in float32."""
 
 
 class Validator:
@@ -45,12 +47,13 @@ class Validator:
         """Mean cross entropy over the supervised tokens of all validation examples, nats."""
         total = torch.zeros(2, dtype=torch.float64, device=device())
         by_length = sorted(self._examples, key=lambda example: example.length)
-        chunk_size = self._batch_size * world_size()
-        for start in range(0, len(by_length), chunk_size):
-            chunk = by_length[start : start + chunk_size]
-            mine = chunk[rank() :: world_size()]
-            # A rank that is out of examples runs along with one that counts for nothing.
-            batch = self._batch(mine or chunk[:1])
+        # Cut by the examples alone: padding, and with it rounding, does not depend on the number of ranks.
+        size = self._batch_size
+        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        for start in range(0, len(batches), world_size()):
+            mine = start + rank() < len(batches)
+            # A rank that is out of batches runs along with one that counts for nothing.
+            batch = self._batch(batches[start + rank() if mine else start])
             if not mine:
                 batch.targets.fill_(IGNORE)
             count = int((batch.targets != IGNORE).sum())
@@ -64,16 +67,12 @@ class Validator:
         thoughts = model.thoughts(self._batch(self._examples[: self._batch_size]).to(device())).float().flatten(0, 1)
         table = model.base.get_input_embeddings().weight
         with gathered(table):
-            norms = table.float().norm(dim=1)
-            # One thought at a time: a float32 copy of a large vocabulary's table may not fit beside the model.
-            nearest = [
-                torch.nn.functional.cosine_similarity(table, t[None].to(table.dtype)).max() for t in thoughts[:16]
-            ]
-            return {
-                "thoughts/norm": thoughts.norm(dim=1).mean().item(),
-                "thoughts/token_embedding_norm": norms.mean().item(),
-                "thoughts/cosine_to_nearest_token": torch.stack(nearest).float().mean().item(),
-            }
+            token_norm, cosines = compare_with_tokens(thoughts, table)
+        return {
+            "thoughts/norm": thoughts.norm(dim=1).mean().item(),
+            "thoughts/token_embedding_norm": token_norm,
+            "thoughts/cosine_to_nearest_token": cosines.mean().item(),
+        }
 
     def _samples(self) -> str:
         experiment = self._experiment
@@ -96,3 +95,26 @@ class Validator:
                 f"ANSWER {answer or 'not parsed'} ({verdict}; reference {example.problem.answer})"
             )
         return f"\n\n{'-' * 80}\n\n".join(parts)
+
+
+def compare_with_tokens(vectors_ND: torch.Tensor, table_VD: torch.Tensor) -> tuple[float, torch.Tensor]:
+    """How vectors lie among the rows of a table, some rows at a time: a float32 copy of a large vocabulary's table may
+    not fit beside the model.
+
+    Args:
+        vectors_ND: float32.
+        table_VD: any floating dtype.
+
+    Returns:
+        The mean length of a row, and (N,) float32: each vector's cosine to the row nearest to it in direction.
+    """
+    directions = torch.nn.functional.normalize(vectors_ND)
+    nearest = torch.full_like(directions[:, 0], -torch.inf)
+    total = torch.zeros((), dtype=torch.float64, device=table_VD.device)
+    for rows in table_VD.split(max(1, _ROW_ELEMENTS // table_VD.shape[1])):
+        rows = rows.float()
+        norms = rows.norm(dim=1)
+        total += norms.double().sum()
+        cosines = directions @ rows.T / norms.clamp(min=1e-12)  # a row of zeros has no direction: cosine 0
+        nearest = torch.maximum(nearest, cosines.amax(dim=1))
+    return total.item() / len(table_VD), nearest
