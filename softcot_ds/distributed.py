@@ -128,6 +128,14 @@ def barrier() -> None:
         dist.barrier(group=_control_group)
 
 
+def from_all_ranks(value: Any) -> list[Any]:
+    """What each rank gives (it must be picklable), in the order of ranks; the same list on all."""
+    values = [value] * world_size()
+    if world_size() > 1:
+        dist.all_gather_object(values, value, group=_control_group)
+    return values
+
+
 def on_main(work: Callable[[], Any]) -> Any:
     """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
 
