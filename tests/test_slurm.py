@@ -131,8 +131,13 @@ class Batch:
     def begins(self) -> int:
         return sum(record["event"] == "begin" for record in Journal(self.run_dir).records())
 
-    def ranks(self, node: str) -> list[Process]:
-        return [p for p in self.cluster.processes(node) if p.command.startswith("python -u -m softcot_ds.train")]
+    def ranks(self, node: str, command: str = "train") -> list[Process]:
+        return [p for p in self.cluster.processes(node) if p.command.startswith(f"python -u -m softcot_ds.{command}")]
+
+    def preempt(self) -> None:
+        """Let another job take all nodes, and end."""
+        urgent = "sbatch --parsable --partition=urgent --nodes=3 --exclusive --output=/dev/null --wrap=true".split()
+        self.cluster.wait_for(int(self.cluster.run(*urgent).stdout), {"COMPLETED"}, timeout=90)
 
     def losses(self) -> dict[int, float]:
         return losses(self.run_dir)
@@ -300,10 +305,7 @@ def be_killed_timed_out_preempted_and_cancelled(batch: Batch, undisturbed: Path)
     batch.wait_for_restart(2)
     cluster.run("scontrol", "update", f"JobId={job}", "TimeLimit=20")
     batch.wait_for_progress()
-    urgent = cluster.run(
-        "sbatch", "--parsable", "--partition=urgent", "--nodes=3", "--exclusive", "--output=/dev/null", "--wrap=true"
-    )
-    cluster.wait_for(int(urgent.stdout), {"COMPLETED"}, timeout=90)
+    batch.preempt()
 
     batch.wait_for_restart(3)
     batch.wait_for_progress()
@@ -319,8 +321,16 @@ def be_killed_timed_out_preempted_and_cancelled(batch: Batch, undisturbed: Path)
     cancelled_at = saved_step(batch.run_dir)
     assert cancelled_at < STEPS
 
-    again = batch.submit("train.sbatch", "--nodes=2")
+    cpu_nodes = (
+        "--nodes=2",
+        "--ntasks-per-node=1",
+        "--gpus-per-node=0",
+    )  # the doctor would miss the GPUs, which are none
+    again = batch.submit("train.sbatch", *cpu_nodes, SOFTCOT_DOCTOR="1")
+    batch.wait_until(lambda: batch.ranks("node1", "doctor"), "the doctor at work")
+    batch.preempt()
     log = batch.wait(again, "COMPLETED")
+    assert "another job takes its nodes; back into the queue for restart 1 of 100" in log
     assert f"resuming from {batch.run_dir}/checkpoints/step-{cancelled_at}" in log
     assert batch.losses() == losses(undisturbed), "bit for bit, after all that"
     final = f"checkpoints/step-{STEPS}/projection.safetensors"
