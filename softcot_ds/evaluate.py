@@ -10,7 +10,11 @@ Every condition is decoded on the same problems with the same settings; what dif
     text       the assistant's words in the prompt (the paper's Assist-CoT)
     static     a learned prompt of free vectors, from the adapter of a projection.kind=static run
 
-Each finished batch is written at once, so an interrupted evaluation goes on where it was.
+Each finished batch is written at once, so an interrupted evaluation goes on where it was. In the run's directory:
+
+    outputs/HASH/              what was decoded; the hash is of all that decides it, by content and never by path
+    evaluation/step-N-HASH/    an evaluation: its report, and every prompt, output and verdict by condition
+    report.json                the report of the fullest one (report.py)
 """
 
 import hashlib
@@ -19,64 +23,100 @@ import random
 import sys
 import uuid
 from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
 import torch
-from transformers import PreTrainedModel, PreTrainedTokenizerBase
+import transformers
+from torch import nn
+from transformers import PreTrainedModel
 
-from softcot_ds.backbone import load_frozen
+from softcot_ds import __version__
+from softcot_ds.backbone import context_length, load_frozen, weights_fingerprint, width
 from softcot_ds.checkpoint import AdapterConfig, load_adapter, train_summary
 from softcot_ds.cli import recipe_command
 from softcot_ds.data import Example
-from softcot_ds.decoding import Sampling, decode
-from softcot_ds.distributed import barrier, device, init_distributed, on_main, rank, say, world_size
+from softcot_ds.decoding import Output, Sampling, decode
+from softcot_ds.distributed import device, from_all_ranks, init_distributed, on_main, rank, say, world_size
 from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
 from softcot_ds.progress import Progress
-from softcot_ds.prompts import BasePrompt
+from softcot_ds.projection import StaticThoughts
+from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Condition, ModelConfig, Recipe
-from softcot_ds.statistics import compare, wilson_interval
-from softcot_ds.thought_reader import read_all_thoughts
-
-Record = dict[str, Any]
-ThoughtsOf = Callable[[list[int]], torch.Tensor]
-"""From indices of B problems to their (B, T, D) thoughts."""
+from softcot_ds.report import Record, make_report, table, write_results
+from softcot_ds.thought_reader import read_all_thoughts, states_dtype
 
 
-def evaluate(recipe: Recipe, adapter: Path) -> dict[str, Any]:
+def evaluate(recipe: Recipe, adapter: Path) -> Record:
     """Evaluate an adapter under the recipe's conditions; writes and returns the report.
 
     Raises:
-        SoftCoTError: the adapter is incomplete, damaged, or of other models.
+        SoftCoTError: the adapter is incomplete, damaged, or of other models; a condition cannot be met. Said before a
+            model is loaded.
     """
     init_distributed(recipe.training.timeout_minutes)
     config = AdapterConfig.load(adapter)
-    config.check_models(recipe)
+    config.check_models(recipe, assistant=config.projection != "static")
+    if config.projection != recipe.projection.kind:
+        raise SoftCoTError(
+            f"{adapter} is a {config.projection} projection and projection.kind is {recipe.projection.kind}; "
+            f"set it to {config.projection}"
+        )
+    trained = train_summary(adapter)
     experiment = Experiment(recipe)
     examples = experiment.splits.test
     if not examples:
         raise SoftCoTError("there is no test problem to evaluate on; check task.test and task.max_tokens")
-    folder = on_main(lambda: _results_folder(recipe, adapter, config, experiment))
     for note in experiment.splits.notes:
         say(f"data: {note}")
-    say(f"evaluating {adapter} on {len(examples)} problems; each output goes to {folder}")
+    say(f"evaluating {adapter} on {len(examples)} problems")
 
     inputs = _Inputs(recipe, experiment, examples, adapter)
-    if "text" in recipe.evaluation.conditions:
-        inputs.words = _assistant_words(recipe, experiment, examples, folder)
-    decoder = _Decoder.load(recipe, recipe.base, experiment.base_tokenizer, experiment.base_prompts.stop_ids, folder)
-    records = {}
-    for condition in dict.fromkeys(recipe.evaluation.conditions):
-        prompts, thoughts = inputs.of(condition)
-        outputs = decoder.run(condition, prompts, thoughts, recipe.evaluation.max_new_tokens)
-        records[condition] = _grade(outputs, prompts, examples, experiment)
-    report = make_report(recipe, adapter, config, records)
-    on_main(lambda: _write(recipe, folder, records, report))
-    say(table(report))
+    names = recipe.evaluation.conditions
+    read = {name: inputs.of(name) for name in names if name != "text"}
+    decoder = _Decoder(
+        recipe,
+        recipe.base,
+        config.base.fingerprint,
+        experiment.base_prompts.stop_ids,
+        context_length(experiment.base_config),
+    )
+    if "text" in names:
+        inputs.words = _assistant_words(recipe, experiment, examples)
+        read["text"] = inputs.of("text")
+    jobs = {name: decoder.job(name, *read[name], recipe.evaluation.max_new_tokens) for name in names}
+    if any(job.todo and job.thoughts is not None and job.thoughts.need_states for job in jobs.values()):
+        inputs.read_states()  # now, as it may load the assistant: not beside the base
+    outputs: dict[str, list[Output]] = {}
+    for job in jobs.values():
+        if job.key not in outputs:  # of free vectors, learned and shuffled are the same
+            outputs[job.key] = decoder.run(job)
+    records = {name: _grade(outputs[job.key], job, examples, experiment) for name, job in jobs.items()}
+    report = make_report(recipe, adapter, config, trained, records)
+    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{_evaluation_hash(recipe, jobs, examples)}"
+    written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
+    say(f"{table(report)}\n{written}")
     return report
+
+
+@dataclass(frozen=True)
+class _Thoughts:
+    """What stands for the thoughts under one condition."""
+
+    of: Callable[[list[int]], torch.Tensor]
+    """From indices of B problems to their (B, T, D) thoughts."""
+    made_from: Record
+    """All that decides them, by content."""
+    need_states: bool = False
+    """Whether they come from the assistant's states."""
+
+    def __call__(self, indices: list[int]) -> torch.Tensor:
+        return self.of(indices)
 
 
 class _Inputs:
@@ -87,185 +127,313 @@ class _Inputs:
         self._experiment = experiment
         self._examples = examples
         self._projection = load_adapter(adapter, experiment)
-        self._hidden = read_all_thoughts(experiment, examples)
         self.words: list[str] = []
 
-    def of(self, condition: Condition) -> tuple[list[BasePrompt], ThoughtsOf | None]:
+    def of(self, condition: Condition) -> tuple[list[BasePrompt], _Thoughts | None]:
+        """Raises SoftCoTError when the condition cannot be met. No model is loaded for it, nor states read."""
         prompts = self._experiment.base_prompts
         questions = [example.problem.question for example in self._examples]
         if condition == "none":
             return [prompts.without_thoughts(question) for question in questions], None
         if condition == "text":
             return [prompts.with_words(*pair) for pair in zip(questions, self.words, strict=True)], None
-        thoughts: dict[str, Callable[[], ThoughtsOf]] = {
-            "learned": lambda: self._project,
-            "shuffled": self._shuffled,
+        thoughts: dict[str, Callable[[], _Thoughts]] = {
+            "learned": lambda: self._projected(range(len(questions))),
+            "shuffled": lambda: self._projected(others([e.assistant for e in self._examples], self._recipe.seed)),
             "mean": self._mean,
-            "zero": lambda: lambda indices: torch.zeros_like(self._project(indices)),
+            "zero": self._zero,
             "static": self._static,
         }
         return [BasePrompt(example.prefix_ids, example.suffix_ids) for example in self._examples], thoughts[condition]()
 
-    @torch.no_grad()
-    def _project(self, indices: list[int]) -> torch.Tensor:
-        if self._hidden is None:
-            return self._projection(len(indices))
-        return self._projection(self._hidden[indices].float())
+    def read_states(self) -> torch.Tensor:
+        """(problems, T, P) assistant states, read once; without a cache of them the assistant is loaded for it."""
+        return self._hidden
 
-    def _mean(self) -> ThoughtsOf:
-        if self._hidden is None:
-            return self._project
-        # The projection is affine: the mean of the projected states is the projection of the mean state.
-        with torch.no_grad():
-            mean = self._projection(self._hidden.float().mean(dim=0, keepdim=True))
-        return lambda indices: mean.expand(len(indices), -1, -1)
+    @cached_property
+    def _hidden(self) -> torch.Tensor:
+        return read_all_thoughts(self._experiment, self._examples)
 
-    def _shuffled(self) -> ThoughtsOf:
-        # A rotation of a random order: nobody keeps their own thoughts.
-        order = random.Random(self._recipe.seed).sample(range(len(self._examples)), len(self._examples))
-        other = dict(zip(order, order[1:] + order[:1], strict=True))
-        return lambda indices: self._project([other[index] for index in indices])
+    def _projected(self, whose: Sequence[int]) -> _Thoughts:
+        """For problem i the thoughts of problem ``whose[i]``."""
+        projection = self._projection
+        if isinstance(projection, StaticThoughts):
+            return _repeated(projection)
 
-    def _static(self) -> ThoughtsOf:
+        @torch.no_grad()
+        def of(indices: list[int]) -> torch.Tensor:
+            return projection(self._hidden[[whose[index] for index in indices]].float())
+
+        return _Thoughts(of, self._projection_of(whose), need_states=True)
+
+    def _mean(self) -> _Thoughts:
+        projection = self._projection
+        if isinstance(projection, StaticThoughts):
+            return _repeated(projection)
+
+        @cache
+        @torch.no_grad()
+        def mean() -> torch.Tensor:
+            # The projection is affine: the mean of the projected states is the projection of the mean state.
+            return projection(self._hidden.float().mean(dim=0, keepdim=True))
+
+        made_from = {"mean of": self._projection_of(range(len(self._examples)))}
+        return _Thoughts(lambda indices: mean().expand(len(indices), -1, -1), made_from, need_states=True)
+
+    def _projection_of(self, whose: Sequence[int]) -> Record:
+        """What decides the projected thoughts of these problems, in this order."""
+        assistant = self._recipe.assistant
+        inputs = [self._examples[index].assistant for index in whose]
+        return {
+            "projection": _weights_digest(self._projection),
+            "assistant": weights_fingerprint(assistant),
+            "dtype": assistant.dtype,
+            "attention": assistant.attention,
+            "read as": states_dtype(self._recipe),
+            "inputs": _digest([[item.token_ids, item.positions] for item in inputs]),
+        }
+
+    def _zero(self) -> _Thoughts:
+        shape = self._recipe.thoughts.count, width(self._experiment.base_config)
+        return _Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
+
+    def _static(self) -> _Thoughts:
         folder = self._recipe.evaluation.static_adapter
-        if folder is None:
-            return self._project
-        config = AdapterConfig.load(folder)
-        config.check_models(self._recipe, assistant=False)
-        if config.projection != "static":
-            raise SoftCoTError(f"evaluation.static_adapter {folder} is a {config.projection} projection, not static")
-        projection = load_adapter(folder, self._experiment)
-        return lambda indices: projection(len(indices)).detach()
+        try:
+            config = AdapterConfig.load(folder)
+            config.check_models(self._recipe, assistant=False)
+            if config.projection != "static":
+                raise SoftCoTError(f"{folder} is a {config.projection} projection, not static")
+            return _repeated(load_adapter(folder, self._experiment))
+        except SoftCoTError as error:
+            raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
 
 
-class _Decoder:
-    """Decodes problems in fixed batches over the ranks, and remembers on disk which are done."""
+def _repeated(projection: StaticThoughts) -> _Thoughts:
+    """The same for every problem: ``learned``, ``shuffled`` and ``mean`` of free vectors are decoded once."""
+    made_from = {"free vectors": _weights_digest(projection)}
+    return _Thoughts(lambda indices: projection(len(indices)).detach(), made_from)
+
+
+def others(inputs: Sequence[AssistantInput], seed: int) -> list[int]:
+    """For each input the index of another one, which is not the same tokens; each is used once.
+
+    Raises:
+        SoftCoTError: that is impossible, because more than half of the inputs are the same, as one alone is.
+    """
+    order = random.Random(seed).sample(range(len(inputs)), len(inputs))
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index in order:
+        alike.setdefault(tuple(inputs[index].token_ids), []).append(index)
+    most = max(len(group) for group in alike.values())
+    if 2 * most > len(inputs):
+        raise SoftCoTError(
+            f"the condition shuffled gives each question another one's thoughts, but {most} of the {len(inputs)} test "
+            "problems are the same to the assistant; raise task.test_problems, or leave shuffled out of "
+            "evaluation.conditions"
+        )
+    # A rotation of a random order with like beside like, by more than the likes of any: nobody keeps their own.
+    order = [index for group in alike.values() for index in group]
+    taken = dict(zip(order, order[most:] + order[:most], strict=True))
+    return [taken[index] for index in range(len(inputs))]
+
+
+class _Job:
+    """What is to be decoded under one condition, cut into batches; on disk, what has been.
+
+    A batch is one line of a ``*.part`` file, behind a checksum over it and all that decides the outputs. So what was
+    damaged, cut short or written for something else is found, and done again.
+    """
 
     def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: list[int],
-        recipe: Recipe,
-        folder: Path,
-        partitioned: bool,
+        self, name: str, prompts: Sequence[BasePrompt], thoughts: _Thoughts | None, settings: Record, folder: Path
     ) -> None:
-        self._model = model
-        self._tokenizer = tokenizer
-        self._stop_ids = stop_ids
-        self._recipe = recipe
-        self._folder = folder
-        self._partitioned = partitioned
-
-    @classmethod
-    def load(
-        cls,
-        recipe: Recipe,
-        model_config: ModelConfig,
-        tokenizer: PreTrainedTokenizerBase,
-        stop_ids: list[int],
-        folder: Path,
-    ) -> "_Decoder":
-        partition = recipe.evaluation.partition or recipe.backbone.partition
-        config = decoding_config(recipe) if partition == "zero3" else None
-        model = load_frozen(model_config, partition, device(), config)
-        if config is not None:
-            hook_partitioned(model, config)
-        return cls(model, tokenizer, stop_ids, recipe, folder, partition == "zero3")
-
-    def run(
-        self, name: str, prompts: Sequence[BasePrompt], thoughts: ThoughtsOf | None, max_new_tokens: int
-    ) -> list[str]:
-        """The outputs of all prompts, in their order, on every rank."""
-        size = self._recipe.evaluation.batch_size
+        """Raises SoftCoTError when the folder cannot be written to."""
+        self.name = name
+        self.prompts = prompts
+        self.thoughts = thoughts
+        self.max_new_tokens: int = settings["max_new_tokens"]
         # The batches depend on the problems alone, so that the outputs do not depend on the number of ranks or on
         # where an earlier evaluation was interrupted.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prefix_ids) + len(prompts[i].suffix_ids))
-        batches = [order[start : start + size] for start in range(0, len(order), size)]
-        done = on_main(lambda: self._finished(name))
-        todo = [number for number in range(len(batches)) if number not in done]
-        if done:
-            say(f"{name}: {len(done)} of {len(batches)} batches were done before")
-        progress = Progress(len(todo), "batches")
-        part = self._folder / f"{name}.{uuid.uuid4().hex}.part"
-        for start in range(0, len(todo), world_size()):
-            mine = todo[start + rank()] if start + rank() < len(todo) else None
-            # Partitioned, a rank without work still takes part: each forward pass needs all ranks.
-            if mine is not None or self._partitioned:
-                number = todo[start] if mine is None else mine
-                outputs = self._decode(number, batches[number], prompts, thoughts, max_new_tokens)
-                if mine is not None:
-                    _append_line(part, {"batch": number, "outputs": dict(zip(batches[number], outputs, strict=True))})
-            if todo and (line := progress.line(min(start + world_size(), len(todo)))):
-                say(f"{name:9} {line}")
-        barrier()  # before reading what the other ranks wrote
-        finished = on_main(lambda: self._finished(name))
-        outputs_by_index = {int(index): text for batch in finished.values() for index, text in batch.items()}
-        return [outputs_by_index[index] for index in range(len(prompts))]
+        size = settings["batch_size"]
+        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
+        self.key = _digest(settings)
+        self._folder = folder / self.key[:16]
+        self._part = self._folder / f"{uuid.uuid4().hex}.part"
+        self.done: dict[int, list[Output]] = on_main(lambda: self._open(settings))
+        self.todo = [number for number in range(len(self.batches)) if number not in self.done]
 
-    def _decode(
-        self,
-        number: int,
-        batch: list[int],
-        prompts: Sequence[BasePrompt],
-        thoughts: ThoughtsOf | None,
-        max_new_tokens: int,
-    ) -> list[str]:
+    def write(self, number: int, outputs: Sequence[Output]) -> None:
+        """Add a batch in one write. Raises SoftCoTError when the disk is full."""
+        line = json.dumps({"batch": number, "outputs": [asdict(output) for output in outputs]}).encode()
+        try:
+            with self._part.open("ab") as file:
+                file.write(self._checksum(line) + b" " + line + b"\n")
+        except OSError as error:
+            raise SoftCoTError(
+                f"cannot write {self._part}: {error}; make room and run the same command again"
+            ) from error
+
+    def _open(self, settings: Record) -> dict[int, list[Output]]:
+        """Outputs by batch, from every process that ever worked on this."""
+        done = {}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._folder / "settings.json", json.dumps(settings, indent=2) + "\n")
+            for path in sorted(self._folder.glob("*.part")):
+                for line in path.read_bytes().split(b"\n"):
+                    checksum, _, content = line.partition(b" ")
+                    if checksum == self._checksum(content):
+                        record = json.loads(content)
+                        done[record["batch"]] = [Output(**output) for output in record["outputs"]]
+        except OSError as error:
+            raise SoftCoTError(
+                f"cannot keep outputs in {self._folder}: {error}; see to it, or set output_dir"
+            ) from error
+        return done
+
+    def _checksum(self, content: bytes) -> bytes:
+        return hashlib.sha256(self.key.encode() + content).hexdigest().encode()
+
+
+class _Decoder:
+    """Decodes problems in fixed batches over the ranks. The model is loaded when there is something to decode."""
+
+    def __init__(
+        self, recipe: Recipe, model_config: ModelConfig, fingerprint: str, stop_ids: list[int], context: int
+    ) -> None:
+        """``context`` is the longest sequence that the model takes, tokens."""
+        self._recipe = recipe
+        self._model_config = model_config
+        self._fingerprint = fingerprint
+        self._stop_ids = stop_ids
+        self._context = context
+        self._partitioned = (recipe.evaluation.partition or recipe.backbone.partition) == "zero3"
+
+    def job(self, name: str, prompts: Sequence[BasePrompt], thoughts: _Thoughts | None, max_new_tokens: int) -> _Job:
+        """Everything that decides the outputs is a setting of the job. What is not: the number of ranks, the partition
+        and the kind of processor, which change how a sum is rounded; the text of a question or of its answer.
+
+        Raises:
+            SoftCoTError: the outputs do not fit the model's context, or cannot be kept on disk; another rank sees other
+                files.
+        """
         evaluation = self._recipe.evaluation
-        torch.manual_seed(self._recipe.seed * 1_000_003 + number)  # sampled decoding: the same on any rank
-        outputs = decode(
+        longest = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts)
+        longest += self._recipe.thoughts.count if thoughts is not None else 0
+        if longest + max_new_tokens > self._context:
+            raise SoftCoTError(
+                f"{name}: the longest prompt has {longest} tokens, and with {max_new_tokens} new ones it does not fit "
+                f"the context of {self._context} tokens of {self._model_config.model}; lower evaluation.max_new_tokens "
+                "(or text_max_tokens, for the assistant's words), or leave long problems out with task.max_tokens"
+            )
+        sampling = {"temperature": evaluation.temperature, "top_p": evaluation.top_p, "seed": self._recipe.seed}
+        settings = {
+            "model": self._fingerprint,
+            "dtype": self._model_config.dtype,
+            "attention": self._model_config.attention,
+            # As the model reads them: wording, chat template, tokenizer and problems are all in there.
+            "prompts": _digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
+            "thoughts": thoughts and thoughts.made_from,
+            "stop_ids": self._stop_ids,
+            "max_new_tokens": max_new_tokens,
+            "sampling": sampling if evaluation.temperature else "greedy",
+            # It decides the padding, and so the rounding; and what is sampled together.
+            "batch_size": evaluation.batch_size,
+            # They hold the code that turns all this into tokens.
+            "versions": {"softcot_ds": __version__, "transformers": transformers.__version__},
+        }
+        for number, theirs in enumerate(from_all_ranks(settings)):
+            if differ := [key for key, value in settings.items() if theirs[key] != value]:
+                raise SoftCoTError(
+                    f"{name}: the ranks {number} and {rank()} would decode different things: they differ in "
+                    f"{', '.join(differ)}. Every node must have the same adapter, models, data and versions; where a "
+                    "shared folder shows new files late, start again"
+                )
+        return _Job(name, prompts, thoughts, settings, self._recipe.run_dir / "outputs")
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        config = decoding_config(self._recipe) if self._partitioned else None
+        model = load_frozen(self._model_config, "zero3" if self._partitioned else "none", device(), config)
+        if config is not None:
+            hook_partitioned(model, config)
+        return model
+
+    def run(self, job: _Job) -> list[Output]:
+        """The outputs of all prompts, in their order, on every rank."""
+        if job.done:
+            say(f"{job.name}: {len(job.done)} of {len(job.batches)} batches were done before")
+        progress = Progress(len(job.todo), "batches")
+        fresh = {}
+        for start in range(0, len(job.todo), world_size()):
+            mine = start + rank() < len(job.todo)
+            # Partitioned, a rank without work still takes part: each forward pass needs all ranks.
+            if mine or self._partitioned:
+                number = job.todo[start + rank() if mine else start]
+                outputs = self._decode(job, number)
+                if mine:
+                    job.write(number, outputs)
+                    fresh[number] = outputs
+            if line := progress.line(min(start + world_size(), len(job.todo))):
+                say(f"{job.name:9} {line}")
+        # The other ranks are asked: their files may not be seen yet from here.
+        everything = job.done | {number: outputs for part in from_all_ranks(fresh) for number, outputs in part.items()}
+        by_index = {
+            index: output
+            for number, batch in enumerate(job.batches)
+            for index, output in zip(batch, everything[number], strict=True)
+        }
+        return [by_index[index] for index in range(len(job.prompts))]
+
+    def _decode(self, job: _Job, number: int) -> list[Output]:
+        evaluation = self._recipe.evaluation
+        batch = job.batches[number]
+        torch.manual_seed(batch_seed(self._recipe.seed, number))
+        return decode(
             self._model,
-            [prompts[index] for index in batch],
-            None if thoughts is None else thoughts(batch),
+            [job.prompts[index] for index in batch],
+            None if job.thoughts is None else job.thoughts(batch),
             self._stop_ids,
-            Sampling(max_new_tokens, evaluation.temperature, evaluation.top_p),
+            Sampling(job.max_new_tokens, evaluation.temperature, evaluation.top_p),
             synced=self._partitioned and world_size() > 1,
         )
-        return [self._tokenizer.decode(output.token_ids) for output in outputs]
-
-    def _finished(self, name: str) -> dict[int, dict[str, str]]:
-        """Outputs by batch, from every process that ever worked on this condition."""
-        finished = {}
-        for path in sorted(self._folder.glob(f"{name}.*.part")):
-            for line in path.read_text().splitlines():
-                try:
-                    record = json.loads(line)
-                except json.JSONDecodeError:
-                    break  # the process was killed while it wrote its last line: that batch is done again
-                finished[record["batch"]] = record["outputs"]
-        return finished
 
 
-def _append_line(path: Path, record: Record) -> None:
-    """Add one line in one write; raises SoftCoTError when the disk is full."""
-    try:
-        with path.open("a") as file:
-            file.write(json.dumps(record) + "\n")
-    except OSError as error:
-        raise SoftCoTError(f"cannot write {path}: {error}; make room and run the same command again") from error
+def batch_seed(seed: int, number: int) -> int:
+    """A seed of 64 bits for a batch: the same on any rank, another for every batch, whatever the recipe's seed."""
+    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8])
 
 
-def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example], folder: Path) -> list[str]:
+def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
     """What the assistant answers in words, for the condition text. The assistant is gone when this returns."""
     prompts = experiment.assistant_prompts
-    decoder = _Decoder.load(recipe, recipe.assistant, experiment.assistant_tokenizer, prompts.stop_ids, folder)
+    decoder = _Decoder(
+        recipe,
+        recipe.assistant,
+        weights_fingerprint(recipe.assistant),
+        prompts.stop_ids,
+        context_length(experiment.assistant_config),
+    )
     inputs = [BasePrompt(prompts.words_prompt(example.problem.question), []) for example in examples]
-    return decoder.run("assistant", inputs, None, recipe.evaluation.text_max_tokens)
+    outputs = decoder.run(decoder.job("assistant", inputs, None, recipe.evaluation.text_max_tokens))
+    return [experiment.assistant_tokenizer.decode(output.token_ids) for output in outputs]
 
 
-def _grade(
-    outputs: Sequence[str], prompts: Sequence[BasePrompt], examples: Sequence[Example], experiment: Experiment
-) -> list[Record]:
+def _grade(outputs: Sequence[Output], job: _Job, examples: Sequence[Example], experiment: Experiment) -> list[Record]:
     tokenizer, task = experiment.base_tokenizer, experiment.task
+    marker = "" if job.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
     records = []
-    for output, prompt, example in zip(outputs, prompts, examples, strict=True):
-        answer = task.extract(output)
-        thoughts = f"[{len(example.assistant.positions)} thoughts]" if prompt.suffix_ids else ""
+    for output, prompt, example in zip(outputs, job.prompts, examples, strict=True):
+        text = tokenizer.decode(output.token_ids)
+        answer = task.extract(text, output.cut)
         records.append(
             {
                 "id": example.problem.id,
-                "prompt": tokenizer.decode(prompt.prefix_ids) + thoughts + tokenizer.decode(prompt.suffix_ids),
-                "output": output,
+                "prompt": tokenizer.decode(prompt.prefix_ids) + marker + tokenizer.decode(prompt.suffix_ids),
+                "output": text,
+                "cut": output.cut,
                 "answer": answer,
                 "reference": example.problem.answer,
                 "correct": task.is_correct(answer, example.problem),
@@ -274,85 +442,23 @@ def _grade(
     return records
 
 
-def make_report(
-    recipe: Recipe, adapter: Path, config: AdapterConfig, records: dict[str, list[Record]]
-) -> dict[str, Any]:
-    """Accuracies with 95% Wilson intervals, and learned against each control (McNemar's exact test)."""
-    verdicts = {name: {record["id"]: record["correct"] for record in rows} for name, rows in records.items()}
-    conditions = {}
-    for name, rows in records.items():
-        correct = sum(record["correct"] for record in rows)
-        conditions[name] = {
-            "accuracy": correct / len(rows),
-            "ci95": wilson_interval(correct, len(rows)),
-            "correct": correct,
-            "unparsed": sum(record["answer"] is None for record in rows),
-        }
-    learned = verdicts.get("learned")
-    comparisons = {
-        f"learned-{name}": compare(learned, other)
-        for name, other in verdicts.items()
-        if learned is not None and name != "learned"
-    }
-    return {
-        "task": recipe.task.name,
-        "num_problems": len(next(iter(records.values()))),
-        "seeds": [recipe.seed],
-        "assistant": config.assistant.model,
-        "base": config.base.model,
-        "num_thoughts": config.num_thoughts,
-        "adapter": str(adapter),
-        "train": train_summary(adapter),
-        "conditions": conditions,
-        "comparisons": comparisons,
-    }
+def _evaluation_hash(recipe: Recipe, jobs: dict[Condition, _Job], examples: Sequence[Example]) -> str:
+    """Of all that decides a report, the references too: none is ever overwritten by another."""
+    problems = [[example.problem.question, example.problem.answer] for example in examples]
+    return _digest([recipe.task.name, {name: job.key for name, job in jobs.items()}, problems])[:8]
 
 
-def table(report: dict[str, Any]) -> str:
-    """The report for a terminal."""
-    lines = [
-        f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}",
-        f"{'condition':<10}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'learned - it':>14}{'p (McNemar)':>13}",
-    ]
-    for name, row in report["conditions"].items():
-        low, high = row["ci95"]
-        line = f"{name:<10}{row['accuracy']:>9.1%}{f'{low:.1%} - {high:.1%}':>17}{row['unparsed']:>10}"
-        comparison = report["comparisons"].get(f"learned-{name}")
-        if comparison:
-            line += f"{100 * comparison['difference']:>+13.1f} {comparison['p_value']:>13.2g}"
-        lines.append(line)
-    return "\n".join(lines)
+def _digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
-def _results_folder(recipe: Recipe, adapter: Path, config: AdapterConfig, experiment: Experiment) -> Path:
-    """A folder of its own for each adapter, set of problems and way of decoding: nothing is mixed or overwritten."""
-    problems = "".join(example.problem.id for example in experiment.splits.test)
-    settings = {
-        "adapter": hashlib.sha256((adapter / "projection.safetensors").read_bytes()).hexdigest(),
-        "problems": hashlib.sha256(problems.encode()).hexdigest(),
-        "wording": hashlib.sha256(experiment.task.prompt_file.read_bytes()).hexdigest(),
-        "seed": recipe.seed,
-        "models": recipe.model_dump(mode="json", include={"assistant", "base", "thoughts"}),
-        "decoding": recipe.evaluation.model_dump(mode="json", exclude={"conditions", "partition"}),
-    }
-    digest = hashlib.sha256(json.dumps(settings, sort_keys=True).encode()).hexdigest()
-    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{digest[:8]}"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        write_atomically(folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-    except OSError as error:
-        raise SoftCoTError(f"cannot write to {folder}: {error}") from error
-    return folder
-
-
-def _write(recipe: Recipe, folder: Path, records: dict[str, list[Record]], report: dict[str, Any]) -> None:
-    try:
-        for name, rows in records.items():
-            write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
-        for path in (folder / "report.json", recipe.run_dir / "report.json"):
-            write_atomically(path, json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise SoftCoTError(f"cannot write the results to {folder}: {error}; run the same command again") from error
+def _weights_digest(module: nn.Module) -> str:
+    """Of the names, shapes and values of its weights, whatever file they came from."""
+    digest = hashlib.sha256()
+    for name, value in sorted(module.state_dict().items()):
+        digest.update(f"{name} {tuple(value.shape)} {value.dtype}\n".encode())
+        digest.update(value.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 main = recipe_command(

@@ -286,6 +286,15 @@ class EvaluationConfig(Section):
     static_adapter: Path | None = None
     """Adapter directory of a projection.kind=static run, for the condition static."""
 
+    @field_validator("conditions")
+    @classmethod
+    def _each_condition_once(cls, value: list[Condition]) -> list[Condition]:
+        if not value:
+            raise ValueError("empty; name what is to stand in for the thoughts, such as [learned, none]")
+        if repeated := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"{', '.join(repeated)} stands there more than once; each is decoded once")
+        return value
+
     @field_validator("static_adapter")
     @classmethod
     def _static_has_an_adapter(cls, value: Path | None, info: ValidationInfo) -> Path | None:
@@ -300,7 +309,7 @@ class Recipe(Section):
     name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
     """The run's name; everything about it lies in output_dir/name."""
     output_dir: Path = Path("runs")
-    seed: int = Field(0, ge=0)
+    seed: int = Field(0, ge=0, le=2**64 - 1)
     """Seeds the projection's initialization, the order of the data and sampled decoding."""
     task: TaskConfig
     assistant: ModelConfig

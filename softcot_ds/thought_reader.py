@@ -10,7 +10,7 @@ from softcot_ds.data import Example
 from softcot_ds.distributed import device, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.recipe import Recipe
+from softcot_ds.recipe import Dtype, Recipe
 from softcot_ds.thought_store import ThoughtStore, row_key
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
@@ -35,6 +35,11 @@ class ThoughtReader:
         return self._store.read([row_key(e.assistant.token_ids, e.assistant.positions) for e in examples])
 
 
+def states_dtype(recipe: Recipe) -> Dtype:
+    """The dtype of the states that a job reads: the cache's, or the assistant's own where it runs along."""
+    return (recipe.cache.dtype if recipe.thoughts.source == "cache" else None) or recipe.assistant.dtype
+
+
 def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> torch.Tensor | None:
     """(len(examples), T, P) assistant states on the device; None where the recipe needs none.
 
@@ -53,4 +58,5 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
     prefix = SharedPrefix.of(assistant, experiment.splits.assistant_inputs())
     inputs = [example.assistant for example in examples]
     batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-    return torch.cat([compute_thoughts(assistant, batch, prefix) for batch in batches])
+    states = torch.cat([compute_thoughts(assistant, batch, prefix) for batch in batches])
+    return states.to(getattr(torch, states_dtype(recipe)))

@@ -88,10 +88,11 @@ class Validator:
         parts = []
         for example, output in zip(examples, outputs, strict=True):
             text = experiment.base_tokenizer.decode(output.token_ids)
-            answer = experiment.task.extract(text)
+            answer = experiment.task.extract(text, output.cut)
+            cut = " [cut]" if output.cut else ""
             verdict = "right" if experiment.task.is_correct(answer, example.problem) else "wrong"
             parts.append(
-                f"QUESTION\n{example.problem.question}\n\nOUTPUT\n{text}\n\n"
+                f"QUESTION\n{example.problem.question}\n\nOUTPUT\n{text}{cut}\n\n"
                 f"ANSWER {answer or 'not parsed'} ({verdict}; reference {example.problem.answer})"
             )
         return f"\n\n{'-' * 80}\n\n".join(parts)

@@ -100,7 +100,7 @@ def test_interrupted_evaluation_goes_on_where_it_was(recipe, adapter, monkeypatc
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"conditions": ["learned"]})})
     evaluate(recipe, adapter)
     whole = records(recipe, "learned")
-    (part,) = recipe.run_dir.glob("evaluation/*/learned.*.part")
+    (part,) = recipe.run_dir.glob("outputs/*/*.part")
     lines = part.read_text().splitlines(keepends=True)
     part.write_text("".join(lines[:2]) + lines[2][:20])  # killed while it wrote its third batch
     decoded = []
