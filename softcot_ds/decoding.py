@@ -1,13 +1,36 @@
-"""Decoding: prompts with thoughts in, tokens out."""
+"""Decoding: prompts with thoughts in, tokens out.
 
-from collections.abc import Sequence
+transformers' ``generate`` is given tokens alone, with any token where the thoughts go, and what the embedding module
+makes of it is replaced by the thought. So each family reads tokens in its own way (scales, positions, several kinds of
+cache), and those whose ``generate`` refuses embeddings decode like all others.
+
+Prompts are padded on the left where the model hides padding, which a trial on its real weights tells. Where it does not
+(recurrent models that ignore the mask, rotary embeddings that stretch with the longest row), those of one length are
+decoded together. B batch, S tokens of the longest prompt, T thoughts, D base width.
+"""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
+from transformers.generation.utils import GenerateOutput
 
-from softcot_ds.data import pad
+from softcot_ds.distributed import max_over_ranks
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.frozen_prefix import states_depend_on_length
 from softcot_ds.prompts import BasePrompt
+
+_TRIAL_LENGTHS = (4, 40)
+"""Tokens of the trial's two prompts: far apart, so that padding which is not hidden shows."""
+_TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
+"""Relative error of logits that counts as equal; 0.1 in half precision, where a batch alone changes hundredths."""
+
+_pads: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+"""What the trial of each model said."""
 
 
 @dataclass(frozen=True)
@@ -39,7 +62,7 @@ def decode(
     sampling: Sampling,
     synced: bool = False,
 ) -> list[Output]:
-    """Continue a batch of prompts, padded on the left.
+    """Continue a batch of prompts. What comes out of each is what comes out of it alone.
 
     Args:
         prompts: B prompts ``prefix ; thoughts ; suffix``.
@@ -49,38 +72,208 @@ def decode(
 
     Returns:
         The output of each prompt.
+
+    Raises:
+        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``).
     """
-    embed = model.get_input_embeddings()
-    device = embed.weight.device
-    # One lookup for the whole batch: a partitioned table is gathered once, by every rank alike.
-    ids, _ = pad([prompt.prefix_ids + prompt.suffix_ids for prompt in prompts], stop_ids[0], side="right")
-    rows = []
-    for index, (prompt, tokens) in enumerate(zip(prompts, embed(ids.to(device)), strict=True)):
-        prefix, suffix, _ = tokens.tensor_split(
-            [len(prompt.prefix_ids), len(prompt.prefix_ids) + len(prompt.suffix_ids)]
+    num_thoughts = 0 if thoughts is None else thoughts.shape[1]
+    lengths = [len(prompt.prefix_ids) + num_thoughts + len(prompt.suffix_ids) for prompt in prompts]
+    groups = _groups(lengths, _may_pad(model, max(lengths) + sampling.max_new_tokens, synced))
+    outputs: dict[int, Output] = {}
+    for number in range(max_over_ranks(len(groups)) if synced else len(groups)):
+        # A rank without a group of its own runs along: each forward pass needs all ranks.
+        group = groups[min(number, len(groups) - 1)]
+        _forget_lengths(model)
+        made = _generate(
+            model,
+            [prompts[index] for index in group],
+            None if thoughts is None else thoughts[group],
+            stop_ids,
+            sampling,
+            synced,
         )
-        between = [] if thoughts is None else [thoughts[index].to(device, tokens.dtype)]
-        rows.append(torch.cat([prefix, *between, suffix]))
-    longest = max(len(row) for row in rows)
-    embeds = torch.stack([torch.nn.functional.pad(row, (0, 0, longest - len(row), 0)) for row in rows])
-    lengths = torch.tensor([[len(row)] for row in rows], device=device)
-    mask = (torch.arange(longest, device=device) >= longest - lengths).long()
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
-    # What a model brings along (Qwen2.5: a repetition penalty) would apply wherever nothing is said below.
-    model.generation_config = GenerationConfig()
-    outputs = model.generate(
-        inputs_embeds=embeds,
-        attention_mask=mask,
-        max_new_tokens=sampling.max_new_tokens,
-        do_sample=bool(sampled),
-        **sampled,
-        eos_token_id=stop_ids,
-        pad_token_id=stop_ids[0],
-        synced_gpus=synced,
-    )
-    return [_until_stop(row, set(stop_ids)) for row in outputs.tolist()]
+        for index, row in zip(group, made.sequences.tolist(), strict=True):
+            outputs.setdefault(index, _until_stop(row[max(lengths[index] for index in group) :], set(stop_ids)))
+    return [outputs[index] for index in range(len(prompts))]
 
 
 def _until_stop(row: list[int], stops: set[int]) -> Output:
     end = next((i for i, token in enumerate(row) if token in stops), None)
     return Output(row[:end], cut=end is None)
+
+
+@torch.no_grad()
+def try_decoding(model: PreTrainedModel, synced: bool = False) -> bool:
+    """Decode two short prompts of unequal length, with thoughts, and compare the logits with passes of each alone.
+
+    A pass alone is one over all embeddings without padding or cache, as in training. Tried once for each model.
+
+    Args:
+        synced: as in ``decode``.
+
+    Returns:
+        Whether prompts of unequal length may be decoded together.
+
+    Raises:
+        SoftCoTError: not even a prompt alone decodes to what the pass says.
+    """
+    if model not in _pads:
+        try:
+            _pads[model] = _trial(model, synced)
+        except SoftCoTError:
+            raise
+        except Exception as error:  # whatever a family's code raises when it is used in a way that it does not know
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise SoftCoTError(f"{type(model).__name__} cannot decode with thoughts in its prompt: {reason}") from error
+    return _pads[model]
+
+
+def _trial(model: PreTrainedModel, synced: bool) -> bool:
+    embed = model.get_input_embeddings()
+    longest = max(_TRIAL_LENGTHS[0] + 1, min(_TRIAL_LENGTHS[1], _stretch_length(model) - 2))
+    ids = _ordinary_tokens(model, longest).to(embed.weight.device)
+    # Two tokens before the thoughts and one after; thoughts that are no token's embedding.
+    prompts = [BasePrompt(ids[: n - 3].tolist(), ids[n - 1 : n].tolist()) for n in (_TRIAL_LENGTHS[0], longest)]
+    tokens_1SD = embed(ids[None])
+    thoughts_BTD = (tokens_1SD[:, 0:4] - tokens_1SD[:, 4:8]).reshape(2, 2, -1)
+    stop_id = int(ids[0])
+
+    def errors(rows: list[int]) -> list[float]:
+        picked = [prompts[row] for row in rows]
+        made = _generate(model, picked, thoughts_BTD[rows], [stop_id], Sampling(2), synced, logits=True)
+        found_BNV = torch.stack(made.logits, dim=1)
+        first_B = made.sequences[:, -2]
+        return [
+            _error(found_NV, _logits_alone(model, prompt, thoughts_BTD[row], int(first)))
+            for found_NV, prompt, row, first in zip(found_BNV, picked, rows, first_B, strict=True)
+        ]
+
+    tolerance = _TOLERANCE.get(model.dtype, 0.1)
+    if max(errors([0, 1])) <= tolerance:
+        return True
+    worst = max(*errors([0]), *errors([1]))
+    if not worst <= tolerance:  # nor if it is NaN
+        raise SoftCoTError(
+            f"{type(model).__name__} cannot decode with thoughts in its prompt: its generation differs from a pass "
+            f"over the same embeddings (logits by {worst:.1e}, relative; {tolerance:.0e} is allowed); use another model"
+        )
+    return False
+
+
+def _logits_alone(model: PreTrainedModel, prompt: BasePrompt, thoughts_TD: torch.Tensor, first: int) -> torch.Tensor:
+    """(2, V) logits after a prompt, and after the token ``first`` that follows it."""
+    ids = torch.tensor([[*prompt.prefix_ids, *prompt.suffix_ids, first]], device=thoughts_TD.device)
+    prefix, rest = model.get_input_embeddings()(ids).tensor_split([len(prompt.prefix_ids)], dim=1)
+    embeds = torch.cat([prefix, thoughts_TD[None].to(prefix.dtype), rest], dim=1)
+    return model(inputs_embeds=embeds, use_cache=False).logits[0, -2:]
+
+
+def _error(found: torch.Tensor, true: torch.Tensor) -> float:
+    found, true = found.double().to(true.device), true.double()
+    shown = true > -1e4  # some families mask entries of their vocabulary
+    return float((found - true)[shown].norm() / (true[shown] - true[shown].mean()).norm())
+
+
+def _ordinary_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
+    """Tokens that no setting of the model names: not those of images, say."""
+    config = model.config.get_text_config()
+    named = {id for values in (model.config.to_dict(), config.to_dict()) for id in values.values() if type(id) is int}
+    order = torch.randperm(config.vocab_size, generator=torch.Generator().manual_seed(0)).tolist()
+    return torch.tensor(([token for token in order if token not in named] * count)[:count])
+
+
+def _may_pad(model: PreTrainedModel, longest: int, synced: bool) -> bool:
+    """Whether rows of unequal length decode together as each does alone, none longer than ``longest``."""
+    return try_decoding(model, synced) and longest <= _stretch_length(model)
+
+
+def _stretch_length(model: PreTrainedModel) -> int:
+    """The longest sequence, tokens, whose rotary embeddings do not depend on its length."""
+    if not states_depend_on_length(model):
+        return 2**31
+    config = model.config.get_text_config()
+    rope = config.rope_parameters
+    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
+    return min(kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in kinds)
+
+
+def _forget_lengths(model: PreTrainedModel) -> None:
+    """Rotary embeddings that stretch keep to the longest sequence that they have met, until they meet a short one."""
+    if states_depend_on_length(model):
+        rotary = model.get_decoder().rotary_emb
+        position = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
+        for kind in rotary.rope_type if isinstance(rotary.rope_type, dict) else [None]:
+            rotary(position.float(), position, **({} if kind is None else {"layer_type": kind}))
+
+
+def _groups(lengths: list[int], may_pad: bool) -> list[list[int]]:
+    """Indices of what is decoded together: all, or those of one length."""
+    if may_pad:
+        return [list(range(len(lengths)))]
+    return [[i for i, other in enumerate(lengths) if other == length] for length in sorted(set(lengths))]
+
+
+def _generate(
+    model: PreTrainedModel,
+    prompts: Sequence[BasePrompt],
+    thoughts: torch.Tensor | None,
+    stop_ids: list[int],
+    sampling: Sampling,
+    synced: bool,
+    logits: bool = False,
+) -> GenerateOutput:
+    """One call of ``generate``: sequences (B, S + new tokens), padded on the left, and each new token's logits."""
+    num_thoughts = 0 if thoughts is None else thoughts.shape[1]
+    rows = [[*prompt.prefix_ids, *[stop_ids[0]] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
+    longest = max(len(row) for row in rows)
+    skipped = torch.tensor([longest - len(row) for row in rows])
+    ids_BS = torch.tensor([[stop_ids[0]] * (longest - len(row)) + row for row in rows])
+    mask_BS = (torch.arange(longest) >= skipped[:, None]).long()
+    starts_B = skipped + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
+    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
+    # What a model brings along (Qwen2.5: a repetition penalty) would apply wherever nothing is said below.
+    model.generation_config = GenerationConfig()
+    device = model.get_input_embeddings().weight.device
+    with _thoughts_in_place(model, longest, starts_B, thoughts):
+        return model.generate(
+            ids_BS.to(device),
+            attention_mask=mask_BS.to(device),
+            max_new_tokens=sampling.max_new_tokens,
+            do_sample=bool(sampled),
+            **sampled,
+            eos_token_id=stop_ids,
+            pad_token_id=stop_ids[0],
+            synced_gpus=synced,
+            return_dict_in_generate=True,
+            output_logits=logits,
+        )
+
+
+@contextmanager
+def _thoughts_in_place(
+    model: PreTrainedModel, longest: int, starts_B: torch.Tensor, thoughts_BTD: torch.Tensor | None
+) -> Iterator[None]:
+    """Has the embedding module give the thoughts out from ``starts_B`` on, whenever it reads the whole prompt."""
+    if thoughts_BTD is None:
+        yield
+        return
+    slots_BT = starts_B[:, None] + torch.arange(thoughts_BTD.shape[1])
+    rows_B1 = torch.arange(len(starts_B))[:, None]
+    calls = 0
+
+    def replace(_module: nn.Module, _inputs: object, embeds_BSD: torch.Tensor) -> torch.Tensor | None:
+        nonlocal calls
+        calls += 1
+        length = embeds_BSD.shape[1]
+        # Not in the first pass alone: some families keep no cache, or begin it anew when it reaches a length.
+        if length < longest or (length == 1 and calls > 1):
+            return None
+        replaced_BSD = embeds_BSD.clone()
+        replaced_BSD[rows_B1, slots_BT] = thoughts_BTD.to(replaced_BSD)
+        return replaced_BSD
+
+    hook = model.get_input_embeddings().register_forward_hook(replace)
+    try:
+        yield
+    finally:
+        hook.remove()
