@@ -38,7 +38,7 @@ from softcot_ds.backbone import context_length, load_frozen, weights_fingerprint
 from softcot_ds.checkpoint import AdapterConfig, load_adapter, train_summary
 from softcot_ds.cli import recipe_command
 from softcot_ds.data import Example
-from softcot_ds.decoding import Output, Sampling, decode
+from softcot_ds.decoding import Output, Sampling, decode, try_decoding
 from softcot_ds.distributed import device, from_all_ranks, init_distributed, on_main, rank, say, world_size
 from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
@@ -359,6 +359,7 @@ class _Decoder:
         model = load_frozen(self._model_config, "zero3" if self._partitioned else "none", device(), config)
         if config is not None:
             hook_partitioned(model, config)
+        try_decoding(model, synced=self._partitioned and world_size() > 1)
         return model
 
     def run(self, job: _Job) -> list[Output]:

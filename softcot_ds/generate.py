@@ -10,7 +10,7 @@ import torch
 from softcot_ds.backbone import load_frozen
 from softcot_ds.checkpoint import AdapterConfig, load_adapter, recipe_and_adapter
 from softcot_ds.cli import OVERRIDES_HELP, run_command
-from softcot_ds.decoding import Sampling, decode
+from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
@@ -32,6 +32,7 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
     experiment = Experiment(recipe)
     projection = load_adapter(adapter, experiment)
     base = load_frozen(recipe.base, "none", device())
+    try_decoding(base)
     assistant = None if isinstance(projection, StaticThoughts) else load_frozen(recipe.assistant, "none", device())
     evaluation = recipe.evaluation
     sampling = Sampling(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)

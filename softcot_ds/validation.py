@@ -6,7 +6,7 @@ from typing import Any
 import torch
 
 from softcot_ds.data import IGNORE, Batch, Example, collate
-from softcot_ds.decoding import Sampling, decode
+from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.projection import gathered
@@ -23,11 +23,14 @@ class Validator:
     """Validation of one engine. All ranks run it together: under ZeRO-3 each forward pass needs all of them."""
 
     def __init__(self, engine: Any, examples: Sequence[Example], reader: ThoughtReader, experiment: Experiment) -> None:
+        """Raises SoftCoTError when the base cannot decode sample answers: now, not after some steps."""
         self._engine = engine
         self._examples = examples
         self._reader = reader
         self._experiment = experiment
         self._batch_size = experiment.recipe.training.micro_batch_size
+        self._synced = experiment.recipe.backbone.partition == "zero3" and world_size() > 1
+        try_decoding(engine.module.base, self._synced)
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], str]:
@@ -83,7 +86,7 @@ class Validator:
             self._engine.module.thoughts(self._batch(examples).to(device())),
             experiment.base_prompts.stop_ids,
             Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
-            synced=experiment.recipe.backbone.partition == "zero3" and world_size() > 1,
+            synced=self._synced,
         )
         parts = []
         for example, output in zip(examples, outputs, strict=True):
