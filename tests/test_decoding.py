@@ -6,30 +6,63 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, Qwen2Config
+from transformers import AutoConfig, AutoModelForCausalLM
 
-from softcot_ds.decoding import Output, Sampling, decode
+from softcot_ds import decoding
+from softcot_ds.decoding import Output, Sampling, decode, try_decoding
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import BasePrompt
 
 D, VOCAB, STOP = 16, 40, 2
-FAMILIES = {"llama": (LlamaConfig, {}), "qwen2": (Qwen2Config, {}), "mistral": (MistralConfig, {"sliding_window": 4})}
+LLAMA = {
+    "hidden_size": D,
+    "intermediate_size": 24,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 256,
+    "initializer_range": 0.5,
+}
+GPT = {"n_embd": D, "n_layer": 2, "n_head": 4, "n_positions": 256, "initializer_range": 0.5}
+VISION = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "image_size": 28}
+LONGROPE = {"rope_type": "longrope", "rope_theta": 1e4, "short_factor": [1.0, 1.2], "long_factor": [2.0, 5.0]}
+CAUSAL = ("llama", "qwen2", "mistral")
+FAMILIES = {
+    "llama": LLAMA,
+    "qwen2": LLAMA,
+    "mistral": LLAMA | {"sliding_window": 4},
+    # As the hub has it, with a vision part: its generate refuses embeddings. Scaled embeddings, two kinds of cache.
+    "gemma3": {
+        "text_config": LLAMA
+        | {"model_type": "gemma3_text", "head_dim": 4, "sliding_window": 4, "vocab_size": VOCAB}
+        | {"layer_types": ["sliding_attention", "full_attention"]},
+        "vision_config": VISION | {"patch_size": 14},
+        "mm_tokens_per_image": 4,
+        "image_token_index": VOCAB - 1,
+        "boi_token_index": VOCAB - 2,
+        "eoi_token_index": VOCAB - 3,
+    },
+    "gpt2": GPT,  # learned positions
+    "openai-gpt": GPT,  # keeps no cache
+    "biogpt": LLAMA,  # scales in the embedding module
+    "bamba": LLAMA  # recurrent layers beside attention; its generate refuses embeddings
+    | {"attn_layer_indices": [1], "mamba_n_heads": 4, "mamba_d_head": 8, "mamba_d_state": 4, "mamba_n_groups": 1},
+    "rwkv": {"hidden_size": D, "attention_hidden_size": D, "intermediate_size": 24, "num_hidden_layers": 2},
+    "recurrent_gemma": LLAMA | {"lru_width": D, "attention_window_size": 4, "block_types": ["recurrent", "attention"]},
+    # Short factors up to 20 tokens, long ones for all tokens of a longer sequence.
+    "phi3": LLAMA | {"rope_parameters": LONGROPE | {"original_max_position_embeddings": 20, "factor": 12.8}},
+}
+ONE_BY_ONE = ("rwkv", "recurrent_gemma")
 
 
-def make_model(family="llama", dtype=torch.float64):
-    kind, special = FAMILIES[family]
-    config = kind(
-        hidden_size=D,
-        intermediate_size=24,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        vocab_size=VOCAB,
-        max_position_embeddings=256,
-        initializer_range=0.5,
-        **special,
-    )
+def make_model(family="llama", dtype=torch.float64, **special):
+    config = AutoConfig.for_model(family, **{"vocab_size": VOCAB, "pad_token_id": 0} | FAMILIES[family] | special)
     torch.manual_seed(1)
-    return AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    model = AutoModelForCausalLM.from_config(config, dtype=dtype).eval().requires_grad_(False)
+    for weight in model.parameters():  # some families begin with zeros, or so small that all tokens tie
+        if weight.ndim == 2:
+            weight.normal_(0, 1.5 * weight.shape[1] ** -0.5)
+    return model
 
 
 @pytest.fixture(scope="module")
@@ -39,7 +72,7 @@ def model():
 
 def alone(model, prompt: BasePrompt, thoughts_TD, stop_ids, max_new_tokens) -> Output:
     """The most likely tokens of one prompt: each from a fresh pass over everything before it."""
-    embed = model.get_input_embeddings().weight
+    embed = model.get_input_embeddings()(torch.arange(VOCAB)[None])[0]
     rows = [*embed[prompt.prefix_ids], *([] if thoughts_TD is None else thoughts_TD), *embed[prompt.suffix_ids]]
     output: list[int] = []
     while len(output) < max_new_tokens:
@@ -63,17 +96,87 @@ def draw(lengths, thoughts, seed=0, dtype=torch.float64):
     return prompts, torch.randn(len(prompts), thoughts, D, generator=generator, dtype=dtype) if thoughts else None
 
 
-LENGTHS = [(9, 3), (1, 0), (0, 6), (0, 0), (14, 2)]
+LENGTHS = [(9, 3), (1, 0), (0, 6), (0, 0), (14, 2), (2, 4)]  # two of one length
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
-@pytest.mark.parametrize("family", FAMILIES)
+@pytest.mark.parametrize("family", CAUSAL)
 def test_a_batch_decodes_like_each_prompt_alone(family, dtype):
     model = make_model(family, dtype)
     prompts, thoughts = draw(LENGTHS, 3, dtype=dtype)
     outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
     assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
     assert len({tuple(output.token_ids) for output in outputs}) > 1
+
+
+@pytest.mark.parametrize("family", sorted(set(FAMILIES) - set(CAUSAL)))
+def test_other_families_decode_a_batch_like_each_prompt_alone(family):
+    model = make_model(family, torch.float32)
+    assert try_decoding(model) == (family not in ONE_BY_ONE)
+    prompts, thoughts = draw(LENGTHS, 3, dtype=torch.float32)
+    outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
+    assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
+    assert len({tuple(output.token_ids) for output in outputs}) > 1
+
+
+def test_rotary_embeddings_that_stretch_do_not_remember_what_was_decoded_before():
+    rope = {"rope_type": "dynamic", "rope_theta": 1e4, "factor": 4.0}
+    model = make_model("llama", max_position_embeddings=16, rope_parameters=rope)
+    prompts, thoughts = draw([(40, 2), *LENGTHS, (18, 0)], 3)
+
+    def of(indices):
+        return decode(model, [prompts[i] for i in indices], thoughts[list(indices)], [STOP], Sampling(12))
+
+    everything = range(len(prompts))
+    together = of(everything)
+    assert together == [of([i])[0] for i in everything] == [of([i])[0] for i in reversed(everything)][::-1]
+
+
+def test_prompts_are_decoded_one_by_one_where_a_batch_changes_them(monkeypatch):
+    model = make_model("rwkv", torch.float32)
+    prompts, thoughts = draw([(4, 1), (3, 2), (2, 1)], 2, dtype=torch.float32)
+    try_decoding(model)
+    sizes, original = [], decoding._generate
+
+    def counted(model, some, thoughts, stop_ids, sampling, synced):
+        sizes.append(len(some))
+        return original(model, some, thoughts, stop_ids, sampling, False)
+
+    monkeypatch.setattr(decoding, "_generate", counted)
+    expected = [alone(model, p, t, [STOP], 6) for p, t in zip(prompts, thoughts, strict=True)]
+    assert decode(model, prompts, thoughts, [STOP], Sampling(6)) == expected
+    assert sizes == [1, 1, 1]
+    # Partitioned over ranks, of which another has four: this one takes part in all passes.
+    monkeypatch.setattr(decoding, "max_over_ranks", lambda count: count + 1)
+    assert decode(model, prompts, thoughts, [STOP], Sampling(6), synced=True) == expected
+    assert sizes[3:] == [1, 1, 1, 1]
+
+
+def test_the_trial_refuses_a_model_that_generates_other_than_it_reads():
+    model = make_model("llama")
+    embed = model.get_input_embeddings()
+    original = model.model.forward
+    # Tokens count twice when they come as ids: thoughts among them would be worth half of what they were in training.
+    model.model.forward = lambda *args, input_ids=None, inputs_embeds=None, **kwargs: original(
+        *args, inputs_embeds=2 * embed(input_ids) if inputs_embeds is None else inputs_embeds, **kwargs
+    )
+    with pytest.raises(SoftCoTError, match=r"LlamaForCausalLM cannot decode with thoughts .* differs from a pass"):
+        try_decoding(model)
+
+
+def test_a_family_whose_code_fails_is_refused_in_one_line():
+    model = make_model("llama")
+    model.model.forward = lambda *args, **kwargs: {}["per_layer"]
+    with pytest.raises(SoftCoTError, match=r"LlamaForCausalLM cannot decode with thoughts in its prompt: 'per_layer'$"):
+        decode(model, *draw(LENGTHS, 3), [STOP], Sampling(3))
+
+
+def test_the_trial_leaves_the_random_numbers_alone(model):
+    torch.manual_seed(3)
+    expected = torch.rand(3)
+    torch.manual_seed(3)
+    assert try_decoding(copy.deepcopy(model))
+    assert torch.equal(torch.rand(3), expected)
 
 
 def test_prompts_without_thoughts_decode_too(model):
