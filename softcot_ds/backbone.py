@@ -56,8 +56,17 @@ def width(config: PreTrainedConfig) -> int:
 
 
 def context_length(config: PreTrainedConfig) -> int:
-    """The longest sequence, tokens."""
-    return getattr(config.get_text_config(), "max_position_embeddings", None) or 2**31
+    """The longest sequence, tokens, for which a result does not depend on what else is in its batch.
+
+    Some rotary embeddings (dynamic NTK, LongRoPE) change all positions of a batch as soon as its longest row goes
+    beyond the length of pretraining: those models end there.
+    """
+    text = config.get_text_config()
+    longest = getattr(text, "max_position_embeddings", None) or 2**31
+    rope = getattr(text, "rope_parameters", None) or {}
+    kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
+    changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
+    return min([longest, *(kind.get("original_max_position_embeddings") or longest for kind in changing)])
 
 
 def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
@@ -93,6 +102,11 @@ def load_frozen(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(location, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
+        if "attn_implementation" in str(error):  # transformers names its own argument, which nobody here can set
+            raise SoftCoTError(
+                f"{config.model}: this model, or this environment, has no {config.attention} attention; set its "
+                "attention in the recipe (base.attention or assistant.attention) to eager"
+            ) from error
         raise _cannot_load("model", config, error) from error
     finally:
         if zero3 is not None:

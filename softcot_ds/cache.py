@@ -141,12 +141,18 @@ def _recipe_inputs(recipe: Recipe) -> list[AssistantInput]:
 
 
 def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> Compute:
-    """Load the assistant on this rank's device and let it read what all inputs begin with."""
+    """Load the assistant on this rank's device and let it read what all inputs begin with.
+
+    Raises:
+        SoftCoTError: it cannot be loaded, or cannot be an assistant.
+    """
     from softcot_ds import backbone
     from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+    from softcot_ds.trial import check_model
 
     if recipe.cache.partition == "zero3":
         model = _load_partitioned(recipe, ranks)
+        check_model(model, "assistant", recipe.assistant.model)
         prefix = SharedPrefix.of(model, inputs)
         return lambda batch: compute_thoughts(model, batch, prefix)
     if torch.cuda.is_available():
@@ -160,6 +166,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
             bound = cores < (os.cpu_count() or 1)
             torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
     model = backbone.load_frozen(recipe.assistant, "none", device)
+    check_model(model, "assistant", recipe.assistant.model)
     prefix = SharedPrefix.of(model, inputs)
     return lambda batch: compute_thoughts(model, batch, prefix)
 
@@ -169,6 +176,7 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
     import deepspeed
 
     from softcot_ds import backbone, distributed
+    from softcot_ds.thoughts import decoder_of
 
     ranks.export_environment()
     distributed.init_distributed(recipe.training.timeout_minutes)
@@ -181,7 +189,7 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
     }
     model = backbone.load_frozen(recipe.assistant, "zero3", distributed.device(), config)
     # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
-    engine, *_ = deepspeed.initialize(model=model.get_decoder(), config=config)
+    engine, *_ = deepspeed.initialize(model=decoder_of(model), config=config)
     return engine.module.eval()
 
 

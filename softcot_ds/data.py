@@ -221,6 +221,8 @@ class Batch:
     """(K,) int64: the supervised tokens."""
     assistant: list[AssistantInput]
     """What the assistant reads for each example."""
+    longest: int
+    """Positions of the longest example, shared tokens and thoughts included."""
     thoughts: torch.Tensor | None = None
     """(B, T, P) the assistant's states, or None when there are none to read (online, static)."""
 
@@ -269,6 +271,7 @@ def collate(examples: Sequence[Example], pad_id: int, num_shared: int = 0) -> Ba
         torch.tensor(predict_at, dtype=torch.int64),
         torch.tensor([token for example in examples for token in example.target_ids], dtype=torch.int64),
         [example.assistant for example in examples],
+        max(example.length for example in examples),
     )
 
 

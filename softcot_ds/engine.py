@@ -10,11 +10,13 @@ from transformers import PreTrainedModel
 from softcot_ds.backbone import load_frozen, width
 from softcot_ds.data import shared_prefix
 from softcot_ds.distributed import device, world_size
+from softcot_ds.embedding import whole_embedding
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, gathered, load_projection
+from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
 from softcot_ds.recipe import Recipe
 from softcot_ds.step import SoftCoT
+from softcot_ds.trial import agreed, check_model, why_not_fast
 
 
 def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
@@ -89,7 +91,13 @@ def build_projection(
 
 
 def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
-    """DeepSpeed's engine with AdamW over the projection's parameters and nothing else."""
+    """DeepSpeed's engine with AdamW over the projection's parameters and nothing else.
+
+    The models are tried here, before the first step: a base that the fast step does not suit takes the full one.
+
+    Raises:
+        SoftCoTError: a model cannot be what the recipe makes of it.
+    """
     config = recipe.training
     optimizer = torch.optim.AdamW(
         model.projection.parameters(),
@@ -101,6 +109,11 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
     engine, *_ = deepspeed.initialize(
         model=model, optimizer=optimizer, config=engine_config(recipe, accumulation), dist_init_required=False
     )
+    check_model(model.base, "base", recipe.base.model)
+    if model.assistant is not None:
+        check_model(model.assistant, "assistant", recipe.assistant.model)
+    if model.prefixed is not None and (reason := agreed(why_not_fast(model.base, model.prefixed))):
+        model.use_full_step(reason)
     return engine
 
 
@@ -139,7 +152,6 @@ def accumulation_steps(recipe: Recipe) -> int:
 
 def _random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:
     """(count, D) float32 embeddings of random tokens, a start for free vectors (arXiv:2104.08691, section 3.2)."""
-    table = base.get_input_embeddings().weight
-    with gathered(table):
-        rows = torch.randint(0, table.shape[0], (count,))
-        return table.detach()[rows.to(table.device)].float().cpu()
+    with whole_embedding(base.get_input_embeddings()) as embed:
+        rows = torch.randint(0, base.config.get_text_config().vocab_size, (count,))
+        return embed(rows[None].to(device()))[0].detach().float().cpu()

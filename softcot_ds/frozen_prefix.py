@@ -22,6 +22,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
+from transformers.utils.generic import is_flash_attention_requested
 
 from softcot_ds.loss import can_fuse, cross_entropy, fused_cross_entropy
 
@@ -48,13 +49,6 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def states_depend_on_length(model: PreTrainedModel) -> bool:
-    """Whether keys change with the length of what follows: rotary embeddings that stretch with the sequence do that."""
-    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
-
-
 @dataclass
 class SharedStates:
     """Tokens that every prefix begins with, read once: their keys and values of each layer, batch of one."""
@@ -69,10 +63,11 @@ class _Call:
 
     prefix_length: int
     keep: torch.Tensor
-    targets: torch.Tensor
-    masks: dict[int | None, torch.Tensor]
-    """What a layer may attend to, by its sliding window."""
+    targets: torch.Tensor | None
+    """What should follow, where head and cross entropy are one; None for logits."""
     shared: SharedStates | None
+    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
+    """What a layer may attend to, by its sliding window."""
     prefix_hidden: torch.Tensor | None = field(default=None)
 
 
@@ -111,15 +106,23 @@ class FrozenPrefix:
         self._layers = model.get_decoder().layers
         cache = DynamicCache(config=model.config.get_text_config())
         self._windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
-        for index, layer in enumerate(self._layers):
-            layer.forward = partial(self._run_layer, index, layer.forward)
         head = model.get_output_embeddings()
         self._head = head if type(head) is nn.Linear and head.bias is None else None  # no subclass: quantized weights
+        self._forwards = {module: module.forward for module in self._layers}
+        for index, layer in enumerate(self._layers):
+            names = list(inspect.signature(layer.forward).parameters)
+            layer.forward = partial(self._run_layer, index, names, layer.forward)
         if self._head is not None:
+            self._forwards[self._head] = self._head.forward
             self._head.forward = partial(self._run_head, self._head.forward)
         self._trial: torch.Tensor | None = None
         self.fuses_loss: bool | None = None
         """Whether head and cross entropy are one, without logits; None before the first pass, which finds out."""
+
+    def remove(self) -> None:
+        """Give the model its own layers and head back."""
+        for module, forward in self._forwards.items():
+            module.forward = forward
 
     def loss(
         self,
@@ -146,15 +149,32 @@ class FrozenPrefix:
         """
         if self.fuses_loss is None:
             self.fuses_loss = self._head is not None and can_fuse(embeds) and self._head_makes_logits(embeds)
-        self._call = _Call(prefix_length, keep, targets, self._masks(mask, positions, embeds.dtype), shared)
+        call = _Call(prefix_length, keep, targets if self.fuses_loss else None, shared)
+        found = self._run(call, embeds, mask, positions)
+        return found.squeeze() if self.fuses_loss else cross_entropy(found[0], targets)
+
+    def logits(
+        self,
+        embeds: torch.Tensor,
+        mask: torch.Tensor,
+        positions: torch.Tensor,
+        prefix_length: int,
+        keep: torch.Tensor,
+        shared: SharedStates | None = None,
+    ) -> torch.Tensor:
+        """(K, V) logits at the positions ``keep`` of the suffix; arguments as of ``loss``."""
+        return self._run(_Call(prefix_length, keep, None, shared), embeds, mask, positions)[0]
+
+    def _run(self, call: _Call, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
+        call.masks = self._masks(mask, positions, embeds.dtype)
+        self._call = call
         try:
             # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
-            output = self._model(
+            return self._model(
                 inputs_embeds=embeds, attention_mask=mask[:, None, None], position_ids=positions, use_cache=False
-            )
+            ).logits
         finally:
             self._call = None
-        return output.logits.squeeze() if self.fuses_loss else cross_entropy(output.logits[0], targets)
 
     @torch.no_grad()
     def read_shared(self, ids: torch.Tensor) -> SharedStates:
@@ -180,7 +200,7 @@ class FrozenPrefix:
     def _run_head(self, forward: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
         if self._trial is not None:
             return self._trial
-        if self._call is None or not self.fuses_loss:
+        if self._call is None or self._call.targets is None:
             return forward(states)
         # Here, inside the head's own forward, because a partitioned weight exists nowhere else.
         loss = fused_cross_entropy(states[0], self._head.weight, self._call.targets)
@@ -188,8 +208,8 @@ class FrozenPrefix:
 
     def _masks(self, mask: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> dict[int | None, torch.Tensor]:
         """Masks by window, (B, 1, L+R, I+L+R), as the attention implementation wants them."""
-        implementation = self._model.config._attn_implementation
-        if implementation.startswith("flash"):
+        config = self._model.config.get_text_config()
+        if is_flash_attention_requested(config):
             return dict.fromkeys(self._windows, mask)  # the kernels leave padding out and count what remains
         batch, queries = positions.shape
         index = torch.arange(mask.shape[1], device=mask.device)
@@ -203,17 +223,19 @@ class FrozenPrefix:
         for window in set(self._windows):
             near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
             allowed = (near & mask.bool()[:, None] | itself)[:, None]
-            if implementation == "eager":
+            if config._attn_implementation == "eager":
                 allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
             masks[window] = allowed
         return masks
 
     def _run_layer(
-        self, index: int, forward: Callable[..., torch.Tensor], hidden: torch.Tensor, *args: Any, **kwargs: Any
+        self, index: int, names: list[str], forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
     ) -> torch.Tensor:
         call = self._call
         if call is None:
-            return forward(hidden, *args, **kwargs)
+            return forward(*args, **kwargs)
+        kwargs |= zip(names, args, strict=False)  # some families pass masks and positions without their names
+        hidden = kwargs.pop(names[0])
         length = call.prefix_length
         if index == 0:
             # Between the layers only the suffix is handed on by the model; the prefix waits in the call.
@@ -228,7 +250,6 @@ class FrozenPrefix:
             with torch.no_grad():
                 call.prefix_hidden = forward(
                     call.prefix_hidden,
-                    *args,
                     attention_mask=_rows(mask, 0, length, total),
                     past_key_values=recorder,
                     **_part(kwargs, 0, length, total),
@@ -242,7 +263,7 @@ class FrozenPrefix:
             past_key_values=None if states is None else _Replay(states),
             **_part(kwargs, length, total, total),
         )
-        hidden = checkpoint(run, hidden, *args, use_reentrant=False) if self._checkpointing else run(hidden, *args)
+        hidden = checkpoint(run, hidden, use_reentrant=False) if self._checkpointing else run(hidden)
         if index == len(self._layers) - 1:
             # What follows, final norm and head, works on each position alone: give it the chosen ones only.
             hidden = hidden.flatten(0, 1)[call.keep][None]

@@ -4,9 +4,7 @@ B batch, T thoughts, P assistant width, D base width.
 """
 
 from pathlib import Path
-from typing import Any
 
-import deepspeed
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file
@@ -33,13 +31,13 @@ class LinearProjection(nn.Module):
 class ThoughtEmbedding(nn.Module):
     """The base's input embeddings: tokens looked up, thoughts projected, both written by one fused kernel."""
 
-    def __init__(self, projection: LinearProjection, embedding: nn.Embedding) -> None:
+    def __init__(self, projection: LinearProjection, embedding: nn.Module, scale: float = 1.0) -> None:
+        """``scale`` multiplies the rows of the embedding's table and never thoughts: ``embedding.table_scale``."""
         super().__init__()
         self.projection = projection
         # In a list, so that it stays a parameter of the base and does not become one of this module too.
         self._table = [embedding.weight]
-        # Families that multiply their embeddings (Gemma) do so in the embedding module.
-        self._scale = getattr(embedding, "scalar_embed_scale", 1.0)
+        self._scale = scale
 
     def forward(self, hidden_BTP: torch.Tensor, token_ids: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """(B, S+T, D) embeddings in the table's dtype; the thoughts of row b stand after its first ``slot[b]`` tokens.
@@ -59,11 +57,6 @@ class ThoughtEmbedding(nn.Module):
             embed_scale=self._scale,
             check_ids=False,  # they come from the base's own tokenizer
         )
-
-
-def gathered(parameter: nn.Parameter) -> Any:
-    """A context in which a parameter has its whole value, partitioned or not. All ranks enter it together."""
-    return deepspeed.zero.GatheredParameters([parameter] if hasattr(parameter, "ds_id") else [])
 
 
 class StaticThoughts(nn.Module):

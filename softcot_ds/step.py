@@ -4,8 +4,9 @@ B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and
 D base width, V vocabulary.
 
 ``step="fast"`` reads the tokens that all prefixes begin with once, runs the rest of the prefix without gradient
-(frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, kept as an oracle: one pass over
-the whole sequence with gradient, logits everywhere. Loss and gradient of both are the same.
+(frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, an oracle and the way of models
+that the fast one does not fit: one pass over the whole sequence with gradient, logits everywhere. Loss and gradient of
+both are the same. What a model must do for either is tried on its own weights (trial.py).
 """
 
 import warnings
@@ -20,11 +21,12 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data import Batch
-from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, states_depend_on_length, why_unsupported
+from softcot_ds.embedding import table_scale
+from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, why_unsupported
 from softcot_ds.loss import cross_entropy
 from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
 from softcot_ds.prompts import AssistantInput
-from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+from softcot_ds.thoughts import SharedPrefix, check_length, compute_thoughts
 
 
 class SoftCoT(nn.Module):
@@ -55,22 +57,34 @@ class SoftCoT(nn.Module):
         # A table that ZeRO-3 partitions is left to the embedding module, whose hooks gather it once. The fused kernel
         # would have it gathered once more in the backward pass, as DeepSpeed gathers all that a module with gradient
         # reads: for Llama 3.1 8B 1 GB more traffic per micro-batch, to save two small launches.
-        if isinstance(projection, LinearProjection) and not hasattr(embedding.weight, "ds_id"):
-            self.embed = ThoughtEmbedding(projection, embedding)
-        self.prefixed = None
-        if step == "fast":
-            reason = why_unsupported(base)
-            if reason is None:
-                self.prefixed = FrozenPrefix(base, activation_checkpointing)
-            else:
-                warnings.warn(f"{type(base).__name__} runs the full step: {reason}", stacklevel=2)
+        partitioned = any(hasattr(parameter, "ds_id") for parameter in embedding.parameters())
+        if isinstance(projection, LinearProjection) and not partitioned:
+            scale = table_scale(embedding)
+            if scale is not None:
+                self.embed = ThoughtEmbedding(projection, embedding, scale)
         self._shared: SharedStates | None = None
-        self._shared_ids = () if self.prefixed is None or states_depend_on_length(base) else tuple(shared_ids)
+        self._shared_ids = tuple(shared_ids)
         self._assistant_inputs = assistant_inputs
         self._assistant_prefix: SharedPrefix | None = None
-        if self.prefixed is None and activation_checkpointing:
+        self._checkpointing = activation_checkpointing
+        self.prefixed: FrozenPrefix | None = None
+        reason = why_unsupported(base) if step == "fast" else None
+        if step == "fast" and reason is None:
+            self.prefixed = FrozenPrefix(base, activation_checkpointing)
+        else:
+            self.use_full_step(reason)
+
+    def use_full_step(self, reason: str | None) -> None:
+        """Run the full step from now on; ``reason`` is said: what keeps this base from the fast one."""
+        if reason is not None:
+            warnings.warn(f"{type(self.base).__name__} runs the full step: {reason}", stacklevel=3)
+        if self.prefixed is not None:
+            self.prefixed.remove()
+        self.prefixed = None
+        self._shared_ids = ()
+        if self._checkpointing:
             # transformers' own switch does nothing outside of training mode, which would bring dropout.
-            for layer in base.modules():
+            for layer in self.base.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
 
@@ -90,19 +104,23 @@ class SoftCoT(nn.Module):
 
         A scalar in float32 (float64 for a float64 base). It is a sum because the mean is over the global batch, whose
         token count the caller knows.
+
+        Raises:
+            SoftCoTError: an example is longer than the base's context.
         """
+        check_length(batch.longest, self.base)
         if self._shared is None and self._shared_ids:
             # In the first pass, and not earlier, the weights of a partitioned model can be gathered.
             ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
             self._shared = self.prefixed.read_shared(ids)
-        embeds, mask, positions = self._inputs(batch)
+        embeds = self._embeds(batch)
         prefix_length = batch.prefix_ids.shape[1]
-        if self.prefixed is not None:
-            return self.prefixed.loss(
-                embeds, mask, positions, prefix_length, batch.predict_at, batch.targets, self._shared
-            )
-        logits = self.base(inputs_embeds=embeds, attention_mask=mask, position_ids=positions, use_cache=False).logits
-        return cross_entropy(logits[:, prefix_length:].flatten(0, 1)[batch.predict_at], batch.targets)
+        if self.prefixed is None:
+            logits = full_logits(self.base, embeds, batch.prefix_mask, batch.predict_at, batch.longest)
+            return cross_entropy(logits, batch.targets)
+        num_thoughts = embeds.shape[1] - prefix_length - batch.suffix_ids.shape[1]
+        mask, positions = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
+        return self.prefixed.loss(embeds, mask, positions, prefix_length, batch.predict_at, batch.targets, self._shared)
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts."""
@@ -118,8 +136,8 @@ class SoftCoT(nn.Module):
             self._assistant_prefix = SharedPrefix.of(self.assistant, self._assistant_inputs)
         return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
 
-    def _inputs(self, batch: Batch) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-        """Embeddings (B, L+T+R, D), mask (B, I+L+T+R) and positions (B, L+T+R) of the whole sequence.
+    def _embeds(self, batch: Batch) -> torch.Tensor:
+        """(B, L+T+R, D) embeddings of the whole sequence, but for the shared tokens.
 
         The prefix is padded on the left and the suffix on the right, so that real tokens are adjacent.
         """
@@ -127,13 +145,41 @@ class SoftCoT(nn.Module):
         token_ids = torch.cat([batch.prefix_ids, batch.suffix_ids], dim=1)
         if self.embed is not None:
             slot = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=token_ids.device)
-            embeds = self.embed(self._hidden(batch), token_ids, slot)
-        else:
-            prefix, suffix = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
-            embeds = torch.cat([prefix, self.thoughts(batch).to(prefix.dtype), suffix], dim=1)
-        num_thoughts = embeds.shape[1] - token_ids.shape[1]
-        shared_mask = batch.prefix_mask.new_ones(batch_size, self.num_shared)
-        thoughts_mask = batch.prefix_mask.new_ones(batch_size, num_thoughts)
-        mask = torch.cat([shared_mask, batch.prefix_mask, thoughts_mask, batch.suffix_mask], dim=1)
-        positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, self.num_shared :]
-        return embeds, mask.long(), positions
+            return self.embed(self._hidden(batch), token_ids, slot)
+        prefix, suffix = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
+        return torch.cat([prefix, self.thoughts(batch).to(prefix.dtype), suffix], dim=1)
+
+
+def full_logits(
+    base: PreTrainedModel, embeds: torch.Tensor, prefix_mask: torch.Tensor, predict_at: torch.Tensor, longest: int
+) -> torch.Tensor:
+    """(K, V) logits of one pass over whole rows.
+
+    Padding goes behind the end of each row, where no causal model sees it, attention or not: so the model is given
+    nothing but embeddings, no mask that it might ignore and no positions that it might count otherwise.
+
+    Args:
+        embeds: (B, L+T+R, D), the prefix padded on the left.
+        prefix_mask: (B, L) bool.
+        predict_at: (K,) indices into the flattened (B, T+R) thoughts and suffix.
+        longest: positions of the longest row.
+    """
+    prefix_length, length = prefix_mask.shape[1], embeds.shape[1]
+    padding = prefix_length - prefix_mask.sum(dim=1)
+    order = (torch.arange(longest, device=embeds.device) + padding[:, None]) % length
+    rows = embeds.take_along_dim(order[:, :, None], dim=1)
+    logits = base(inputs_embeds=rows, use_cache=False).logits
+    row, column = predict_at // (length - prefix_length), predict_at % (length - prefix_length)
+    return logits[row, column + prefix_length - padding[row]]
+
+
+def mask_and_positions(
+    prefix_mask: torch.Tensor, num_thoughts: int, suffix_mask: torch.Tensor, num_shared: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask (B, I+L+T+R), 0 on padding, and the positions (B, L+T+R) of a batch."""
+    batch_size = len(prefix_mask)
+    shared_mask = prefix_mask.new_ones(batch_size, num_shared)
+    thoughts_mask = prefix_mask.new_ones(batch_size, num_thoughts)
+    mask = torch.cat([shared_mask, prefix_mask, thoughts_mask, suffix_mask], dim=1)
+    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, num_shared:]
+    return mask.long(), positions

@@ -13,6 +13,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Dtype, Recipe
 from softcot_ds.thought_store import ThoughtStore, row_key
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+from softcot_ds.trial import check_model
 
 
 class ThoughtReader:
@@ -54,6 +55,7 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
         except SoftCoTError as error:
             say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
     assistant = load_frozen(recipe.assistant, "none", device())
+    check_model(assistant, "assistant", recipe.assistant.model)
     size = recipe.evaluation.batch_size
     prefix = SharedPrefix.of(assistant, experiment.splits.assistant_inputs())
     inputs = [example.assistant for example in examples]

@@ -5,17 +5,29 @@ B inputs, S tokens of the longest, T placeholders each, P assistant width.
 """
 
 import copy
+import inspect
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
 import torch
+from torch import nn
 from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
-from softcot_ds.frozen_prefix import states_depend_on_length
+from softcot_ds.backbone import context_length
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantInput
+
+
+def decoder_of(model: PreTrainedModel) -> nn.Module:
+    """What computes last hidden states without logits: ``get_decoder()``, which some families make the whole model."""
+    decoder = model.get_decoder()
+    if decoder is not model and isinstance(decoder, PreTrainedModel):
+        return decoder
+    inner = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
+    return next(inner, model)
 
 
 @dataclass(frozen=True)
@@ -36,14 +48,19 @@ class SharedPrefix:
         # What the smallest and the largest in lexicographic order share, all between them share.
         while first[:length] != last[:length]:
             length -= 1
-        if not length or states_depend_on_length(assistant):
-            return cls((), None)
+        if not length:
+            return NO_PREFIX
+        decoder = decoder_of(assistant)
+        if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+            return NO_PREFIX
         cache = DynamicCache(config=assistant.config.get_text_config())
-        ids = torch.tensor([first[:length]], device=assistant.get_input_embeddings().weight.device)
-        assistant.get_decoder()(input_ids=ids, past_key_values=cache, use_cache=True)
         # States of other kinds (linear attention, convolutions) cannot be given to a whole batch: read the prefix anew.
-        if any(type(layer) not in (DynamicLayer, DynamicSlidingWindowLayer) for layer in cache.layers):
-            return cls((), None)
+        if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+            return NO_PREFIX
+        ids = torch.tensor([first[:length]], device=assistant.get_input_embeddings().weight.device)
+        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
+        if not cache.layers or any(layer.keys is None for layer in cache.layers):  # it keeps nothing, or somewhere else
+            return NO_PREFIX
         return cls(tuple(first[:length]), cache)
 
     def expanded(self, batch: int) -> DynamicCache | None:
@@ -61,6 +78,17 @@ class SharedPrefix:
 NO_PREFIX = SharedPrefix((), None)
 
 
+def check_length(length: int, model: PreTrainedModel) -> None:
+    """Raises SoftCoTError when a sequence is longer than ``context_length``, for whoever calls with data of their own:
+    rotary embeddings that stretch would make a row's result depend on its batch, tables of positions end there.
+    """
+    if length > (longest := context_length(model.config)):
+        raise SoftCoTError(
+            f"a sequence has {length} tokens, and {type(model).__name__} takes {longest} here; set task.max_tokens to "
+            "leave such problems out, or use a model with a longer context"
+        )
+
+
 @torch.no_grad()
 def compute_thoughts(
     assistant: PreTrainedModel, inputs: Sequence[AssistantInput], prefix: SharedPrefix = NO_PREFIX
@@ -74,7 +102,11 @@ def compute_thoughts(
 
     Returns:
         (B, T, P) in the assistant's dtype, on its device.
+
+    Raises:
+        SoftCoTError: an input is longer than the assistant's context.
     """
+    check_length(max(item.positions[-1] + 1 for item in inputs), assistant)
     device = assistant.get_input_embeddings().weight.device
     skip = len(prefix.ids)
     # Nothing after the last placeholder reaches it. On the right, padding reaches nothing either, so that no mask is
@@ -82,7 +114,7 @@ def compute_thoughts(
     unread = [torch.tensor(item.token_ids[skip : item.positions[-1] + 1]) for item in inputs]
     ids_BS = pad_sequence(unread, batch_first=True)
     cache = prefix.expanded(len(inputs))
-    hidden_BSP = assistant.get_decoder()(
+    hidden_BSP = decoder_of(assistant)(
         input_ids=ids_BS.to(device), past_key_values=cache, use_cache=cache is not None
     ).last_hidden_state
     slots_BT = torch.tensor([item.positions for item in inputs], device=device) - skip

@@ -1,6 +1,6 @@
 """What is looked at between training steps: validation loss, the thoughts themselves, sample answers."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -8,8 +8,8 @@ import torch
 from softcot_ds.data import IGNORE, Batch, Example, collate
 from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
+from softcot_ds.embedding import whole_embedding
 from softcot_ds.experiment import Experiment
-from softcot_ds.projection import gathered
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.thought_reader import ThoughtReader
 
@@ -68,9 +68,8 @@ class Validator:
         """How the projected thoughts lie among the token embeddings."""
         model = self._engine.module
         thoughts = model.thoughts(self._batch(self._examples[: self._batch_size]).to(device())).float().flatten(0, 1)
-        table = model.base.get_input_embeddings().weight
-        with gathered(table):
-            token_norm, cosines = compare_with_tokens(thoughts, table)
+        with whole_embedding(model.base.get_input_embeddings()) as embed:
+            token_norm, cosines = compare_with_tokens(thoughts, embed, model.base.config.get_text_config().vocab_size)
         return {
             "thoughts/norm": thoughts.norm(dim=1).mean().item(),
             "thoughts/token_embedding_norm": token_norm,
@@ -101,24 +100,28 @@ class Validator:
         return f"\n\n{'-' * 80}\n\n".join(parts)
 
 
-def compare_with_tokens(vectors_ND: torch.Tensor, table_VD: torch.Tensor) -> tuple[float, torch.Tensor]:
-    """How vectors lie among the rows of a table, some rows at a time: a float32 copy of a large vocabulary's table may
-    not fit beside the model.
+def compare_with_tokens(
+    vectors_ND: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
+) -> tuple[float, torch.Tensor]:
+    """How vectors lie among the embeddings of all tokens, some tokens at a time: a float32 copy of a large vocabulary's
+    table may not fit beside the model.
 
     Args:
         vectors_ND: float32.
-        table_VD: any floating dtype.
+        embed: (1, tokens) ids to (1, tokens, D) embeddings of any floating dtype.
+        vocabulary: number of tokens.
 
     Returns:
-        The mean length of a row, and (N,) float32: each vector's cosine to the row nearest to it in direction.
+        The mean length of an embedding, and (N,) float32: each vector's cosine to the one nearest to it in direction.
     """
     directions = torch.nn.functional.normalize(vectors_ND)
     nearest = torch.full_like(directions[:, 0], -torch.inf)
-    total = torch.zeros((), dtype=torch.float64, device=table_VD.device)
-    for rows in table_VD.split(max(1, _ROW_ELEMENTS // table_VD.shape[1])):
-        rows = rows.float()
+    total = torch.zeros((), dtype=torch.float64, device=directions.device)
+    ids = torch.arange(vocabulary, device=directions.device)
+    for some in ids.split(max(1, _ROW_ELEMENTS // vectors_ND.shape[1])):
+        rows = embed(some[None])[0].float()
         norms = rows.norm(dim=1)
         total += norms.double().sum()
         cosines = directions @ rows.T / norms.clamp(min=1e-12)  # a row of zeros has no direction: cosine 0
         nearest = torch.maximum(nearest, cosines.amax(dim=1))
-    return total.item() / len(table_VD), nearest
+    return total.item() / vocabulary, nearest

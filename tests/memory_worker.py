@@ -45,7 +45,7 @@ projection = LinearProjection(16, base.config.hidden_size)
 engine = build_engine(SoftCoT(base, projection), recipe, 1)
 ids = torch.arange(8)[None]
 mask = torch.ones(1, 8, dtype=torch.bool)
-batch = Batch(ids, mask, ids, mask, torch.arange(2, 9), ids[0, :7], [], thoughts=torch.randn(1, 2, 16))
+batch = Batch(ids, mask, ids, mask, torch.arange(2, 9), ids[0, :7], [], 18, thoughts=torch.randn(1, 2, 16))
 engine.backward(engine(batch))
 engine.step()
 done = True

@@ -146,12 +146,6 @@ def test_a_shared_prefix_ends_where_inputs_differ_or_thoughts_begin(ids, positio
     assert len(SharedPrefix.of(make_assistant(), inputs).ids) == shared
 
 
-def test_keys_that_depend_on_the_length_are_not_shared():
-    stretching = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    assistant = LlamaForCausalLM(LlamaConfig(**TOY | {"rope_parameters": stretching}))
-    assert SharedPrefix.of(assistant, make_inputs(5)).ids == ()
-
-
 def test_cached_thoughts_equal_online_thoughts_bit_for_bit(tmp_path):
     """Through the disk and back, against the same function on the same batches."""
     assistant, inputs = make_assistant(dtype=torch.bfloat16), make_inputs(40)

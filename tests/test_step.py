@@ -23,10 +23,12 @@ from transformers import (
 )
 
 from softcot_ds.data import Example, collate
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.projection import LinearProjection, StaticThoughts
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.step import SoftCoT
 from softcot_ds.tasks import Problem
+from softcot_ds.thoughts import compute_thoughts
 
 P, D, VOCAB = 12, 16, 48
 
@@ -86,24 +88,25 @@ def true_embeddings(model, weight, bias, prefix: list[int], hidden_TP, rest: lis
     return torch.stack(rows)
 
 
-def true_loss_and_gradient(model, projection, examples) -> tuple[float, torch.Tensor]:
-    """Mean cross entropy and its gradient (weight and bias in one vector) in float64.
+def true_loss_and_gradient(model, projection, examples, dtype=torch.float64) -> tuple[float, torch.Tensor]:
+    """Mean cross entropy and its gradient (weight and bias in one vector), both in float64.
 
     Args:
         examples: prefix, states (T, P), suffix and target of each.
+        dtype: what the model computes in.
     """
-    model = copy.deepcopy(model).double()
-    weight = projection.weight.detach().double().requires_grad_()
-    bias = projection.bias.detach().double().requires_grad_()
+    model = copy.deepcopy(model).to(dtype)
+    weight = projection.weight.detach().to(dtype).requires_grad_()
+    bias = projection.bias.detach().to(dtype).requires_grad_()
     terms = []
     for prefix, hidden, suffix, target in examples:
-        embeds = true_embeddings(model, weight, bias, prefix, hidden.double(), suffix + target)
-        log_p = model(inputs_embeds=embeds[None]).logits[0].double().log_softmax(dim=-1)
+        embeds = true_embeddings(model, weight, bias, prefix, hidden.to(dtype), suffix + target)
+        log_p = model(inputs_embeds=embeds[None], use_cache=False).logits[0].double().log_softmax(dim=-1)
         first = len(embeds) - len(target)
         terms += [-log_p[first + i - 1, token] for i, token in enumerate(target)]
     loss = torch.stack(terms).mean()
     loss.backward()
-    return loss.item(), torch.cat([weight.grad.flatten(), bias.grad])
+    return loss.item(), torch.cat([weight.grad.flatten(), bias.grad]).double()
 
 
 # ------------------------------------------------------------------------------------------------ what is tested
@@ -226,16 +229,30 @@ def test_any_lengths_match_examples_run_alone(steps, lengths, thoughts, shared, 
         check(loss_and_gradient(step, examples, dtype, pad_id), truth, *TOLERANCES[dtype])
 
 
-def test_keys_that_depend_on_the_length_are_not_shared():
-    stretching = {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0}
-    examples = draw_examples([(12, 3, 5), (2, 2, 4)], thoughts=3)
-    found = {}
-    for kind in ("full", "fast"):
-        model = make_model("llama", rope_parameters=stretching, max_position_embeddings=16)
-        step = SoftCoT(model, make_projection(), step=kind, shared_ids=[4, 5, 6])
-        assert step.num_shared == 0
-        found[kind] = loss_and_gradient(step, examples, torch.float32)
-    check(found["fast"], (found["full"][0], found["full"][1].double()), *TOLERANCES[torch.float32])
+STRETCHING = {
+    "dynamic": {"rope_type": "dynamic", "factor": 2.0, "rope_theta": 10000.0},
+    "longrope": {
+        "rope_type": "longrope",
+        "rope_theta": 10000.0,
+        "short_factor": [1.0, 1.2],
+        "long_factor": [2.0, 3.0],
+        "original_max_position_embeddings": 20,
+    },
+}
+
+
+@pytest.mark.parametrize("kind", STRETCHING)
+def test_rotary_embeddings_that_stretch_end_where_a_row_would_change_its_neighbours(kind):
+    longest = {"max_position_embeddings": 20 if kind == "dynamic" else 80}
+    model = make_model("llama", rope_parameters=STRETCHING[kind], **longest)
+    check_steps(model, draw_examples([(8, 2, 3), (1, 2, 4)], thoughts=3, shared=4), torch.float32, num_shared=4)
+    long = draw_examples([(9, 2, 3), (1, 2, 4)], thoughts=3, shared=4)  # 21 tokens
+    for step in ("full", "fast"):
+        with pytest.raises(SoftCoTError, match="a sequence has 21 tokens, and LlamaForCausalLM takes 20 here"):
+            loss_and_gradient(SoftCoT(copy.deepcopy(model), make_projection(), step=step), long, torch.float32)
+    too_long = AssistantInput("a", [3] * 21, [19, 20])
+    with pytest.raises(SoftCoTError, match="a sequence has 21 tokens"):
+        compute_thoughts(model, [too_long])
 
 
 def test_architecture_with_other_states_runs_the_full_step_and_says_so():
@@ -314,7 +331,7 @@ def test_from_words_to_gradient_for_every_tokenizer_and_template(chat):
         check((loss.item(), gradient), truth, *TOLERANCES[dtype])
         if kind == "full":
             for row, (before, states, after, answer) in enumerate(naive):
-                real = seen["inputs_embeds"][row][seen["attention_mask"][row].bool()]
+                real = seen["inputs_embeds"][row][: len(before) + 4 + len(after) + len(naive[row][3])]
                 expected = true_embeddings(
                     copy.deepcopy(model).double(),
                     projection.weight.double(),

@@ -1,0 +1,210 @@
+"""Whether a model does what training and thoughts take for granted, tried on its loaded weights before work starts.
+
+Two short rows of unequal length go through the very code that the work will run, and must come out as each row alone,
+given to the model as plain token ids. So no list of families says which models fit: one that ignores masks, needs ids
+beside embeddings or looks ahead shows it here, and one that takes other arguments or returns something else fails here.
+
+N tokens, S tokens of a row, T thoughts, D base width, V vocabulary.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.backbone import width
+from softcot_ds.data import pad
+from softcot_ds.distributed import from_all_ranks, lost_rank
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.frozen_prefix import FrozenPrefix
+from softcot_ds.loss import cross_entropy
+from softcot_ds.prompts import AssistantInput
+from softcot_ds.step import full_logits, mask_and_positions
+from softcot_ds.thoughts import SharedPrefix, compute_thoughts, decoder_of
+
+Role = Literal["base", "assistant"]
+
+_SHARED, _THOUGHTS = 2, 2
+_LENGTHS = ((9, 5), (2, 3))
+"""Tokens of each row before and after the thoughts; the first ones, which are shared, are among them."""
+
+
+def check_model(model: PreTrainedModel, role: Role, name: str) -> None:
+    """Raises SoftCoTError on all ranks when ``why_unsuitable`` has a reason on one; to be called by all together.
+
+    Args:
+        name: what the recipe calls the model.
+    """
+    reason = agreed(why_unsuitable(model, role))
+    if reason is not None:
+        raise SoftCoTError(
+            f"{name} (model type {model.config.model_type!r}) cannot be the {role}: {reason}. Name another model in "
+            f"{role}.model, or try another implementation of its attention ({role}.attention: eager)"
+        )
+
+
+def why_unsuitable(model: PreTrainedModel, role: Role) -> str | None:
+    """Why a loaded model, in evaluation mode, cannot be the base of training or the assistant; None when it can.
+
+    It costs a few forward passes of two short rows, for the base one backward pass too. A partitioned model must be in
+    DeepSpeed's hands; all ranks call this together.
+    """
+    return _reason(lambda: (_try_base if role == "base" else _try_assistant)(model))
+
+
+def why_not_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
+    """Why the fast step cannot be taken with a base that the full step suits; None when both give the same."""
+    return _reason(lambda: _try_fast(model, prefixed))
+
+
+def agreed(reason: str | None) -> str | None:
+    """The first rank's reason that has one: near the border between rounding and fault, ranks may judge otherwise."""
+    return next((reason for reason in from_all_ranks(reason) if reason is not None), None)
+
+
+def _reason(trial: Callable[[], str | None]) -> str | None:
+    try:
+        return trial()
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and lost_rank(error)):
+            raise  # says nothing about the model
+        first_line = (str(error).strip() or "no message").splitlines()[0]
+        return f"a trial with a few tokens ended in {type(error).__name__}: {first_line}"
+
+
+def _try_base(model: PreTrainedModel) -> str | None:
+    rows = _rows(model)
+    with torch.no_grad():
+        alone = [model(input_ids=_tensor(row, model)[None], use_cache=False).logits[0] for row in rows]
+        embedded = model.get_input_embeddings()(_tensor(rows[0], model)[None])
+    if embedded.shape[-1] != width(model.config):
+        return f"its embeddings are {embedded.shape[-1]} wide where its configuration says {width(model.config)}"
+    logits, gradient = _full(model, rows)
+    truth = torch.cat([part[prefix:] for part, (prefix, _) in zip(alone, _LENGTHS, strict=True)])
+    if _differ(model, logits, truth):
+        return _why_rows_differ(model, rows[0], embedded, alone[0])
+    if not gradient.isfinite().all() or not gradient.any():
+        return "no gradient reaches the thoughts"
+    return None
+
+
+@torch.no_grad()
+def _why_rows_differ(model: PreTrainedModel, row: list[int], embedded: torch.Tensor, alone: torch.Tensor) -> str:
+    """The reason, for a base whose rows of embeddings in a batch are not what each row of token ids is alone."""
+    ids = _tensor(row, model)[None]
+
+    def logits(**inputs: torch.Tensor) -> torch.Tensor:
+        return model(**inputs, use_cache=False).logits[0]
+
+    if _differ(model, logits(input_ids=ids), alone):
+        return "it does not give the same twice for the same tokens"
+    if _differ(model, logits(inputs_embeds=embedded), alone):
+        return "it needs token ids beside embeddings, and thoughts are embeddings alone"
+    half = len(row) // 2
+    if _differ(model, logits(input_ids=ids[:, :half]), alone[:half]):
+        return "it is not causal: what comes later changes what it makes of earlier tokens"
+    return "rows in a batch come out other than each row alone"
+
+
+def _try_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
+    rows = _rows(model)
+    logits, gradient = _full(model, rows)
+    shared = prefixed.read_shared(_tensor(rows[0][:_SHARED], model))
+    found, found_gradient = _with_gradient(
+        model,
+        rows,
+        _SHARED,
+        lambda embeds, prefix_mask, suffix_mask, at: prefixed.logits(
+            embeds,
+            *mask_and_positions(prefix_mask, _THOUGHTS, suffix_mask, _SHARED),
+            prefix_mask.shape[1],
+            at,
+            shared,
+        ),
+    )
+    if _differ(model, found, logits) or _differ(model, found_gradient, gradient):
+        return "a trial of the fast one gave another result"
+    return None
+
+
+def _full(model: PreTrainedModel, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _with_gradient(
+        model,
+        rows,
+        0,
+        lambda embeds, prefix_mask, _, at: full_logits(model, embeds, prefix_mask, at, max(map(len, rows))),
+    )
+
+
+def _with_gradient(
+    model: PreTrainedModel, rows: list[list[int]], num_shared: int, run: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) from the first thought of each row on, and a gradient (2 T, D) with respect to the thoughts.
+
+    Token embeddings stand for the thoughts, so that the same can be given to the model as token ids.
+    """
+    parts = [(row[num_shared:prefix], row[prefix:]) for row, (prefix, _) in zip(rows, _LENGTHS, strict=True)]
+    prefix_ids, prefix_mask = pad([before for before, _ in parts], rows[0][0], side="left")
+    rest_ids, rest_mask = pad([rest for _, rest in parts], rows[0][0], side="right")
+    device = model.get_input_embeddings().weight.device
+    prefix_mask, rest_mask, rest_ids = prefix_mask.to(device), rest_mask.to(device), rest_ids.to(device)
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(torch.cat([prefix_ids.to(device), rest_ids], dim=1))
+    with torch.enable_grad():
+        embeds = embeds.detach().requires_grad_()
+        logits = run(embeds, prefix_mask, rest_mask[:, _THOUGHTS:], rest_mask.flatten().nonzero()[:, 0])
+        loss = cross_entropy(logits, rest_ids[rest_mask])
+        # Not backward(): DeepSpeed would take what the engine's parameters get for a part of the first step.
+        (gradient,) = torch.autograd.grad(loss, [embeds])
+    first = prefix_mask.shape[1]
+    return logits.detach(), gradient[:, first : first + _THOUGHTS].flatten(0, 1)
+
+
+@torch.no_grad()
+def _try_assistant(model: PreTrainedModel) -> str | None:
+    inputs = [
+        AssistantInput(str(index), row, list(range(prefix, prefix + _THOUGHTS)))
+        for index, (row, (prefix, _)) in enumerate(zip(_rows(model), _LENGTHS, strict=True))
+    ]
+    decoder = decoder_of(model)
+    alone = [
+        decoder(input_ids=_tensor(item.token_ids, model)[None], use_cache=False).last_hidden_state[0] for item in inputs
+    ]
+    if alone[0].shape[-1] != width(model.config):
+        return f"its states are {alone[0].shape[-1]} wide where its configuration says {width(model.config)}"
+    truth = torch.cat([states[item.positions] for states, item in zip(alone, inputs, strict=True)])
+    if _differ(model, compute_thoughts(model, inputs).flatten(0, 1), truth):
+        return "its states at the placeholders depend on what stands after them, or on the other rows of a batch"
+    if _differ(model, compute_thoughts(model, inputs, SharedPrefix.of(model, inputs)).flatten(0, 1), truth):
+        return "its states change when it reads what all inputs begin with once for all"
+    return None
+
+
+def _rows(model: PreTrainedModel) -> list[list[int]]:
+    """Two rows of ordinary tokens: images, sounds and the like have theirs at the ends of a vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = random.Random(0)
+    longest = max(map(sum, _LENGTHS)) + _THOUGHTS
+    first, second = ([draw.randrange(vocabulary // 4, vocabulary // 2) for _ in range(longest)] for _ in range(2))
+    return [
+        (first[:_SHARED] + row[_SHARED:])[: prefix + _THOUGHTS + rest]
+        for row, (prefix, rest) in zip((first, second), _LENGTHS, strict=True)
+    ]
+
+
+def _tensor(ids: list[int], model: PreTrainedModel) -> torch.Tensor:
+    return torch.tensor(ids, device=model.get_input_embeddings().weight.device)
+
+
+def _differ(model: PreTrainedModel, found: torch.Tensor, truth: torch.Tensor) -> bool:
+    """Whether rows (N, .) differ by more than rounding, and by more than a constant, which logits may have in common.
+
+    A fault changes a row as a whole, rounding its last digits, in deep models some more: the border lies at half of the
+    digits. The mean over the rows, because in 16 bits a token between two experts may now and then go to the other.
+    """
+    found, truth = (rows.double() - rows.double().mean(dim=-1, keepdim=True) for rows in (found, truth))
+    errors = (found - truth).norm(dim=-1) / truth.norm(dim=-1)
+    precision = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))  # some parts stay in float32
+    return not errors.mean() <= precision**0.5  # nor if it is NaN
