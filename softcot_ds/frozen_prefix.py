@@ -49,6 +49,13 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
+def states_depend_on_length(model: PreTrainedModel) -> bool:
+    """Whether keys change with the length of what follows: rotary embeddings that stretch with the sequence do that."""
+    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
+    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
+    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
+
+
 @dataclass
 class SharedStates:
     """Tokens that every prefix begins with, read once: their keys and values of each layer, batch of one."""
