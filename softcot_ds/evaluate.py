@@ -77,8 +77,7 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
     say(f"evaluating {adapter} on {len(examples)} problems")
 
     inputs = _Inputs(recipe, experiment, examples, adapter)
-    names = recipe.evaluation.conditions
-    read = {name: inputs.of(name) for name in names if name != "text"}
+    names, limit = recipe.evaluation.conditions, recipe.evaluation.max_new_tokens
     decoder = _Decoder(
         recipe,
         recipe.base,
@@ -86,17 +85,17 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
         experiment.base_prompts.stop_ids,
         context_length(experiment.base_config),
     )
-    if "text" in names:
+    jobs = {name: decoder.job(name, *inputs.of(name), limit) for name in names if name != "text"}
+    if "text" in names:  # last, as it may run the assistant: all the others have been checked then
         inputs.words = _assistant_words(recipe, experiment, examples)
-        read["text"] = inputs.of("text")
-    jobs = {name: decoder.job(name, *read[name], recipe.evaluation.max_new_tokens) for name in names}
+        jobs["text"] = decoder.job("text", *inputs.of("text"), limit)
     if any(job.todo and job.thoughts is not None and job.thoughts.need_states for job in jobs.values()):
         inputs.read_states()  # now, as it may load the assistant: not beside the base
     outputs: dict[str, list[Output]] = {}
     for job in jobs.values():
         if job.key not in outputs:  # of free vectors, learned and shuffled are the same
             outputs[job.key] = decoder.run(job)
-    records = {name: _grade(outputs[job.key], job, examples, experiment) for name, job in jobs.items()}
+    records = {name: _grade(outputs[jobs[name].key], jobs[name], examples, experiment) for name in names}
     report = make_report(recipe, adapter, config, trained, records)
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{_evaluation_hash(recipe, jobs, examples)}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))

@@ -1,21 +1,30 @@
 """Evaluation: what the conditions are, resuming, the report, the same outputs on any number of ranks."""
 
+import itertools
 import json
 import math
+import shutil
 
 import pytest
 import torch
 from adapters import make_adapter
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from launch import ROOT, deepspeed_command, run
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save_file
 
 from softcot_ds import evaluate as evaluate_module
+from softcot_ds import thought_reader
+from softcot_ds.backbone import load_tokenizer
 from softcot_ds.checkpoint import recipe_and_adapter
+from softcot_ds.decoding import Output
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluate import evaluate
+from softcot_ds.evaluate import evaluate, others
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
-from softcot_ds.recipe import load_recipe
+from softcot_ds.prompts import AssistantInput, BasePrompt
+from softcot_ds.recipe import load_recipe, resolve_location
+from softcot_ds.report import table, what_it_says_more
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]
@@ -96,8 +105,87 @@ def test_conditions_are_what_they_say(recipe, adapter):
     assert "plan :\nword 3" in experiment.base_tokenizer.decode(prompts[3].prefix_ids)
 
 
-def test_interrupted_evaluation_goes_on_where_it_was(recipe, adapter, monkeypatch):
-    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update={"conditions": ["learned"]})})
+class Scribe:
+    """Stands in for decoding: writes what depends on the prompt, the thoughts and the random state, and notes it."""
+
+    ENDINGS = (("answer 7", False), ("answer 7 .", True), ("answer 7", True), ("so it is", False), ("so", True))
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.batches = []
+        self.seeds = []
+
+    @property
+    def num_prompts(self):
+        return sum(len(batch) for batch in self.batches)
+
+    def ending(self, prompt):
+        return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
+
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, synced=False):
+        self.batches.append(list(prompts))
+        self.seeds.append(torch.initial_seed())
+        outputs = []
+        for index, prompt in enumerate(prompts):
+            text, cut = self.ending(prompt)
+            told = 0.0 if thoughts is None else float(thoughts[index].double().sum())
+            chance = int(torch.randint(10**6, ())) if sampling.temperature else 0
+            outputs.append(Output(self.tokenizer.encode(f"{told:.3f} {chance} {text}", add_special_tokens=False), cut))
+        return outputs
+
+
+@pytest.fixture
+def scribe(monkeypatch):
+    """Nothing is decoded, and no base is loaded."""
+    scribe = Scribe(load_tokenizer(load_recipe(RECIPE).base))
+    monkeypatch.setattr(evaluate_module, "decode", scribe)
+    monkeypatch.setattr(evaluate_module, "load_frozen", lambda *_: None)
+    return scribe
+
+
+def test_cut_and_unparsed_outputs_are_counted_and_a_cut_number_is_no_answer(tmp_path, scribe):
+    recipe = make_recipe(tmp_path, "evaluation.conditions=[learned,none]")
+    report = evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
+    truth = {("answer 7", False): "7", ("answer 7 .", True): "7"}  # nothing is known of the others
+    for condition, row in report["conditions"].items():
+        rows = records(recipe, condition)
+        for record in rows:
+            assert record["answer"] == truth.get((record["output"].split(" ", 2)[2], record["cut"])), record
+        assert row["cut"] == sum(record["cut"] for record in rows)
+        assert row["unparsed"] == sum(record["answer"] is None for record in rows)
+        assert len({(record["cut"], record["answer"]) for record in rows}) == 4, "all kinds are among them"
+        shown = next(line for line in table(report).splitlines() if line.startswith(condition)).split()
+        assert shown[5:7] == [str(row["unparsed"]), str(row["cut"])]
+
+
+def test_each_condition_reads_its_own_prompt(recipe, adapter, scribe):
+    evaluate(recipe, adapter)
+    experiment = Experiment(recipe)
+    wording = experiment.base_prompts.prompts
+
+    def rendered(messages, question, thoughts=""):
+        (message,) = messages
+        content = message["content"].replace("{question}", question).replace("{thoughts}", thoughts)
+        return experiment.base_tokenizer.apply_chat_template(
+            [{"role": message["role"], "content": content}], tokenize=False, add_generation_prompt=True
+        )
+
+    for condition in recipe.evaluation.conditions:
+        for record, example in zip(records(recipe, condition), experiment.splits.test, strict=True):
+            question = example.problem.question
+            if condition == "none":
+                assert record["prompt"] == rendered(wording.base_without_thoughts, question)
+            elif condition == "text":
+                asked = BasePrompt(experiment.assistant_prompts.words_prompt(question), [])
+                assert record["prompt"] == rendered(wording.base, question, f"0.000 0 {scribe.ending(asked)[0]}")
+            else:
+                assert record["prompt"] == rendered(wording.base, question, "[4 thoughts]")
+    assert {len(records(recipe, condition)) for condition in recipe.evaluation.conditions} == {24}
+
+
+def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
+    recipe = make_recipe(tmp_path, "evaluation.conditions=[learned]")
+    adapter = make_adapter(tmp_path / "adapter", recipe)
     evaluate(recipe, adapter)
     whole = records(recipe, "learned")
     (part,) = recipe.run_dir.glob("outputs/*/*.part")
@@ -115,16 +203,382 @@ def test_interrupted_evaluation_goes_on_where_it_was(recipe, adapter, monkeypatc
     assert sum(decoded) == 24 - 2 * 5, "finished batches are not decoded again"
 
 
-def test_other_wording_is_another_evaluation(recipe, adapter, tmp_path):
-    learned = {"evaluation": recipe.evaluation.model_copy(update={"conditions": ["learned"]})}
-    evaluate(recipe.model_copy(update=learned), adapter)
-    (first,) = recipe.run_dir.glob("evaluation/*")
-    before = (first / "learned.jsonl").read_text()
-    (tmp_path / "other.yaml").write_text((adapter / "prompts.yaml").read_text().replace("plan :", "plan"))
-    other = {"task": recipe.task.model_copy(update={"prompts": tmp_path / "other.yaml"})}
-    evaluate(recipe.model_copy(update=learned | other), adapter)
-    assert len(list(recipe.run_dir.glob("evaluation/*"))) == 2
-    assert (first / "learned.jsonl").read_text() == before
+THOUGHTS = {"learned", "shuffled", "mean"}
+CONDITIONS = THOUGHTS | {"zero", "none", "text", "static"}
+WORDS = {"assistant"}
+
+
+@pytest.fixture(scope="module")
+def first_evaluation(tmp_path_factory):
+    """A folder in which everything that a recipe names lies, and one evaluation of it."""
+    folder = tmp_path_factory.mktemp("first")
+    for name in ("base", "assistant"):
+        shutil.copytree(resolve_location(f"package:pair/{name}"), folder / name)
+    write_questions(folder / "test.jsonl")
+    shutil.copy(folder / "test.jsonl", folder / "train.jsonl")
+    (folder / "train.jsonl").write_text((folder / "test.jsonl").read_text().replace("has", "had"))
+    make_adapter(folder / "static", recipe_in(folder, "projection.kind=static"))
+    make_adapter(folder / "adapter", recipe_in(folder))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(evaluate_module, "decode", Scribe(load_tokenizer(recipe_in(folder).base)))
+        patch.setattr(evaluate_module, "load_frozen", lambda *_: None)
+        evaluate(recipe_in(folder), folder / "adapter")
+    return folder
+
+
+def write_questions(path, answer=1, first="tom"):
+    names = [first, "ann", "leo", "eva", "max", "mia", "ben"]
+    lines = [{"question": f"{n} has {i} coins .", "answer": f"so\n#### {i + answer}"} for i, n in enumerate(names, 3)]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+
+
+def recipe_in(folder, *overrides):
+    """Every path leads into ``folder``: in a copy of it, all of them are others."""
+    settings = [
+        f"output_dir={folder}",
+        "task.name=gsm8k",
+        f"task.train={folder}/train.jsonl",
+        f"task.test={folder}/test.jsonl",
+        "task.train_problems=null",
+        "task.test_problems=null",
+        "task.validation_problems=0",
+        f"base.model={folder}/base",
+        f"assistant.model={folder}/assistant",
+        "thoughts.source=online",
+        f"evaluation.conditions=[{','.join(sorted(CONDITIONS))}]",
+        f"evaluation.static_adapter={folder}/static",
+    ]
+    return load_recipe(RECIPE, [*settings, *DECODE, *overrides])
+
+
+def scaled(path):
+    save_file({name: value * 2 for name, value in load_file(path).items()}, path)
+
+
+def edit(path, old, new):
+    text = path.read_text()
+    assert old in text
+    path.write_text(text.replace(old, new, 1))
+
+
+@pytest.mark.parametrize(
+    ("anew", "overrides", "change"),
+    [
+        pytest.param(set(), [], None, id="all moved"),
+        pytest.param(set(), ["name=other"], lambda f: (f / "demo").rename(f / "other"), id="all moved and renamed"),
+        pytest.param(set(), ["evaluation.partition=zero3", "evaluation.top_p=0.5"], None, id="what decides nothing"),
+        pytest.param(set(), ["training.learning_rate=1", "thoughts.source=cache"], None, id="other work"),
+        pytest.param(set(), [], lambda f: write_questions(f / "test.jsonl", answer=2), id="references"),
+        pytest.param(set(), [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{# #}{{"), id="a comment"),
+        pytest.param(THOUGHTS, [], lambda f: scaled(f / "adapter/projection.safetensors"), id="adapter retrained"),
+        pytest.param(THOUGHTS | WORDS, ["assistant.attention=eager"], None, id="assistant's attention"),
+        pytest.param({"static"}, [], lambda f: scaled(f / "static/projection.safetensors"), id="static retrained"),
+        pytest.param({"shuffled"}, ["seed=1"], None, id="greedily a seed only shuffles"),
+        pytest.param(WORDS, ["evaluation.text_max_tokens=5"], None, id="words of other lengths, the same here"),
+        pytest.param(
+            THOUGHTS | WORDS | {"text"},
+            [],
+            lambda f: edit(f / "assistant/chat_template.jinja", "{{", "{{ 'plan' }}{{"),
+            id="assistant's template",
+        ),
+        pytest.param(
+            CONDITIONS, [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"), id="base's template"
+        ),
+        pytest.param(CONDITIONS, ["base.dtype=bfloat16"], None, id="dtype"),
+        pytest.param(CONDITIONS, ["evaluation.max_new_tokens=9"], None, id="length"),
+        pytest.param(CONDITIONS | WORDS, ["evaluation.batch_size=4"], None, id="batch size"),
+        pytest.param(CONDITIONS | WORDS, ["evaluation.temperature=1"], None, id="temperature"),
+        pytest.param(CONDITIONS | WORDS, ["task.test_problems=6"], None, id="fewer questions"),
+        pytest.param(
+            CONDITIONS | WORDS, [], lambda f: write_questions(f / "test.jsonl", first="kim"), id="one other question"
+        ),
+    ],
+)
+def test_what_decides_an_output_is_compared_by_content(
+    first_evaluation, tmp_path, scribe, capsys, anew, overrides, change
+):
+    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    if change is not None:
+        change(folder)
+    recipe = recipe_in(folder, *overrides)
+    report = evaluate(recipe, folder / "adapter")
+    lines = capsys.readouterr().out.splitlines()
+    reused = {line.partition(":")[0] for line in lines if line.endswith("2 of 2 batches were done before")}
+    assert (CONDITIONS | WORDS) - reused == anew
+    assert scribe.num_prompts == len(anew) * report["num_problems"]
+    # The report is of the references as they are now, and the first one is still there.
+    references = {json.loads(line)["answer"].split()[-1] for line in (folder / "test.jsonl").read_text().splitlines()}
+    newest = max(recipe.run_dir.glob("evaluation/*/zero.jsonl"), key=lambda path: path.stat().st_mtime_ns)
+    assert {json.loads(line)["reference"] for line in newest.read_text().splitlines()} <= references
+    old = {path.name for path in first_evaluation.glob("demo/evaluation/*")}
+    assert old <= {path.name for path in recipe.run_dir.glob("evaluation/*")}
+
+
+SETTINGS = {"max_new_tokens": 5, "batch_size": 2, "prompts": "some"}
+PROMPTS = [BasePrompt([1] * length, [2]) for length in (3, 1, 2, 5, 4)]
+OUTPUTS = {0: [Output([7, 12], False), Output([], True)], 1: [Output([10**4], True)] * 2, 2: [Output([1, 2, 3], False)]}
+
+
+def job(folder, **changes):
+    return evaluate_module._Job("learned", PROMPTS, None, SETTINGS | changes, folder)
+
+
+def written_job(folder):
+    first = job(folder)
+    for number, outputs in OUTPUTS.items():
+        first.write(number, outputs)
+    (part,) = folder.glob("*/*.part")
+    return part
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    written_job(tmp_path)
+    again = job(tmp_path)
+    assert again.done == OUTPUTS
+    assert again.todo == []
+    assert again.batches == [[1, 2], [0, 4], [3]], "neighbours in length"
+    assert job(tmp_path, max_new_tokens=6).todo == [0, 1, 2]
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_damaged_part_is_done_again_and_never_believed(tmp_path_factory, data):
+    part = written_job(tmp_path_factory.mktemp("outputs"))
+    content = bytearray(part.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]))
+        some = data.draw(st.binary(min_size=1, max_size=9))
+        if kind == "flip":
+            content[start] ^= data.draw(st.integers(1, 255))
+        elif kind == "cut" and start:
+            del content[start:]
+        elif kind == "insert":
+            content[start:start] = some
+        elif kind == "remove" and len(content) > 9:
+            del content[start : start + len(some)]
+        else:
+            content += content[start:]
+    part.write_bytes(content)
+    again = job(part.parent.parent)
+    assert again.done == {number: OUTPUTS[number] for number in again.done}
+    assert sorted([*again.done, *again.todo]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"null",
+        b"\xff\x00\x80",
+        b'{"batch": 0, "outputs": {"0": "text of an older version", "1": "and more"}}',
+        b'{"batch": 99, "outputs": []}',
+        b'{"batch": "0", "outputs": [[1], 2]}',
+        b"0" * 64 + b' {"batch": 0, "outputs": []}',
+        b"[" * 10**5,
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path, line):
+    part = written_job(tmp_path)
+    part.write_bytes(line + b"\n" + part.read_bytes() + line)
+    assert job(tmp_path).done == OUTPUTS
+
+
+def test_outputs_of_other_settings_are_not_taken_from_a_file_that_was_copied(tmp_path):
+    part = written_job(tmp_path)
+    other = job(tmp_path, prompts="others")
+    shutil.copy(part, tmp_path / other.key[:16])
+    assert job(tmp_path, prompts="others").done == {}
+
+
+class Asked(Exception):
+    """Raised where a rank would ask the others for their outputs."""
+
+
+@pytest.mark.parametrize("seed", [0, 3, 2**31, 2**63, 2**64 - 1])
+def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed):
+    recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
+    prompts = [BasePrompt([index], []) for index in range(7)]
+    decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 512)
+    results = {}
+    for partitioned in (False, True):
+        decoder._partitioned = partitioned
+        for ranks in (1, 2, 3):
+            outputs = {}
+
+            def collect(mine, outputs=outputs):
+                outputs.update(mine)
+                raise Asked
+
+            for rank in range(ranks):
+                scribe.seeds.clear()
+                work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, 9)
+                work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
+                with monkeypatch.context() as patch:
+                    patch.setattr(evaluate_module, "world_size", lambda ranks=ranks: ranks)
+                    patch.setattr(evaluate_module, "rank", lambda rank=rank: rank)
+                    patch.setattr(evaluate_module, "from_all_ranks", collect)
+                    with pytest.raises(Asked):
+                        decoder.run(work)
+                rounds = -(-4 // ranks)
+                assert len(scribe.seeds) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
+            results[partitioned, ranks] = outputs
+    assert all(outputs == results[False, 1] for outputs in results.values())
+    chances = [scribe.tokenizer.decode(outputs[0].token_ids).split()[1] for outputs in results[False, 1].values()]
+    assert len(set(chances)) == 4, "no two batches have the same random numbers"
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 2**64 - 1))
+def test_shuffled_takes_the_thoughts_of_a_question_that_is_another_to_the_assistant(kinds, seed):
+    inputs = [AssistantInput(str(index), [kind], [0]) for index, kind in enumerate(kinds)]
+    possible = any(
+        all(kinds[taken] != kind for taken, kind in zip(order, kinds, strict=True))
+        for order in itertools.permutations(range(len(kinds)))
+    )
+    if not possible:
+        with pytest.raises(SoftCoTError, match=r"problems are the same to the assistant; raise task\.test_problems"):
+            others(inputs, seed)
+        return
+    taken = others(inputs, seed)
+    assert sorted(taken) == list(range(len(kinds)))
+    assert all(kinds[other] != kind for other, kind in zip(taken, kinds, strict=True))
+
+
+def forbid_models(monkeypatch):
+    for module in (evaluate_module, thought_reader):
+        monkeypatch.setattr(module, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
+
+
+@pytest.mark.parametrize(
+    ("overrides", "change", "message"),
+    [
+        (
+            ["evaluation.static_adapter=no/where"],
+            None,
+            r"evaluation.static_adapter: no such adapter directory: no/where",
+        ),
+        ([], lambda f: (f / "static/COMPLETE").unlink(), r"evaluation.static_adapter: .* no file COMPLETE"),
+        (
+            [],
+            lambda f: shutil.copytree(f / "adapter", f / "static", dirs_exist_ok=True),
+            "is a linear projection, not s",
+        ),
+        (
+            [],
+            lambda f: (f / "static/projection.safetensors").write_bytes(b"x" * 99),
+            "static/proj.*: damaged or no proj",
+        ),
+        (
+            [],
+            lambda f: edit(f / "static/adapter.json", '"num_thoughts": 4', '"num_thoughts": 3'),
+            "trained with 3 thoug",
+        ),
+        (
+            [],
+            lambda f: edit(f / "base/config.json", '"rms_norm_eps": 1e-06', '"rms_norm_eps": 1e-03'),
+            "base .* holds ot",
+        ),
+        ([], lambda f: (f / "adapter/trainer.json").write_text("{"), "trainer.json is damaged"),
+        (["task.test_problems=1"], None, r"shuffled gives .* but 1 of the 1 test problems are the same"),
+        (
+            ["projection.kind=static"],
+            None,
+            r"adapter is a linear projection and projection.kind is static; set it to l",
+        ),
+        (
+            ["evaluation.max_new_tokens=512"],
+            None,
+            r"the longest prompt has \d+ tokens, and with 512 new ones it does not",
+        ),
+        (
+            ["evaluation.text_max_tokens=512"],
+            None,
+            r"assistant: the longest prompt has \d+ tokens, and with 512 new ones",
+        ),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
+    first_evaluation, tmp_path, monkeypatch, overrides, change, message
+):
+    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    shutil.rmtree(folder / "demo")
+    if change is not None:
+        change(folder)
+    forbid_models(monkeypatch)
+    with pytest.raises(SoftCoTError, match=message):
+        evaluate(recipe_in(folder, *overrides), folder / "adapter")
+    assert not list(folder.glob("demo/*/*.jsonl"))
+
+
+def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evaluation, tmp_path, monkeypatch):
+    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    forbid_models(monkeypatch)
+    before = {path: path.read_bytes() for path in folder.glob("demo/evaluation/*/*.jsonl")}
+    evaluate(recipe_in(folder), folder / "adapter")
+    assert {path: path.read_bytes() for path in folder.glob("demo/evaluation/*/*.jsonl")} == before
+    assert len(before) == len(CONDITIONS)
+
+
+def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):
+    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    recipe = recipe_in(folder, "projection.kind=static", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
+    report = evaluate(recipe, folder / "static")
+    assert scribe.num_prompts == report["num_problems"]
+    assert records(recipe, "shuffled") == records(recipe, "mean") == records(recipe, "learned")
+
+
+def test_ranks_that_see_different_files_do_not_mix_their_outputs(recipe, adapter, scribe, monkeypatch):
+    theirs = {"thoughts": {"projection": "of another step"}}
+    monkeypatch.setattr(evaluate_module, "from_all_ranks", lambda mine: [mine, mine | theirs])
+    with pytest.raises(SoftCoTError, match="the ranks 1 and 0 would decode different things: they differ in thoughts"):
+        evaluate(recipe, adapter)
+    assert scribe.batches == []
+
+
+REPORT = {"conditions": {"learned": {}, "zero": {}}, "num_problems": 1000, "step": 200, "max_new_tokens": 48}
+
+
+@pytest.mark.parametrize(
+    ("changes", "stays"),
+    [
+        ({}, ""),
+        ({"num_problems": 8}, "it is on 1000 problems, this one on 8"),
+        ({"step": 100}, "it is of step 200, this one of step 100"),
+        ({"max_new_tokens": 4}, "its outputs may have 48 tokens, those of this one 4"),
+        ({"conditions": {"learned": {}, "none": {}}}, "it has conditions that this one lacks (zero)"),
+        ({"conditions": {"zero": {}, "learned": {}, "none": {}}}, ""),
+        ({"step": 300, "num_problems": 1001, "max_new_tokens": 64}, ""),
+        ({"step": 300, "num_problems": 8}, "it is on 1000 problems, this one on 8"),
+    ],
+)
+def test_the_runs_report_is_replaced_by_one_that_says_as_much(changes, stays):
+    assert "; ".join(what_it_says_more(REPORT, REPORT | changes)) == stays
+
+
+@pytest.mark.parametrize(
+    "old", [None, [], "x", 3, {}, {"conditions": 3}, {"conditions": {}, "step": "x", "num_problems": None}]
+)
+def test_what_is_no_report_is_replaced(old):
+    assert what_it_says_more(old, REPORT) == []
+
+
+def test_a_check_on_few_problems_has_a_report_of_its_own(first_evaluation, tmp_path, scribe, capsys):
+    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    of_the_run = folder / "demo/report.json"
+    whole = of_the_run.read_bytes()
+    few = evaluate(recipe_in(folder, "task.test_problems=3"), folder / "adapter")
+    assert of_the_run.read_bytes() == whole
+    said = capsys.readouterr().out
+    assert "report.json stays as it is: it is on 7 problems, this one on 3. Remove it to let" in said
+    reports = [json.loads(path.read_text()) for path in folder.glob("demo/evaluation/*/report.json")]
+    assert json.loads(json.dumps(few)) in reports
+    assert json.loads(whole) in reports
+    of_the_run.write_bytes(whole[:50])  # damaged: no report
+    evaluate(recipe_in(folder, "task.test_problems=3"), folder / "adapter")
+    assert json.loads(of_the_run.read_text())["num_problems"] == 3
+    evaluate(recipe_in(folder), folder / "adapter")
+    assert json.loads(of_the_run.read_text())["num_problems"] == 7
 
 
 def test_static_prompt_is_a_condition_of_its_own(tmp_path):
