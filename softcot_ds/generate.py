@@ -2,54 +2,115 @@
 
 import argparse
 import sys
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import torch
+from transformers import PreTrainedModel
 
-from softcot_ds.backbone import load_frozen
+from softcot_ds.backbone import context_length, load_frozen
 from softcot_ds.checkpoint import AdapterConfig, load_adapter, recipe_and_adapter
 from softcot_ds.cli import OVERRIDES_HELP, run_command
 from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.projection import StaticThoughts
+from softcot_ds.projection import LinearProjection, StaticThoughts
+from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts import compute_thoughts
 
 
 def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoughts: bool = True) -> None:
-    """Print the base's answer to each question.
+    """Print the base's answer to each question; on standard error, whether it was cut.
 
     Args:
         with_thoughts: False shows what the base says without them.
 
     Raises:
-        SoftCoTError: the adapter is incomplete, damaged, or of other models.
+        SoftCoTError: the adapter is incomplete, damaged, or of other models; a question is no text, or too long. What
+            is wrong with the adapter or the first question is said before a model is loaded.
     """
-    AdapterConfig.load(adapter).check_models(recipe)
+    config = AdapterConfig.load(adapter)
+    config.check_models(recipe, assistant=config.projection != "static")
     experiment = Experiment(recipe)
-    projection = load_adapter(adapter, experiment)
+    projection = load_adapter(adapter, experiment) if with_thoughts else None
+    reads = isinstance(projection, LinearProjection)
+    inputs = (_Input.of(question, experiment, projection is not None, reads) for question in questions)
+    first = next(inputs, None)
+    if first is None:
+        raise SoftCoTError("no question on standard input; write one per line, or name it with --question")
+    assistant = load_frozen(recipe.assistant, "none", device()) if reads else None
     base = load_frozen(recipe.base, "none", device())
     try_decoding(base)
-    assistant = None if isinstance(projection, StaticThoughts) else load_frozen(recipe.assistant, "none", device())
     evaluation = recipe.evaluation
-    sampling = Sampling(evaluation.max_new_tokens, evaluation.temperature, evaluation.top_p)
-    prompts = experiment.base_prompts
     torch.manual_seed(recipe.seed)
-    for question in questions:
-        prompt, thoughts = prompts.without_thoughts(question), None
-        if with_thoughts:
-            prompt = prompts.with_thoughts(question)
-            with torch.no_grad():
-                if assistant is None:
-                    thoughts = projection(1)
-                else:
-                    item = experiment.assistant_prompts.thoughts_input("question", question)
-                    thoughts = projection(compute_thoughts(assistant, [item]).float())
-        (output,) = decode(base, [prompt], thoughts, prompts.stop_ids, sampling)
+    for item in chain([first], inputs):
+        thoughts = _thoughts(projection, assistant, item)
+        sampling = Sampling(item.max_new_tokens, evaluation.temperature, evaluation.top_p)
+        (output,) = decode(base, [item.prompt], thoughts, experiment.base_prompts.stop_ids, sampling)
         print(experiment.base_tokenizer.decode(output.token_ids), flush=True)
+        if output.cut:
+            print(f"(cut at {item.max_new_tokens} tokens: evaluation.max_new_tokens, or context)", file=sys.stderr)
+
+
+@torch.no_grad()
+def _thoughts(
+    projection: LinearProjection | StaticThoughts | None, assistant: PreTrainedModel | None, item: "_Input"
+) -> torch.Tensor | None:
+    """(1, T, D), or None without a projection."""
+    if isinstance(projection, LinearProjection):
+        return projection(compute_thoughts(assistant, [item.assistant]).float())
+    return None if projection is None else projection(1)
+
+
+@dataclass(frozen=True)
+class _Input:
+    """What the models read for one question."""
+
+    prompt: BasePrompt
+    assistant: AssistantInput | None
+    max_new_tokens: int
+    """The recipe's, or what is left of the base's context."""
+
+    @classmethod
+    def of(cls, question: str, experiment: Experiment, with_thoughts: bool, with_assistant: bool) -> "_Input":
+        """Raises SoftCoTError when the question is no text, or too long for a model."""
+        check_question(question)
+        recipe, prompts = experiment.recipe, experiment.base_prompts
+        prompt = prompts.with_thoughts(question) if with_thoughts else prompts.without_thoughts(question)
+        length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (recipe.thoughts.count if with_thoughts else 0)
+        context = context_length(experiment.base_config)
+        if length >= context:
+            raise SoftCoTError(f"the question makes {length} tokens, which leaves no room in the base's {context}")
+        asked = experiment.assistant_prompts.thoughts_input("question", question) if with_assistant else None
+        context_of_assistant = context_length(experiment.assistant_config)
+        if asked is not None and len(asked.token_ids) > context_of_assistant:
+            raise SoftCoTError(
+                f"the question makes {len(asked.token_ids)} tokens, more than the assistant's {context_of_assistant}"
+            )
+        return cls(prompt, asked, min(recipe.evaluation.max_new_tokens, context - length))
+
+
+def check_question(question: str) -> None:
+    """Raises SoftCoTError when there is nothing to answer, or what is no text."""
+    if not question.strip():
+        raise SoftCoTError("the question is empty; write one")
+    if "\0" in question:
+        raise SoftCoTError(f"the question {question!r} holds a NUL character; write text")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise SoftCoTError(f"the question {question!r} is not UTF-8 text: {error.reason}") from error
+
+
+def _lines() -> Iterator[str]:
+    try:
+        yield from (line.strip() for line in sys.stdin if line.strip())
+    except UnicodeDecodeError as error:
+        raise SoftCoTError(f"standard input is not UTF-8 text: {error}") from error
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -61,11 +122,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = parser.parse_intermixed_args(argv)
 
     def run() -> None:
-        questions = [args.question] if args.question is not None else (line.strip() for line in sys.stdin)
-        if args.question is not None and not args.question.strip():
-            raise SoftCoTError("--question is empty; write a question")
+        if args.question is not None:
+            check_question(args.question)  # before the recipe is read, which takes seconds
         recipe, adapter = recipe_and_adapter(args.adapter, args.overrides)
-        generate(recipe, adapter, (question for question in questions if question), not args.no_thoughts)
+        questions = _lines() if args.question is None else [args.question]
+        generate(recipe, adapter, questions, not args.no_thoughts)
 
     return run_command(run)
 
