@@ -352,13 +352,18 @@ class _Decoder:
                 )
         return _Job(name, prompts, thoughts, settings, self._recipe.run_dir / "outputs")
 
+    @property
+    def _synced(self) -> bool:
+        """Whether each forward pass needs all ranks."""
+        return self._partitioned and world_size() > 1
+
     @cached_property
     def _model(self) -> PreTrainedModel:
         config = decoding_config(self._recipe) if self._partitioned else None
         model = load_frozen(self._model_config, "zero3" if self._partitioned else "none", device(), config)
         if config is not None:
             hook_partitioned(model, config)
-        try_decoding(model, synced=self._partitioned and world_size() > 1)
+        try_decoding(model, self._synced)
         return model
 
     def run(self, job: _Job) -> list[Output]:
@@ -390,15 +395,11 @@ class _Decoder:
     def _decode(self, job: _Job, number: int) -> list[Output]:
         evaluation = self._recipe.evaluation
         batch = job.batches[number]
+        model, prompts = self._model, [job.prompts[index] for index in batch]
+        thoughts = None if job.thoughts is None else job.thoughts(batch)
+        sampling = Sampling(job.max_new_tokens, evaluation.temperature, evaluation.top_p)
         torch.manual_seed(batch_seed(self._recipe.seed, number))
-        return decode(
-            self._model,
-            [job.prompts[index] for index in batch],
-            None if job.thoughts is None else job.thoughts(batch),
-            self._stop_ids,
-            Sampling(job.max_new_tokens, evaluation.temperature, evaluation.top_p),
-            synced=self._partitioned and world_size() > 1,
-        )
+        return decode(model, prompts, thoughts, self._stop_ids, sampling, self._synced)
 
 
 def batch_seed(seed: int, number: int) -> int:

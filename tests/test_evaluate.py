@@ -122,7 +122,7 @@ class Scribe:
     def ending(self, prompt):
         return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, synced=False):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, synced):
         self.batches.append(list(prompts))
         self.seeds.append(torch.initial_seed())
         outputs = []
@@ -134,12 +134,17 @@ class Scribe:
         return outputs
 
 
+def replace_decoding(monkeypatch, scribe):
+    monkeypatch.setattr(evaluate_module, "decode", scribe)
+    for name in ("load_frozen", "try_decoding"):
+        monkeypatch.setattr(evaluate_module, name, lambda *_: None)
+
+
 @pytest.fixture
 def scribe(monkeypatch):
     """Nothing is decoded, and no base is loaded."""
     scribe = Scribe(load_tokenizer(load_recipe(RECIPE).base))
-    monkeypatch.setattr(evaluate_module, "decode", scribe)
-    monkeypatch.setattr(evaluate_module, "load_frozen", lambda *_: None)
+    replace_decoding(monkeypatch, scribe)
     return scribe
 
 
@@ -220,8 +225,7 @@ def first_evaluation(tmp_path_factory):
     make_adapter(folder / "static", recipe_in(folder, "projection.kind=static"))
     make_adapter(folder / "adapter", recipe_in(folder))
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(evaluate_module, "decode", Scribe(load_tokenizer(recipe_in(folder).base)))
-        patch.setattr(evaluate_module, "load_frozen", lambda *_: None)
+        replace_decoding(patch, Scribe(load_tokenizer(recipe_in(folder).base)))
         evaluate(recipe_in(folder), folder / "adapter")
     return folder
 
@@ -423,6 +427,8 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
                 rounds = -(-4 // ranks)
                 assert len(scribe.seeds) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
             results[partitioned, ranks] = outputs
+            assert (tmp_path / "part").read_bytes().count(b"\n") == 4, "each batch is written once"
+            (tmp_path / "part").unlink()
     assert all(outputs == results[False, 1] for outputs in results.values())
     chances = [scribe.tokenizer.decode(outputs[0].token_ids).split()[1] for outputs in results[False, 1].values()]
     assert len(set(chances)) == 4, "no two batches have the same random numbers"
@@ -518,6 +524,23 @@ def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evalu
     evaluate(recipe_in(folder), folder / "adapter")
     assert {path: path.read_bytes() for path in folder.glob("demo/evaluation/*/*.jsonl")} == before
     assert len(before) == len(CONDITIONS)
+
+
+def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monkeypatch):
+    loads = []
+    load = thought_reader.load_frozen
+    monkeypatch.setattr(thought_reader, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
+    monkeypatch.setattr(evaluate_module, "load_frozen", lambda config, *_: loads.append(config.model))
+    recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
+    evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
+    assert loads == ["assistant", "package:pair/base"]
+
+
+def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_path, scribe, monkeypatch):
+    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    monkeypatch.setattr(evaluate_module, "__version__", "99")
+    evaluate(recipe_in(folder), folder / "adapter")
+    assert scribe.num_prompts == len(CONDITIONS | WORDS) * 7
 
 
 def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):
