@@ -5,13 +5,15 @@ makes of it is replaced by the thought. So each family reads tokens in its own w
 cache), and those whose ``generate`` refuses embeddings decode like all others.
 
 Prompts are padded on the left where the model hides padding, which a trial on its real weights tells. Where it does not
-(recurrent models that ignore the mask, rotary embeddings that stretch with the longest row), they are decoded one by
-one. B batch, S tokens of the longest prompt, T thoughts, D base width.
+(recurrent models that ignore the mask), they are decoded one by one.
+
+B batch, S tokens of the longest prompt, T thoughts, D base width.
 """
 
+import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from weakref import WeakKeyDictionary
 
 import torch
@@ -19,9 +21,9 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
+from softcot_ds.backbone import context_length
 from softcot_ds.distributed import max_over_ranks
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.frozen_prefix import states_depend_on_length
 from softcot_ds.prompts import BasePrompt
 
 _TRIAL_LENGTHS = (4, 40)
@@ -62,7 +64,7 @@ def decode(
     sampling: Sampling,
     synced: bool = False,
 ) -> list[Output]:
-    """Continue a batch of prompts. What comes out of each is what comes out of it alone.
+    """Continue a batch of prompts, up to the end of the model's context. What comes out of each is what does alone.
 
     Args:
         prompts: B prompts ``prefix ; thoughts ; suffix``.
@@ -74,18 +76,24 @@ def decode(
         The output of each prompt.
 
     Raises:
-        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``).
+        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), or its context has no room.
     """
     num_thoughts = 0 if thoughts is None else thoughts.shape[1]
     lengths = [len(prompt.prefix_ids) + num_thoughts + len(prompt.suffix_ids) for prompt in prompts]
+    room = context_length(model.config) - max(lengths)
+    if room < 1:
+        raise SoftCoTError(
+            f"a prompt of {max(lengths)} tokens does not fit {type(model).__name__}, whose context has "
+            f"{context_length(model.config)} tokens; ask something shorter"
+        )
+    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     groups = [list(range(len(prompts)))]
-    if not _may_batch(model, max(lengths) + sampling.max_new_tokens, synced):
+    if not try_decoding(model, synced):
         groups = [[index] for index in range(len(prompts))]
     outputs: dict[int, Output] = {}
     for number in range(max_over_ranks(len(groups)) if synced else len(groups)):
         # A rank without a group of its own runs along: each forward pass needs all ranks.
         group = groups[min(number, len(groups) - 1)]
-        _forget_lengths(model)
         made = _generate(
             model,
             [prompts[index] for index in group],
@@ -132,10 +140,9 @@ def try_decoding(model: PreTrainedModel, synced: bool = False) -> bool:
 
 def _trial(model: PreTrainedModel, synced: bool) -> bool:
     embed = model.get_input_embeddings()
-    longest = max(_TRIAL_LENGTHS[0] + 1, min(_TRIAL_LENGTHS[1], _stretch_length(model) - 2))
-    ids = _ordinary_tokens(model, longest).to(embed.weight.device)
+    ids = _ordinary_tokens(model, max(_TRIAL_LENGTHS)).to(embed.weight.device)
     # Two tokens before the thoughts and one after; thoughts that are no token's embedding.
-    prompts = [BasePrompt(ids[: n - 3].tolist(), ids[n - 1 : n].tolist()) for n in (_TRIAL_LENGTHS[0], longest)]
+    prompts = [BasePrompt(ids[: n - 3].tolist(), ids[n - 1 : n].tolist()) for n in _TRIAL_LENGTHS]
     tokens_1SD = embed(ids[None])
     thoughts_BTD = (tokens_1SD[:, 0:4] - tokens_1SD[:, 4:8]).reshape(2, 2, -1)
     stop_id = int(ids[0])
@@ -155,7 +162,9 @@ def _trial(model: PreTrainedModel, synced: bool) -> bool:
         if max(errors([0, 1])) <= tolerance:
             return True
     worst = max(errors([0]) + errors([1]))
-    if not worst <= tolerance:  # nor if it is NaN
+    if not math.isfinite(worst):
+        raise SoftCoTError(f"{type(model).__name__}: its logits are not finite; are its weights damaged?")
+    if worst > tolerance:
         raise SoftCoTError(
             f"{type(model).__name__} cannot decode with thoughts in its prompt: its generation differs from a pass "
             f"over the same embeddings (logits by {worst:.1e}, relative; {tolerance:.0e} is allowed); use another model"
@@ -185,30 +194,6 @@ def _ordinary_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
     return torch.tensor(([token for token in order if token not in named] * count)[:count])
 
 
-def _may_batch(model: PreTrainedModel, longest: int, synced: bool) -> bool:
-    """Whether rows of up to ``longest`` tokens decode together as each does alone."""
-    return try_decoding(model, synced) and longest <= _stretch_length(model)
-
-
-def _stretch_length(model: PreTrainedModel) -> int:
-    """The longest sequence, tokens, whose rotary embeddings do not depend on its length."""
-    if not states_depend_on_length(model):
-        return 2**31
-    config = model.config.get_text_config()
-    rope = config.rope_parameters
-    kinds = rope.values() if all(isinstance(value, dict) for value in rope.values()) else [rope]
-    return min(kind.get("original_max_position_embeddings") or config.max_position_embeddings for kind in kinds)
-
-
-def _forget_lengths(model: PreTrainedModel) -> None:
-    """Rotary embeddings that stretch keep to the longest sequence that they have met, until they meet a short one."""
-    if states_depend_on_length(model):
-        rotary = model.get_decoder().rotary_emb
-        position = torch.zeros(1, 1, dtype=torch.long, device=model.get_input_embeddings().weight.device)
-        for kind in rotary.rope_type if isinstance(rotary.rope_type, dict) else [None]:
-            rotary(position.float(), position, **({} if kind is None else {"layer_type": kind}))
-
-
 def _generate(
     model: PreTrainedModel,
     prompts: Sequence[BasePrompt],
@@ -220,10 +205,11 @@ def _generate(
 ) -> GenerateOutput:
     """One call of ``generate``: sequences (B, S + new tokens), padded on the left, and each new token's logits."""
     num_thoughts = 0 if thoughts is None else thoughts.shape[1]
-    rows = [[*prompt.prefix_ids, *[stop_ids[0]] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
+    # Token 0, which every table has, stands for thoughts and padding.
+    rows = [[*prompt.prefix_ids, *[0] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
     longest = max(len(row) for row in rows)
     skipped = torch.tensor([longest - len(row) for row in rows])
-    ids_BS = torch.tensor([[stop_ids[0]] * (longest - len(row)) + row for row in rows])
+    ids_BS = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
     mask_BS = (torch.arange(longest) >= skipped[:, None]).long()
     starts_B = skipped + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
@@ -238,7 +224,7 @@ def _generate(
             do_sample=bool(sampled),
             **sampled,
             eos_token_id=stop_ids,
-            pad_token_id=stop_ids[0],
+            pad_token_id=0,
             synced_gpus=synced,
             return_dict_in_generate=True,
             output_logits=logits,
