@@ -14,7 +14,7 @@ from softcot_ds.embedding import whole_embedding
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
-from softcot_ds.recipe import Recipe
+from softcot_ds.recipe import BackboneConfig, Recipe
 from softcot_ds.step import SoftCoT
 from softcot_ds.trial import agreed, check_model, why_not_fast
 
@@ -40,6 +40,8 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
 
 def decoding_config(recipe: Recipe) -> dict[str, Any]:
     """The same for models that are only run. ZeRO++'s second partition goes: DeepSpeed takes it for one model alone."""
+    if recipe.backbone.partition != "zero3":  # but evaluation.partition is: the recipe's file is of another stage
+        recipe = recipe.model_copy(update={"backbone": BackboneConfig(partition="zero3")})
     config = engine_config(recipe)
     config["zero_optimization"].pop("zero_hpz_partition_size", None)
     return config

@@ -184,13 +184,21 @@ class _Inputs:
         assistant = self._recipe.assistant
         inputs = [self._examples[index].assistant for index in whose]
         return {
-            "projection": _weights_digest(self._projection),
-            "assistant": weights_fingerprint(assistant),
+            "projection": self._projection_digest,
+            "assistant": self._assistant_fingerprint,
             "dtype": assistant.dtype,
             "attention": assistant.attention,
             "read as": states_dtype(self._recipe),
             "inputs": _digest([[item.token_ids, item.positions] for item in inputs]),
         }
+
+    @cached_property
+    def _projection_digest(self) -> str:
+        return _weights_digest(self._projection)
+
+    @cached_property
+    def _assistant_fingerprint(self) -> str:
+        return weights_fingerprint(self._recipe.assistant)
 
     def _zero(self) -> _Thoughts:
         shape = self._recipe.thoughts.count, width(self._experiment.base_config)
@@ -312,7 +320,7 @@ class _Decoder:
 
     def job(self, name: str, prompts: Sequence[BasePrompt], thoughts: _Thoughts | None, max_new_tokens: int) -> _Job:
         """Everything that decides the outputs is a setting of the job. What is not: the number of ranks, the partition
-        and the kind of processor, which change how a sum is rounded; the text of a question or of its answer.
+        and the kind of processor, which change how a sum is rounded at most; the text of a question or of its answer.
 
         Raises:
             SoftCoTError: the outputs do not fit the model's context, or cannot be kept on disk; another rank sees other
@@ -332,6 +340,7 @@ class _Decoder:
             "model": self._fingerprint,
             "dtype": self._model_config.dtype,
             "attention": self._model_config.attention,
+            "quantized": _quantization(self._recipe) if self._partitioned else {},
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": _digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
@@ -447,6 +456,17 @@ def _evaluation_hash(recipe: Recipe, jobs: dict[Condition, _Job], examples: Sequ
     """Of all that decides a report, the references too: none is ever overwritten by another."""
     problems = [[example.problem.question, example.problem.answer] for example in examples]
     return _digest([recipe.task.name, {name: job.key for name, job in jobs.items()}, problems])[:8]
+
+
+def _quantization(recipe: Recipe) -> Record:
+    """What of the DeepSpeed configuration changes the weights of a partitioned model: mostly nothing."""
+    config = decoding_config(recipe)
+    return {
+        key: value
+        for section in (config, config["zero_optimization"])
+        for key, value in section.items()
+        if "quantiz" in key and value
+    }
 
 
 def _digest(value: Any) -> str:

@@ -18,6 +18,7 @@ from softcot_ds import thought_reader
 from softcot_ds.backbone import load_tokenizer
 from softcot_ds.checkpoint import recipe_and_adapter
 from softcot_ds.decoding import Output
+from softcot_ds.engine import decoding_config
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluate import evaluate, others
 from softcot_ds.experiment import Experiment
@@ -541,6 +542,26 @@ def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_pat
     monkeypatch.setattr(evaluate_module, "__version__", "99")
     evaluate(recipe_in(folder), folder / "adapter")
     assert scribe.num_prompts == len(CONDITIONS | WORDS) * 7
+
+
+def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["zero_quantized_weights"] = True
+    (tmp_path / "quantized.json").write_text(json.dumps(config))
+    keys = {}
+    for partition in ("none", "zero3"):
+        for file in (ROOT / "ds_configs/zero3.json", tmp_path / "quantized.json"):
+            recipe = make_recipe(tmp_path, f"evaluation.partition={partition}", f"backbone.deepspeed={file}")
+            decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 512)
+            keys[partition, file.stem] = decoder.job("none", PROMPTS, None, 5).key
+    assert keys["none", "zero3"] == keys["none", "quantized"] == keys["zero3", "zero3"] != keys["zero3", "quantized"]
+
+
+def test_a_base_that_training_does_not_partition_may_be_partitioned_for_decoding(tmp_path):
+    recipe = make_recipe(tmp_path, "backbone.partition=none", "evaluation.partition=zero3")
+    assert decoding_config(recipe)["zero_optimization"]["stage"] == 3
+    own = make_recipe(tmp_path, "thoughts.source=cache", f"backbone.deepspeed={ROOT}/ds_configs/zeropp.json")
+    assert decoding_config(own)["zero_optimization"].keys() >= {"zero_quantized_weights"}, "its own file where it fits"
 
 
 def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):
