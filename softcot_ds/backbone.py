@@ -102,10 +102,11 @@ def load_frozen(
     try:
         model, info = AutoModelForCausalLM.from_pretrained(location, **kwargs)
     except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if "attn_implementation" in str(error):  # transformers names its own argument, which nobody here can set
+        if "ttention" in str(error) and config.attention != "eager":
+            # transformers names an argument of its own, after a first sentence with the reason.
             raise SoftCoTError(
-                f"{config.model}: this model, or this environment, has no {config.attention} attention; set its "
-                "attention in the recipe (base.attention or assistant.attention) to eager"
+                f"{config.model} cannot be loaded with attention {config.attention}: {str(error).split('. ')[0]}. Set "
+                "attention: eager for it in the recipe (base.attention or assistant.attention)"
             ) from error
         raise _cannot_load("model", config, error) from error
     finally:

@@ -21,6 +21,7 @@ from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data import Batch
+from softcot_ds.distributed import is_main
 from softcot_ds.embedding import table_scale
 from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, why_unsupported
 from softcot_ds.loss import cross_entropy
@@ -76,7 +77,7 @@ class SoftCoT(nn.Module):
 
     def use_full_step(self, reason: str | None) -> None:
         """Run the full step from now on; ``reason`` is said: what keeps this base from the fast one."""
-        if reason is not None:
+        if reason is not None and is_main():
             warnings.warn(f"{type(self.base).__name__} runs the full step: {reason}", stacklevel=3)
         if self.prefixed is not None:
             self.prefixed.remove()

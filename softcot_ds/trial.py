@@ -124,7 +124,7 @@ def _try_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
             shared,
         ),
     )
-    if _differ(model, found, logits) or _differ(model, found_gradient, gradient):
+    if _differ(model, found, logits) or _differ(model, found_gradient, gradient, passes=2):
         return "a trial of the fast one gave another result"
     return None
 
@@ -198,13 +198,17 @@ def _tensor(ids: list[int], model: PreTrainedModel) -> torch.Tensor:
     return torch.tensor(ids, device=model.get_input_embeddings().weight.device)
 
 
-def _differ(model: PreTrainedModel, found: torch.Tensor, truth: torch.Tensor) -> bool:
+def _differ(model: PreTrainedModel, found: torch.Tensor, truth: torch.Tensor, passes: int = 1) -> bool:
     """Whether rows (N, .) differ by more than rounding, and by more than a constant, which logits may have in common.
 
-    A fault changes a row as a whole, rounding its last digits, in deep models some more: the border lies at half of the
-    digits. The mean over the rows, because in 16 bits a token between two experts may now and then go to the other.
+    A fault changes a row as a whole, rounding its last digits: the border lies at a third of the digits, 0.2 in
+    bfloat16. Met there were 0.05 (trained, 30 layers) to 0.14 (random, 126 layers) for the gradient, which went through
+    the layers twice (``passes``), half of that for logits. The mean over the rows, because in 16 bits a token that
+    stands between two experts may now and then go to the other.
     """
-    found, truth = (rows.double() - rows.double().mean(dim=-1, keepdim=True) for rows in (found, truth))
+    shown = truth > -1e4  # some families mask entries of their vocabulary
+    found, truth = (rows.double().where(shown, 0) for rows in (found, truth))
+    found, truth = (rows - rows.mean(dim=-1, keepdim=True) for rows in (found, truth))
     errors = (found - truth).norm(dim=-1) / truth.norm(dim=-1)
     precision = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))  # some parts stay in float32
-    return not errors.mean() <= precision**0.5  # nor if it is NaN
+    return not errors.mean() <= passes * precision ** (1 / 3)  # nor if it is NaN

@@ -7,6 +7,7 @@ import pytest
 import torch
 from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
+from toy_models import make_toy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softcot_ds.backbone import load_frozen, load_tokenizer, weights_fingerprint
@@ -76,6 +77,22 @@ def test_missing_weights_are_refused(base_copy):
     save_file(weights, base_copy / "model.safetensors", {"format": "pt"})
     with pytest.raises(SoftCoTError, match=r"1 weights are missing .*'model.layers.2.mlp.up_proj.weight'"):
         load_frozen(ModelConfig(model=str(base_copy)), "none", torch.device("cpu"))
+
+
+def test_attention_that_a_family_or_this_machine_lacks_is_named_with_the_setting(base_copy, tmp_path):
+    make_toy("rwkv").save_pretrained(tmp_path)
+    for folder, attention, reason in (
+        (tmp_path, "sdpa", "RwkvForCausalLM does not support an attention implementation through"),
+        (base_copy, "flash_attention_2", "FlashAttention2 has been toggled on, but it cannot be used"),
+    ):
+        config = ModelConfig(model=str(folder), attention=attention, dtype="float32")
+        with pytest.raises(SoftCoTError) as caught:
+            load_frozen(config, "none", torch.device("cpu"))
+        message = str(caught.value)
+        assert message.startswith(f"{folder} cannot be loaded with attention {attention}: {reason}")
+        assert message.endswith("Set attention: eager for it in the recipe (base.attention or assistant.attention)")
+        assert "\n" not in message
+        load_frozen(config.model_copy(update={"attention": "eager"}), "none", torch.device("cpu"))
 
 
 def test_loaded_model_is_frozen_and_in_its_dtype(base_copy):

@@ -5,9 +5,13 @@ them, run the model once without mask, cache or padding, and average the cross e
 """
 
 import copy
+import math
+from itertools import pairwise
 
 import pytest
 import torch
+import transformers.integrations.flash_attention as flash_integration
+import transformers.modeling_flash_attention_utils as flash
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from transformers import (
@@ -15,12 +19,15 @@ from transformers import (
     Gemma2Config,
     Gemma3TextConfig,
     GemmaConfig,
+    GPT2Config,
     LlamaConfig,
     MambaConfig,
     MistralConfig,
     Qwen2Config,
     Qwen3Config,
 )
+from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
+from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softcot_ds.data import Example, collate
 from softcot_ds.errors import SoftCoTError
@@ -404,11 +411,105 @@ def test_recomputing_activations_changes_nothing(family, kind):
     assert len(runs) == (2 if kind == "full" else 3)
 
 
-def test_training_mode_leaves_the_frozen_base_without_dropout():
-    model = make_model("llama", attention_dropout=0.5)
+DROPOUT = {"resid_pdrop": 0.5, "embd_pdrop": 0.5, "attn_pdrop": 0.5}
+
+
+@pytest.mark.filterwarnings("ignore:GPT2LMHeadModel runs the full step")
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_training_mode_leaves_the_frozen_models_without_dropout(family):
+    if family == "llama":
+        model = make_model("llama", attention_dropout=0.5)
+    else:
+        config = GPT2Config(n_embd=D, n_layer=2, n_head=2, vocab_size=VOCAB, **DROPOUT)
+        model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     examples = draw_examples(UNEVEN, thoughts=3)
     truth = true_loss_and_gradient(model, make_projection(), examples)
     for kind in ("full", "fast"):
-        step = SoftCoT(copy.deepcopy(model).double(), make_projection().double(), step=kind)
+        step = SoftCoT(copy.deepcopy(model).double(), make_projection().double(), copy.deepcopy(model), kind)
         step.train()
+        assert step.projection.training
+        assert not any(module.training for part in (step.base, step.assistant) for module in part.modules())
         check(loss_and_gradient(step, examples, torch.float64), truth, *TOLERANCES[torch.float64])
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+@pytest.mark.parametrize("num_shared", [0, 6])
+def test_the_prefix_carries_no_gradient_and_keeps_no_activations(num_shared, checkpointing):
+    """The prefix has a number of tokens that is no other dimension; what is saved for the backward pass shows it."""
+    examples = draw_examples([(31, 2, 5), (31, 3, 4)], thoughts=3, shared=num_shared)
+    saved = {}
+    for kind in ("fast", "full"):
+        step = SoftCoT(
+            make_model("llama"),
+            make_projection(),
+            step=kind,
+            shared_ids=examples[0][0][:num_shared],
+            activation_checkpointing=checkpointing,
+        )
+        batch = make_batch(examples, torch.float32, num_shared=step.num_shared)
+        embeds = step._embeds(batch).detach().requires_grad_()
+        step._embeds = lambda _, embeds=embeds: embeds
+        shapes = []
+        pack = lambda tensor, shapes=shapes: shapes.append(tuple(tensor.shape)) or tensor  # noqa: E731
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            loss = step(batch)
+        saved[kind] = sum(math.prod(shape) for shape in shapes)
+        loss.backward()
+        if kind == "fast":
+            assert not [shape for shape in shapes if 31 in shape]
+            assert not embeds.grad[:, :31].any()
+            assert embeds.grad[:, 31:34].all()
+    assert 0 < saved["fast"] < saved["full"] / 2
+
+
+def naive_flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=False, window_size=(-1, -1), **kwargs):
+    """Attention over packed rows: what flash attention's function for rows of unequal length computes."""
+    out = []
+    bounds = zip(pairwise(cu_seqlens_q.tolist()), pairwise(cu_seqlens_k.tolist()), strict=True)
+    for (q_start, q_stop), (k_start, k_stop) in bounds:
+        keys, values = (t[k_start:k_stop].repeat_interleave(q.shape[1] // k.shape[1], dim=1) for t in (k, v))
+        scores = torch.einsum("qhd,khd->hqk", q[q_start:q_stop], keys)
+        scores = scores * (kwargs.get("softmax_scale") or q.shape[-1] ** -0.5)
+        # The last query is at the last key.
+        at = torch.arange(q_stop - q_start)[:, None] + (k_stop - k_start) - (q_stop - q_start)
+        distance = at - torch.arange(k_stop - k_start)
+        hidden = (distance < 0) if causal else torch.zeros_like(distance, dtype=torch.bool)
+        hidden = hidden | ((distance > window_size[0]) if window_size[0] >= 0 else hidden)
+        scores = scores.masked_fill(hidden, -torch.inf).softmax(dim=-1)
+        out.append(torch.einsum("hqk,khd->qhd", scores, values))
+    return torch.cat(out)
+
+
+def naive_flash_attention_without_padding(q, k, v, **kwargs):
+    lengths = [torch.arange(len(q) + 1) * t.shape[1] for t in (q, k)]
+    return naive_flash_attention(*(t.flatten(0, 1) for t in (q, k, v)), *lengths, **kwargs).view_as(q)
+
+
+def flash_arguments(query_length, key_length, is_causal, softmax_scale=None, sliding_window=None, **_):
+    window = (sliding_window - 1,) * 2 if sliding_window is not None and key_length > sliding_window else (-1, -1)
+    return {"causal": is_causal, "softmax_scale": softmax_scale, "window_size": window}
+
+
+@pytest.mark.parametrize("name", ["flash_attention_2", "kernels-community/flash-attn2"])
+def test_flash_attention_from_either_package_gets_masks_that_it_understands(name, monkeypatch):
+    functions = (
+        naive_flash_attention_without_padding,
+        naive_flash_attention,
+        None,
+        flash._pad_input,
+        flash._unpad_input,
+    )
+    monkeypatch.setattr(flash, "lazy_import_flash_attention", lambda *_, **__: (functions, (flash_arguments,) * 2))
+    monkeypatch.setattr(flash_integration, "_use_top_left_mask", False, raising=False)
+    monkeypatch.setitem(ALL_ATTENTION_FUNCTIONS._global_mapping, name, flash_integration.flash_attention_forward)
+    masks = ALL_MASK_ATTENTION_FUNCTIONS._global_mapping
+    monkeypatch.setitem(masks, name, masks["flash_attention_2"])
+    for family in ("llama", "mistral with a sliding window"):
+        model = make_model(family)
+        for shared in (0, 6):
+            examples = draw_examples(UNEVEN, thoughts=3, shared=shared)
+            truth = true_loss_and_gradient(model, make_projection(), examples)
+            ours = copy.deepcopy(model)
+            ours.config._attn_implementation_internal = name
+            step = SoftCoT(ours, make_projection(), shared_ids=examples[0][0][:shared])
+            check(loss_and_gradient(step, examples, torch.float32), truth, *TOLERANCES[torch.float32])
