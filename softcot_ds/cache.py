@@ -13,13 +13,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import dataclasses
-import fcntl
 import os
 import queue
 import random
 import shutil
 import signal
-import socket
 import sys
 import threading
 import time
@@ -32,6 +30,7 @@ import torch
 from softcot_ds import thought_store as ts
 from softcot_ds.cli import exit_code_of, interrupted_by_signals
 from softcot_ds.errors import Interrupted, SoftCoTError
+from softcot_ds.lock import sole_owner
 from softcot_ds.progress import duration
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import Recipe, load_recipe
@@ -307,38 +306,16 @@ def _bytes(number: int) -> str:
 
 @contextlib.contextmanager
 def _only_builder(folder: Path) -> Iterator[bool]:
-    """Wait until no other builder works in ``folder``, then keep others out.
+    """Wait until no other builder works in ``folder``, then keep others out; yields whether that is certain.
 
-    The system drops the lock when its holder dies, however it dies. The lock only saves work: without it two builders
-    would compute rows twice, but never spoil anything, since each writes shards of its own.
-
-    Yields:
-        Whether other builders are really kept out: some network file systems have no locks.
+    The lock only saves work: without it two builders would compute rows twice, but never spoil anything, since each
+    writes shards of its own.
     """
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / LOCK_NAME, "a+")  # noqa: SIM115  # closed below
-    except OSError as error:
-        raise ts.disk_error(folder, error) from error
-    with lock:
-        next_word, locked = time.monotonic(), False
-        while not locked:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                locked = True
-            except BlockingIOError:
-                lock.seek(0)
-                holder = lock.read().strip()  # empty while it is being written
-                if holder and time.monotonic() >= next_word:
-                    _say(f"another builder ({holder}) works in {folder}; waiting for it to end")
-                    next_word = time.monotonic() + 60
-                time.sleep(0.2)
-            except OSError as error:
-                _say(f"no file locks in {folder} ({error.strerror}): start one builder at a time")
-                break
-        lock.truncate(0)
-        lock.write(f"{socket.gethostname()}, process {os.getpid()}, since {time.strftime('%Y-%m-%d %H:%M:%S %z')}\n")
-        lock.flush()
+    with contextlib.ExitStack() as stack:
+        try:
+            locked = stack.enter_context(sole_owner(folder / LOCK_NAME, "builder", _say))
+        except OSError as error:
+            raise ts.disk_error(folder, error) from error
         yield locked
 
 

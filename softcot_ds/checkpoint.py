@@ -30,14 +30,14 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from softcot_ds import __version__
 from softcot_ds.backbone import weights_fingerprint, width
-from softcot_ds.distributed import device, on_main, rank, world_size
+from softcot_ds.distributed import device, on_main, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.files import sync_file, sync_folder
+from softcot_ds.files import sync_file, sync_folder, temporary_name
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
 from softcot_ds.recipe import ModelConfig, Recipe, load_recipe
 from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
@@ -192,8 +192,9 @@ def save_checkpoint(
     folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
 
     def fill(temporary: Path) -> None:
-        save_file(weights, temporary / "projection.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
+        # Not by save_file, whose files nobody else may read, whatever the umask says.
+        (temporary / "projection.safetensors").write_bytes(save(weights))
+        (temporary / "optimizer.safetensors").write_bytes(save(moments))
         (temporary / "adapter.json").write_text(config.to_json())
         (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
         (temporary / "recipe.yaml").write_text(recipe.to_yaml())
@@ -201,23 +202,34 @@ def save_checkpoint(
 
     def write() -> None:
         _write_folder(folder, fill)
-        for old in checkpoints(recipe.run_dir)[: -recipe.training.keep_checkpoints]:
-            # Without its marker first: a deletion that is cut short leaves no checkpoint that looks whole.
-            (old / MARKER).unlink()
-            shutil.rmtree(old)
+        _prune(recipe.run_dir, recipe.training.keep_checkpoints)
 
     on_main(write)
     return folder
 
 
+def _prune(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``. One that cannot be removed is no reason to end a training."""
+    for old in checkpoints(run_dir)[:-keep]:
+        try:
+            # Without its marker first: a deletion that is cut short leaves no checkpoint that looks whole.
+            (old / MARKER).unlink()
+            shutil.rmtree(old)
+        except OSError as error:  # somebody reads it over NFS; permissions
+            say(f"warning: the old checkpoint {old} cannot be removed: {error}; remove it by hand")
+
+
 def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     """Create ``folder`` with ``fill``'s files and the marker, complete or not at all."""
-    temporary = folder.with_name(f".{folder.name}.tmp")
+    temporary = temporary_name(folder)
     try:
-        for leftover in (temporary, folder):  # a folder without marker, or the same step written again
-            if leftover.exists():
-                shutil.rmtree(leftover)
-        temporary.mkdir(parents=True)
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(".step-*.tmp"):  # of an attempt that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        if folder.exists():  # without its marker. Moved away, as what somebody has open cannot be removed everywhere
+            folder.rename(stale := temporary_name(folder))
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
         fill(temporary)
         for path in temporary.iterdir():
             sync_file(path)
@@ -269,9 +281,9 @@ def _read_trainer(folder: Path) -> dict[str, Any]:
 
 def _master_copies(engine: Any) -> list[torch.Tensor]:
     """The flat float32 tensors that the inner torch optimizer steps, one per parameter group of this rank."""
-    if engine.zero_optimization_stage() == 3:
+    if engine.zero_optimization_stage() == 3:  # lends them to the inner optimizer one by one, for a step only
         return engine.optimizer.fp32_partitioned_groups_flat
-    return engine.optimizer.single_partition_of_fp32_groups
+    return [master for group in engine.optimizer.param_groups for master in group["params"]]
 
 
 def _optimizer_steps(engine: Any) -> int:
@@ -286,7 +298,7 @@ def _create_moments(engine: Any, steps: int) -> None:
             "step": torch.tensor(float(steps)),
             **{moment: torch.zeros_like(master) for moment in _MOMENTS},
         }
-    # Stages 1 and 2 link each parameter to its part of the flat moments after the first step; do it now.
+    # All but stage 3 link each parameter to its part of the flat moments after the first step; do it now.
     link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
     if link is not None:
         link()

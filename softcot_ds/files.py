@@ -1,6 +1,7 @@
 """Files that are complete or absent, and YAML read with care."""
 
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -11,7 +12,7 @@ from softcot_ds.errors import SoftCoTError
 
 def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, sync it, rename it: readers see the old file or the whole new one."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = temporary_name(path)
     try:
         with temporary.open("wb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
@@ -21,6 +22,11 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     finally:
         temporary.unlink(missing_ok=True)
     sync_folder(path.parent)
+
+
+def temporary_name(path: Path) -> Path:
+    """Where to write what is to be renamed to ``path``: beside it, hidden, and no other process's on any node."""
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
 
 
 def sync_file(path: Path) -> None:

@@ -5,6 +5,7 @@ Needs neither torch nor DeepSpeed: a batch script asks before and after the rank
 
 import json
 import os
+import re
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -17,9 +18,22 @@ MARKER = "COMPLETE"
 """File of a checkpoint that is written last."""
 
 
+_CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]{0,15})")
+"""A checkpoint's name, just as training writes it: a copy beside it (step-100-best) is none."""
+
+
 def checkpoints(run_dir: Path) -> list[Path]:
-    """The complete checkpoints of a run, oldest first."""
-    found = [path.parent for path in (run_dir / "checkpoints").glob(f"step-*/{MARKER}")]
+    """The complete checkpoints of a run, oldest first.
+
+    Raises:
+        SoftCoTError: their folder cannot be read. It is not taken for an empty one, over which a run would start anew.
+    """
+    folder = run_dir / "checkpoints"
+    try:
+        names = os.listdir(folder) if folder.exists() else []
+        found = [folder / name for name in names if _CHECKPOINT.fullmatch(name) and (folder / name / MARKER).is_file()]
+    except OSError as error:
+        raise SoftCoTError(f"cannot read {folder}: {error}; mend that, or set output_dir") from error
     return sorted(found, key=checkpoint_step)
 
 

@@ -5,6 +5,7 @@ Builders are forked, not started, so that many can be killed in little time. SOF
 
 import contextlib
 import errno
+import fcntl
 import os
 import random
 import shutil
@@ -278,7 +279,7 @@ def test_two_builders_without_locks_do_no_harm(tmp_path, monkeypatch, capfd):
     def no_locks(*_):
         raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
 
-    monkeypatch.setattr(cache.fcntl, "flock", no_locks)
+    monkeypatch.setattr(fcntl, "flock", no_locks)
     folder = tmp_path / "cache"
     children = []
     for number in range(2):

@@ -6,7 +6,7 @@ import pytest
 
 from softcot_ds import files
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import parse_yaml, read_yaml, write_atomically
+from softcot_ds.files import parse_yaml, read_yaml, temporary_name, write_atomically
 
 
 def test_text_and_bytes_arrive_as_they_are(tmp_path):
@@ -85,3 +85,8 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
     ):
         with pytest.raises(SoftCoTError, match=message):
             read_yaml(path)
+
+
+def test_two_nodes_with_one_process_id_write_to_different_temporary_files(tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "getpid", lambda: 7)
+    assert len({temporary_name(tmp_path / "report.json") for _ in range(2)}) == 2

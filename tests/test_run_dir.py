@@ -21,7 +21,7 @@ def recipe(tmp_path, monkeypatch) -> Recipe:
     return load_recipe(ROOT / "recipes/word_problems.yaml", overrides)
 
 
-def save(recipe: Recipe, step: int) -> None:
+def save(recipe: Recipe, step: int | str) -> None:
     folder = recipe.run_dir / "checkpoints" / f"step-{step}"
     folder.mkdir(parents=True)
     (folder / MARKER).touch()
@@ -42,8 +42,18 @@ def test_only_complete_checkpoints_count_and_in_their_order(recipe):
     for step in (8, 100, 20):
         save(recipe, step)
     (recipe.run_dir / "checkpoints/step-900").mkdir()
+    for name in ("step-100-best", "step-100 (copy)", "step-0100", "step-٣", "step-+9", "step-1e3", "step-", "step-9\n"):
+        save(recipe, name.removeprefix("step-"))
+    (recipe.run_dir / "checkpoints/step-5").touch()
     assert [path.name for path in checkpoints(recipe.run_dir)] == ["step-8", "step-20", "step-100"]
     assert saved_step(recipe.run_dir) == 100
+
+
+def test_checkpoints_that_cannot_be_listed_are_not_none(recipe):
+    recipe.run_dir.mkdir()
+    (recipe.run_dir / "checkpoints").touch()
+    with pytest.raises(SoftCoTError, match=r"cannot read .*checkpoints"):
+        latest_checkpoint(recipe.run_dir)
 
 
 @pytest.mark.parametrize(

@@ -2,7 +2,6 @@
 
 import json
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -177,7 +176,6 @@ def test_killed_run_resumes_to_the_same_curve(straight_run, tmp_path):
     straight, _ = straight_run
     command = deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={tmp_path}", *LONG)
     run_and_signal(command, signal.SIGKILL, when=tmp_path / "demo/checkpoints/step-4/COMPLETE")
-    shutil.copytree(tmp_path / "demo", tmp_path / "copy/demo")
 
     resumed = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={tmp_path}", *LONG))
     assert "resuming from" in resumed.stdout
@@ -185,12 +183,6 @@ def test_killed_run_resumes_to_the_same_curve(straight_run, tmp_path):
     final = "checkpoints/step-12/projection.safetensors"
     want, found = load_file(straight / final), load_file(tmp_path / "demo" / final)
     assert all(torch.equal(want[name], found[name]) for name in want)
-
-    run(deepspeed_command(1, "softcot_ds.train", RECIPE, f"output_dir={tmp_path / 'copy'}", *LONG))
-    curve = losses(tmp_path / "copy/demo")
-    assert curve.keys() == losses(straight).keys()
-    for step, loss in losses(straight).items():
-        assert curve[step] == pytest.approx(loss, rel=2e-5), f"another number of ranks, step {step}"
 
 
 def test_run_directory_holds_what_it_should(straight_run):

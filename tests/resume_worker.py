@@ -1,0 +1,46 @@
+"""Run by test_resume.py: train straight and in two halves, in each of several configurations, in one process.
+
+Arguments: folder, recipe, one string of overrides per configuration; the configuration's number names its folder.
+
+    N/straight/demo     steps 1 to 6 without interruption, on the ranks of the first launch
+    N/RANKS/demo        steps 4 to 6, resumed on that many ranks from the checkpoint of step 3, and one is kept
+    N/RANKS/restored    that checkpoint, loaded on that many ranks and saved again before the first step
+"""
+
+import shutil
+import sys
+from pathlib import Path
+
+from softcot_ds.checkpoint import AdapterConfig, load_checkpoint, save_checkpoint
+from softcot_ds.distributed import barrier, init_distributed, is_main, world_size
+from softcot_ds.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.experiment import Experiment
+from softcot_ds.recipe import load_recipe
+from softcot_ds.train import train
+
+folder, recipe, *configurations = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+init_distributed(5)
+for number, overrides in enumerate(configurations):
+
+    def variant(output_dir: Path, *more: str, overrides: str = overrides):
+        return load_recipe(recipe, [*overrides.split(), f"output_dir={output_dir}", *more])
+
+    straight, resumed = (Path(folder, str(number), name) for name in ("straight", str(world_size())))
+    if not straight.exists():
+        barrier()
+        train(variant(straight))
+    saved = straight / "demo/checkpoints/step-3"
+    if is_main():
+        shutil.copytree(saved, resumed / "demo/checkpoints/step-3")
+        shutil.copy(straight / "demo/losses.jsonl", resumed / "demo/losses.jsonl")
+    barrier()
+
+    again = variant(resumed, "name=restored")
+    experiment = Experiment(again)
+    model = build_model(again, experiment, saved / "projection.safetensors")
+    engine = build_engine(model, again, accumulation_steps(again))
+    load_checkpoint(engine, saved)
+    save_checkpoint(engine, again, AdapterConfig.load(saved), experiment.task.prompt_file, {})
+    engine.destroy()
+
+    train(variant(resumed, "training.keep_checkpoints=1"))
