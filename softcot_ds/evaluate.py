@@ -323,18 +323,20 @@ class _Decoder:
         and the kind of processor, which change how a sum is rounded at most; the text of a question or of its answer.
 
         Raises:
-            SoftCoTError: the outputs do not fit the model's context, or cannot be kept on disk; another rank sees other
-                files.
+            SoftCoTError: a prompt fills the model's context, the outputs cannot be kept on disk, or another rank sees
+                other files.
         """
         evaluation = self._recipe.evaluation
         longest = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts)
         longest += self._recipe.thoughts.count if thoughts is not None else 0
-        if longest + max_new_tokens > self._context:
+        room = self._context - longest
+        if room < 1:
             raise SoftCoTError(
-                f"{name}: the longest prompt has {longest} tokens, and with {max_new_tokens} new ones it does not fit "
-                f"the context of {self._context} tokens of {self._model_config.model}; lower evaluation.max_new_tokens "
-                "(or text_max_tokens, for the assistant's words), or leave long problems out with task.max_tokens"
+                f"{name}: the longest prompt has {longest} tokens, which leaves no room for an answer in the "
+                f"{self._context} that {self._model_config.model} takes; leave long problems out with task.max_tokens"
             )
+        if room < max_new_tokens:
+            say(f"{name}: the longest prompt leaves room for {room} tokens; its output is cut there")
         sampling = {"temperature": evaluation.temperature, "top_p": evaluation.top_p, "seed": self._recipe.seed}
         settings = {
             "model": self._fingerprint,

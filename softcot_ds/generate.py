@@ -45,15 +45,15 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
     assistant = load_frozen(recipe.assistant, "none", device()) if reads else None
     base = load_frozen(recipe.base, "none", device())
     try_decoding(base)
-    evaluation = recipe.evaluation
+    limit = recipe.evaluation.max_new_tokens
+    sampling = Sampling(limit, recipe.evaluation.temperature, recipe.evaluation.top_p)
     torch.manual_seed(recipe.seed)
     for item in chain([first], inputs):
         thoughts = _thoughts(projection, assistant, item)
-        sampling = Sampling(item.max_new_tokens, evaluation.temperature, evaluation.top_p)
         (output,) = decode(base, [item.prompt], thoughts, experiment.base_prompts.stop_ids, sampling)
         print(experiment.base_tokenizer.decode(output.token_ids), flush=True)
         if output.cut:
-            print(f"(cut at {item.max_new_tokens} tokens: evaluation.max_new_tokens, or context)", file=sys.stderr)
+            print(f"(cut: evaluation.max_new_tokens={limit}, or the end of the context)", file=sys.stderr)
 
 
 @torch.no_grad()
@@ -72,16 +72,16 @@ class _Input:
 
     prompt: BasePrompt
     assistant: AssistantInput | None
-    max_new_tokens: int
-    """The recipe's, or what is left of the base's context."""
 
     @classmethod
     def of(cls, question: str, experiment: Experiment, with_thoughts: bool, with_assistant: bool) -> "_Input":
         """Raises SoftCoTError when the question is no text, or too long for a model."""
         check_question(question)
-        recipe, prompts = experiment.recipe, experiment.base_prompts
+        prompts = experiment.base_prompts
         prompt = prompts.with_thoughts(question) if with_thoughts else prompts.without_thoughts(question)
-        length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (recipe.thoughts.count if with_thoughts else 0)
+        length = (
+            len(prompt.prefix_ids) + len(prompt.suffix_ids) + (experiment.recipe.thoughts.count if with_thoughts else 0)
+        )
         context = context_length(experiment.base_config)
         if length >= context:
             raise SoftCoTError(f"the question makes {length} tokens, which leaves no room in the base's {context}")
@@ -91,7 +91,7 @@ class _Input:
             raise SoftCoTError(
                 f"the question makes {len(asked.token_ids)} tokens, more than the assistant's {context_of_assistant}"
             )
-        return cls(prompt, asked, min(recipe.evaluation.max_new_tokens, context - length))
+        return cls(prompt, asked)
 
 
 def check_question(question: str) -> None:

@@ -493,16 +493,6 @@ def forbid_models(monkeypatch):
             None,
             r"adapter is a linear projection and projection.kind is static; set it to l",
         ),
-        (
-            ["evaluation.max_new_tokens=512"],
-            None,
-            r"the longest prompt has \d+ tokens, and with 512 new ones it does not",
-        ),
-        (
-            ["evaluation.text_max_tokens=512"],
-            None,
-            r"assistant: the longest prompt has \d+ tokens, and with 512 new ones",
-        ),
     ],
 )
 def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
@@ -516,6 +506,29 @@ def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
     with pytest.raises(SoftCoTError, match=message):
         evaluate(recipe_in(folder, *overrides), folder / "adapter")
     assert not list(folder.glob("demo/*/*.jsonl"))
+
+
+@pytest.mark.parametrize(
+    ("context", "said"), [(7, "room for 1 tokens; its output is cut"), (12, ""), (11, "for 5 tokens")]
+)
+def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, said):
+    recipe = make_recipe(tmp_path)
+    evaluate_module._Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, 6)
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(said) == bool(printed)
+
+
+def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
+    recipe = make_recipe(tmp_path)
+    decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 6)
+    with pytest.raises(
+        SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
+    ):
+        decoder.job("none", PROMPTS, None, 6)
+    thoughts = evaluate_module._Thoughts(lambda _: None, {})
+    with pytest.raises(SoftCoTError, match="the longest prompt has 10 tokens"):
+        decoder.job("learned", PROMPTS, thoughts, 6)
 
 
 def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evaluation, tmp_path, monkeypatch):

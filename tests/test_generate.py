@@ -66,7 +66,7 @@ def test_it_says_what_evaluation_decodes_and_loads_what_it_needs(
     assert main([str(folder / adapter), *arguments]) == 0
     captured = capsys.readouterr()
     assert captured.out == "".join(record["output"] + "\n" for record in records)
-    assert captured.err.count("(cut at 12 tokens") == sum(record["cut"] for record in records)
+    assert captured.err.count("(cut: evaluation.max_new_tokens=12") == sum(record["cut"] for record in records)
     assert loaded == models
 
 
@@ -105,4 +105,4 @@ def test_a_question_that_cannot_be_answered_is_said_before_a_model_is_loaded(
 def test_an_answer_ends_where_the_context_does(folder, loaded, capsys):
     question = "tom has 23 coins . " * 80
     assert main([str(folder / "adapter"), "evaluation.max_new_tokens=100000", "--question", question]) == 0
-    assert "context)" in capsys.readouterr().err
+    assert "the end of the context)" in capsys.readouterr().err
