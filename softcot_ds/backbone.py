@@ -18,7 +18,7 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import cached_file
+from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from softcot_ds.errors import SoftCoTError
@@ -38,7 +38,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise _cannot_load("tokenizer", config, error) from error
     if config.chat_template is not None:
-        tokenizer.chat_template = config.chat_template.read_text()
+        try:
+            tokenizer.chat_template = config.chat_template.read_text(encoding="utf-8-sig")
+        except (OSError, UnicodeDecodeError) as error:
+            raise SoftCoTError(f"cannot read the chat template {config.chat_template.absolute()}: {error}") from error
     return tokenizer
 
 
@@ -48,6 +51,31 @@ def load_config(config: ModelConfig) -> PreTrainedConfig:
         return AutoConfig.from_pretrained(resolve_location(config.model), revision=config.revision)
     except (OSError, ValueError) as error:
         raise _cannot_load("configuration", config, error) from error
+
+
+def generation_stop_ids(config: ModelConfig) -> list[int]:
+    """The tokens at which the model's generation_config.json says that generation ends; none where there is none.
+
+    Raises:
+        SoftCoTError: the file is damaged.
+    """
+    try:
+        path = cached_file(
+            resolve_location(config.model),
+            GENERATION_CONFIG_NAME,
+            revision=config.revision,
+            _raise_exceptions_for_missing_entries=False,
+            _raise_exceptions_for_connection_errors=False,
+        )
+        listed = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["eos_token_id"]
+    except KeyError:
+        listed = None
+    except (OSError, ValueError, TypeError) as error:
+        raise _cannot_load("generation_config.json", config, error) from error
+    ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
+    if not all(type(token) is int and token >= 0 for token in ids):
+        raise SoftCoTError(f"eos_token_id in generation_config.json of {config.model} is {listed!r}, not a token id")
+    return ids
 
 
 def width(config: PreTrainedConfig) -> int:

@@ -3,10 +3,12 @@
 from functools import cached_property
 from typing import Any
 
-from softcot_ds.backbone import context_length, load_config, load_tokenizer, pad_id
+from transformers import PreTrainedTokenizerBase
+
+from softcot_ds.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, pad_id
 from softcot_ds.data import ContextLimits, Splits, load_splits
 from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
-from softcot_ds.recipe import Recipe
+from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import make_task
 
 
@@ -21,27 +23,24 @@ class Experiment:
         self.assistant_tokenizer = load_tokenizer(recipe.assistant)
         self.base_config = load_config(recipe.base)
         self.assistant_config = load_config(recipe.assistant)
-        self.base_prompts = BasePrompts(
-            ChatFormat(self.base_tokenizer, recipe.base.template_kwargs, recipe.base.model), prompts
-        )
+        self.base_prompts = BasePrompts(_chat_format(self.base_tokenizer, recipe.base), prompts)
         self.assistant_prompts = AssistantPrompts(
-            ChatFormat(self.assistant_tokenizer, recipe.assistant.template_kwargs, recipe.assistant.model),
+            _chat_format(self.assistant_tokenizer, recipe.assistant),
             prompts,
             recipe.thoughts.count,
             recipe.thoughts.placeholder,
         )
+        if "text" in recipe.evaluation.conditions:
+            _ = self.assistant_prompts.stop_ids  # what is wrong with them is said now, not when the words are asked for
 
     @property
     def chat_identity(self) -> dict[str, dict[str, Any]]:
         """Both models' effective chat templates by content: two that differ in nothing here render the same prompts.
 
-        JSON values; for ``base`` and ``assistant`` the template's digest, the variables that reach it, and the tokens
-        that end an answer.
+        JSON values; for ``base`` and ``assistant`` the template's digest, the variables that reach it, and what is said
+        of the tokens that end an answer.
         """
-        return {
-            "base": {**self.base_prompts.chat.identity, "stop_ids": self.base_prompts.stop_ids},
-            "assistant": {**self.assistant_prompts.chat.identity, "stop_ids": self.assistant_prompts.stop_ids},
-        }
+        return {"base": self.base_prompts.chat.identity, "assistant": self.assistant_prompts.chat.identity}
 
     @property
     def base_pad_id(self) -> int:
@@ -52,3 +51,7 @@ class Experiment:
         """The examples, read and tokenized on first use."""
         limits = ContextLimits(context_length(self.assistant_config), context_length(self.base_config))
         return load_splits(self.task, self.recipe.task, self.base_prompts, self.assistant_prompts, limits)
+
+
+def _chat_format(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> ChatFormat:
+    return ChatFormat(tokenizer, config.template_kwargs, config.model, config.end_of_turn, generation_stop_ids(config))

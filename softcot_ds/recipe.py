@@ -137,6 +137,8 @@ class ModelConfig(Section):
     """A Jinja file that replaces the tokenizer's own chat template, or gives it one."""
     template_kwargs: dict[str, Any] = {"date_string": "26 Jul 2024"}
     """Passed to the chat template. Llama 3 templates put today's date into the prompt unless one is given here."""
+    end_of_turn: str | None = None
+    """The text of the one token that ends an answer. Default: what the chat template closes an answer with."""
 
 
 class ThoughtsConfig(Section):

@@ -9,7 +9,7 @@ from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from softcot_ds.recipe import load_recipe, resolve_location
+from softcot_ds.recipe import ModelConfig, load_recipe, resolve_location
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
@@ -17,10 +17,11 @@ CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 FAMILIES = {"meta-llama/Llama-3": "llama", "Qwen/Qwen2.5": "qwen2", "Qwen/Qwen3": "qwen3"}
 
 
-def toy_model(name: str, folder: Path, width: int, placeholder: str) -> Path:
-    """A random model of the family of ``name`` at toy width, with the embedded pair's tokenizer."""
-    (family,) = (family for prefix, family in FAMILIES.items() if name.startswith(prefix))
+def toy_model(model: ModelConfig, folder: Path, width: int, placeholder: str) -> Path:
+    """A random model of the family of ``model`` at toy width, with the embedded pair's tokenizer."""
+    (family,) = (family for prefix, family in FAMILIES.items() if model.model.startswith(prefix))
     tokenizer = AutoTokenizer.from_pretrained(resolve_location("package:pair/base"))
+    tokenizer.chat_template += "".join(f"{{% set unused = {name} %}}" for name in model.template_kwargs)
     tokenizer.add_special_tokens({"additional_special_tokens": [placeholder]})
     config = AutoConfig.for_model(
         family,
@@ -80,8 +81,8 @@ def test_recipes_of_real_models_train_at_toy_width(tmp_path):
             continue
         placeholder = recipe.thoughts.placeholder
         folder = tmp_path / path.stem
-        base = toy_model(recipe.base.model, folder / "base", 64, placeholder)
-        assistant = toy_model(recipe.assistant.model, folder / "assistant", 32, placeholder)
+        base = toy_model(recipe.base, folder / "base", 64, placeholder)
+        assistant = toy_model(recipe.assistant, folder / "assistant", 32, placeholder)
         commands += [
             path,
             f"base.model={base} assistant.model={assistant} task.train={data} task.test={test} output_dir={tmp_path} "

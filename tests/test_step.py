@@ -6,6 +6,7 @@ them, run the model once without mask, cache or padding, and average the cross e
 
 import copy
 import math
+from functools import partial
 from itertools import pairwise
 
 import pytest
@@ -297,14 +298,12 @@ def test_from_words_to_gradient_for_every_tokenizer_and_template(chat):
     naive = []
     for question, target, states in zip(QUESTIONS, TARGETS, hidden, strict=True):
         content = "Solve this. " + question + "\nHints: @@@\nThink."
-        text = tokenizer.apply_chat_template(
-            [{"role": "user", "content": content}],
-            tokenize=False,
-            add_generation_prompt=True,
-            date_string="26 Jul 2024",
-        )
+        asked, answered = {"role": "user", "content": content}, {"role": "assistant", "content": target}
+        show = partial(tokenizer.apply_chat_template, tokenize=False, date_string="26 Jul 2024")
+        text = show([asked], add_generation_prompt=True)
         before, after = (tokenizer.encode(part, add_special_tokens=False) for part in text.split("@@@"))
-        answer = [*tokenizer.encode(target, add_special_tokens=False), tokenizer.convert_tokens_to_ids(end)]
+        written = show([asked, answered]).removeprefix(text)
+        answer = tokenizer.encode(written[: written.rindex(end) + len(end)], add_special_tokens=False)
         naive.append((before, states, after, answer))
     projection = make_projection()
     truth = true_loss_and_gradient(model, projection, naive)
