@@ -1,5 +1,6 @@
-# make demo   train and evaluate SoftCoT on the embedded pair, from a fresh clone
-# make test   run the test suite
+# make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
+# make check   the inner loop: ruff, and the tests that start no process; about a minute
+# make test    run the test suite
 
 PYTHON ?= python3
 SEED ?= 0
@@ -24,13 +25,18 @@ DEEPSPEED := $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
 RUN := $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
 ARGS := $(RECIPE) name=$(RUN) seed=$(SEED)
 
-.PHONY: demo test clean
+.PHONY: demo check test clean
 
 demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.train $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.evaluate $(ARGS)
 	@echo "TensorBoard logs: runs/$(RUN)/tensorboard; to see them: $(BIN)/tensorboard --logdir runs"
+
+check: $(VENV)/.installed-test
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

@@ -6,13 +6,12 @@ relative to the current directory.
 """
 
 import difflib
-import json
 import os
 import re
+import reprlib
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-import yaml
 from pydantic import (
     AfterValidator,
     BaseModel,
@@ -25,7 +24,7 @@ from pydantic import (
 )
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import parse_yaml, read_yaml
+from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -65,25 +64,54 @@ def _check_data(name: str) -> str:
     return name
 
 
+def _check_path(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} has a NUL character in it, and no path has")
+    if len(longest := max(map(os.fsencode, path.parts), default=b"")) > 255:
+        raise ValueError(f"a name of {len(longest)} bytes in it; file systems take 255 at most")
+    return path
+
+
 def _check_file(path: Path) -> Path:
+    if os.path.isdir(path):
+        raise ValueError(f"{path.absolute()} is a folder, not a file")
     if not os.path.isfile(path):
         raise ValueError(f"no such file: {path.absolute()}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"no permission to read {path.absolute()}")
+    return path
+
+
+def _check_folder(path: Path) -> Path:
+    nearest = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
+    if os.path.lexists(nearest) and not os.path.isdir(nearest):
+        raise ValueError(f"{nearest.absolute()} is not a folder")
     return path
 
 
 ModelName = Annotated[str, AfterValidator(_check_model)]
 DataName = Annotated[str, AfterValidator(_check_data)]
-ExistingFile = Annotated[Path, AfterValidator(_check_file)]
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
+ExistingFile = Annotated[AnyPath, AfterValidator(_check_file)]
+Folder = Annotated[AnyPath, AfterValidator(_check_folder)]
+"""Exists, or can be made."""
+_Bounded = Annotated[int, Field(le=2**31 - 1)]  # what PyTorch, DeepSpeed and SLURM take everywhere
+Count = Annotated[_Bounded, Field(ge=1)]
+CountOrZero = Annotated[_Bounded, Field(ge=0)]
+_Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, fields have no aliases.
 
     A field that must fit another of its section is checked by a validator of its own, after the other. Unlike one for
-    the whole section, it also runs where something else is wrong: all mistakes are reported together.
+    the whole section, it also runs where something else is wrong: all mistakes are reported together. YAML has types:
+    true is no number, and "12" and 12.0 are no integers.
     """
 
-    model_config = ConfigDict(extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=())
+    model_config = ConfigDict(
+        strict=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+    )
 
 
 class TaskConfig(Section):
@@ -95,15 +123,15 @@ class TaskConfig(Section):
     """Training data: a JSON-lines file or a hub name. Generated tasks have none."""
     test: DataName | None = None
     """Test data, likewise. It is never trained on and never used to choose anything."""
-    train_problems: int | None = Field(None, ge=1)
+    train_problems: Count | None = None
     """Use at most this many training problems (generated tasks: generate this many)."""
-    validation_problems: int = Field(256, ge=0)
+    validation_problems: CountOrZero = 256
     """How many problems are cut from the training data for validation."""
-    test_problems: int | None = Field(None, ge=1)
+    test_problems: Count | None = None
     """Use at most this many test problems (generated tasks: generate this many)."""
     prompts: ExistingFile | None = None
     """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""
-    max_tokens: int | None = Field(None, ge=1)
+    max_tokens: Count | None = None
     """Problems longer than this, in base tokens, are left out: prompt, thoughts and target; of test problems without
     the target."""
 
@@ -144,7 +172,7 @@ class ModelConfig(Section):
 class ThoughtsConfig(Section):
     """The soft thoughts."""
 
-    count: int = Field(32, ge=1)
+    count: Count = 32
     """T, the number of soft thoughts of a question."""
     source: Literal["cache", "online"] = "cache"
     """cache: read the assistant's states from disk, no assistant in the training job. online: run the assistant."""
@@ -155,13 +183,13 @@ class ThoughtsConfig(Section):
 class CacheConfig(Section):
     """Where the assistant's hidden states live on disk."""
 
-    path: Path = Path("runs/cache")
+    path: Folder = Path("runs/cache")
     """Folder of caches; each assistant, thought count and dtype has a folder of its own in it."""
     dtype: Dtype | None = None
     """Stored dtype. Default: the assistant's."""
-    shard_mib: int = Field(256, ge=1)
+    shard_mib: Count = 256
     """Largest size of a shard, MiB. Rows go to disk as they are computed, so memory does not depend on it."""
-    tokens_per_batch: int = Field(16384, ge=1)
+    tokens_per_batch: Count = 16384
     """Assistant tokens, padding included, in one batch. A builder process holds thoughts of four batches at most."""
     partition: Partition = "none"
     """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each."""
@@ -176,13 +204,20 @@ class BackboneConfig(Section):
     """DeepSpeed configuration. Default: ds_configs/zero3.json or ds_configs/replicated.json, by the partition."""
 
     @model_validator(mode="after")
-    def _stage_fits_partition(self) -> "BackboneConfig":
-        stage = self.deepspeed_config().get("zero_optimization", {}).get("stage", 0)
-        if (stage == 3) != (self.partition == "zero3"):
-            raise ValueError(
-                f"partition {self.partition!r} does not fit stage {stage} of {self.deepspeed_path()}; "
+    def _deepspeed_fits(self) -> "BackboneConfig":
+        config, path = self.deepspeed_config(), self.deepspeed_path()
+        wrong = [f"{path}: {key} is decided by the recipe: {by}" for key, by in _DECIDED.items() if key in config]
+        wrong += [f'{path}: {key} is "auto", which only the Trainer of Hugging Face fills in' for key in _autos(config)]
+        stage = config.get("zero_optimization", {}).get("stage", 0)
+        if stage not in (0, 1, 2, 3) or type(stage) is not int:
+            wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")
+        elif (stage == 3) != (self.partition == "zero3"):
+            wrong.append(
+                f"partition {self.partition!r} does not fit stage {stage} of {path}; "
                 "zero3 needs a configuration of stage 3, none one of stage 1 or 2"
             )
+        if wrong:
+            raise ValueError("\n".join(wrong))
         return self
 
     def deepspeed_path(self) -> Path:
@@ -196,16 +231,33 @@ class BackboneConfig(Section):
         """The DeepSpeed configuration as read from its file."""
         path = self.deepspeed_path()
         try:
-            config = json.loads(path.read_text(encoding="utf-8"))
-        except FileNotFoundError as error:
-            raise ValueError(f"no such file: {path.absolute()}; run from the project's root or set it") from error
-        except json.JSONDecodeError as error:
-            raise ValueError(f"{path}: line {error.lineno}: not JSON: {error.msg}") from error
-        except (OSError, UnicodeDecodeError) as error:
-            raise ValueError(f"cannot read {path.absolute()}: {error}") from error
+            config = read_json(path)
+        except SoftCoTError as error:  # one of the recipe's mistakes, to be told with the others
+            raise ValueError(str(error)) from error
         if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
             raise ValueError(f"{path}: no DeepSpeed configuration: expected objects, outermost and zero_optimization")
         return config
+
+
+_DECIDED = {
+    "train_batch_size": "training.global_batch_size",
+    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
+    "gradient_accumulation_steps": "training.global_batch_size and micro_batch_size",
+    "gradient_clipping": "training.gradient_clipping",
+    "optimizer": "training.learning_rate, betas and weight_decay",
+    "scheduler": "training.schedule",
+    "bf16": "base.dtype",
+    "fp16": "base.dtype",
+    "data_types": "gradients are summed in float32",
+    "communication_data_type": "gradients are summed in float32",
+}
+"""Keys of a DeepSpeed configuration that would contradict the recipe, and what to set instead."""
+
+
+def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
+    """Keys whose value is "auto", dotted."""
+    below = [key for name, v in config.items() if isinstance(v, dict) for key in _autos(v, f"{prefix}{name}.")]
+    return [f"{prefix}{name}" for name, value in config.items() if value == "auto"] + below
 
 
 class ProjectionConfig(Section):
@@ -222,37 +274,37 @@ class ProjectionConfig(Section):
 class TrainingConfig(Section):
     """The optimization."""
 
-    steps: int = Field(1000, ge=1)
+    steps: Count = 1000
     """Optimizer steps."""
     step: Literal["fast", "full"] = "fast"
     """fast: only the work that the gradient needs. full: the naive step, an oracle. Both give the same gradient."""
-    global_batch_size: int = Field(32, ge=1)
+    global_batch_size: Count = 32
     """Examples per optimizer step, over all ranks."""
-    micro_batch_size: int = Field(4, ge=1)
+    micro_batch_size: Count = 4
     """Examples per forward pass of a rank, at most; gradient accumulation makes up the rest."""
     learning_rate: float = Field(1e-3, gt=0)
-    warmup_steps: int = Field(0, ge=0)
+    warmup_steps: CountOrZero = 0
     """Steps of linear warm-up from zero."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
     """From the peak to min_lr_ratio times the peak, after the warm-up."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
-    betas: tuple[Annotated[float, Field(ge=0, lt=1)], Annotated[float, Field(ge=0, lt=1)]] = (0.9, 0.999)
+    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: bool = False
     """Recompute the layers in the backward pass instead of keeping their activations."""
-    log_every: int = Field(10, ge=1)
+    log_every: Count = 10
     """Steps between two points of the TensorBoard curves; the only place where a step waits for the GPU."""
-    validate_every: int = Field(100, ge=1)
+    validate_every: Count = 100
     """Steps between two validations, with sample generations."""
-    save_every: int = Field(100, ge=1)
+    save_every: Count = 100
     """Steps between two checkpoints. The last step is always saved."""
-    keep_checkpoints: int = Field(3, ge=1)
+    keep_checkpoints: Count = 3
     """How many of the newest checkpoints are kept."""
-    timeout_minutes: float = Field(30.0, gt=0)
+    timeout_minutes: float = Field(30.0, gt=0, le=60 * 24 * 30)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long."""
-    max_restarts: int = Field(100, ge=0)
+    max_restarts: CountOrZero = 100
     """How often a SLURM job goes back into the queue: after a time limit, a preemption, a dead node or rank."""
 
     @field_validator("warmup_steps")
@@ -275,17 +327,17 @@ class EvaluationConfig(Section):
 
     conditions: list[Condition] = ["learned", "shuffled", "mean", "zero", "none"]
     """What stands in for the thoughts; see the README."""
-    batch_size: int = Field(16, ge=1)
+    batch_size: Count = 16
     """Problems decoded together on a rank."""
-    max_new_tokens: int = Field(512, ge=1)
-    text_max_tokens: int = Field(128, ge=1)
+    max_new_tokens: Count = 512
+    text_max_tokens: Count = 128
     """Longest answer of the assistant in words (condition text), tokens."""
     temperature: float = Field(0.0, ge=0)
     """0 decodes greedily."""
     top_p: float = Field(1.0, gt=0, le=1)
     partition: Partition | None = None
     """How the base is held while decoding. Default: backbone.partition."""
-    static_adapter: Path | None = None
+    static_adapter: AnyPath | None = None
     """Adapter directory of a projection.kind=static run, for the condition static."""
 
     @field_validator("conditions")
@@ -308,9 +360,9 @@ class EvaluationConfig(Section):
 class Recipe(Section):
     """One run."""
 
-    name: str = Field(pattern=r"^[A-Za-z0-9._-]+$")
-    """The run's name; everything about it lies in output_dir/name."""
-    output_dir: Path = Path("runs")
+    name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=128)
+    """The run's name; everything about it lies in output_dir/name. It begins with neither a dot nor a dash."""
+    output_dir: Folder = Path("runs")
     seed: int = Field(0, ge=0, le=2**64 - 1)
     """Seeds the projection's initialization, the order of the data and sampled decoding."""
     task: TaskConfig
@@ -334,7 +386,7 @@ class Recipe(Section):
     @classmethod
     def _second_partition_holds_one_model(cls, value: BackboneConfig, info: ValidationInfo) -> BackboneConfig:
         thoughts, zero = info.data.get("thoughts"), value.deepspeed_config().get("zero_optimization", {})
-        if thoughts and thoughts.source == "online" and zero.get("zero_hpz_partition_size", 1) > 1:
+        if thoughts and thoughts.source == "online" and zero.get("zero_hpz_partition_size", 1) != 1:
             raise ValueError(
                 f"zero_hpz_partition_size of {value.deepspeed_path()} works for one partitioned model, and "
                 "thoughts.source online needs two; use the cache"
@@ -347,7 +399,7 @@ class Recipe(Section):
 
     def to_yaml(self) -> str:
         """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""
-        return yaml.safe_dump(self.model_dump(mode="json"), sort_keys=False)
+        return dump_yaml(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
@@ -358,8 +410,11 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """
     path = Path(path)
     if not os.path.isfile(path):
-        raise SoftCoTError(f"no such recipe: {path.absolute()}; recipes/ holds some to start from")
+        kind = ", which is a folder" if os.path.isdir(path) else ""
+        raise SoftCoTError(f"no such recipe: {path.absolute()}{kind}; recipes/ holds some to start from")
     values = read_yaml(path)
+    if values is None:
+        raise SoftCoTError(f"{path}: empty; recipes/ holds some to start from")
     if not isinstance(values, dict):
         raise SoftCoTError(f"{path}: a recipe is a mapping of keys to values, found {type(values).__name__}")
     return parse_recipe(values, overrides or [], str(path))
@@ -405,16 +460,28 @@ def _apply_override(values: dict[str, Any], override: str) -> str | None:
 
 def _explain(detail: Any) -> list[str]:
     """One line per mistake that pydantic found at one place."""
-    location = ".".join(str(part) for part in detail["loc"])
-    if detail["type"] == "extra_forbidden":
-        return [f"{location}: unknown key{_suggest(detail['loc'])}"]
-    if detail["type"] == "missing":
-        return [f"{location}: missing"]
+    location = ".".join(part if (part := str(p)).isprintable() else repr(part) for p in detail["loc"])
+    found = _REPR.repr(detail["input"])
     message = detail["msg"].removeprefix("Value error, ")
-    if detail["type"] == "value_error":
-        prefix = f"{location}: " if location else ""
-        return [prefix + line for line in message.splitlines()]
-    return [f"{location}: {message[0].lower()}{message[1:]}, found {detail['input']!r}"]
+    match detail["type"]:
+        case "extra_forbidden":
+            return [f"{location}: unknown key{_suggest(detail['loc'])}"]
+        case "missing":
+            return [f"{location}: missing"]
+        case "value_error":
+            prefix = f"{location}: " if location else ""
+            return [prefix + line for line in message.splitlines()]
+        case "model_type":
+            return [f"{location}: a section of keys and values, found {found}"]
+        case "path_type":
+            return [f"{location}: a path, found {found}"]
+        case "string_type" if isinstance(detail["input"], int | float):
+            return [f"{location}: a text, found {found}; put it in quotes"]
+    return [f"{location}: {message[0].lower()}{message[1:]}, found {found}"]
+
+
+_REPR = reprlib.Repr()  # cuts what was found where it is long
+_REPR.maxstring = _REPR.maxother = 200
 
 
 def _suggest(location: tuple[Any, ...]) -> str:

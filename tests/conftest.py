@@ -1,18 +1,53 @@
-"""What several test files share."""
+"""What several test files share.
+
+PyTorch and transformers take seconds to import: only the fixtures that use them do so, and a file that needs neither
+runs in the time of its tests.
+"""
+
+from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
+from launch import BIN
 from slurm_cluster import Cluster, why_unavailable
-from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-from transformers import AutoTokenizer, PreTrainedTokenizerFast
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedTokenizerFast
 
 # A busy machine is slow; pytest-timeout stops what hangs.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
+
+_MAY_START = {"distributed", "slurm", "gpu"}
+_running: list[pytest.Item] = []
+
+
+def _refuse_unmarked_processes(event: str, arguments: tuple) -> None:
+    if event not in ("subprocess.Popen", "os.fork") or not _running or _MAY_START & set(_running[0].keywords):
+        return
+    # Tools such as git and bash -n take no time; Python and the launchers, which lie beside it, do.
+    if event == "os.fork" or Path(os.fsdecode(arguments[0] or arguments[1][0])).parent == BIN:
+        pytest.fail("a test that starts a process is to be marked: @pytest.mark.distributed")
+
+
+sys.addaudithook(_refuse_unmarked_processes)
+
+
+@pytest.hookimpl(wrapper=True)
+def pytest_runtest_protocol(item: pytest.Item) -> Iterator[None]:
+    """``make check`` leaves out what starts processes; a marker that is missing fails its test."""
+    _running[:] = [item]
+    try:
+        return (yield)
+    finally:
+        _running.clear()
+
 
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
@@ -34,6 +69,9 @@ SPECIAL = ["<s>", "</s>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>", "
 
 def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
     """A token per byte and some special tokens: 263 in all, for any text."""
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+    from transformers import PreTrainedTokenizerFast
+
     alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
     backend = Tokenizer(models.BPE({token: index for index, token in enumerate(alphabet)}, []))
     backend.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
@@ -45,6 +83,8 @@ def byte_tokenizer(chat_template: str | None) -> PreTrainedTokenizerFast:
 
 
 def _shared(folder: Path, name: str) -> PreTrainedTokenizerFast:
+    from transformers import AutoTokenizer
+
     if name == "llama3 shared":
         tokenizer = byte_tokenizer((folder / "chat_templates" / "llama3_2.jinja").read_text())
     else:

@@ -8,14 +8,14 @@ import sys
 import time
 from pathlib import Path
 
-import torch
-
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
 
 
 def environment() -> dict[str, str]:
     """One thread per rank; our checkout first; no launcher's variables from outside."""
+    import torch  # takes seconds; not for those who only want to know where the project is
+
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_", "PMI"))}
     for key in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         kept.pop(key, None)

@@ -131,6 +131,7 @@ def check_complete(folder: Path, count: int = len(INPUTS)) -> None:
     assert ts.leftover_names(folder) == []
 
 
+@pytest.mark.distributed
 def test_builders_killed_at_random_moments_lose_nothing_finished(tmp_path):
     """One or two ranks, killed with SIGKILL, resumed, until enough have been killed; then a last one is left alone."""
     rng = random.Random(0)
@@ -164,6 +165,7 @@ def test_builders_killed_at_random_moments_lose_nothing_finished(tmp_path):
     assert rows_kept > 500  # the kills did come in the midst of the work
 
 
+@pytest.mark.distributed
 @pytest.mark.parametrize("late", [False, True])
 def test_a_builder_may_die_at_any_step_that_touches_the_disk(tmp_path, monkeypatch, late):
     """Die at the first, second, ... fsync or rename, before it or right after it, until a build gets through."""
@@ -248,6 +250,7 @@ def test_damaged_files_are_noticed_and_only_their_rows_redone(tmp_path, kind, vi
         check_complete(folder)
 
 
+@pytest.mark.distributed
 def test_two_builders_at_once_share_the_work(tmp_path, capfd):
     folder, logs = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"]
     children = [fork(lambda log=log: build(folder, log)) for log in logs]
@@ -258,6 +261,7 @@ def test_two_builders_at_once_share_the_work(tmp_path, capfd):
     check_complete(folder)
 
 
+@pytest.mark.distributed
 def test_a_waiting_builder_takes_over_from_one_that_is_killed(tmp_path):
     folder, logs = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"]
     first = fork(lambda: build(folder, logs[0], seconds_per_batch=0.02))
@@ -290,6 +294,7 @@ def test_two_builders_without_locks_do_no_harm(tmp_path, monkeypatch, capfd):
     check_complete(folder)
 
 
+@pytest.mark.distributed
 def test_a_reader_during_a_build_sees_right_rows_and_ever_more(tmp_path):
     folder, log = tmp_path / "cache", tmp_path / "log"
     child = fork(lambda: build(folder, log, seconds_per_batch=0.03))

@@ -29,6 +29,7 @@ def errors(result: subprocess.CompletedProcess) -> str:
     return "".join(line for line in result.stderr.splitlines(True) if not line.startswith("import time:"))
 
 
+@pytest.mark.distributed
 def test_help_names_every_command_and_does_not_wait_for_torch():
     result = shell("--help")
     assert result.returncode == 0
@@ -37,6 +38,7 @@ def test_help_names_every_command_and_does_not_wait_for_torch():
     assert not {"torch", "transformers", "deepspeed"} & imported
 
 
+@pytest.mark.distributed
 def test_an_unknown_command_is_told_the_known_ones():
     result = shell("nonsense")
     assert result.returncode == 2
@@ -141,6 +143,7 @@ def test_signals_that_ask_to_stop_end_in_a_message_even_where_they_are_ignored(n
     assert capfd.readouterr().err == f"softcot-ds: {message}\n"
 
 
+@pytest.mark.distributed
 def test_forked_children_leave_signals_to_their_parent(capfd, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
 

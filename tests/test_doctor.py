@@ -408,6 +408,7 @@ def levels(output: str) -> dict[str, str]:
     return known
 
 
+@pytest.mark.distributed
 def test_alone_all_is_well_and_nothing_is_left(tmp_path):
     done = run(command(RECIPE, f"output_dir={tmp_path}/a/b", f"cache.path={tmp_path}/a/cache"))
     assert set(levels(done.stdout).values()) == {"ok"}

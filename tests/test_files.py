@@ -6,7 +6,15 @@ import pytest
 
 from softcot_ds import files
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import parse_yaml, read_yaml, temporary_name, write_atomically
+from softcot_ds.files import (
+    dump_yaml,
+    parse_json,
+    parse_yaml,
+    read_json,
+    read_yaml,
+    temporary_name,
+    write_atomically,
+)
 
 
 def test_text_and_bytes_arrive_as_they_are(tmp_path):
@@ -57,21 +65,114 @@ def test_yaml_values_are_those_of_yaml():
 
 
 @pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("1e-3", 0.001),  # the rest of the column is what JSON and YAML 1.2 say, PyYAML something else
+        ("[.5, 5., +1, -0, 1E3, 0o17, 0x1F]", [0.5, 5.0, 1, 0, 1000.0, 15, 31]),
+        ("[no, on, yes, off, y]", ["no", "on", "yes", "off", "y"]),
+        ("[1:30, 190:20:30, 1_000, 2024-07-26, 2024-13-01, =, .inf, .nan]",
+         ["1:30", "190:20:30", "1_000", "2024-07-26", "2024-13-01", "=", ".inf", ".nan"]),
+        ("[true, FALSE, ~, Null, '~', 'true', '1']", [True, False, None, None, "~", "true", "1"]),
+        ("{on: 1, 'true': 2}", {"on": 1, "true": 2}),
+        ("\u0661", "\u0661"),  # a digit of another script
+    ],
+)  # fmt: skip
+def test_plain_scalars_are_those_of_the_core_schema(text, value):
+    found = parse_yaml(text)
+    assert found == value
+    assert repr(found) == repr(value)  # 1, 1.0 and True are equal
+
+
+AWKWARD = ["1e3", "0100", "yes", "2024-07-26", "", "~", "null", "<<", "=", "1:30", "0x1f", ".5", "1_0", "-", "a: b",
+           "\n",
+           "\u00e9\U0001f600", "true", "0o7", "5.", "!x", "&a", "*a", "%a", " a ", "#", "\x85", "\u2028", "\0", "\x1b",
+           1e-5, 1e22, 0.1, 5e-324, 3.0, 2**63, -1, True, None]  # fmt: skip
+
+
+@pytest.mark.parametrize("value", AWKWARD, ids=ascii)
+def test_what_is_written_as_yaml_is_read_as_the_same(value):
+    read = parse_yaml(dump_yaml({"key": [value], "other": value}))
+    assert read == {"key": [value], "other": value}
+    assert type(read["other"]) is type(value)
+
+
+@pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' stands twice"),
-        ("{x: {y: 1, y: 1}}", "line 1, column 12: the key 'y' stands twice"),
+        ("a: 1\nb: 2\na: 3", "line 3, column 1: the key 'a' stands twice, first in line 1"),
+        ("{x: {y: 1, y: 1}}", "line 1, column 12: the key 'y' stands twice, first in line 1"),
+        ("a: &a {x: 1, x: 2}\nb: {<<: *a}", "line 1, column 14: the key 'x' stands twice"),
         ("a: {", "line 1, column 5: "),
-        ("!!python/object:os.system {}", "line 1, column 1: could not determine a constructor"),
-        ("!!int x", "invalid literal"),
-        ("2024-13-01", "month must be in 1..12"),
-        ("=", "line 1, column 1: "),
-        ("{[a]: 1}", "line 1, column 2: found unhashable key"),
+        ("[1, 2", "line 1, column 6: while parsing a flow sequence, expected ',' or ']'"),
+        ("a: 1\n\tb: 2", "line 2, column 1: while scanning for the next token, found character '\\t'"),
+        ("a\n---\nb", "line 2, column 1: expected a single document in the stream, but found another document"),
+        ("a: 1\nb: !!python/object:os.system {}", "line 2, column 4: the tag !!python/object:os.system is not read"),
+        ("!!int x", "line 1, column 1: the tag !!int is not read here"),
+        ("!!set {a, b}", "line 1, column 1: the tag !!set is not read here"),
+        ("!!binary aGk=", "line 1, column 1: the tag !!binary is not read here"),
+        ("! x", "line 1, column 1: the tag ! is not read here"),
+        ("steps: 0100", "line 1, column 8: 0100 is octal to some readers; write it without the leading 0"),
+        ("1e999", "line 1, column 1: the number 1e999 is too large"),
+        ("9" * 5000, "line 1, column 1: the number 99999999999999999999 and so on is too large"),
+        ("0x" + "f" * 5000, "line 1, column 1: the number 0xffffffffffffffffff and so on is too large"),
+        ("{[a]: 1}", "line 1, column 2: a key is a text, not a list or mapping"),
+        ("1: 2", "line 1, column 1: a key is a text, not '1'; put it in quotes"),
+        ("a: {true: 2}", "line 1, column 5: a key is a text, not 'true'; put it in quotes"),
+        ("a: *b", "line 1, column 4: found undefined alias 'b'"),
+        ("&a [*a]", "nested deeper than 100 levels"),
+        ("[" * 101 + "]" * 101, "nested deeper than 100 levels"),
+        ("[" * 100_000, "nested deeper than 100 levels"),
+        ('"\\ud800"', "half of a surrogate pair"),
+        ("a\0b", "unacceptable character #x0000"),
     ],
-)
+)  # fmt: skip
 def test_what_is_no_yaml_is_one_line_that_says_where(text, message):
     with pytest.raises(ValueError, match=r".") as caught:
         parse_yaml(text)
+    assert str(caught.value).startswith(message)
+    assert "\n" not in str(caught.value)
+
+
+def test_aliases_that_stand_for_billions_of_values_are_refused():
+    lines = ["a0: &a0 [x, x, x, x, x, x, x, x, x, x]"]
+    lines += [f"a{i}: &a{i} [{', '.join([f'*a{i - 1}'] * 10)}]" for i in range(1, 10)]
+    with pytest.raises(ValueError, match="more than 1,000,000 values"):
+        parse_yaml("\n".join(lines))
+
+
+def test_merges_of_merges_cost_no_more_than_their_keys():
+    lines = ["a0: &a0 {x: 0, y: 0}"]
+    lines += [f"a{i}: &a{i} {{<<: [{', '.join([f'*a{i - 1}'] * 10)}], x: {i}}}" for i in range(1, 15)]
+    assert parse_yaml("\n".join(lines))["a14"] == {"x": 14, "y": 0}
+
+
+def test_json_values_are_those_of_json():
+    text = '{"a": [1, -2.5e3, "x\\n\\ud83d\\ude00", null, true], "b": {"a": {}}}'
+    expected = {"a": [1, -2500.0, "x\n\U0001f600", None, True], "b": {"a": {}}}
+    assert parse_json(text) == parse_json(text.encode()) == parse_json(text.encode("utf-8-sig")) == expected
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ('{"a": 1, "b": {"c": 1, "c": 1}}', "the key 'c' stands twice"),
+        ('{"a": NaN}', "NaN is no number"),
+        ("[-Infinity]", "-Infinity is no number"),
+        ("[1e999]", "the number 1e999 is too large"),
+        ("9" * 5000, "a number of 5,000 digits"),
+        ("[" * 100_000, "nested deeper than 100 levels"),
+        ("[" * 101 + "]" * 101, "nested deeper than 100 levels"),
+        ('{"a":\n1,}', "line 2, column "),
+        ("", "line 1, column 1: Expecting value"),
+        ("{} {}", "line 1, column 4: Extra data"),
+        ('"\\udc00"', "half of a surrogate pair"),
+        (b"\xff", "byte 0: not UTF-8 text"),
+        ("{}".encode("utf-16"), "byte 0: not UTF-8 text"),
+    ],
+)
+def test_what_is_no_json_is_one_line_that_says_where(text, message):
+    with pytest.raises(ValueError, match=r".") as caught:
+        parse_json(text)
     assert str(caught.value).startswith(message)
     assert "\n" not in str(caught.value)
 
@@ -83,8 +184,9 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path):
         (tmp_path, "cannot read .*: Is a directory"),
         (tmp_path / "binary", "binary: byte 1: not UTF-8 text"),
     ):
-        with pytest.raises(SoftCoTError, match=message):
-            read_yaml(path)
+        for read in (read_yaml, read_json):
+            with pytest.raises(SoftCoTError, match=message):
+                read(path)
 
 
 def test_two_nodes_with_one_process_id_write_to_different_temporary_files(tmp_path, monkeypatch):

@@ -36,6 +36,7 @@ DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
 runs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; see the interpreter's test")
 
 
+@pytest.mark.distributed
 @pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
 def test_every_claim_holds_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]

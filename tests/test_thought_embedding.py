@@ -302,6 +302,7 @@ def test_torch_compile_keeps_one_graph_over_changing_lengths():
             torch.testing.assert_close(value, expected[name])
 
 
+@pytest.mark.distributed
 @compiled_only
 def test_every_claim_holds_in_the_interpreter():
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
