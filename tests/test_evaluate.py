@@ -289,6 +289,12 @@ def edit(path, old, new):
         pytest.param(
             CONDITIONS, [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"), id="base's template"
         ),
+        pytest.param(
+            CONDITIONS,
+            [],
+            lambda f: edit(f / "base/generation_config.json", '"eos_token_id": 2', '"eos_token_id": [2, 9]'),
+            id="one more token that ends an answer",
+        ),
         pytest.param(CONDITIONS, ["base.dtype=bfloat16"], None, id="dtype"),
         pytest.param(CONDITIONS, ["evaluation.max_new_tokens=9"], None, id="length"),
         pytest.param(CONDITIONS | WORDS, ["evaluation.batch_size=4"], None, id="batch size"),

@@ -6,6 +6,7 @@ from launch import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softcot_ds import validation
+from softcot_ds.decoding import Output
 from softcot_ds.engine import build_model
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe
@@ -116,3 +117,14 @@ def test_the_search_holds_no_copy_of_the_table():
     with Largest() as largest:
         compare_with_tokens(vectors, lambda ids: table[ids], len(table))
     assert 0 < largest.new_bytes < table.nbytes / 3
+
+
+def test_a_sample_that_was_cut_is_shown_as_such_and_its_last_number_is_no_answer(experiment, model, monkeypatch):
+    ids = experiment.base_tokenizer.encode("answer 7", add_special_tokens=False)
+    monkeypatch.setattr(validation, "decode", lambda *_, **__: [Output(ids, cut=True), Output(ids, cut=False)])
+    text = Validator(Engine(model), experiment.splits.validation, ThoughtReader(None), experiment)._samples()
+    cut, whole = text.split("-" * 80)
+    assert "answer 7 [cut]" in cut
+    assert "ANSWER not parsed (wrong; reference" in cut
+    assert "answer 7\n" in whole
+    assert "ANSWER 7 (" in whole
