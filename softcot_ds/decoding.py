@@ -182,8 +182,9 @@ def _logits_alone(model: PreTrainedModel, prompt: BasePrompt, thoughts_TD: torch
 
 def _error(found: torch.Tensor, true: torch.Tensor) -> float:
     found, true = found.double().to(true.device), true.double()
-    shown = true > -1e4  # some families mask entries of their vocabulary
-    return float((found - true)[shown].norm() / (true[shown] - true[shown].mean()).norm())
+    shown = ~(true <= -1e4)  # some families mask entries of their vocabulary; a NaN stays
+    spread = (true[shown] - true[shown].mean()).norm()
+    return float((found - true)[shown].norm() / spread.clamp(min=torch.finfo(spread.dtype).tiny))  # all may be equal
 
 
 def _ordinary_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:

@@ -206,9 +206,9 @@ def _differ(model: PreTrainedModel, found: torch.Tensor, truth: torch.Tensor, pa
     the layers twice (``passes``), half of that for logits. The mean over the rows, because in 16 bits a token that
     stands between two experts may now and then go to the other.
     """
-    shown = truth > -1e4  # some families mask entries of their vocabulary
+    shown = ~(truth <= -1e4)  # some families mask entries of their vocabulary; a NaN stays
     found, truth = (rows.double().where(shown, 0) for rows in (found, truth))
     found, truth = (rows - rows.mean(dim=-1, keepdim=True) for rows in (found, truth))
-    errors = (found - truth).norm(dim=-1) / truth.norm(dim=-1)
+    errors = (found - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=torch.finfo(truth.dtype).tiny)  # may be 0
     precision = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))  # some parts stay in float32
     return not errors.mean() <= passes * precision ** (1 / 3)  # nor if it is NaN

@@ -139,6 +139,15 @@ def test_the_trial_refuses_a_model_that_generates_other_than_it_reads():
         try_decoding(model)
 
 
+def test_logits_may_all_be_equal_but_not_nan(model):
+    silent = copy.deepcopy(model)
+    torch.nn.init.zeros_(silent.get_output_embeddings().weight)
+    assert try_decoding(silent)
+    torch.nn.init.constant_(silent.get_output_embeddings().weight, torch.nan)
+    with pytest.raises(SoftCoTError, match="logits are not finite; are its weights damaged"):
+        try_decoding(copy.deepcopy(silent))
+
+
 def test_a_family_whose_code_fails_is_refused_in_one_line():
     model = make_model("llama")
     model.model.forward = lambda *args, **kwargs: {}["per_layer"]
