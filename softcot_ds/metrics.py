@@ -1,5 +1,6 @@
 """What is watched in TensorBoard, and the lines that a log shows."""
 
+import io
 import resource
 import sys
 import time
@@ -10,8 +11,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import hparams
+
+from softcot_ds.files import write_atomically
 
 GIB = 1024**3
 
@@ -62,21 +68,25 @@ class TensorBoard:
     """The curves of one run. Does nothing on ranks other than 0."""
 
     def __init__(self, folder: Path, enabled: bool, resumed_step: int) -> None:
-        """``resumed_step``: points after it, written by an interrupted run, are hidden, so that the curve joins."""
-        purge = resumed_step + 1 if resumed_step else None
-        self._writer = SummaryWriter(str(folder), purge_step=purge) if enabled else None
+        """``resumed_step``: points after it, written by an interrupted run, are removed, so that the curve joins."""
+        self._writer = None
+        if enabled:
+            _forget_after(resumed_step, folder)
+            # A TensorBoard that is open has read them already; this has it forget them too.
+            self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
             for tag, value in values.items():
                 self._writer.add_scalar(tag, value, step)
+            self.flush()  # a curve is looked at most when its run has just died
 
     def text(self, tag: str, text: str, step: int) -> None:
         """``text`` is shown as it is, in a fixed-width block."""
         if self._writer is not None:
             self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
 
-    def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float]) -> None:
+    def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """The recipe in the HPARAMS tab, beside the last values of curves that exist, named by their tags."""
         if self._writer is not None:
             plain = {
@@ -86,7 +96,7 @@ class TensorBoard:
             }
             # add_hparams would start a second run of its own; the summaries belong to this one.
             for summary in hparams(plain, metrics):
-                self._writer.file_writer.add_summary(summary)
+                self._writer.file_writer.add_summary(summary, step)
 
     def flush(self) -> None:
         if self._writer is not None:
@@ -95,6 +105,30 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _forget_after(step: int, folder: Path) -> None:
+    """Take what is later than ``step`` out of the event files of earlier attempts; step 0 leaves nothing.
+
+    TensorBoard's own way, a mark in the next file that what was read before is void, counts on file names that sort by
+    time: the clocks of two nodes may differ. And other readers of event files do not know it. Old marks go as well.
+    """
+    for path in sorted(folder.glob("events.out.tfevents.*")):
+        kept, removed = [], False
+        for record in RawEventFileLoader(str(path)).Load():
+            event = Event.FromString(record)
+            if step and event.step <= step and not event.HasField("session_log"):
+                kept.append(record)
+            else:
+                removed = True
+        if removed and kept:
+            content = io.BytesIO()
+            writer = RecordWriter(content)
+            for record in kept:
+                writer.write(record)
+            write_atomically(path, content.getvalue())
+        elif removed:
+            path.unlink()
 
 
 def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:

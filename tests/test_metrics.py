@@ -1,0 +1,71 @@
+"""TensorBoard's files, whenever a run was killed."""
+
+from collections import Counter
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.compat.proto.event_pb2 import Event
+
+from softcot_ds.metrics import TensorBoard
+
+
+def points_in_files(folder: Path) -> Counter:
+    """How often each tag has a point at each step, in the records of all event files."""
+    records = [record for path in folder.iterdir() for record in RawEventFileLoader(str(path)).Load()]
+    events = map(Event.FromString, records)
+    return Counter((value.tag, event.step) for event in events for value in event.summary.value)
+
+
+def attempt(folder: Path, resumed_step: int, last_step: int) -> TensorBoard:
+    """Train from ``resumed_step`` to ``last_step``, and be killed: nothing is closed."""
+    board = TensorBoard(folder, True, resumed_step)
+    board.text("recipe", "name: x", resumed_step + 1)
+    for step in range(resumed_step + 1, last_step + 1):
+        board.scalars({"loss": last_step + step / 100}, step)
+    return board
+
+
+@settings(max_examples=15)
+@given(attempts=st.lists(st.tuples(st.integers(0, 12), st.integers(1, 6)), min_size=1, max_size=5))
+def test_each_step_is_there_once_whenever_a_run_was_killed(tmp_path_factory, attempts):
+    """Each attempt begins at some step that an earlier one has reached, or at 0, and lasts some steps."""
+    folder, values = tmp_path_factory.mktemp("board"), {}
+    for resumed_step, steps in attempts:
+        resumed_step = min(resumed_step, max(values, default=0))
+        last_step = resumed_step + steps
+        attempt(folder, resumed_step, last_step)
+        values = {step: value for step, value in values.items() if step <= resumed_step}
+        values |= {step: last_step + step / 100 for step in range(resumed_step + 1, last_step + 1)}
+    accumulator = EventAccumulator(str(folder))
+    accumulator.Reload()
+    shown = [(event.step, event.value) for event in accumulator.Scalars("loss")]
+    assert shown == [(step, pytest.approx(value)) for step, value in values.items()]
+    counts = points_in_files(folder)
+    assert {step for tag, step in counts if tag == "loss"} == values.keys()
+    assert set(counts.values()) == {1}
+
+
+def test_clock_of_another_node_and_a_record_that_was_cut_short_do_no_harm(tmp_path):
+    attempt(tmp_path, 0, 5)
+    (path,) = tmp_path.iterdir()
+    path.write_bytes(path.read_bytes()[:-3])  # step 5 did not get to the disk whole
+    path.rename(tmp_path / "events.out.tfevents.9999999999.node1.1.0")  # sorts behind all that comes now
+    attempt(tmp_path, 2, 4)
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    assert sorted((event.step, event.value) for event in accumulator.Scalars("loss")) == [
+        (1, pytest.approx(5.01)), (2, pytest.approx(5.02)), (3, pytest.approx(4.03)), (4, pytest.approx(4.04))
+    ]  # fmt: skip
+
+
+def test_board_that_is_open_forgets_what_was_never_saved(tmp_path):
+    attempt(tmp_path, 0, 5)
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    attempt(tmp_path, 2, 4)
+    accumulator.Reload()
+    assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4]
