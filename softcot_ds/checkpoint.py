@@ -178,8 +178,8 @@ def save_checkpoint(
         summary: how the training went, for reports.
 
     Raises:
-        SoftCoTError: on every rank, when it cannot be written (a full disk); nothing half-written remains and the
-            older checkpoints are untouched.
+        SoftCoTError: on every rank, when it cannot be written (a full disk), or a value is not finite; nothing
+            half-written remains and the older checkpoints are untouched.
     """
     parameters = dict(engine.module.projection.named_parameters())
     weights = {name: safe_get_full_fp32_param(p).cpu().contiguous() for name, p in parameters.items()}
@@ -188,6 +188,12 @@ def save_checkpoint(
         for name, p in parameters.items()
         for moment in _MOMENTS
     }
+    if not all(value.isfinite().all() for value in (*weights.values(), *moments.values())):
+        kept = latest_checkpoint(recipe.run_dir)
+        raise SoftCoTError(
+            f"weights or moments are not finite after step {config.step}: not saved. The newest checkpoint is "
+            f"{kept.name if kept else 'none'}; lower training.learning_rate"
+        )
     trainer = {"step": config.step, "optimizer_steps": _optimizer_steps(engine), "summary": summary}
     folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
 

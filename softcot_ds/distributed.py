@@ -34,6 +34,7 @@ def init_distributed(timeout_minutes: float, cpu_only: bool = False) -> None:
     """Join the process group that a launcher describes in the environment; alone, be a group of one.
 
     Args:
+        timeout_minutes: how long an operation of the ranks waits for those that are late, until ``set_timeout``.
         cpu_only: meet over gloo also where there are GPUs, which are not touched; DeepSpeed cannot be used then.
 
     Raises:
@@ -49,6 +50,8 @@ def init_distributed(timeout_minutes: float, cpu_only: bool = False) -> None:
     if backend == "nccl":
         torch.cuda.set_device(device())
     timeout = timedelta(minutes=timeout_minutes)
+    # DeepSpeed makes groups of its own, and takes PyTorch's default for them.
+    dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     global _control_group
     try:
         if cpu_only:
@@ -59,6 +62,20 @@ def init_distributed(timeout_minutes: float, cpu_only: bool = False) -> None:
         _control_group = dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:  # no peers, no such address or interface; a variable is missing
         raise _cannot_meet(error) from error
+
+
+def set_timeout(minutes: float) -> None:
+    """How long every operation of the ranks that begins from now on waits for those that are late; all ranks call it.
+
+    Seen to be so over gloo. NCCL takes the value for its watchdog, by the same call.
+    """
+    if world_size() == 1:
+        return
+    barrier()  # a rank that is still busy with what may take longer would be given up otherwise
+    if device().type == "cuda":
+        torch.cuda.synchronize()
+    for group in dist.distributed_c10d._world.pg_map:
+        dist.distributed_c10d._set_pg_timeout(timedelta(minutes=minutes), group)
 
 
 def _cannot_meet(error: Exception) -> LostRank:

@@ -284,9 +284,10 @@ class TrainingConfig(Section):
     """Examples per forward pass of a rank, at most; gradient accumulation makes up the rest."""
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: CountOrZero = 0
-    """Steps of linear warm-up from zero."""
+    """Steps of linear warm-up; the last of them has the peak."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """From the peak to min_lr_ratio times the peak, after the warm-up."""
+    """From the peak, in the first step after the warm-up, to min_lr_ratio times the peak, in the step that would come
+    after the last."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
     betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
@@ -303,7 +304,10 @@ class TrainingConfig(Section):
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints are kept."""
     timeout_minutes: float = Field(30.0, gt=0, le=60 * 24 * 30)
-    """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long."""
+    """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long, and so may
+    validation and a checkpoint."""
+    step_timeout_minutes: float = Field(10.0, gt=0, le=60 * 24 * 30)
+    """The same within a training step, from the second on; timeout_minutes where that is shorter."""
     max_restarts: CountOrZero = 100
     """How often a SLURM job goes back into the queue: after a time limit, a preemption, a dead node or rank."""
 

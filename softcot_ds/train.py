@@ -8,7 +8,7 @@ import sys
 import time
 from collections.abc import Iterator, Sequence
 from functools import partial
-from itertools import islice
+from itertools import islice, takewhile
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from softcot_ds.distributed import (
     on_main,
     rank,
     say,
+    set_timeout,
     sum_over_ranks,
     world_size,
 )
@@ -57,16 +58,22 @@ _FREE_KEYS = (
     "training.save_every",
     "training.keep_checkpoints",
     "training.timeout_minutes",
+    "training.step_timeout_minutes",
     "training.max_restarts",
     "task.prompts",
 )
+
+
+_MAX_SKIPPED = 3
+"""Steps in a row whose gradient is not finite, upon which a run ends: the next will hardly be better."""
 
 
 def train(recipe: Recipe) -> None:
     """Train from the newest complete checkpoint of the run, or from the start, to ``training.steps``.
 
     Raises:
-        SoftCoTError: data, cache or run directory do not fit the recipe; the loss is not finite.
+        SoftCoTError: data, cache or run directory do not fit the recipe; the loss is not finite, or the gradient was
+            not in several steps in a row.
         Stopped: a signal asked for it; a checkpoint has been saved.
     """
     config = recipe.training
@@ -110,7 +117,7 @@ def train(recipe: Recipe) -> None:
     validator = Validator(engine, splits.validation, reader, experiment)
     stop = _StopRequest()
     board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
-    board.text("recipe", recipe.to_yaml(), start)
+    board.text("recipe", recipe.to_yaml(), start + 1)
     history = _History(recipe, start)
     timer = PhaseTimer(device())
     window = _Window()
@@ -132,51 +139,67 @@ def train(recipe: Recipe) -> None:
             with timer.phase("forward"):
                 loss = engine(micro) / num_labels
             with timer.phase("backward"):
-                engine.backward(loss * (world_size() * accumulation))
+                # Where the loss is not finite, this makes the gradient NaN also if it were not: so no step is taken.
+                engine.backward(loss * (world_size() * accumulation + 0 * loss.detach()))
             with timer.phase("optimizer"):
                 engine.step()
             window.add(step, batch, loss.detach(), num_tokens)
 
+        # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
+        skipped = not engine.was_step_applied()
         last = step == config.steps
         stopping = stop.agreed_signal()
-        validating = step % config.validate_every == 0 or last
         saving = step % config.save_every == 0 or last or stopping is not None
-        if step % config.log_every == 0 or step == start + 1 or validating or saving:
+        # A job that is about to be taken away has no time for more than the checkpoint.
+        validating = bool(splits.validation) and (step % config.validate_every == 0 or last) and stopping is None
+        if step % config.log_every == 0 or step == start + 1 or validating or saving or skipped:
             losses, throughput = window.read(splits.train, folder)
             history.add(losses)
-            board.scalars(_scalars(losses, throughput, learning_rate, engine, timer), step)
+            if skipped:
+                history.skipped.add(step)
+            board.scalars(_scalars(losses, throughput, learning_rate, len(history.skipped), engine, timer), step)
+            if skipped:
+                _report_skip(_name_step(step, batch, splits.train), history, folder)
             if line := progress.line(step - start):
                 say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {line}")
-        if validating and splits.validation:
-            scalars, samples = validator.run()
-            board.scalars(scalars, step)
-            board.text("samples", samples, step)
-            say(f"step {step}  validation loss {scalars['loss/validation']:.4f}")
+        if saving or validating:
+            set_timeout(config.timeout_minutes)
         if saving:
             history.write()
             summary = history.summary(engine, window.samples_per_second)
             folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file, summary)
-            board.flush()
-        if validating or saving:
-            window.restart_clock()
         if stopping is not None and not last:
             on_main(partial(Journal(recipe.run_dir).add, "stop", signal=stopping.name, step=step))
             raise Stopped(
                 f"stopped by {stopping.name} after step {step}; saved {folder}. The same command goes on from there",
                 stopping,
             )
+        if validating:
+            scalars, samples = validator.run()
+            board.scalars(scalars, step)
+            board.text("samples", samples, step)
+            say(f"step {step}  validation loss {scalars['loss/validation']:.4f}")
+        if saving or validating or step == start + 1:
+            set_timeout(min(config.step_timeout_minutes, config.timeout_minutes))
+            window.restart_clock()
 
-    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/train": summary["last_loss"]})
+    board.hyperparameters(flatten(recipe.model_dump(mode="json")), {"loss/train": summary["last_loss"]}, config.steps)
     board.close()
     say(f"loss {summary['first_loss']:.4f} to {summary['last_loss']:.4f} in {config.steps} steps; adapter: {folder}")
+    if history.skipped:
+        say(f"skipped, as their gradient was not finite: steps {', '.join(map(str, sorted(history.skipped)))}")
 
 
 def learning_rate_at(step: int, config: TrainingConfig) -> float:
-    """Learning rate of optimizer step ``step`` (from 1): linear warm-up, then the schedule down to min_lr_ratio."""
+    """Learning rate of optimizer step ``step`` (from 1); above zero in every step.
+
+    With W warm-up steps of S in all: ``step / W`` of the peak up to step W. Then the schedule, of which step n has done
+    ``(n - 1 - W) / (S - W)``: the peak at step W + 1, and min_lr_ratio of it at step S + 1, which is no more taken.
+    """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = (step - config.warmup_steps) / (config.steps - config.warmup_steps)
-    shape = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
+    done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
+    shape = {"cosine": math.cos(math.pi / 2 * done) ** 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
 
 
@@ -300,12 +323,8 @@ class _Window:
         losses = dict(zip(self._losses, totals, strict=False))
         for step, loss in losses.items():
             if not math.isfinite(loss):
-                problems = ", ".join(examples[index].problem.id for index in self._batches[step])
-                raise SoftCoTError(
-                    f"the loss is {loss} at step {step}, whose global batch holds the problems {problems}. "
-                    f"The last good checkpoint is {last_saved or 'none: it happened before the first'}; lower "
-                    "training.learning_rate, or look at these problems"
-                )
+                where = _name_step(step, self._batches[step], examples)
+                raise SoftCoTError(f"the loss is {loss} at {where}. {_remedy(last_saved)}")
         seconds = time.perf_counter() - self._began
         samples = sum(len(batch) for batch in self._batches.values())
         throughput = {
@@ -320,7 +339,12 @@ class _Window:
 
 
 def _scalars(
-    losses: dict[int, float], throughput: dict[str, float], learning_rate: float, engine: Any, timer: PhaseTimer
+    losses: dict[int, float],
+    throughput: dict[str, float],
+    learning_rate: float,
+    num_skipped: int,
+    engine: Any,
+    timer: PhaseTimer,
 ) -> dict[str, float]:
     """The points of the TensorBoard curves for the steps since the last ones."""
     norm = engine.get_global_grad_norm()
@@ -328,27 +352,69 @@ def _scalars(
         "loss/train": sum(losses.values()) / len(losses),
         "optimizer/learning_rate": learning_rate,
         "optimizer/gradient_norm": float(norm) if norm is not None else math.nan,
+        "optimizer/skipped_steps": num_skipped,
         **throughput,
         **{f"step_time_ms/{name}": 1000 * seconds / len(losses) for name, seconds in timer.read().items()},
         "memory/peak_gib": peak_memory_gib(device()),
     }
 
 
+def _name_step(step: int, batch: list[int], examples: Sequence[Example]) -> str:
+    return f"step {step}, whose global batch holds the problems {', '.join(examples[i].problem.id for i in batch)}"
+
+
+def _remedy(last_saved: Path | None) -> str:
+    return (
+        f"The last good checkpoint is {last_saved or 'none: it happened before the first'}; lower "
+        "training.learning_rate, or look at these problems"
+    )
+
+
+def _report_skip(where: str, history: "_History", last_saved: Path | None) -> None:
+    """Say that no optimizer step was taken in the step that ``where`` names.
+
+    Raises:
+        SoftCoTError: it is the last of several in a row.
+    """
+    if history.skips_in_a_row() < _MAX_SKIPPED:
+        say(f"the gradient is not finite at {where}: skipped, the weights stay as they were")
+        return
+    history.write()
+    raise SoftCoTError(
+        f"the gradient was not finite in {_MAX_SKIPPED} steps in a row, the last of them {where}. {_remedy(last_saved)}"
+    )
+
+
 class _History:
-    """The loss of every step, in ``losses.jsonl`` of the run's directory; a resumed run goes on where it was saved."""
+    """The loss of every step, in ``losses.jsonl`` of the run's directory; a resumed run goes on where it was saved.
+
+    A step that was skipped, since its gradient was not finite, has ``"skipped": true`` there.
+    """
 
     def __init__(self, recipe: Recipe, start: int) -> None:
         self._path = recipe.run_dir / "losses.jsonl"
         self._losses: dict[int, float] = {}
+        self.skipped: set[int] = set()
+        """Steps whose gradient was not finite."""
         if start and self._path.exists():
-            records = (json.loads(line) for line in self._path.read_text().splitlines())
-            self._losses = {record["step"]: record["loss"] for record in records if record["step"] <= start}
+            for record in map(json.loads, self._path.read_text().splitlines()):
+                if record["step"] <= start:
+                    self._losses[record["step"]] = record["loss"]
+                    self.skipped |= {record["step"]} if record.get("skipped") else set()
 
     def add(self, losses: dict[int, float]) -> None:
         self._losses |= losses
 
+    def skips_in_a_row(self) -> int:
+        """How many of the newest steps were skipped."""
+        return sum(1 for _ in takewhile(self.skipped.__contains__, range(max(self._losses), 0, -1)))
+
     def write(self) -> None:
-        lines = "".join(json.dumps({"step": step, "loss": loss}) + "\n" for step, loss in self._losses.items())
+        """Raises SoftCoTError when the disk is full."""
+        lines = "".join(
+            json.dumps({"step": step, "loss": loss} | ({"skipped": True} if step in self.skipped else {})) + "\n"
+            for step, loss in self._losses.items()
+        )
         on_main(lambda: write_atomically(self._path, lines))
 
     def summary(self, engine: Any, samples_per_second: float) -> dict[str, Any]:
