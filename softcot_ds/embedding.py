@@ -30,6 +30,11 @@ def whole_embedding(embedding: nn.Module) -> Iterator[Callable[[torch.Tensor], t
         yield embedding.forward  # without the hooks, which would let the weights go after each call
 
 
+def device_of(embedding: nn.Module) -> torch.device:
+    """Where token ids must be for this module."""
+    return next(embedding.parameters()).device
+
+
 @torch.no_grad()
 def table_scale(embedding: nn.Module) -> float | None:
     """The number, mostly 1, that the module multiplies its table's rows with; None where it does anything else.

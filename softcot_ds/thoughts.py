@@ -17,6 +17,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softcot_ds.backbone import context_length
+from softcot_ds.embedding import device_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantInput
 
@@ -57,7 +58,7 @@ class SharedPrefix:
         # States of other kinds (linear attention, convolutions) cannot be given to a whole batch: read the prefix anew.
         if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
             return NO_PREFIX
-        ids = torch.tensor([first[:length]], device=assistant.get_input_embeddings().weight.device)
+        ids = torch.tensor([first[:length]], device=device_of(assistant.get_input_embeddings()))
         decoder(input_ids=ids, past_key_values=cache, use_cache=True)
         if not cache.layers or any(layer.keys is None for layer in cache.layers):  # it keeps nothing, or somewhere else
             return NO_PREFIX
@@ -107,7 +108,7 @@ def compute_thoughts(
         SoftCoTError: an input is longer than the assistant's context.
     """
     check_length(max(item.positions[-1] + 1 for item in inputs), assistant)
-    device = assistant.get_input_embeddings().weight.device
+    device = device_of(assistant.get_input_embeddings())
     skip = len(prefix.ids)
     # Nothing after the last placeholder reaches it. On the right, padding reaches nothing either, so that no mask is
     # needed and every row has the same positions.

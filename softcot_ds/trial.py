@@ -1,8 +1,8 @@
 """Whether a model does what training and thoughts take for granted, tried on its loaded weights before work starts.
 
-Two short rows of unequal length go through the very code that the work will run, and must come out as each row alone,
-given to the model as plain token ids. So no list of families says which models fit: one that ignores masks, needs ids
-beside embeddings or looks ahead shows it here, and one that takes other arguments or returns something else fails here.
+Two short rows of unequal length go through the very code that the work will run, and must come out as each row alone;
+embeddings of tokens must do what the tokens' ids do. So no list of families says which models fit: one that ignores
+masks, needs ids beside embeddings or looks ahead shows it here, one that takes or returns something else fails here.
 
 N tokens, S tokens of a row, T thoughts, D base width, V vocabulary.
 """
@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from softcot_ds.backbone import width
 from softcot_ds.data import pad
 from softcot_ds.distributed import from_all_ranks, lost_rank
+from softcot_ds.embedding import device_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix
 from softcot_ds.loss import cross_entropy
@@ -76,36 +77,42 @@ def _reason(trial: Callable[[], str | None]) -> str | None:
 
 def _try_base(model: PreTrainedModel) -> str | None:
     rows = _rows(model)
+    ids = _tensor(rows[0], model)[None]
     with torch.no_grad():
-        alone = [model(input_ids=_tensor(row, model)[None], use_cache=False).logits[0] for row in rows]
-        embedded = model.get_input_embeddings()(_tensor(rows[0], model)[None])
-    if embedded.shape[-1] != width(model.config):
-        return f"its embeddings are {embedded.shape[-1]} wide where its configuration says {width(model.config)}"
+        embedded = [model.get_input_embeddings()(_tensor(row, model)[None]) for row in rows]
+        if embedded[0].shape[-1] != width(model.config):
+            return f"its embeddings are {embedded[0].shape[-1]} wide where its configuration says {width(model.config)}"
+        said = _logits(model, input_ids=ids)
+        if _differ(model, _logits(model, inputs_embeds=embedded[0]), said):
+            if _differ(model, _logits(model, input_ids=ids), said):
+                return "it does not give the same twice for the same tokens"
+            return "it needs token ids beside embeddings, and thoughts are embeddings alone"
+        alone = []
+        for embeds, (prefix, _) in zip(embedded, _LENGTHS, strict=True):
+            _put_thoughts(embeds, prefix)
+            alone.append(_logits(model, inputs_embeds=embeds)[prefix:])
     logits, gradient = _full(model, rows)
-    truth = torch.cat([part[prefix:] for part, (prefix, _) in zip(alone, _LENGTHS, strict=True)])
-    if _differ(model, logits, truth):
-        return _why_rows_differ(model, rows[0], embedded, alone[0])
+    if _differ(model, logits, torch.cat(alone)):
+        half = len(rows[0]) // 2
+        with torch.no_grad():
+            part = _logits(model, input_ids=ids[:, :half])
+        if _differ(model, part, said[:half]):
+            return "it is not causal: what comes later changes what it makes of earlier tokens"
+        return "rows in a batch come out other than each row alone"
     if not gradient.isfinite().all() or not gradient.any():
         return "no gradient reaches the thoughts"
     return None
 
 
-@torch.no_grad()
-def _why_rows_differ(model: PreTrainedModel, row: list[int], embedded: torch.Tensor, alone: torch.Tensor) -> str:
-    """The reason, for a base whose rows of embeddings in a batch are not what each row of token ids is alone."""
-    ids = _tensor(row, model)[None]
+def _logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """(S, V) of one row."""
+    return model(**inputs, use_cache=False).logits[0]
 
-    def logits(**inputs: torch.Tensor) -> torch.Tensor:
-        return model(**inputs, use_cache=False).logits[0]
 
-    if _differ(model, logits(input_ids=ids), alone):
-        return "it does not give the same twice for the same tokens"
-    if _differ(model, logits(inputs_embeds=embedded), alone):
-        return "it needs token ids beside embeddings, and thoughts are embeddings alone"
-    half = len(row) // 2
-    if _differ(model, logits(input_ids=ids[:, :half]), alone[:half]):
-        return "it is not causal: what comes later changes what it makes of earlier tokens"
-    return "rows in a batch come out other than each row alone"
+def _put_thoughts(embeds: torch.Tensor, first: int) -> None:
+    """Put what is no token's embedding, but of their size, in the place of some (., S, D) from ``first`` on."""
+    tokens, next_ones = (embeds[:, start : start + _THOUGHTS].clone() for start in (first, first + 1))
+    embeds[:, first : first + _THOUGHTS] = (tokens - next_ones) / 2**0.5
 
 
 def _try_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
@@ -141,24 +148,22 @@ def _full(model: PreTrainedModel, rows: list[list[int]]) -> tuple[torch.Tensor, 
 def _with_gradient(
     model: PreTrainedModel, rows: list[list[int]], num_shared: int, run: Callable[..., torch.Tensor]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Logits (N, V) from the first thought of each row on, and a gradient (2 T, D) with respect to the thoughts.
-
-    Token embeddings stand for the thoughts, so that the same can be given to the model as token ids.
-    """
+    """Logits (N, V) from the first thought of each row on, and a gradient (2 T, D) with respect to the thoughts."""
     parts = [(row[num_shared:prefix], row[prefix:]) for row, (prefix, _) in zip(rows, _LENGTHS, strict=True)]
     prefix_ids, prefix_mask = pad([before for before, _ in parts], rows[0][0], side="left")
     rest_ids, rest_mask = pad([rest for _, rest in parts], rows[0][0], side="right")
-    device = model.get_input_embeddings().weight.device
+    device = device_of(model.get_input_embeddings())
     prefix_mask, rest_mask, rest_ids = prefix_mask.to(device), rest_mask.to(device), rest_ids.to(device)
+    first = prefix_mask.shape[1]
     with torch.no_grad():
         embeds = model.get_input_embeddings()(torch.cat([prefix_ids.to(device), rest_ids], dim=1))
+        _put_thoughts(embeds, first)
     with torch.enable_grad():
         embeds = embeds.detach().requires_grad_()
         logits = run(embeds, prefix_mask, rest_mask[:, _THOUGHTS:], rest_mask.flatten().nonzero()[:, 0])
         loss = cross_entropy(logits, rest_ids[rest_mask])
         # Not backward(): DeepSpeed would take what the engine's parameters get for a part of the first step.
         (gradient,) = torch.autograd.grad(loss, [embeds])
-    first = prefix_mask.shape[1]
     return logits.detach(), gradient[:, first : first + _THOUGHTS].flatten(0, 1)
 
 
@@ -195,7 +200,7 @@ def _rows(model: PreTrainedModel) -> list[list[int]]:
 
 
 def _tensor(ids: list[int], model: PreTrainedModel) -> torch.Tensor:
-    return torch.tensor(ids, device=model.get_input_embeddings().weight.device)
+    return torch.tensor(ids, device=device_of(model.get_input_embeddings()))
 
 
 def _differ(model: PreTrainedModel, found: torch.Tensor, truth: torch.Tensor, passes: int = 1) -> bool:

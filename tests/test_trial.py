@@ -19,6 +19,7 @@ from softcot_ds.trial import check_model, why_not_fast, why_unsuitable
 FAST = (
     *("llama", "qwen2-sliding", "qwen3", "mistral", "mixtral", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3"),
     *("granite", "olmo3", "smollm3", "cohere2", "deepseek_v3", "gpt_oss", "opt", "biogpt", "xglm"),
+    "gemma4_text-plain",
 )
 FULL = (
     *("gpt2", "gpt_neox", "bloom", "falcon", "falcon-alibi", "gptj", "llama4_text", "mamba", "jamba", "bamba", "lfm2"),
@@ -191,6 +192,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(make, base, assistant):
     ("family", "role", "reason"),
     [
         ("gemma3n_text", "base", "it needs token ids beside embeddings"),
+        ("gemma4_text", "base", "without providing `input_ids`"),
         ("opt-projected", "base", "its embeddings are 16 wide where its configuration says 32"),
         ("opt-projected", "assistant", "its states are 16 wide where its configuration says 32"),
     ],

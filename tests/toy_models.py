@@ -13,7 +13,7 @@ LAYERS, WIDTH, VOCABULARY = 3, 32, 96
 
 _SMALL = (
     dict.fromkeys(("hidden_size", "d_model", "n_embd", "word_embed_proj_dim"), WIDTH)
-    | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers"), LAYERS)
+    | dict.fromkeys(("num_hidden_layers", "n_layer", "n_layers", "num_layers", "decoder_layers"), LAYERS)
     | dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"), 48)
     | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_experts", "num_local_experts"), 4)
     | dict.fromkeys(("n_routed_experts", "mamba_dt_rank"), 4)
@@ -35,6 +35,16 @@ _VISION = {
     "image_size": 28,
     "patch_size": 14,
 }
+_GEMMA4 = {
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "global_head_dim": 16,
+    "vocab_size_per_layer_input": VOCABULARY,
+    "num_kv_shared_layers": 0,
+    "sliding_window": 5,
+    "layer_types": ["sliding_attention", "full_attention", "full_attention"],
+}
 _SWA = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -52,12 +62,19 @@ VARIANTS: dict[str, dict[str, Any]] = {
         "activation_sparsity_pattern": [0.0] * 4,
         "layer_types": ["sliding_attention", "full_attention"] * 2,
     },
+    "gemma4_text": {"hidden_size_per_layer_input": 8, **_GEMMA4},
+    "gemma4_text-plain": {"hidden_size_per_layer_input": 0, **_GEMMA4},
+    "gpt_neo": {"attention_types": [[["global", "local", "global"], 1]]},
     "gpt_oss": _SWA,
     "granite": {"embedding_multiplier": 3.0, "logits_scaling": 4.0, "residual_multiplier": 0.5},
     "codegen": {"rotary_dim": 4},
     "gptj": {"rotary_dim": 4},
     "jamba": {"attn_layer_period": 2, "attn_layer_offset": 1, "use_mamba_kernels": False},
     "bamba": {"attn_layer_indices": [1]},
+    "falcon_h1": {"mamba_d_ssm": 64, "mamba_n_heads": 8, "mamba_d_head": 8},
+    "lfm2_moe": {"layer_types": ["conv", "full_attention", "conv"]},
+    "mamba2": {"num_heads": 8, "head_dim": 8, "expand": 2, "n_groups": 1, "chunk_size": 16},
+    "nemotron": {"head_dim": 8, "num_key_value_heads": 2},
     "lfm2": {"layer_types": ["conv", "full_attention", "conv"]},
     "minimax": {"layer_types": ["linear_attention", "full_attention", "linear_attention"]},
     "olmo3": _SWA,
@@ -78,8 +95,7 @@ def make_config(name: str) -> PreTrainedConfig:
     family = name if name in CONFIG_MAPPING else name.partition("-")[0]
     kind = CONFIG_MAPPING[family]
     default = kind()
-    settings = {key: value for key, value in _SMALL.items() if getattr(default, key, None) is not None}
-    settings = {key: value for key, value in settings.items() if not _is_read_only(kind, key)}
+    settings = {key: value for key, value in _SMALL.items() if _has(default, key) and not _is_read_only(kind, key)}
     for key in ("layer_types", "mlp_layer_types"):
         kinds = list(dict.fromkeys(getattr(default, key, None) or ()))
         if kinds and not _is_read_only(kind, key):
@@ -88,6 +104,13 @@ def make_config(name: str) -> PreTrainedConfig:
     if "num_key_value_heads" in settings and (heads_are_keys or "kv_lora_rank" in settings):
         settings["num_key_value_heads"] = 4
     return kind(**(settings | VARIANTS.get(name, {})))
+
+
+def _has(config: PreTrainedConfig, key: str) -> bool:
+    try:
+        return getattr(config, key, None) is not None
+    except RuntimeError:  # what varies from layer to layer cannot be asked of the whole
+        return False
 
 
 def _is_read_only(kind: type, key: str) -> bool:

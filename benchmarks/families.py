@@ -1,0 +1,124 @@
+"""Which of transformers' causal families can be the base and the assistant, and by which step: each is tried as a toy.
+
+    python benchmarks/families.py [--out benchmarks/results/families.json] [family ...]
+
+A toy has the family's own code, random weights and a few layers (tests/toy_models.py). The trials say of it what they
+say of a real model before work starts, and what they call fit is held against examples run alone, in float32. A family
+that cannot be made small from its settings' names, or takes too long, stands as not tried.
+"""
+
+import argparse
+import copy
+import logging
+import signal
+import sys
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+import torch
+import transformers
+from environment import describe, write_result
+from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
+
+from softcot_ds.decoding import try_decoding
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
+from softcot_ds.projection import LinearProjection
+from softcot_ds.step import SoftCoT
+from softcot_ds.trial import why_not_fast, why_unsuitable
+
+ROOT = Path(__file__).parent.parent
+sys.path.insert(0, str(ROOT / "tests"))
+from test_step import UNEVEN, P, draw_examples, loss_and_gradient, true_loss_and_gradient  # noqa: E402
+from toy_models import VARIANTS, make_toy  # noqa: E402
+
+SECONDS = 60
+"""What a family may take."""
+
+
+class TooLong(Exception):
+    pass
+
+
+def look_at(family: str) -> dict[str, Any]:
+    """One row: the step (fast, full, refused, not tried), the assistant, decoding, each with its reason, and errors."""
+    try:
+        model = make_toy(family)
+    except TooLong:
+        raise
+    except Exception as error:
+        return {"family": family, "step": "not tried", "reason": first_line(error)}
+    row = {"family": family, "class": type(model).__name__, "attention": model.config._attn_implementation}
+    reason = why_unsuitable(model, "base")
+    if reason is not None:
+        row |= {"step": "refused", "reason": reason}
+    else:
+        reason = why_unsupported(model)
+        if reason is None:
+            prefixed = FrozenPrefix(model)
+            reason = why_not_fast(model, prefixed)
+            prefixed.remove()
+        row |= {"step": "fast"} if reason is None else {"step": "full", "reason": reason}
+        row |= errors(family, row["step"])
+    reason = why_unsuitable(model, "assistant")
+    row |= {"assistant": "fit"} if reason is None else {"assistant": "refused", "assistant_reason": reason}
+    try:
+        row["decoding"] = "in batches" if try_decoding(make_toy(family)) else "one by one"
+    except SoftCoTError as error:
+        row |= {"decoding": "refused", "decoding_reason": str(error)}
+    return row
+
+
+def errors(family: str, kind: str) -> dict[str, float]:
+    """Relative errors of a step's loss and gradient on uneven examples against each run alone."""
+    model = make_toy(family)
+    width = model.get_input_embeddings()(torch.tensor([[3]])).shape[-1]
+    torch.manual_seed(6)
+    projection = LinearProjection(P, width)
+    examples = draw_examples(UNEVEN, thoughts=3, shared=6)
+    truth = true_loss_and_gradient(model, copy.deepcopy(projection), examples, torch.float32)
+    step = SoftCoT(make_toy(family), projection, step=kind, shared_ids=examples[0][0][:6])
+    loss, gradient = loss_and_gradient(step, examples, torch.float32)
+    return {
+        "loss_error": abs(loss - truth[0]) / abs(truth[0]),
+        "gradient_error": float((gradient.double() - truth[1]).norm() / truth[1].norm()),
+    }
+
+
+def first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("families", nargs="*", help="some of them; without any, all")
+    parser.add_argument("--out", type=Path)
+    args = parser.parse_args()
+    warnings.simplefilter("ignore")
+    transformers.logging.set_verbosity_error()
+    logging.disable(logging.WARNING)
+    everything = dict.fromkeys([*MODEL_FOR_CAUSAL_LM_MAPPING_NAMES, *VARIANTS])  # each once
+
+    def stop(*_: object) -> None:
+        raise TooLong
+
+    signal.signal(signal.SIGALRM, stop)
+    rows = []
+    for family in args.families or everything:
+        signal.alarm(SECONDS)
+        try:
+            row = look_at(family)
+        except TooLong:
+            row = {"family": family, "step": "not tried", "reason": f"takes more than {SECONDS} s"}
+        finally:
+            signal.alarm(0)
+        rows.append(row)
+        print(*(f"{value:.0e}" if isinstance(value, float) else value for value in row.values()), sep=" | ", flush=True)
+    counts = Counter(row["step"] for row in rows)
+    write_result({"environment": describe(), "counts": dict(counts), "families": rows}, args.out)
+
+
+if __name__ == "__main__":
+    main()
