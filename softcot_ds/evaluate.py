@@ -180,7 +180,9 @@ class _Inputs:
         return _Thoughts(lambda indices: mean().expand(len(indices), -1, -1), made_from, need_states=True)
 
     def _projection_of(self, whose: Sequence[int]) -> Record:
-        """What decides the projected thoughts of these problems, in this order."""
+        """What decides the projected thoughts of these problems, in this order. Not whether the states are read from a
+        cache or computed now: by that, too, at most rounding differs.
+        """
         assistant = self._recipe.assistant
         inputs = [self._examples[index].assistant for index in whose]
         return {

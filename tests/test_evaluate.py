@@ -296,6 +296,7 @@ def edit(path, old, new):
             id="one more token that ends an answer",
         ),
         pytest.param(CONDITIONS, ["base.dtype=bfloat16"], None, id="dtype"),
+        pytest.param(CONDITIONS, ["base.attention=eager"], None, id="attention"),
         pytest.param(CONDITIONS, ["evaluation.max_new_tokens=9"], None, id="length"),
         pytest.param(CONDITIONS | WORDS, ["evaluation.batch_size=4"], None, id="batch size"),
         pytest.param(CONDITIONS | WORDS, ["evaluation.temperature=1"], None, id="temperature"),
@@ -321,8 +322,9 @@ def test_what_decides_an_output_is_compared_by_content(
     references = {json.loads(line)["answer"].split()[-1] for line in (folder / "test.jsonl").read_text().splitlines()}
     newest = max(recipe.run_dir.glob("evaluation/*/zero.jsonl"), key=lambda path: path.stat().st_mtime_ns)
     assert {json.loads(line)["reference"] for line in newest.read_text().splitlines()} <= references
-    old = {path.name for path in first_evaluation.glob("demo/evaluation/*")}
-    assert old <= {path.name for path in recipe.run_dir.glob("evaluation/*")}
+    for path in first_evaluation.glob("demo/evaluation/*/*.jsonl"):
+        kept = recipe.run_dir / path.relative_to(first_evaluation / "demo")
+        assert kept.read_bytes() == path.read_bytes()
 
 
 SETTINGS = {"max_new_tokens": 5, "batch_size": 2, "prompts": "some"}
@@ -706,11 +708,15 @@ def test_a_recipe_means_its_newest_checkpoint_and_the_wording_it_was_trained_wit
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("partition", ["none", "zero3"])
-def test_two_ranks_write_the_outputs_of_one(recipe, adapter, partition):
+@pytest.mark.parametrize(
+    ("partition", "temperature", "conditions"),
+    [("none", 0.7, ["learned", "shuffled", "mean", "zero", "none", "text"]), ("zero3", 0, ["learned", "none", "text"])],
+)
+def test_two_ranks_write_the_outputs_of_one(recipe, adapter, partition, temperature, conditions):
+    chosen = {"temperature": temperature, "conditions": conditions}
+    recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=chosen)})
     evaluate(recipe, adapter)
     name = f"two-{partition}"
-    conditions = ["learned", "none", "text"] if partition == "zero3" else recipe.evaluation.conditions
     run(
         deepspeed_command(
             2,
@@ -718,6 +724,7 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, partition):
             adapter,
             f"name={name}",
             f"evaluation.partition={partition}",
+            f"evaluation.temperature={temperature}",
             f"evaluation.conditions=[{','.join(conditions)}]",
         )
     )
