@@ -460,6 +460,12 @@ def test_shuffled_takes_the_thoughts_of_a_question_that_is_another_to_the_assist
     assert all(kinds[other] != kind for other, kind in zip(taken, kinds, strict=True))
 
 
+def of_another_base(path):
+    values = json.loads(path.read_text())
+    values["base"]["fingerprint"] = "0" * 64
+    path.write_text(json.dumps(values))
+
+
 def forbid_models(monkeypatch):
     for module in (evaluate_module, thought_reader):
         monkeypatch.setattr(module, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
@@ -483,6 +489,11 @@ def forbid_models(monkeypatch):
             [],
             lambda f: (f / "static/projection.safetensors").write_bytes(b"x" * 99),
             "static/proj.*: damaged or no proj",
+        ),
+        (
+            [],
+            lambda f: of_another_base(f / "static/adapter.json"),
+            "evaluation.static_adapter: .* base .* holds other weig",
         ),
         (
             [],
@@ -548,6 +559,14 @@ def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evalu
     assert len(before) == len(CONDITIONS)
 
 
+def test_states_that_are_computed_for_want_of_a_cache_are_as_precise_as_its_own(tmp_path):
+    for dtype in ("bfloat16", "float32"):
+        recipe = make_recipe(tmp_path, "thoughts.source=cache", f"cache.path={tmp_path}/none", f"cache.dtype={dtype}")
+        experiment = Experiment(recipe)
+        states = thought_reader.read_all_thoughts(experiment, experiment.splits.test)
+        assert str(states.dtype) == f"torch.{thought_reader.states_dtype(recipe)}" == f"torch.{dtype}"
+
+
 def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monkeypatch):
     loads = []
     load = thought_reader.load_frozen
@@ -587,6 +606,7 @@ def test_a_base_that_training_does_not_partition_may_be_partitioned_for_decoding
 
 def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):
     folder = shutil.copytree(first_evaluation, tmp_path / "copy")
+    (folder / "assistant/model.safetensors").unlink()  # which they do not need
     recipe = recipe_in(folder, "projection.kind=static", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
     report = evaluate(recipe, folder / "static")
     assert scribe.num_prompts == report["num_problems"]
@@ -621,11 +641,20 @@ def test_the_runs_report_is_replaced_by_one_that_says_as_much(changes, stays):
     assert "; ".join(what_it_says_more(REPORT, REPORT | changes)) == stays
 
 
-@pytest.mark.parametrize(
-    "old", [None, [], "x", 3, {}, {"conditions": 3}, {"conditions": {}, "step": "x", "num_problems": None}]
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
+    lambda inner: (
+        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*REPORT, "learned"]), inner, max_size=4)
+    ),
+    max_leaves=8,
 )
-def test_what_is_no_report_is_replaced(old):
-    assert what_it_says_more(old, REPORT) == []
+
+
+@given(VALUES)
+def test_what_is_no_report_is_replaced_and_ends_nothing(old):
+    more = what_it_says_more(old, REPORT)
+    if not isinstance(old, dict) or not isinstance(old.get("conditions"), dict):
+        assert more == []
 
 
 def test_a_check_on_few_problems_has_a_report_of_its_own(first_evaluation, tmp_path, scribe, capsys):

@@ -12,6 +12,7 @@ from launch import ROOT
 from softcot_ds import evaluate as evaluate_module
 from softcot_ds import generate as generate_module
 from softcot_ds.backbone import load_frozen
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main
 from softcot_ds.recipe import load_recipe, resolve_location
@@ -106,3 +107,23 @@ def test_an_answer_ends_where_the_context_does(folder, loaded, capsys):
     question = "tom has 23 coins . " * 80
     assert main([str(folder / "adapter"), "evaluation.max_new_tokens=100000", "--question", question]) == 0
     assert "the end of the context)" in capsys.readouterr().err
+
+
+def test_a_prompt_that_fills_the_context_leaves_no_room(folder, monkeypatch):
+    experiment = Experiment(load_recipe(folder / "adapter/recipe.yaml"))
+    prompt = experiment.base_prompts.with_thoughts("tom has 2 coins .")
+    length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + 4
+    monkeypatch.setattr(generate_module, "context_length", lambda config: length + 1)
+    assert generate_module._Input.of("tom has 2 coins .", experiment, True, False).prompt == prompt
+    monkeypatch.setattr(generate_module, "context_length", lambda config: length)
+    with pytest.raises(SoftCoTError, match=f"makes {length} tokens, which leaves no room"):
+        generate_module._Input.of("tom has 2 coins .", experiment, True, False)
+
+
+def test_sampled_answers_are_repeated_by_the_seed(folder, capsys):
+    answers = []
+    for seed in (7, 7, 2**64 - 1):
+        arguments = [f"seed={seed}", "evaluation.temperature=2", "--question", "tom has 2 coins ."]
+        assert main([str(folder / "adapter"), *arguments]) == 0
+        answers.append(capsys.readouterr().out)
+    assert answers[0] == answers[1] != answers[2]
