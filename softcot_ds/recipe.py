@@ -353,6 +353,13 @@ class EvaluationConfig(Section):
             raise ValueError(f"{', '.join(repeated)} stands there more than once; each is decoded once")
         return value
 
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_divides(cls, value: float) -> float:
+        if 0 < value < 1e-4:
+            raise ValueError(f"{value} is too small: logits are divided by it; write 0, which decodes greedily")
+        return value
+
     @field_validator("static_adapter")
     @classmethod
     def _static_has_an_adapter(cls, value: Path | None, info: ValidationInfo) -> Path | None:

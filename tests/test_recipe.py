@@ -193,6 +193,7 @@ def test_all_mistakes_are_reported_together(write):
             "training.warmup_steps: 5 steps of warm-up do not fit into t",
         ),
         (["training.micro_batch_size=33"], "training.micro_batch_size: 33 is more than training.global_batch_size=32"),
+        (["evaluation.temperature=1e-300"], "evaluation.temperature: 1e-300 is too small: logits are divided by it"),
         (["evaluation.conditions=[]"], "evaluation.conditions: empty; name what is to stand in for the thoughts"),
         (["evaluation.conditions=[none,zero,none]"], "evaluation.conditions: none stands there more than once"),
         ([f"seed={2**64}"], f"seed: input should be less than or equal to {2**64 - 1}, found {2**64}"),
