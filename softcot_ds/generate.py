@@ -21,6 +21,7 @@ from softcot_ds.projection import LinearProjection, StaticThoughts
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.trial import check_model
 
 
 def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoughts: bool = True) -> None:
@@ -43,6 +44,8 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
     if first is None:
         raise SoftCoTError("no question on standard input; write one per line, or name it with --question")
     assistant = load_frozen(recipe.assistant, "none", device()) if reads else None
+    if assistant is not None:
+        check_model(assistant, "assistant", recipe.assistant.model)
     base = load_frozen(recipe.base, "none", device())
     try_decoding(base)
     limit = recipe.evaluation.max_new_tokens
