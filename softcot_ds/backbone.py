@@ -79,8 +79,21 @@ def generation_stop_ids(config: ModelConfig) -> list[int]:
 
 
 def width(config: PreTrainedConfig) -> int:
-    """Width of the hidden states and the token embeddings."""
-    return config.get_text_config().hidden_size
+    """Width of the token embeddings and the last hidden states.
+
+    Asked of the model, built without weights: what a configuration calls ``hidden_size`` is for some (OPT-350m) the
+    width between the two.
+
+    Raises:
+        SoftCoTError: it is no configuration of a causal language model.
+    """
+    try:
+        with torch.device("meta"):
+            model = AutoModelForCausalLM.from_config(config)
+    except (ValueError, ImportError) as error:
+        reason = str(error).strip().splitlines()[0].partition(". ")[0]
+        raise SoftCoTError(f"model type {config.model_type!r} is no causal language model here: {reason}") from error
+    return model.get_input_embeddings().weight.shape[1]
 
 
 def context_length(config: PreTrainedConfig) -> int:

@@ -80,14 +80,13 @@ def build_projection(
     recipe: Recipe, experiment: Experiment, base: PreTrainedModel
 ) -> LinearProjection | StaticThoughts:
     """A new projection in float32, initialized from the recipe's seed: the same on every rank."""
+    widths = width(experiment.assistant_config), width(experiment.base_config)
     generator_state = torch.get_rng_state()
     torch.manual_seed(recipe.seed)
     if recipe.projection.kind == "static":
         projection = StaticThoughts(_random_token_embeddings(base, recipe.thoughts.count))
     else:
-        projection = LinearProjection(
-            width(experiment.assistant_config), width(experiment.base_config), recipe.projection.init_scale
-        )
+        projection = LinearProjection(*widths, recipe.projection.init_scale)
     torch.set_rng_state(generator_state)
     return projection
 

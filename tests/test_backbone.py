@@ -7,10 +7,10 @@ import pytest
 import torch
 from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
-from toy_models import make_toy
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from toy_models import make_config, make_toy
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig
 
-from softcot_ds.backbone import load_frozen, load_tokenizer, weights_fingerprint
+from softcot_ds.backbone import load_frozen, load_tokenizer, weights_fingerprint, width
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import ModelConfig, resolve_location
 
@@ -93,6 +93,12 @@ def test_attention_that_a_family_or_this_machine_lacks_is_named_with_the_setting
         assert message.endswith("Set attention: eager for it in the recipe (base.attention or assistant.attention)")
         assert "\n" not in message
         load_frozen(config.model_copy(update={"attention": "eager"}), "none", torch.device("cpu"))
+
+
+def test_the_width_is_that_of_the_embeddings_wherever_a_family_writes_it():
+    assert [width(make_config(name)) for name in ("llama", "gemma3", "opt", "opt-projected")] == [32, 32, 32, 16]
+    with pytest.raises(SoftCoTError, match="model type 'clip' is no causal language model here: Unrecognized"):
+        width(CLIPConfig())
 
 
 def test_loaded_model_is_frozen_and_in_its_dtype(base_copy):

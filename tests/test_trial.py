@@ -8,6 +8,7 @@ from test_step import UNEVEN, P, check, draw_examples, loss_and_gradient, true_l
 from torch import nn
 from toy_models import WIDTH, make_toy
 
+from softcot_ds.backbone import width
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.projection import LinearProjection
@@ -19,7 +20,7 @@ from softcot_ds.trial import check_model, why_not_fast, why_unsuitable
 FAST = (
     *("llama", "qwen2-sliding", "qwen3", "mistral", "mixtral", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3"),
     *("granite", "olmo3", "smollm3", "cohere2", "deepseek_v3", "gpt_oss", "opt", "biogpt", "xglm"),
-    "gemma4_text-plain",
+    *("gemma4_text-plain", "opt-projected"),
 )
 FULL = (
     *("gpt2", "gpt_neox", "bloom", "falcon", "falcon-alibi", "gptj", "llama4_text", "mamba", "jamba", "bamba", "lfm2"),
@@ -36,9 +37,9 @@ def why_no_fast_step(model) -> str | None:
     return reason
 
 
-def make_projection() -> LinearProjection:
+def make_projection(base_width: int) -> LinearProjection:
     torch.manual_seed(6)
-    return LinearProjection(P, WIDTH)
+    return LinearProjection(P, base_width)
 
 
 @pytest.mark.filterwarnings("ignore:.*runs the full step")
@@ -49,12 +50,12 @@ def test_what_is_called_fit_gives_what_examples_alone_give(family):
     fast = why_no_fast_step(model) is None
     assert fast == (family in FAST)
 
-    examples = draw_examples(UNEVEN, thoughts=3, shared=6)
+    examples, base_width = draw_examples(UNEVEN, thoughts=3, shared=6), width(model.config)
     try:
-        truth = true_loss_and_gradient(make_toy(family), make_projection(), examples)
+        truth = true_loss_and_gradient(make_toy(family), make_projection(base_width), examples)
     except RuntimeError:  # some parts (experts, a mask) know no float64
-        truth = true_loss_and_gradient(make_toy(family), make_projection(), examples, torch.float32)
-    step = SoftCoT(model, make_projection(), step="fast" if fast else "full", shared_ids=examples[0][0][:6])
+        truth = true_loss_and_gradient(make_toy(family), make_projection(base_width), examples, torch.float32)
+    step = SoftCoT(model, make_projection(base_width), step="fast" if fast else "full", shared_ids=examples[0][0][:6])
     assert step.num_shared == (6 if fast else 0)
     check(loss_and_gradient(step, examples, torch.float32), truth, 3e-6, 1e-4)
 
@@ -193,8 +194,7 @@ def test_what_does_not_fit_is_refused_with_the_reason(make, base, assistant):
     [
         ("gemma3n_text", "base", "it needs token ids beside embeddings"),
         ("gemma4_text", "base", "without providing `input_ids`"),
-        ("opt-projected", "base", "its embeddings are 16 wide where its configuration says 32"),
-        ("opt-projected", "assistant", "its states are 16 wide where its configuration says 32"),
+        ("electra", "assistant", "its states are 32 wide, and its token embeddings 128"),
     ],
 )
 def test_families_that_do_not_fit_are_refused_with_the_reason(family, role, reason):
@@ -237,8 +237,8 @@ def test_the_full_step_after_a_refused_fast_one_gives_what_examples_alone_give()
     models = [make_toy("llama") for _ in range(2)]
     for model in models:
         counts_from_its_own_start(model)
-    truth = true_loss_and_gradient(models[0], make_projection(), examples, torch.float32)
-    step = SoftCoT(models[1], make_projection(), shared_ids=examples[0][0][:6], activation_checkpointing=True)
+    truth = true_loss_and_gradient(models[0], make_projection(WIDTH), examples, torch.float32)
+    step = SoftCoT(models[1], make_projection(WIDTH), shared_ids=examples[0][0][:6], activation_checkpointing=True)
     assert step.num_shared == 6
     with pytest.warns(UserWarning, match="LlamaForCausalLM runs the full step: for a test"):
         step.use_full_step("for a test")
