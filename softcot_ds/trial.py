@@ -104,7 +104,8 @@ def _try_base(model: PreTrainedModel) -> str | None:
 
 def _logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
     """(S, V) of one row."""
-    return model(**inputs, use_cache=False).logits[0]
+    copies = {name: value.clone() for name, value in inputs.items()}  # some families scale what they are given in place
+    return model(**copies, use_cache=False).logits[0]
 
 
 def _put_thoughts(embeds: torch.Tensor, first: int) -> None:

@@ -108,9 +108,10 @@ def make_config(name: str) -> PreTrainedConfig:
 
 def _has(config: PreTrainedConfig, key: str) -> bool:
     try:
-        return getattr(config, key, None) is not None
-    except RuntimeError:  # what varies from layer to layer cannot be asked of the whole
+        unset = getattr(config, key) is None
+    except (AttributeError, RuntimeError):  # what varies from layer to layer cannot be asked of the whole
         return False
+    return not (unset and key in ("num_key_value_heads", "sliding_window"))  # where None means: as many, or none
 
 
 def _is_read_only(kind: type, key: str) -> bool:
