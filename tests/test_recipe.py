@@ -1,13 +1,18 @@
 """A recipe says everything, and every mistake in it is told at once."""
 
+import contextlib
+import copy
 import json
 from pathlib import Path
 
 import pytest
 import yaml
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import load_recipe
+from softcot_ds.files import dump_yaml
+from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 
@@ -359,3 +364,94 @@ def test_what_cannot_be_trained_together_is_refused(write, monkeypatch):
     ]
     (mistake,) = mistakes_in(write(), "backbone.deepspeed=ds_configs/zeropp.json", "thoughts.source=online")
     assert mistake.startswith("backbone: zero_hpz_partition_size of ds_configs/zeropp.json works for one")
+
+
+SNIPPETS = [
+    "!!python/object:os.system", "!", "&a", "*a", "<<: ", "\t", "\0", "\n---\n", "\n...\n", "? ", "[", "]", "{", "}",
+    "0100", "1e999", "1:30", "yes", "#", "'", '"', ": ", "- ", "%YAML 1.1\n", "\\ud800", "\ufeff", "\x85", "|", ">",
+    "@", "`", ",", "\n",
+]  # fmt: skip
+LEAVES = (
+    st.none() | st.booleans() | st.integers() | st.sampled_from([0, -1, 2**31, 2**64, 10**400]) | st.floats()
+    | st.text(max_size=20) | st.sampled_from(["", ".", "..", "/", "~", "\0", "a/b", "package:", "x" * 300, *SNIPPETS])
+)  # fmt: skip
+VALUES = st.recursive(LEAVES, lambda v: st.lists(v, max_size=3) | st.dictionaries(st.text(max_size=5), v, max_size=3))
+
+
+def paths_in(values: dict, prefix: tuple = ()) -> list[tuple[str, ...]]:
+    below = [
+        path for key, value in values.items() if isinstance(value, dict) for path in paths_in(value, (*prefix, key))
+    ]
+    return [(*prefix, key) for key in values] + below
+
+
+WHOLE = {
+    "name": "run",
+    "task": {"name": "gsm8k", "train": "openai/gsm8k", "test": "openai/gsm8k"},
+    "assistant": {"model": "owner/assistant", "template_kwargs": {"date_string": "26 Jul 2024"}},
+    "base": {"model": "owner/base", "revision": None},
+}
+WHOLE = parse_recipe(WHOLE, [], "test").model_dump(mode="json")
+
+
+def outcome(path, overrides=()) -> Recipe | str:
+    """The recipe, which is read as the same from what it writes; or what is wrong. Anything else is a failure."""
+    try:
+        recipe = load_recipe(path, list(overrides))
+    except SoftCoTError as error:
+        return str(error)
+    path.with_name("written.yaml").write_text(recipe.to_yaml(), encoding="utf-8")
+    assert load_recipe(path.with_name("written.yaml")) == recipe
+    return recipe
+
+
+@pytest.fixture(scope="module")
+def fuzzed(tmp_path_factory) -> Path:
+    return tmp_path_factory.mktemp("fuzz") / "recipe.yaml"
+
+
+@given(path=st.sampled_from(paths_in(WHOLE)), value=VALUES, as_override=st.booleans())
+@settings(max_examples=150)
+def test_any_value_at_any_key_is_a_recipe_or_a_mistake_with_its_name(fuzzed, path, value, as_override):
+    values, overrides = copy.deepcopy(WHOLE), []
+    if as_override:
+        overrides = [f"{'.'.join(path)}={json.dumps(value)}"]
+    else:
+        section = values
+        for key in path[:-1]:
+            section = section[key]
+        section[path[-1]] = value
+    fuzzed.write_text(dump_yaml(values), encoding="utf-8")
+    result = outcome(fuzzed, overrides)
+    if isinstance(result, str):
+        assert str(fuzzed) in result
+    if isinstance(result, str) and "not YAML" not in result:
+        assert path[0] in result
+        assert "mistake" in result.splitlines()[0]
+
+
+@given(data=st.data(), edits=st.integers(1, 4))
+@settings(max_examples=100)
+def test_any_edit_of_a_recipes_text_is_a_recipe_or_a_mistake(fuzzed, data, edits):
+    text = dump_yaml({key: WHOLE[key] for key in ("name", "task", "assistant", "base")})
+    for _ in range(edits):
+        start = data.draw(st.integers(0, len(text)))
+        stop = data.draw(st.integers(start, min(len(text), start + 12)))
+        text = text[:start] + data.draw(st.sampled_from(SNIPPETS) | st.text(max_size=3)) + text[stop:]
+    fuzzed.write_text(text, encoding="utf-8")
+    outcome(fuzzed)
+
+
+@given(
+    override=st.text(max_size=30)
+    | st.builds(
+        "{}{}={}".format,
+        st.sampled_from([".".join(p) for p in paths_in(WHOLE)]),
+        st.sampled_from(["", ".", ".x", ".0", " "]),
+        st.text(max_size=12),
+    )
+)
+@settings(max_examples=100)
+def test_any_override_is_a_recipe_or_a_mistake(override):
+    with contextlib.suppress(SoftCoTError):
+        parse_recipe(copy.deepcopy(WHOLE), [override], "test")
