@@ -67,7 +67,7 @@ def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> Thought
     """
     identity = cache_identity(recipe)
     folder = recipe.cache.path / identity.folder_name
-    if (folder / ts.MANIFEST_NAME).exists():
+    if _has_manifest(folder):
         store = ThoughtStore.open(folder, identity)
         if missing := store.missing([input_key(item) for item in inputs]):
             raise SoftCoTError(
@@ -75,8 +75,10 @@ def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> Thought
                 f"{inputs[missing[0]].example_id} first; add them with: softcot-ds cache RECIPE"
             )
         return store
-    others = []
-    for other in _cache_folders(recipe.cache.path):
+    others, folders = [], []
+    with contextlib.suppress(SoftCoTError):  # what else there is, is good to know and no more
+        folders = _cache_folders(recipe.cache.path)
+    for other in folders:
         with contextlib.suppress(SoftCoTError):
             found = ThoughtStore.open(other).identity
             fields = [
@@ -228,7 +230,8 @@ def fill(
         in_step: all ranks compute at the same time, as a partitioned assistant needs, instead of each at its own pace.
 
     Raises:
-        SoftCoTError: a cache of something else, a disk that is full or would be, thoughts that are not finite.
+        SoftCoTError: a cache of something else, a disk that is full or would be, thoughts that are not finite, a shard
+            that cannot be read: what it holds is not known, so nothing is done to it.
         OtherRankFailed: another rank raised one of these.
     """
     try:
@@ -344,28 +347,33 @@ def _open_for_building(folder: Path, identity: StoreIdentity, remove_leftovers: 
 
 
 def _verify_shards(folder: Path, identity: StoreIdentity, ranks: Ranks) -> None:
-    """Check shards, shared out over all ranks, every byte of them, and post what is found."""
+    """Check shards, shared out over all ranks, every byte of them, and post what is found: a record, or what is wrong
+    and whether there is something to set aside."""
     shards = ranks.fetch("shards")
     while (number := ranks.take("shard")) < len(shards):
         name, listed = shards[number]
         try:
             index = ts.verify_shard(folder / name, identity, ShardRecord(**listed) if listed else None)
-            ranks.post(f"verified/{number}", [dataclasses.asdict(index.record), ""])
+            ranks.post(f"verified/{number}", [dataclasses.asdict(index.record), "", False])
         except DamagedShard as error:
-            ranks.post(f"verified/{number}", [None, str(error)])
+            ranks.post(f"verified/{number}", [None, str(error), not isinstance(error, ts.MissingShard)])
 
 
 def _keep_good_shards(folder: Path, manifest: Manifest, names: Sequence[str], ranks: Ranks) -> Manifest:
     """Set damaged shards aside and list the others."""
     good: list[ShardRecord] = []
     for number, name in enumerate(names):
-        record, reason = ranks.fetch(f"verified/{number}")
+        record, reason, is_there = ranks.fetch(f"verified/{number}")
         if record:
             good.append(ShardRecord(**record))
             continue
         _say(f"damaged: {reason}")
-        with contextlib.suppress(FileNotFoundError):
-            os.rename(folder / name, folder / (name + ts.DAMAGED_SUFFIX))
+        # One that a node does not see, as a network file system may have it, can be whole: a later build finds it.
+        if is_there:
+            try:
+                os.rename(folder / name, folder / (name + ts.DAMAGED_SUFFIX))
+            except OSError as error:
+                raise ts.disk_error(folder, error) from error
     adopted = set(good) - set(manifest.shards)
     if adopted:
         rows = sum(record.rows for record in adopted)
@@ -586,8 +594,25 @@ class _ManifestKeeper:
 
 
 def _cache_folders(path: Path) -> list[Path]:
-    """Folders below ``path``, or ``path`` itself, that hold a cache."""
-    return sorted(manifest.parent for manifest in [*path.glob(ts.MANIFEST_NAME), *path.glob(f"*/{ts.MANIFEST_NAME}")])
+    """Folders below ``path``, or ``path`` itself, that hold a cache. Raises SoftCoTError when it cannot be listed."""
+    try:
+        names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise ts.unreadable(path, error) from error
+    return [folder for folder in (path, *(path / name for name in names)) if _has_manifest(folder)]
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether there is one, damaged or not. Raises SoftCoTError when the system does not tell."""
+    try:
+        os.lstat(folder / ts.MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise ts.unreadable(folder, error) from error
+    return True
 
 
 def info(folder: Path) -> None:
@@ -611,16 +636,23 @@ def verify(folder: Path) -> None:
     """Check every byte of a cache.
 
     Raises:
-        SoftCoTError: shards are damaged; each has been named.
+        SoftCoTError: shards are damaged, or cannot be read; each has been named.
     """
     store = ThoughtStore.open(folder)
-    damaged = 0
+    damaged = unread = 0
     for record in store.manifest.shards:
         try:
             ts.verify_shard(folder / record.name, store.identity, record)
         except DamagedShard as error:
             _say(f"damaged: {error}")
             damaged += 1
+        except SoftCoTError as error:
+            _say(str(error))
+            unread += 1
+    if unread:
+        raise SoftCoTError(
+            f"{unread} of {len(store.manifest.shards)} shards of {folder} cannot be read, {damaged} are damaged"
+        )
     if damaged:
         raise SoftCoTError(
             f"{damaged} of {len(store.manifest.shards)} shards of {folder} are damaged; "
@@ -666,12 +698,13 @@ def prune(folder: Path) -> None:
         SoftCoTError: no cache there, or it cannot be written.
     """
     ThoughtStore.open(folder)
-    with _only_builder(folder):
-        names = [*ts.leftover_names(folder), *ts.damaged_names(folder)]
+    with _only_builder(folder) as locked:
+        # Without a lock, unfinished files may belong to a builder at work.
+        names = [*(ts.leftover_names(folder) if locked else []), *ts.damaged_names(folder)]
         freed = 0
         for name in names:
-            freed += (folder / name).stat().st_size
             try:
+                freed += (folder / name).stat().st_size
                 (folder / name).unlink()
             except OSError as error:
                 raise ts.disk_error(folder, error) from error

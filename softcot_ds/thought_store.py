@@ -24,6 +24,7 @@ import hashlib
 import json
 import math
 import os
+import re
 import shutil
 import socket
 import time
@@ -40,7 +41,7 @@ import xxhash
 
 from softcot_ds import __version__
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import sync_folder
+from softcot_ds.files import parse_json, sync_folder
 
 FORMAT = "softcot-ds thoughts"
 FORMAT_VERSION = 1
@@ -62,7 +63,20 @@ _DTYPES = {  # name in recipes: (torch dtype, safetensors name)
 
 
 class DamagedShard(SoftCoTError):
-    """A shard is missing, truncated, altered or of another cache. The builder sets it aside and computes it anew."""
+    """The content of a shard, or of the manifest, is not what was written. The builder sets a shard aside and computes
+    it anew. What cannot be read at all is another SoftCoTError: it may be whole, and nothing is done to it."""
+
+
+class MissingShard(DamagedShard):
+    """A shard that the manifest lists is not there. The builder strikes it off and computes its rows anew."""
+
+
+def unreadable(path: Path, error: OSError) -> SoftCoTError:
+    """What to tell the user when the system does not let a file or folder be read."""
+    return SoftCoTError(
+        f"cannot read {path}: {error.strerror or error}. It may be whole, so nothing was changed; look after its "
+        "permissions, the disk and the network, then run the same command again. Remove it only if it is lost"
+    )
 
 
 @dataclass(frozen=True)
@@ -89,6 +103,12 @@ class StoreIdentity:
     """Hub revision, for people."""
 
     def __post_init__(self) -> None:
+        texts = [self.fingerprint, self.dtype, self.compute_dtype, self.attention, self.assistant]
+        texts += [] if self.revision is None else [self.revision]
+        numbers = [self.num_thoughts, self.width]
+        numbers += [] if self.num_initial_embeddings is None else [self.num_initial_embeddings]
+        if not all(isinstance(text, str) for text in texts) or not all(map(_is_count, numbers)):
+            raise ValueError(f"an identity of texts and positive integers, not {self}")
         if self.dtype not in _DTYPES:
             raise ValueError(f"dtype {self.dtype!r} is not one of {', '.join(_DTYPES)}")
 
@@ -149,6 +169,17 @@ class ShardRecord:
     checksum: str
     """xxh3_128, in hex, over the header and the row index (keys and row checksums). The rows have their own."""
 
+    def __post_init__(self) -> None:
+        # A name leads nowhere but into the cache's folder.
+        if not _is_shard_name(self.name) or re.search(r"[/\0]", self.name):
+            raise ValueError(f"{self.name!r} is no name of a shard")
+        if not (_is_count(self.rows) and _is_count(self.bytes) and isinstance(self.checksum, str)):
+            raise ValueError(f"a shard of so many rows and bytes, not {self}")
+
+
+def _is_count(number: Any) -> bool:
+    return type(number) is int and number >= 1
+
 
 @dataclass(frozen=True)
 class Manifest:
@@ -184,20 +215,29 @@ def load_manifest(folder: Path) -> Manifest:
     """Read and check ``manifest.json``.
 
     Raises:
-        FileNotFoundError: there is none.
+        FileNotFoundError: there is none, or no such folder.
         DamagedShard: it is not what was written.
-        SoftCoTError: it is of a newer format.
+        SoftCoTError: it is of a newer format, or cannot be read.
     """
     path = folder / MANIFEST_NAME
     try:
-        values = json.loads(path.read_bytes())
+        content = path.read_bytes()
+    except NotADirectoryError as error:
+        raise FileNotFoundError(error.errno, error.strerror, str(path)) from error
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise unreadable(path, error) from error
+    try:
+        values = parse_json(content)
         version = values["format_version"]
         if values["format"] == FORMAT and isinstance(version, int) and version > FORMAT_VERSION:
             raise SoftCoTError(
                 f"{path} has format version {version}, this softcot-ds {__version__} reads {FORMAT_VERSION}; "
                 "update softcot-ds, or name another cache.path"
             )
-        if values.pop("checksum") != _manifest_checksum(values) or values["format"] != FORMAT:
+        right = values.pop("checksum") == _manifest_checksum(values)
+        if not right or values["format"] != FORMAT or version != FORMAT_VERSION:
             raise DamagedShard(f"{path} is damaged (its checksum differs); run softcot-ds cache RECIPE to rebuild it")
         shards = tuple(ShardRecord(name, **record) for name, record in values["shards"].items())
         return Manifest(StoreIdentity.from_json(values["identity"]), shards, values["created"])
@@ -233,18 +273,29 @@ def _manifest_checksum(values: Mapping[str, Any]) -> str:
 
 
 def shard_names(folder: Path) -> list[str]:
-    """Names of all finished shards in the folder, listed in the manifest or not."""
-    return sorted(e for e in os.listdir(folder) if e.startswith(SHARD_PREFIX) and e.endswith(SHARD_SUFFIX))
+    """Names of all finished shards in the folder, listed in the manifest or not. Raises SoftCoTError, as all three."""
+    return [name for name in _names(folder) if _is_shard_name(name)]
 
 
 def leftover_names(folder: Path) -> list[str]:
     """Names of what builders that were killed left half-written."""
-    return sorted(e for e in os.listdir(folder) if e.endswith(TEMPORARY_SUFFIX))
+    return [name for name in _names(folder) if name.endswith(TEMPORARY_SUFFIX)]
 
 
 def damaged_names(folder: Path) -> list[str]:
     """Names of damaged shards that a builder has set aside."""
-    return sorted(e for e in os.listdir(folder) if e.endswith(DAMAGED_SUFFIX))
+    return [name for name in _names(folder) if name.endswith(DAMAGED_SUFFIX)]
+
+
+def _names(folder: Path) -> list[str]:
+    try:
+        return sorted(os.listdir(folder))
+    except OSError as error:
+        raise unreadable(folder, error) from error
+
+
+def _is_shard_name(name: str) -> bool:
+    return name.startswith(SHARD_PREFIX) and name.endswith(SHARD_SUFFIX)
 
 
 @dataclass(frozen=True)
@@ -297,7 +348,9 @@ def read_index(path: Path, identity: StoreIdentity, record: ShardRecord | None =
         record: what the manifest says of the shard; None for a shard that no manifest lists.
 
     Raises:
+        MissingShard: there is no such file.
         DamagedShard: something differs from what was written.
+        SoftCoTError: the file cannot be read.
     """
 
     def damaged(why: str) -> DamagedShard:
@@ -313,12 +366,12 @@ def read_index(path: Path, identity: StoreIdentity, record: ShardRecord | None =
                 raise damaged(f"{size:,} bytes with a header of {length:,}")
             text = file.read(length)
             try:
-                header = json.loads(text)
+                header = parse_json(text)
                 metadata, rows = header["__metadata__"], header["thoughts"]["shape"][0]
                 index_checksum = metadata["index_checksum"]
                 if metadata["identity_digest"] != identity.digest:
                     raise damaged(f"it was made for another assistant ({metadata['identity']})")
-                well_formed = isinstance(rows, int) and rows > 0
+                well_formed = _is_count(rows)
                 expected = json.loads(_header(identity, rows, index_checksum)[8:])
             except (ValueError, KeyError, TypeError, IndexError) as error:
                 raise damaged(f"its header does not parse ({error})") from error
@@ -332,8 +385,10 @@ def read_index(path: Path, identity: StoreIdentity, record: ShardRecord | None =
                 raise damaged(f"{size:,} bytes, its {rows:,} rows need {index_start + rows * INDEX_BYTES:,}")
             file.seek(index_start)
             index = file.read(rows * INDEX_BYTES)
+    except FileNotFoundError as error:
+        raise MissingShard(f"{path} is missing; run softcot-ds cache RECIPE to compute its rows anew") from error
     except OSError as error:
-        raise damaged(f"cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     found = ShardRecord(path.name, rows, size, _shard_checksum(length.to_bytes(8, "little") + text, index))
     if xxhash.xxh3_128_hexdigest(index) != index_checksum or (record is not None and found != record):
         raise damaged("the checksum of its index differs")
@@ -365,7 +420,7 @@ def verify_shard(path: Path, identity: StoreIdentity, record: ShardRecord | None
                     ):
                         raise DamagedShard(f"{path}: the checksum of row {row:,} of {index.record.rows:,} differs")
     except OSError as error:
-        raise DamagedShard(f"{path}: cannot be read ({error.strerror})") from error
+        raise unreadable(path, error) from error
     return index
 
 
@@ -403,12 +458,13 @@ class ThoughtStore:
             identity: refuse a cache of anything else; None takes what is there.
 
         Raises:
-            SoftCoTError: no cache there, a damaged manifest, or a cache of something else (says which fields differ).
+            SoftCoTError: no cache there, a manifest that is damaged or cannot be read, or a cache of something else
+                (says which fields differ).
         """
         folder = Path(folder)
         try:
             manifest = load_manifest(folder)
-        except OSError as error:
+        except FileNotFoundError as error:
             raise SoftCoTError(
                 f"no thought cache at {folder} ({error.strerror}); build it with: softcot-ds cache RECIPE"
             ) from error
@@ -440,7 +496,7 @@ class ThoughtStore:
             (B, T, P) or (B, K, T, P) in the stored dtype, on the CPU.
 
         Raises:
-            SoftCoTError: a key is not in the cache, or a row is damaged.
+            SoftCoTError: a key is not in the cache, a row is damaged, or a shard cannot be read.
         """
         entries, found = self._locate(keys)
         if not found.all():
@@ -486,8 +542,12 @@ class ThoughtStore:
                 )
             # torch's map keeps no file descriptor, unlike mmap and numpy.memmap: thousands of shards may be mapped.
             whole = torch.from_file(str(path), shared=False, size=record.bytes, dtype=torch.uint8).numpy()
-        except (OSError, RuntimeError) as error:
-            raise DamagedShard(f"{path}: cannot be mapped ({error}); run softcot-ds cache RECIPE") from error
+        except FileNotFoundError as error:
+            raise MissingShard(f"{path} is missing; run softcot-ds cache RECIPE to compute its rows anew") from error
+        except OSError as error:
+            raise unreadable(path, error) from error
+        except RuntimeError as error:  # torch's for a failing open or mmap; its text ends in the system's reason
+            raise unreadable(path, OSError(str(error).splitlines()[0])) from error
         start = record.bytes - record.rows * (row_bytes + INDEX_BYTES)
         return whole[start : start + record.rows * row_bytes].reshape(record.rows, row_bytes)
 
@@ -666,7 +726,7 @@ class StoreWriter:
 def disk_error(folder: Path, error: OSError) -> SoftCoTError:
     """What to tell the user when writing to ``folder`` failed."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next(path for path in (folder, *folder.absolute().parents) if path.exists())
+        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
         free = f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
         return SoftCoTError(
             f"the disk of {folder} is full ({error.strerror}, {free}); finished shards are kept: "

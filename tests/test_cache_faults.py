@@ -103,15 +103,17 @@ def computed(log: Path) -> list[int]:
 
 
 def finished(folder: Path) -> set[int]:
-    """Numbers of the examples in finished shards, listed or not. Reads the shards with safetensors alone."""
+    """Numbers of the examples in finished shards, listed or not."""
+    return {number for path in folder.glob("thoughts-*.safetensors") for number in examples_in(path)}
+
+
+def examples_in(path: Path) -> list[int]:
+    """Numbers of the examples in a shard, which is read with safetensors alone."""
     from safetensors import safe_open
 
     numbers = {key: number for number, key in enumerate(KEYS)}
-    found = set()
-    for path in folder.glob("thoughts-*.safetensors"):
-        with safe_open(path, "pt") as shard:
-            found |= {numbers[bytes(key)] for key in shard.get_tensor("keys").numpy()}
-    return found
+    with safe_open(path, "pt") as shard:
+        return [numbers[bytes(key)] for key in shard.get_tensor("keys").numpy()]
 
 
 def check_reader(folder: Path) -> int:
@@ -250,6 +252,174 @@ def test_damaged_files_are_noticed_and_only_their_rows_redone(tmp_path, kind, vi
         check_complete(folder)
 
 
+class Failing:
+    """A file whose reads fail."""
+
+    def __init__(self, file, error: OSError) -> None:
+        self._file, self._error = file, error
+
+    def __getattr__(self, name):
+        return getattr(self._file, name)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *_):
+        self._file.close()
+
+    def read(self, *_):
+        raise self._error
+
+    readinto = read
+
+
+@pytest.fixture
+def fault(monkeypatch):
+    """``fault(path, number, step)`` lets opening a file, reading it, or mapping it fail from now on; as root, no
+    permission would. ``fault.mend()`` ends that."""
+    faults: dict[Path, tuple[int, str]] = {}
+
+    def failure(path, step: str) -> OSError | None:
+        number, failing = faults.get(Path(path), (0, ""))
+        return OSError(number, os.strerror(number), str(path)) if failing == step else None
+
+    def open_(path, *args, **kwargs):
+        if error := failure(path, "open"):
+            raise error
+        file = open(path, *args, **kwargs)  # noqa: SIM115  # closed by whom it is handed to
+        error = failure(path, "read")
+        return Failing(file, error) if error else file
+
+    def from_file(path, *args, **kwargs):
+        if error := failure(path, "map"):
+            raise RuntimeError(f"unable to open file <{path}> in read-only mode: {error.strerror} ({error.errno})\nat")
+        return real_map(path, *args, **kwargs)
+
+    def read_bytes(path):
+        with open_(path, "rb") as file:
+            return file.read()
+
+    real_map = torch.from_file
+    monkeypatch.setattr(ts, "open", open_, raising=False)
+    monkeypatch.setattr(ts.torch, "from_file", from_file)
+    monkeypatch.setattr(Path, "read_bytes", read_bytes)
+
+    def fault(path: Path, number: int, step: str) -> None:
+        faults[path] = (number, step)
+
+    fault.mend = faults.clear
+    return fault
+
+
+UNREADABLE = pytest.mark.parametrize("number", [errno.EACCES, errno.EPERM, errno.ESTALE, errno.EIO, errno.ETIMEDOUT])
+
+
+@UNREADABLE
+@pytest.mark.parametrize("step", ["open", "read"])
+def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fault, capfd, number, step):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    build(folder, log, seconds_per_batch=0, count=80)
+    computed(log)
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != cache.LOCK_NAME}
+    listed = ts.load_manifest(folder).shards[1]
+    shard, why = folder / listed.name, f"cannot read .*{os.strerror(number)}"
+    for victim, tries in {
+        shard: [
+            lambda: build(folder, log, seconds_per_batch=0, count=80),
+            lambda: build(folder, log, seconds_per_batch=0, count=100),  # with rows to compute
+            lambda: ThoughtStore.open(folder).read(KEYS[:80]),
+            lambda: ts.read_index(shard, IDENTITY, listed),
+            lambda: ts.read_index(shard, IDENTITY),
+            lambda: ts.verify_shard(shard, IDENTITY, listed),
+        ],
+        folder / ts.MANIFEST_NAME: [
+            lambda: build(folder, log, seconds_per_batch=0, count=80),
+            lambda: ThoughtStore.open(folder, IDENTITY),
+            lambda: cache.info(folder),
+            lambda: cache.verify(folder),
+            lambda: cache.prune(folder),
+        ],
+    }.items():
+        fault(victim, number, step)
+        for attempt in tries:
+            with pytest.raises(SoftCoTError, match=why) as caught:
+                attempt()
+            assert str(victim) in str(caught.value)
+            assert not isinstance(caught.value, ts.DamagedShard)
+        fault.mend()
+    fault(shard, number, step)
+    with pytest.raises(SoftCoTError, match=r"1 of 3 shards of .* cannot be read, 0 are damaged"):
+        cache.verify(folder)
+    fault.mend()
+    assert computed(log) == []
+    assert "damaged" not in capfd.readouterr().out
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != cache.LOCK_NAME} == before
+    build(folder, log, seconds_per_batch=0, count=80)
+    assert computed(log) == []
+    check_complete(folder, 80)
+
+
+def test_a_shard_that_cannot_be_mapped_is_no_damage(tmp_path, fault):
+    folder = tmp_path / "cache"
+    build(folder, tmp_path / "log", seconds_per_batch=0, count=40)
+    fault(folder / ts.load_manifest(folder).shards[0].name, errno.EACCES, "map")
+    with pytest.raises(SoftCoTError, match=r"cannot read .*Permission denied") as caught:
+        ThoughtStore.open(folder).read(KEYS[:40])
+    assert not isinstance(caught.value, ts.DamagedShard)
+
+
+@UNREADABLE
+def test_a_folder_that_cannot_be_listed_is_said(tmp_path, monkeypatch, number):
+    folder = tmp_path / "cache"
+    build(folder, tmp_path / "log", seconds_per_batch=0, count=40)
+
+    def listdir(path):
+        raise OSError(number, os.strerror(number), str(path))
+
+    for name in ("listdir", "lstat"):
+        with monkeypatch.context() as patch:
+            patch.setattr(os, name, listdir)
+            for attempt in (
+                lambda: cache.main(["--info", str(folder)]),
+                lambda: cache.main(["--verify", str(tmp_path)]),
+                lambda: cache.main(["--prune", str(folder)]),
+            ):
+                assert attempt() == 2
+            if name == "listdir":
+                with pytest.raises(SoftCoTError, match="cannot read"):
+                    build(folder, tmp_path / "log", count=41)
+    check_complete(folder, 40)
+
+
+def test_a_shard_that_one_node_does_not_see_is_not_set_aside(tmp_path, fault):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    build(folder, log, seconds_per_batch=0, count=80)
+    computed(log)
+    shard = folder / ts.load_manifest(folder).shards[0].name
+    fault(shard, errno.ENOENT, "open")
+    build(folder, log, seconds_per_batch=0, count=80)
+    assert sorted(computed(log)) == sorted(examples_in(shard))
+    assert shard.exists()
+    fault.mend()
+    build(folder, log, seconds_per_batch=0, count=80)
+    assert shard.name in {record.name for record in ts.load_manifest(folder).shards}
+    check_complete(folder, 80)
+
+
+@pytest.mark.parametrize("number", [errno.EACCES, errno.EROFS])
+def test_a_damaged_shard_that_cannot_be_set_aside_is_said(tmp_path, monkeypatch, number):
+    folder, log = tmp_path / "cache", tmp_path / "log"
+    build(folder, log, seconds_per_batch=0, count=40)
+    (folder / ts.shard_names(folder)[0]).write_bytes(b"")
+
+    def rename(source, target):
+        raise OSError(number, os.strerror(number), str(source))
+
+    monkeypatch.setattr(os, "rename", rename)
+    with pytest.raises(SoftCoTError, match=f"cannot write to .*{os.strerror(number)}"):
+        build(folder, log, count=40)
+
+
 @pytest.mark.distributed
 def test_two_builders_at_once_share_the_work(tmp_path, capfd):
     folder, logs = tmp_path / "cache", [tmp_path / "log0", tmp_path / "log1"]
@@ -277,6 +447,7 @@ def test_a_waiting_builder_takes_over_from_one_that_is_killed(tmp_path):
     check_complete(folder)
 
 
+@pytest.mark.distributed
 def test_two_builders_without_locks_do_no_harm(tmp_path, monkeypatch, capfd):
     """Some network file systems have none: work is then done twice, never wrong."""
 

@@ -14,6 +14,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
+from softcot_ds import cache
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.thought_store import DamagedShard, StoreIdentity, StoreWriter, ThoughtStore, row_key
@@ -160,7 +161,7 @@ def test_opening_reads_the_manifest_alone(tmp_path):
     (record,) = write(tmp_path, identity, keys, rows)
     (tmp_path / record.name).unlink()
     store = ThoughtStore.open(tmp_path, identity)
-    with pytest.raises(DamagedShard, match=r"No such file.*softcot-ds cache"):
+    with pytest.raises(DamagedShard, match=r"is missing; run softcot-ds cache"):
         store.read(keys)
 
 
@@ -328,6 +329,129 @@ def test_every_flipped_bit_of_the_manifest_is_noticed(tmp_path):
             assert torch.equal(read, rows)  # a changed blank
 
 
+def rewrite_manifest(folder: Path, change) -> None:
+    """Change the values of a manifest and give them the checksum that they then have, as damage never does."""
+    path = folder / ts.MANIFEST_NAME
+    values = json.loads(path.read_bytes())
+    del values["checksum"]
+    values = change(values) or values
+    path.write_text(json.dumps(values | {"checksum": ts._manifest_checksum(values)}))
+
+
+def with_shard(change: dict | None = None, **renamed):
+    """A change of the manifest's first shard: of what it says, or of its name."""
+
+    def apply(values: dict) -> None:
+        name, shard = next(iter(values["shards"].items()))
+        if not renamed:
+            values["shards"][name] = shard | change if isinstance(change, dict) else change
+        else:
+            values["shards"] = {renamed["name"]: shard}
+
+    return apply
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *(with_shard(name=name) for name in ("../thoughts-x.safetensors", "/thoughts-x.safetensors", "x", "", "\0",
+            "thoughts-/../../x.safetensors", "thoughts-\0.safetensors", "thoughts-/.safetensors", "manifest.json")),
+        *(with_shard({key: value}) for key in ("rows", "bytes")
+            for value in (0, -1, None, True, "4", 1.5, [], {}, 10**30)),
+        *(with_shard({key: value}) for key, value in (("checksum", None), ("checksum", "0"), ("more", 1))),
+        *(with_shard(shard) for shard in (None, [], 3, "x")),
+        lambda values: {"shards": []},
+        lambda values: values | {"shards": []},
+        lambda values: values | {"shards": None},
+        lambda values: values | {"created": None, "identity": None},
+        lambda values: values | {"format": "another"},
+        *(lambda values, v=v: values | {"format_version": v} for v in (0, -1, None, "1", 1.5)),
+        *(lambda values, k=k, v=v: values | {"identity": values["identity"] | {k: v}}
+            for k in ("num_thoughts", "width", "num_initial_embeddings", "dtype")
+            for v in (0, -1, 1.5, 10**30, "int8", [])),
+        *(lambda values, k=k, v=v: values | {"identity": values["identity"] | {k: v}}
+            for k in ("fingerprint", "attention", "assistant", "revision") for v in (0, True, 1.5, [], {})),
+        lambda values: values | {"identity": values["identity"] | {"more": 1}},
+        lambda values: values | {"identity": {"width": 5}},
+    ],
+)  # fmt: skip
+def test_a_manifest_that_says_what_cannot_be_is_refused(tmp_path, change):
+    """Whatever stands in it, a right checksum on top: an error, no wrong row, and nothing else is touched."""
+    folder, identity = tmp_path / "cache", make_identity()
+    folder.mkdir()
+    keys, rows = make_rows(identity, 4)
+    (record,) = write(folder, identity, keys, rows)
+    for outside in ("x", "thoughts-x.safetensors"):
+        (tmp_path / outside).write_bytes((folder / record.name).read_bytes())
+    rewrite_manifest(folder, change)
+    before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
+    for attempt in (
+        lambda: ThoughtStore.open(folder).read(keys),
+        lambda: ThoughtStore.open(folder, identity).read(keys),
+        lambda: cache.verify(folder),
+    ):
+        with pytest.raises(SoftCoTError):
+            attempt()
+    assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
+
+
+@pytest.mark.parametrize(
+    "content",
+    [b"", b"null", b"[]", b"3", b'"x"', b"{", b"\xff", b"[" * 100_000, b'{"a": 1, "a": 1}', b'{"format_version": NaN}',
+     b'{"format": "softcot-ds thoughts", "format_version": 1}', b"9" * 5000, "{}".encode("utf-16")],
+)  # fmt: skip
+def test_a_manifest_that_is_none_is_damaged(tmp_path, content):
+    write(tmp_path, make_identity(), *make_rows(make_identity(), 4))
+    (tmp_path / ts.MANIFEST_NAME).write_bytes(content)
+    with pytest.raises(DamagedShard, match=r"manifest.json is damaged .*softcot-ds cache RECIPE"):
+        ThoughtStore.open(tmp_path)
+
+
+def test_a_key_that_stands_twice_in_the_manifest_is_damage(tmp_path):
+    """The last one would win, and the checksum, taken over it alone, would agree."""
+    keys, rows = make_rows(make_identity(), 4)
+    (record,) = write(tmp_path, make_identity(), keys, rows)
+    path = tmp_path / ts.MANIFEST_NAME
+    path.write_text(path.read_text().replace('"shards": {', f'"shards": {{"{record.name}": null, '))
+    with pytest.raises(DamagedShard, match="stands twice"):
+        ThoughtStore.open(tmp_path)
+
+
+@pytest.mark.parametrize("header", [b"[" * 4096, b"null", b"{}", b'{"__metadata__": []}', b"\xff" * 64])
+def test_a_header_that_is_none_is_damaged(tmp_path, header):
+    (record,) = write(tmp_path, make_identity(), *make_rows(make_identity(), 4))
+    path = tmp_path / record.name
+    data = path.read_bytes()
+    path.write_bytes(len(header).to_bytes(8, "little") + header + data[8 + len(header) :])
+    with pytest.raises(DamagedShard):
+        ts.verify_shard(path, make_identity())
+
+
+def test_each_row_is_checked_whatever_it_is_read_with(tmp_path):
+    """Rows are read in batches, some of them checked before: the damaged ones are refused wherever they stand."""
+    identity = make_identity()
+    keys, rows = make_rows(identity, 10)
+    records = write(tmp_path, identity, keys, rows, rows_per_shard=5)
+    damaged = {2, 4, 5, 8}
+    for row in damaged:
+        path = tmp_path / records[row // 5].name
+        data = bytearray(path.read_bytes())
+        data[4096 + row % 5 * identity.row_bytes + 3 * row] ^= 1
+        path.write_bytes(data)
+    good = [row for row in range(10) if row not in damaged]
+    store = ThoughtStore.open(tmp_path)
+    for batch in ([2], [0, 2], [2, 0], [0, 1, 3, 2], [5, 6], [0, 1, 3, 8, 6], list(range(10)), [9, 4]):
+        row = next(row for row in batch if row in damaged)
+        for _ in range(2):  # the same again: a row that was refused does not count as checked
+            with pytest.raises(DamagedShard, match=f"{records[row // 5].name}: the checksum of row {row % 5} differs"):
+                store.read([keys[row] for row in batch])
+        assert torch.equal(store.read([keys[row] for row in good]), rows[good])
+    for number, record in enumerate(records):
+        with pytest.raises(DamagedShard, match=f"the checksum of row {(2, 0)[number]} of 5 differs"):
+            ts.verify_shard(tmp_path / record.name, identity, record)
+
+
+@pytest.mark.distributed
 def test_data_loader_workers_read_the_same_rows(tmp_path):
     identity = make_identity()
     keys, rows = make_rows(identity, 12)
