@@ -22,6 +22,7 @@ from transformers.utils import GENERATION_CONFIG_NAME, cached_file
 from transformers.utils import logging as transformers_logging
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import read_json
 from softcot_ds.recipe import ModelConfig, Partition, resolve_location
 
 transformers_logging.disable_progress_bar()
@@ -57,24 +58,23 @@ def generation_stop_ids(config: ModelConfig) -> list[int]:
     """The tokens at which the model's generation_config.json says that generation ends; none where there is none.
 
     Raises:
-        SoftCoTError: the file is damaged.
+        SoftCoTError: it cannot be read, or lists what is no token id.
     """
+    location = resolve_location(config.model)
+    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
     try:
-        path = cached_file(
-            resolve_location(config.model),
-            GENERATION_CONFIG_NAME,
-            revision=config.revision,
-            _raise_exceptions_for_missing_entries=False,
-            _raise_exceptions_for_connection_errors=False,
-        )
-        listed = None if path is None else json.loads(Path(path).read_text(encoding="utf-8"))["eos_token_id"]
-    except KeyError:
-        listed = None
-    except (OSError, ValueError, TypeError) as error:
-        raise _cannot_load("generation_config.json", config, error) from error
+        path = cached_file(location, GENERATION_CONFIG_NAME, revision=config.revision, **optional)
+    except (OSError, ValueError) as error:
+        raise _cannot_load(GENERATION_CONFIG_NAME, config, error) from error
+    if path is None:
+        return []
+    values = read_json(Path(path))
+    listed = values.get("eos_token_id") if isinstance(values, dict) else values
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(token) is int and token >= 0 for token in ids):
-        raise SoftCoTError(f"eos_token_id in generation_config.json of {config.model} is {listed!r}, not a token id")
+        raise SoftCoTError(
+            f"{path}: eos_token_id is {listed!r}, no token id and no list of them; fetch the model again"
+        )
     return ids
 
 

@@ -10,9 +10,10 @@ from safetensors.torch import load_file, save_file
 from toy_models import make_config, make_toy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig
 
-from softcot_ds.backbone import load_frozen, load_tokenizer, weights_fingerprint, width
+from softcot_ds.backbone import generation_stop_ids, load_frozen, load_tokenizer, weights_fingerprint, width
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import ModelConfig, resolve_location
+from softcot_ds.experiment import Experiment
+from softcot_ds.recipe import ModelConfig, load_recipe, resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 MIB = 2**20
@@ -158,3 +159,60 @@ def test_chat_template_of_the_recipe_wins(base_copy, tmp_path):
     template.write_text("{{ messages[0]['content'] }}!")
     tokenizer = load_tokenizer(ModelConfig(model=str(base_copy), chat_template=template))
     assert tokenizer.apply_chat_template([{"role": "user", "content": "hello"}], tokenize=False) == "hello!"
+
+
+@pytest.mark.parametrize(
+    ("content", "reason"),
+    [(None, "No such file"), (b"\xff\xfe{", "can't decode byte"), (b"{% if %}", None)],
+)
+def test_a_chat_template_that_cannot_be_read_is_named(base_copy, tmp_path, content, reason):
+    template = tmp_path / "own.jinja"
+    template.write_bytes(content or b"")
+    config = ModelConfig(model=str(base_copy), chat_template=template)
+    if content is None:
+        template.unlink()
+    if reason is None:
+        assert load_tokenizer(config).chat_template == "{% if %}"  # what Jinja makes of it is ChatFormat's to say
+        return
+    with pytest.raises(SoftCoTError, match=f"cannot read the chat template {template}: .*{reason}"):
+        load_tokenizer(config)
+
+
+@pytest.mark.parametrize(
+    ("content", "ids"),
+    [
+        ('{"eos_token_id": [1, 106]}', [1, 106]),
+        ('{"eos_token_id": 2}', [2]),
+        ('{"eos_token_id": null}', []),
+        ("{}", []),
+        (None, []),
+        ('{"eos_token_id": "</s>"}', "eos_token_id is '</s>', no token id and no list of them; fetch the model again"),
+        ('{"eos_token_id": [1, null]}', r"eos_token_id is \[1, None\], no token id"),
+        ('{"eos_token_id": true}', "eos_token_id is True, no token id"),
+        ('{"eos_token_id": -1}', "eos_token_id is -1, no token id"),
+        ('"text"', "eos_token_id is 'text', no token id"),
+        ("{", "generation_config.json: not JSON: line 1"),
+    ],
+)
+def test_the_models_own_stop_tokens_are_those_of_its_generation_config(base_copy, content, ids):
+    path = base_copy / "generation_config.json"
+    path.unlink()
+    if content is not None:
+        path.write_text(content)
+    if isinstance(ids, list):
+        assert generation_stop_ids(ModelConfig(model=str(base_copy))) == ids
+        return
+    with pytest.raises(SoftCoTError, match=ids):
+        generation_stop_ids(ModelConfig(model=str(base_copy)))
+
+
+def test_an_experiment_stops_at_what_the_files_list_and_the_recipe_says(base_copy):
+    (base_copy / "generation_config.json").write_text('{"eos_token_id": [7, 5]}')
+    changes = [f"base.model={base_copy}", "base.end_of_turn='<|user|>'", "evaluation.conditions=[learned, text]"]
+    experiment = Experiment(load_recipe(RECIPE, changes))
+    end, eos = (experiment.base_tokenizer.convert_tokens_to_ids(token) for token in ("<|user|>", "<|end|>"))
+    assert experiment.base_prompts.stop_ids == [end, *sorted([eos, 5, 7])]
+    assert experiment.assistant_prompts.stop_ids == [eos]
+    assert experiment.chat_identity["base"]["known_stop_ids"] == sorted([eos, 5, 7])
+    assert experiment.chat_identity["base"]["end_of_turn"] == "<|user|>"
+    assert experiment.chat_identity["assistant"]["known_stop_ids"] == [eos]

@@ -1,11 +1,14 @@
 """Prompts as tokens, against the chat template rendered and cut by hand."""
 
 import json
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
 import yaml
 from conftest import CHATML, INSTRUCT, LLAMA3, byte_tokenizer
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
@@ -67,6 +70,19 @@ def test_the_assistant_reads_the_template_up_to_the_last_placeholder(chat):
     assert item.token_ids == left + ids(tokenizer, "x") * 3
     assert item.positions == [len(left), len(left) + 1, len(left) + 2]
     assert prompts.words_prompt("2+2?") == ids(tokenizer, rendered(tokenizer, "Hint: 2+2?"))
+
+
+@pytest.mark.parametrize("target", ["3 - 1 = 2\n#### 2", "#### 4", "Unklar: ½ — 🍎", " 4\n"])
+def test_an_answer_is_written_as_the_whole_conversation_has_it(chat, target):
+    tokenizer, end = chat
+    end_id = tokenizer.convert_tokens_to_ids(end)
+    prompts = BasePrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS)
+    conversation = [{"role": "user", "content": "Solve 2+2?"}, {"role": "assistant", "content": target}]
+    whole = tokenizer.apply_chat_template(conversation, **DATE)["input_ids"]
+    whole = whole[: len(whole) - whole[::-1].index(end_id)]
+    assert prompts.without_thoughts("2+2?").prefix_ids + prompts.target_ids(target) == whole
+    assert prompts.stop_ids == [end_id, *sorted({tokenizer.eos_token_id} - {end_id})]
+    assert AssistantPrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS, 1, "x").stop_ids == prompts.stop_ids
 
 
 def test_a_last_message_of_the_assistant_is_left_open():
@@ -222,6 +238,30 @@ def test_what_is_no_prompt_file_says_so(tmp_path, text, message):
         PromptFile.load(path)
     assert str(caught.value).startswith(f"{path}: ")
     assert "\n" not in str(caught.value)
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=5),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=5) | st.none(), inner, max_size=3),
+    max_leaves=5,
+)
+MESSAGES = st.lists(
+    st.fixed_dictionaries(
+        {"role": st.just("user") | VALUES, "content": st.sampled_from(["{question}", "{question} {thoughts}"]) | VALUES}
+    ),
+    max_size=2,
+)
+
+
+@settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
+@given(
+    st.dictionaries(st.sampled_from([*SECTIONS]) | VALUES.filter(lambda v: v.__hash__), MESSAGES | VALUES, max_size=5)
+)
+def test_any_yaml_is_a_prompt_file_or_one_error(tmp_path, sections):
+    path = tmp_path / "fuzzed.yaml"
+    path.write_text(yaml.safe_dump(sections, allow_unicode=True), encoding="utf-8", errors="surrogatepass")
+    with suppress(SoftCoTError):
+        assert vars(PromptFile.load(path)) == sections
 
 
 def test_braces_that_are_no_field_are_ordinary_text():
