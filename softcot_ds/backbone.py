@@ -3,11 +3,10 @@
 import copy
 import hashlib
 import json
-from pathlib import Path
+from collections.abc import Iterable
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -18,14 +17,21 @@ from transformers import (
 )
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
-from transformers.utils import GENERATION_CONFIG_NAME, cached_file
+from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from softcot_ds.distributed import lost_rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
-from softcot_ds.recipe import ModelConfig, Partition, resolve_location
+from softcot_ds.model_files import model_folder, weight_files
+from softcot_ds.recipe import ModelConfig, Partition
 
 transformers_logging.disable_progress_bar()
+
+_WHOLE_BYTES = 64 * 2**20
+"""Weight files up to this size are read whole for a fingerprint."""
+_DOES_NOT_MATTER = {"transformers_version", "_name_or_path", "_commit_hash", "dtype", "torch_dtype", "use_cache"}
+"""Settings of ``config.json`` that change nothing here; the dtype is the recipe's."""
 
 
 def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
@@ -34,8 +40,9 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
     Raises:
         SoftCoTError: it cannot be loaded.
     """
+    folder = model_folder(config)
     try:
-        tokenizer = AutoTokenizer.from_pretrained(resolve_location(config.model), revision=config.revision)
+        tokenizer = AutoTokenizer.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # the tokenizers library raises plain Exception for a damaged file
         raise _cannot_load("tokenizer", config, error) from error
     if config.chat_template is not None:
@@ -48,9 +55,10 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def load_config(config: ModelConfig) -> PreTrainedConfig:
     """The configuration of a model, without its weights. Raises SoftCoTError when it cannot be loaded."""
+    folder = model_folder(config)
     try:
-        return AutoConfig.from_pretrained(resolve_location(config.model), revision=config.revision)
-    except (OSError, ValueError) as error:
+        return AutoConfig.from_pretrained(folder, trust_remote_code=False)
+    except Exception as error:  # each family's configuration checks its values in its own way
         raise _cannot_load("configuration", config, error) from error
 
 
@@ -60,15 +68,10 @@ def generation_stop_ids(config: ModelConfig) -> list[int]:
     Raises:
         SoftCoTError: it cannot be read, or lists what is no token id.
     """
-    location = resolve_location(config.model)
-    optional = {f"_raise_exceptions_for_{what}": False for what in ("missing_entries", "connection_errors")}
-    try:
-        path = cached_file(location, GENERATION_CONFIG_NAME, revision=config.revision, **optional)
-    except (OSError, ValueError) as error:
-        raise _cannot_load(GENERATION_CONFIG_NAME, config, error) from error
-    if path is None:
+    path = model_folder(config) / GENERATION_CONFIG_NAME
+    if not path.exists():
         return []
-    values = read_json(Path(path))
+    values = read_json(path)
     listed = values.get("eos_token_id") if isinstance(values, dict) else values
     ids = listed if isinstance(listed, list) else [] if listed is None else [listed]
     if not all(type(token) is int and token >= 0 for token in ids):
@@ -110,9 +113,9 @@ def context_length(config: PreTrainedConfig) -> int:
     return min([longest, *(kind.get("original_max_position_embeddings") or longest for kind in changing)])
 
 
-def pad_id(tokenizer: PreTrainedTokenizerBase) -> int:
-    """An id to fill padding with; masks hide it, so any valid id serves where there is no pad token."""
-    return tokenizer.pad_token_id if tokenizer.pad_token_id is not None else 0
+def vocabulary(config: PreTrainedConfig) -> int:
+    """Rows of the table of token embeddings; a tokenizer may have fewer tokens, or more by mistake."""
+    return config.get_text_config().vocab_size
 
 
 def load_frozen(
@@ -128,87 +131,141 @@ def load_frozen(
     Raises:
         SoftCoTError: the model cannot be loaded, or weights are missing in its files.
     """
-    kwargs = {
-        "revision": config.revision,
-        "dtype": getattr(torch, config.dtype),
-        "attn_implementation": config.attention,
-        "output_loading_info": True,
-    }
-    location = resolve_location(config.model)
-    if (folder := Path(location)).is_dir():
-        _weight_files(config, folder)
+    check_weights(config)
     # from_pretrained partitions while this object lives. It is undone at once, so that loading one model partitioned
     # does not partition whatever is loaded later.
     zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config)) if partition == "zero3" else None
     try:
-        model, info = AutoModelForCausalLM.from_pretrained(location, **kwargs)
-    except (OSError, ValueError, ImportError, SafetensorError) as error:
-        if "ttention" in str(error) and config.attention != "eager":
-            # transformers names an argument of its own, after a first sentence with the reason.
-            raise SoftCoTError(
-                f"{config.model} cannot be loaded with attention {config.attention}: {str(error).split('. ')[0]}. Set "
-                "attention: eager for it in the recipe (base.attention or assistant.attention)"
-            ) from error
-        raise _cannot_load("model", config, error) from error
+        model, info = _from_pretrained(config, config.attention)
     finally:
         if zero3 is not None:
             unset_hf_deepspeed_config()
-    if info["missing_keys"]:
-        missing = sorted(info["missing_keys"])
-        raise SoftCoTError(
-            f"{config.model}: {len(missing)} weights are missing in its files, {missing[0]!r} first; "
-            "transformers would have filled them with random numbers. Check the folder or the revision"
-        )
+    _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
     return model if partition == "zero3" else model.to(device)
 
 
+def check_weights(config: ModelConfig) -> None:
+    """Compare the names and shapes in a model's weight files with its architecture; no weight is read.
+
+    Raises:
+        SoftCoTError: some are missing, of another shape, or there are some which ``config.json`` leaves out.
+    """
+    weight_files(model_folder(config, weights=True), config.model)
+    if getattr(load_config(config), "quantization_config", None) is not None:
+        return  # quantized weights have other names and shapes than the architecture's
+    # What flash attention needs may be missing where this is asked (the doctor on a login node).
+    attention = "eager" if "flash" in config.attention else config.attention
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()  # it would print its own table
+    try:
+        model, info = _from_pretrained(config, attention, device_map="meta", ignore_mismatched_sizes=True)
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+    _refuse_missing(config, info["missing_keys"])
+    if info["mismatched_keys"]:
+        name, found, expected = min(info["mismatched_keys"])
+        raise SoftCoTError(
+            f"{config.model}: {len(info['mismatched_keys'])} weights have other shapes than its config.json says, "
+            f"{name!r} first: {tuple(found)} in the files, {tuple(expected)} expected (vocab_size, hidden_size?). "
+            "Weights and config.json are of different models: fetch or save the model again"
+        )
+    if left_out := sorted(name for name in info["unexpected_keys"] if _is_left_out(model, name)):
+        raise SoftCoTError(
+            f"{config.model}: its config.json leaves out {len(left_out)} weights of its files, {left_out[0]!r} first "
+            "(fewer layers, no biases?). It would be another model: fetch or save it again"
+        )
+
+
+def _is_left_out(model: PreTrainedModel, name: str) -> bool:
+    """Whether a weight that the model did not take has its place in it: a layer more, a bias that is switched off.
+
+    Others belong to parts that are not read here (vision towers, heads for several tokens) or are no parameters.
+    """
+    module: torch.nn.Module | None = model
+    parts = name.split(".")
+    for part in parts[:-1]:
+        child = getattr(module, part, None)
+        if not isinstance(child, torch.nn.Module):
+            return isinstance(module, torch.nn.ModuleList) and part.isdigit()
+        module = child
+    return module._parameters.get(parts[-1], module) is None
+
+
+def _refuse_missing(config: ModelConfig, keys: Iterable[str]) -> None:
+    if missing := sorted(keys):
+        raise SoftCoTError(
+            f"{config.model}: {len(missing)} weights are missing in its files, {missing[0]!r} first; "
+            "transformers would have filled them with random numbers. Check the folder or the revision"
+        )
+
+
+def _from_pretrained(config: ModelConfig, attention: str, **kwargs: Any) -> tuple[PreTrainedModel, dict[str, Any]]:
+    try:
+        return AutoModelForCausalLM.from_pretrained(
+            model_folder(config, weights=True),
+            dtype=getattr(torch, config.dtype),
+            attn_implementation=attention,
+            output_loading_info=True,
+            trust_remote_code=False,
+            **kwargs,
+        )
+    except Exception as error:  # each family, quantization and file format has its own
+        if isinstance(error, RuntimeError) and lost_rank(error):
+            raise
+        if "ttention" in str(error) and attention != "eager":
+            # transformers names an argument of its own, after a first sentence with the reason.
+            reason = str(error).split(". ")[0].rstrip(".")
+            raise SoftCoTError(
+                f"{config.model} cannot be loaded with attention {config.attention}: {reason}. Set "
+                "attention: eager for it in the recipe (base.attention or assistant.attention)"
+            ) from error
+        raise _cannot_load("model", config, error) from error
+
+
 def weights_fingerprint(config: ModelConfig) -> str:
     """A hash that tells one set of weights from another, in seconds even for a large model.
 
-    Over ``config.json`` and, of each weight file, its size, its first MiB, which holds the names, the shapes and the
-    places of all tensors, and 256 samples of 4 KiB spread over the rest: training changes practically every weight.
+    Over what is loaded: the settings of ``config.json`` and, of each weight file that transformers reads, its size, its
+    first MiB, which holds the names, the shapes and the places of all tensors, and 256 samples of 4 KiB spread over the
+    rest: training changes practically every weight. Small files are read whole. The same weights in other shards have
+    another fingerprint.
 
     Raises:
         SoftCoTError: some of the model's files cannot be found.
     """
+    folder = model_folder(config, weights=True)
     digest = hashlib.sha256()
     try:
-        config_file = cached_file(resolve_location(config.model), "config.json", revision=config.revision)
+        settings = json.loads((folder / "config.json").read_bytes())
     except (OSError, ValueError) as error:
         raise _cannot_load("configuration", config, error) from error
-    folder = Path(config_file).parent
-    digest.update(Path(config_file).read_bytes())
-    for path in _weight_files(config, folder):
+    digest.update(json.dumps(_that_matter(settings), sort_keys=True).encode())
+    for path in weight_files(folder, config.model):
         size = path.stat().st_size
         digest.update(f"{path.name} {size}\n".encode())
         with path.open("rb") as file:
+            if size <= _WHOLE_BYTES:
+                digest.update(file.read())
+                continue
             digest.update(file.read(2**20))
             for sample in range(256):
-                file.seek(sample * max(0, size - 4096) // 255)
+                file.seek(sample * (size - 4096) // 255)
                 digest.update(file.read(4096))
     return digest.hexdigest()
 
 
-def _weight_files(config: ModelConfig, folder: Path) -> list[Path]:
-    files = sorted(folder.glob("*.safetensors")) or sorted(folder.glob("pytorch_model*.bin"))
-    index = folder / "model.safetensors.index.json"
-    if index.exists() and folder / "model.safetensors" not in files:  # an index counts where there is no single file
-        try:
-            named = sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        except (ValueError, KeyError, TypeError, AttributeError) as error:
-            raise SoftCoTError(f"{index}: no index of weights ({error}); fetch the model again") from error
-        missing = [name for name in named if not (folder / name).exists()]
-        if missing:
-            raise SoftCoTError(
-                f"{config.model}: {len(missing)} of {len(named)} weight files are missing in {folder}, {missing[0]} "
-                "first, which model.safetensors.index.json names; fetch the model again (hf download goes on from what "
-                "is there)"
-            )
-    if not files:
-        raise SoftCoTError(f"{config.model}: no weights (*.safetensors) in {folder}")
-    return files
+def weight_bytes(config: ModelConfig) -> int:
+    """Size of a model's weight files. Raises SoftCoTError where they are not there."""
+    return sum(path.stat().st_size for path in weight_files(model_folder(config, weights=True), config.model))
+
+
+def _that_matter(settings: Any) -> Any:
+    """A configuration without what no computation depends on, in its parts too."""
+    if not isinstance(settings, dict):
+        return settings
+    return {key: _that_matter(value) for key, value in settings.items() if key not in _DOES_NOT_MATTER}
 
 
 def _cannot_load(part: str, config: ModelConfig, error: Exception) -> SoftCoTError:

@@ -61,6 +61,8 @@ class Model:
     fingerprint: str = ""
     width: int = 0
     failure: str = ""
+    trial_failure: str = ""
+    """Why it cannot do its work; small models only are tried."""
 
 
 @dataclass
@@ -97,6 +99,8 @@ class Facts:
     """By the setting that names them."""
     models: dict[str, Model] = field(default_factory=dict)
     """By role, on the first rank of each node."""
+    prompts_failure: str = ""
+    """Why the recipe's prompts cannot be made with these models."""
     checkpoint_bytes: int = 0
     """What the checkpoints to keep take, and one more while it is written; 0 when unknown."""
     launchers: dict[str, bool] = field(default_factory=dict)
@@ -308,7 +312,19 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
                 f"{role} {first.name} has different weights: {different} (fingerprints)",
                 f"pin {role}.revision to a commit, or copy one folder to all nodes",
             )
+        yield from _failing(
+            f"{role} {first.name} does not do what is asked of it",
+            readable,
+            lambda facts, role=role: facts.models[role].trial_failure,
+            f"name a model of another family in {role}.model, or try {role}.attention: eager",
+        )
         texts.append(f"{role} {first.name} ({first.fingerprint[:12]})")
+    yield from _failing(
+        "the recipe's prompts cannot be made",
+        firsts,
+        lambda facts: facts.prompts_failure,
+        "mend what it says: every command would end with it",
+    )
     same = f", the same on {len(firsts)} nodes" if len(firsts) > 1 else ""
     yield OK, f"{', '.join(texts)}{same}" if texts else "no recipe given: not looked at"
 

@@ -32,10 +32,14 @@ from softcot_kernels import reference
 
 from softcot_ds import backbone, diagnosis, distributed
 from softcot_ds.cli import recipe_command
+from softcot_ds.decoding import try_decoding
 from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.model_files import is_here
 from softcot_ds.ranks import MPI_SIZE_VARIABLES
 from softcot_ds.recipe import ModelConfig, Recipe
+from softcot_ds.trial import Role, why_unsuitable
 
 JOIN_MINUTES = 2.0
 """How long the ranks wait for each other at the start."""
@@ -46,6 +50,8 @@ EXCHANGE_SECONDS = 60.0
 """How long the all-reduces may take before NCCL counts as stuck; its first one sets up all connections."""
 LOOK_SECONDS = 10.0
 """How long a file may take to show up on another node: network file systems cache folders for a while."""
+TRIAL_BYTES = 2 * 10**9
+"""Models with more weights than this are not loaded here."""
 TOLERANCE = 2e-3
 """Relative error of float32 products in the Frobenius norm; TF32, which a site may have switched on, has 3e-4."""
 
@@ -117,7 +123,9 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
     if facts.has_gpu:
         facts.kernel_failure = _failure_of(lambda: _run_kernel(facts, "cuda"))
     if recipe is not None and facts.local_rank == 0:
-        facts.models = {"base": _model(recipe.base), "assistant": _model(recipe.assistant)}
+        facts.models = {"base": _model(recipe.base, "base"), "assistant": _model(recipe.assistant, "assistant")}
+        if not any(model.failure for model in facts.models.values()):
+            facts.prompts_failure = _failure_of(lambda: Experiment(recipe))
         facts.checkpoint_bytes = _checkpoint_bytes(recipe, facts.models)
     return facts
 
@@ -207,15 +215,29 @@ def _shared_folder(path: Path) -> Folder:
     return Folder(str(path), shared=True, absent=[str(p) for p in (path, *path.parents) if not os.path.exists(p)])
 
 
-def _model(config: ModelConfig) -> Model:
+def _model(config: ModelConfig, role: Role) -> Model:
     model = Model(config.model)
 
     def read() -> None:
+        if not is_here(config):
+            raise SoftCoTError(f"{config.model} is not downloaded, or not completely")
         model.width = backbone.width(backbone.load_config(config))
         backbone.load_tokenizer(config)
+        backbone.check_weights(config)
         model.fingerprint = backbone.weights_fingerprint(config)
 
+    def run() -> None:
+        if backbone.weight_bytes(config) > TRIAL_BYTES:
+            return  # training tries it after loading it
+        loaded = backbone.load_frozen(config, "none", torch.device("cpu"))
+        if (reason := why_unsuitable(loaded, role)) is not None:
+            raise SoftCoTError(reason)
+        if role == "base":
+            try_decoding(loaded)
+
     model.failure = _failure_of(read)
+    if not model.failure and "flash" not in config.attention:  # which needs a GPU, and those may be taken
+        model.trial_failure = _failure_of(run)
     return model
 
 

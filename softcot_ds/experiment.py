@@ -1,12 +1,14 @@
 """What a recipe stands for: tokenizers, prompts, task and data, made in one place for every command."""
 
+from collections.abc import Sequence
 from functools import cached_property
-from typing import Any
+from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from softcot_ds.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, pad_id
+from softcot_ds.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
 from softcot_ds.data import ContextLimits, Splits, load_splits
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import make_task
@@ -30,6 +32,8 @@ class Experiment:
             recipe.thoughts.count,
             recipe.thoughts.placeholder,
         )
+        self._check_tokens("base", [self.base_prompts.end_of_turn_id])
+        self._check_tokens("assistant", [self.assistant_prompts.placeholder_id])
         if "text" in recipe.evaluation.conditions:
             _ = self.assistant_prompts.stop_ids  # what is wrong with them is said now, not when the words are asked for
 
@@ -44,13 +48,34 @@ class Experiment:
 
     @property
     def base_pad_id(self) -> int:
-        return pad_id(self.base_tokenizer)
+        """An id to fill padding with; masks hide it, so any row of the table serves."""
+        pad = self.base_tokenizer.pad_token_id
+        return pad if pad is not None and pad < vocabulary(self.base_config) else 0
 
     @cached_property
     def splits(self) -> Splits:
         """The examples, read and tokenized on first use."""
         limits = ContextLimits(context_length(self.assistant_config), context_length(self.base_config))
-        return load_splits(self.task, self.recipe.task, self.base_prompts, self.assistant_prompts, limits)
+        splits = load_splits(self.task, self.recipe.task, self.base_prompts, self.assistant_prompts, limits)
+        for example in (*splits.train, *splits.validation, *splits.test):
+            self._check_tokens("base", [*example.prefix_ids, *example.suffix_ids, *example.target_ids])
+            self._check_tokens("assistant", example.assistant.token_ids)
+        return splits
+
+    def _check_tokens(self, role: Literal["base", "assistant"], ids: Sequence[int]) -> None:
+        """Raises SoftCoTError where a model has no embedding for a token that its tokenizer knows."""
+        config, tokenizer = {
+            "base": (self.base_config, self.base_tokenizer),
+            "assistant": (self.assistant_config, self.assistant_tokenizer),
+        }[role]
+        if ids and (largest := max(ids)) >= vocabulary(config):
+            name = tokenizer.convert_ids_to_tokens(largest)
+            raise SoftCoTError(
+                f"the tokenizer of the {role} makes token {largest} ({name!r}), but "
+                f"{getattr(self.recipe, role).model} has embeddings for {vocabulary(config)} tokens only: tokens were "
+                "added to the tokenizer and not to the model. Take the tokenizer that belongs to it, another "
+                "thoughts.placeholder, or enlarge the model's table (resize_token_embeddings) and save it"
+            )
 
 
 def _chat_format(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> ChatFormat:

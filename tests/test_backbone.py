@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from toy_models import make_config, make_toy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig
 
+from softcot_ds import backbone
 from softcot_ds.backbone import generation_stop_ids, load_frozen, load_tokenizer, weights_fingerprint, width
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
@@ -119,6 +120,81 @@ def test_fingerprint_tells_weights_apart(base_copy, tmp_path):
     (base_copy / "model.safetensors").unlink()
     with pytest.raises(SoftCoTError, match="no weights"):
         weights_fingerprint(config)
+
+
+def edit_config(folder, **settings):
+    values = json.loads((folder / "config.json").read_text()) | settings
+    (folder / "config.json").write_text(json.dumps({key: values[key] for key in sorted(values, reverse=True)}))
+
+
+def test_fingerprint_is_over_what_is_loaded(base_copy):
+    config = ModelConfig(model=str(base_copy))
+    original = weights_fingerprint(config)
+    for name in ("consolidated.safetensors", "pytorch_model.bin", "README.md"):
+        (base_copy / name).write_bytes(b"version https://git-lfs.github.com/spec/v1\n")
+        assert weights_fingerprint(config) == original, f"{name} is not read"
+    edit_config(base_copy, transformers_version="9.9", torch_dtype="float16", _name_or_path="elsewhere")
+    assert weights_fingerprint(config) == original
+    edit_config(base_copy, rms_norm_eps=0.1)
+    assert weights_fingerprint(config) != original
+
+
+def test_a_large_file_is_sampled(base_copy, monkeypatch):
+    config = ModelConfig(model=str(base_copy))
+    whole = weights_fingerprint(config)
+    monkeypatch.setattr(backbone, "_WHOLE_BYTES", 1000)
+    sampled = weights_fingerprint(config)
+    weights = load_file(base_copy / "model.safetensors")
+    save_file({name: weight * 1.001 for name, weight in weights.items()}, base_copy / "model.safetensors")
+    assert len({whole, sampled, weights_fingerprint(config)}) == 3
+
+
+@pytest.mark.parametrize("settings", [{"vocab_size": 9000}, {"intermediate_size": 8}])
+def test_shapes_unlike_the_configuration_are_refused(base_copy, settings):
+    edit_config(base_copy, **settings)
+    with pytest.raises(SoftCoTError, match=r"weights have other shapes .* '.*\.weight' first: .* in the files, "):
+        load_frozen(ModelConfig(model=str(base_copy)), "none", torch.device("cpu"))
+
+
+def test_weights_that_the_configuration_leaves_out_are_refused_and_other_parts_are_not(base_copy):
+    config = ModelConfig(model=str(base_copy))
+    weights = load_file(base_copy / "model.safetensors")
+    for extra, refused in (
+        ("vision_tower.layers.0.weight", False),
+        ("model.layers.0.self_attn.rotary_emb.inv_freq", False),
+        ("model.layers.0.self_attn.q_proj.bias", True),
+        ("model.layers.99.mlp.up_proj.weight", True),
+    ):
+        save_file(weights | {extra: torch.zeros(3)}, base_copy / "model.safetensors", {"format": "pt"})
+        if refused:
+            with pytest.raises(SoftCoTError, match=f"leaves out 1 weights of its files, '{extra}' first"):
+                load_frozen(config, "none", torch.device("cpu"))
+        else:
+            load_frozen(config, "none", torch.device("cpu"))
+
+
+@pytest.mark.parametrize("name", ["model.safetensors", "tokenizer.json", "config.json"])
+def test_a_pointer_of_git_lfs_is_no_file(base_copy, name):
+    (base_copy / name).write_text("version https://git-lfs.github.com/spec/v1\noid sha256:46\nsize 4976698672\n")
+    config = ModelConfig(model=str(base_copy))
+    with pytest.raises(SoftCoTError, match=f"{name} is a pointer of git-lfs.* git lfs pull"):
+        load_frozen(config, "none", torch.device("cpu"))
+
+
+def test_attention_that_a_family_lacks_names_the_setting():
+    recipe = ModelConfig(model="package:pair/base", attention="flash_attention_2")
+    with pytest.raises(SoftCoTError, match=r"cannot be loaded with attention flash_attention_2: .* attention: eager"):
+        load_frozen(recipe, "none", torch.device("cpu"))
+
+
+def test_a_token_beyond_the_table_is_refused(base_copy):
+    tokenizer = AutoTokenizer.from_pretrained(base_copy)
+    tokenizer.add_tokens(["<|more|>"], special_tokens=True)
+    tokenizer.save_pretrained(base_copy)
+    edit_config(base_copy, vocab_size=len(tokenizer) - 1)
+    recipe = load_recipe(RECIPE, [f"assistant.model={base_copy}", "thoughts.placeholder=<|more|>"])
+    with pytest.raises(SoftCoTError, match=r"the tokenizer of the assistant makes token \d+ \('<\|more\|>'\), but "):
+        Experiment(recipe)
 
 
 def test_a_shard_that_the_index_names_and_that_is_missing_is_refused(base_copy):

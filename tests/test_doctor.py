@@ -1,5 +1,6 @@
 """The doctor finds what is wrong, says where and what to do, and leaves nothing behind."""
 
+import json
 import os
 import shutil
 import socket
@@ -193,6 +194,15 @@ WRONG = {
         cluster(2, base={"failure": "owner/base: no weights"}),
         "problem", "models", "base cannot be read on node1: owner/base: no weights", "HF_HOME",
     ),
+    "unfit family": (
+        cluster(base={"trial_failure": "it is not causal"}),
+        "problem", "models", "base owner/base does not do what is asked of it on node0, node1: it is not causal",
+        "base.attention: eager",
+    ),
+    "no prompts": (
+        cluster(2, prompts_failure="no chat template"),
+        "problem", "models", "the recipe's prompts cannot be made on node1: no chat template", "every command",
+    ),
     "many processes alone": (
         cluster(alone_of="SLURM_STEP_NUM_TASKS=8"),
         "problem", "launchers", "SLURM_STEP_NUM_TASKS=8, but this process knows of no others", "--ntasks-per-node=1",
@@ -359,10 +369,37 @@ def test_a_model_that_cannot_be_read_is_a_problem(tmp_path):
     shutil.copytree(ROOT / "softcot_ds/pair/base", base)
     overrides = [f"base.model={base}", f"output_dir={tmp_path}", f"cache.path={tmp_path}"]
     assert wrong_alone(*overrides) == []
-    (base / "model.safetensors").unlink()
+    weights = (base / "model.safetensors").read_bytes()
+    config = json.loads((base / "config.json").read_text())
+    damages = {
+        "a git-lfs pointer": (b"version https://git-lfs.github.com/spec/v1", {}, "is a pointer of git-lfs"),
+        "another vocabulary": (weights, {"vocab_size": config["vocab_size"] + 1}, "have other shapes"),
+        "no weights": (None, {}, f"base cannot be read on {socket.gethostname()}: {base}: no weights"),
+    }
+    for content, settings, said in damages.values():
+        (base / "model.safetensors").unlink()
+        if content is not None:
+            (base / "model.safetensors").write_bytes(content)
+        (base / "config.json").write_text(json.dumps(config | settings))
+        (wrong,) = wrong_alone(*overrides)
+        assert (wrong.level, wrong.title) == ("problem", "models")
+        assert said in wrong.text
+
+
+def test_a_hub_model_that_is_not_downloaded_is_a_problem(tmp_path):
+    (wrong,) = wrong_alone("base.model=owner/absent", f"output_dir={tmp_path}", f"cache.path={tmp_path}")
+    assert "owner/absent is not downloaded" in wrong.text
+    assert "hf download" in wrong.remedy
+
+
+def test_a_small_model_is_tried(tmp_path, monkeypatch):
+    overrides = [f"output_dir={tmp_path}", f"cache.path={tmp_path}"]
+    monkeypatch.setattr(doctor, "why_unsuitable", lambda model, role: "it is not causal" if role == "base" else None)
     (wrong,) = wrong_alone(*overrides)
-    assert (wrong.level, wrong.title) == ("problem", "models")
-    assert f"base cannot be read on {socket.gethostname()}: {base}: no weights" in wrong.text
+    assert "does not do what is asked of it" in wrong.text
+    assert "it is not causal" in wrong.text
+    monkeypatch.setattr(doctor, "TRIAL_BYTES", 1000)
+    assert wrong_alone(*overrides) == [], "large ones are not loaded"
 
 
 def test_ranks_with_other_recipes_are_not_compared(monkeypatch):

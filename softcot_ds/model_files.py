@@ -1,0 +1,156 @@
+"""A model's files: in a local folder, or by hub name in the local cache, into which they are downloaded when missing.
+
+What is in the cache is never asked about again, so that a run does not change when its hub model does.
+"""
+
+import json
+import sys
+from pathlib import Path
+
+from filelock import FileLock
+from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
+from huggingface_hub.utils import disable_progress_bars
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import ModelConfig, resolve_location
+
+_WEIGHTS = (
+    ("model.safetensors", False),
+    ("model.safetensors.index.json", True),
+    ("pytorch_model.bin", False),
+    ("pytorch_model.bin.index.json", True),
+)
+"""Where transformers looks for weights, in its order, and whether the file is an index of shards."""
+_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "tokenizer_config.json", "vocab.json", "vocab.txt")
+_SMALL = (".json", ".jinja", ".model", ".txt", ".tiktoken")
+"""What configurations, tokenizers and indices end in."""
+_POINTER = b"version https://git-lfs"
+
+
+def model_folder(config: ModelConfig, weights: bool = False) -> Path:
+    """The folder that a model is read from.
+
+    Args:
+        weights: whether its weights must be there, or its configuration and tokenizer alone.
+
+    Raises:
+        SoftCoTError: it is not there and cannot be downloaded, or some files hold no content; with what to do.
+    """
+    location = resolve_location(config.model)
+    folder = Path(location)
+    if not folder.is_dir():
+        folder = _cached(location, config.revision, weights) or _fetched(location, config.revision, weights)
+    for path in sorted(folder.iterdir()):
+        if path.suffix in _SMALL:
+            _refuse_pointer(path)
+    return folder
+
+
+def is_here(config: ModelConfig) -> bool:
+    """Whether nothing needs to be downloaded."""
+    location = resolve_location(config.model)
+    return Path(location).is_dir() or _cached(location, config.revision, weights=True) is not None
+
+
+def weight_files(folder: Path, name: str) -> list[Path]:
+    """The files that transformers would read the weights in ``folder`` from.
+
+    Raises:
+        SoftCoTError: there are none, some are missing or hold no content. ``name`` is the model's.
+    """
+    first, is_index = next(
+        ((folder / file, index) for file, index in _WEIGHTS if (folder / file).exists()), (None, False)
+    )
+    if first is None:
+        raise SoftCoTError(f"{name}: no weights ({' or '.join(file for file, _ in _WEIGHTS)}) in {folder}")
+    files = [first]
+    if is_index:
+        try:
+            files = [folder / file for file in sorted(set(json.loads(first.read_bytes())["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise SoftCoTError(f"{first}: no index of weights ({error}); fetch the model again") from error
+    missing = [file.name for file in files if not file.exists()]
+    if missing:
+        raise SoftCoTError(
+            f"{name}: {len(missing)} of {len(files)} weight files are missing in {folder}, {missing[0]} first, which "
+            f"{first.name} names; fetch the model again (hf download goes on from what is there)"
+        )
+    for file in files:
+        _refuse_pointer(file)
+    return files
+
+
+def _refuse_pointer(path: Path) -> None:
+    try:
+        with path.open("rb") as file:
+            pointer = file.read(len(_POINTER)) == _POINTER
+    except OSError as error:
+        raise SoftCoTError(f"cannot read {path}: {error.strerror}") from error
+    if pointer:
+        raise SoftCoTError(
+            f"{path} is a pointer of git-lfs, not the file itself: run git lfs pull in {path.parent}, or fetch the "
+            "model with hf download"
+        )
+
+
+def _cached(name: str, revision: str | None, weights: bool) -> Path | None:
+    """The folder in the local cache, where it holds all that is asked for."""
+    config = try_to_load_from_cache(name, "config.json", revision=revision)
+    if not isinstance(config, str):
+        return None
+    folder = Path(config).parent
+    if not any((folder / file).exists() for file in _TOKENIZERS):
+        return None
+    try:
+        if weights:
+            weight_files(folder, name)
+    except SoftCoTError:
+        return None
+    return folder
+
+
+def _fetched(name: str, revision: str | None, weights: bool) -> Path:
+    """Download a model. One process of those that share a cache does; the others wait for it."""
+    try:
+        locks = Path(constants.HF_HUB_CACHE) / ".locks"
+        locks.mkdir(parents=True, exist_ok=True)
+        with FileLock(locks / f"softcot-ds--{name.replace('/', '--')}.lock"):
+            return _cached(name, revision, weights) or _download(name, revision, weights)
+    except GatedRepoError as error:
+        raise SoftCoTError(
+            f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name}, then log in with that account: "
+            "hf auth login (or set HF_TOKEN)"
+        ) from error
+    except RevisionNotFoundError as error:
+        raise SoftCoTError(f"{name} has no revision {revision!r} on the hub; see its commits there") from error
+    except RepositoryNotFoundError as error:
+        raise SoftCoTError(
+            f"the hub has no model {name}, or it is private; check the name, or log in: hf auth login (or set HF_TOKEN)"
+        ) from error
+    except Exception as error:  # whatever the HTTP library of the day raises without a network; a full disk
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        raise SoftCoTError(
+            f"{name} is not (or not completely) in {constants.HF_HUB_CACHE}, and downloading it fails: {reason}. "
+            f"Where there is internet, with the same HF_HOME: {command}"
+        ) from error
+
+
+def _download(name: str, revision: str | None, weights: bool) -> Path:
+    if constants.HF_HUB_OFFLINE:
+        raise OSError("HF_HUB_OFFLINE is set")
+    sizes = {entry.path: getattr(entry, "size", 0) for entry in HfApi().list_repo_tree(name, revision=revision)}
+    wanted = {path for path in sizes if path.endswith(_SMALL)}
+    first, is_index = next(((file, index) for file, index in _WEIGHTS if file in sizes), (None, False))
+    if weights and first is not None:
+        stem, suffix = first.split(".")[:2]
+        wanted |= (
+            {path for path in sizes if path.startswith(f"{stem}-") and path.endswith(suffix)} if is_index else {first}
+        )
+    gigabytes = sum(sizes[path] for path in wanted) / 1e9
+    text = f"{gigabytes:,.1f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.1f} MB"
+    what = "" if weights else " (configuration and tokenizer)"
+    print(f"downloading {name}{what}, {text}", file=sys.stderr, flush=True)
+    disable_progress_bars()
+    return Path(snapshot_download(name, revision=revision, allow_patterns=sorted(wanted)))
