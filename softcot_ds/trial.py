@@ -42,7 +42,7 @@ def check_model(model: PreTrainedModel, role: Role, name: str) -> None:
     if reason is not None:
         raise SoftCoTError(
             f"{name} (model type {model.config.model_type!r}) cannot be the {role}: {reason}. Name another model in "
-            f"{role}.model, or try another implementation of its attention ({role}.attention: eager)"
+            f"{role}.model; where it is the model's code that fails, {role}.attention: eager may help"
         )
 
 

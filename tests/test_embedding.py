@@ -11,6 +11,7 @@ from toy_models import WIDTH, make_toy
 
 from softcot_ds import embedding
 from softcot_ds.embedding import table_scale, whole_embedding
+from softcot_ds.engine import _random_token_embeddings
 from softcot_ds.projection import LinearProjection
 from softcot_ds.step import SoftCoT
 
@@ -110,3 +111,13 @@ def test_the_whole_embedding_is_the_module_s_own():
     ids = torch.tensor([[3, 5, 3]])
     with whole_embedding(model.get_input_embeddings()) as embed:
         assert torch.equal(embed(ids), model.get_input_embeddings()(ids))
+
+
+def test_free_vectors_start_as_embeddings_of_tokens_as_the_model_sees_them():
+    model = make_toy("gemma3_text")
+    torch.manual_seed(4)
+    vectors = _random_token_embeddings(model, 5)
+    torch.manual_seed(4)
+    ids = torch.randint(0, 96, (5,))
+    torch.testing.assert_close(vectors, model.get_input_embeddings().weight[ids] * math.sqrt(WIDTH))
+    assert vectors.dtype == torch.float32
