@@ -5,6 +5,8 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from softcot_ds.backbone import load_frozen, width
@@ -25,6 +27,11 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
     ``"auto"`` would not be: only the Hugging Face Trainer replaces it.
     """
     config = recipe.backbone.deepspeed_config()
+    try:
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    except ValidationError as error:  # DeepSpeed would end in it too, once a model is loaded
+        wrong = [f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise SoftCoTError(f"{recipe.backbone.deepspeed_path()}: {'; '.join(wrong)}") from error
     config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
     config["gradient_accumulation_steps"] = accumulation
     config["gradient_clipping"] = recipe.training.gradient_clipping

@@ -31,6 +31,9 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Partition = Literal["none", "zero3"]
 Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
 
+MOST_GENERATED = 100_000
+"""Problems that a generated task makes, at most: they take a second for some thousands, and there are not endlessly
+many different ones."""
 PACKAGE_SCHEME = "package:"
 """``package:pair/base`` names a folder that is shipped inside the installed package."""
 
@@ -67,6 +70,8 @@ def _check_data(name: str) -> str:
 def _check_path(path: Path) -> Path:
     if "\0" in str(path):
         raise ValueError(f"{str(path)!r} has a NUL character in it, and no path has")
+    if str(path).startswith("~"):
+        raise ValueError(f"{str(path)!r}: ~ stands for a home folder in a shell only; write the whole path")
     if len(longest := max(map(os.fsencode, path.parts), default=b"")) > 255:
         raise ValueError(f"a name of {len(longest)} bytes in it; file systems take 255 at most")
     return path
@@ -145,8 +150,11 @@ class TaskConfig(Section):
     @field_validator("train_problems", "test_problems")
     @classmethod
     def _word_problems_are_generated(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if value is None and info.data.get("name") == "word_problems":
-            raise ValueError("missing; this task's problems are generated, say how many")
+        if info.data.get("name") == "word_problems":
+            if value is None:
+                raise ValueError("missing; this task's problems are generated, say how many")
+            if value > MOST_GENERATED:
+                raise ValueError(f"{value:,} are more than the {MOST_GENERATED:,} that this task generates")
         return value
 
 
@@ -155,7 +163,7 @@ class ModelConfig(Section):
 
     model: ModelName
     """A local folder, a hub name (owner/name), or package:FOLDER for a model shipped with this package."""
-    revision: str | None = None
+    revision: str | None = Field(None, pattern=r"^[\w./+@-]+$")
     """Hub revision: a commit hash makes the run repeatable."""
     dtype: Dtype = "bfloat16"
     """The dtype that the weights are loaded and computed in."""
@@ -211,7 +219,7 @@ class BackboneConfig(Section):
         stage = config.get("zero_optimization", {}).get("stage", 0)
         if stage not in (0, 1, 2, 3) or type(stage) is not int:
             wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")
-        elif (stage == 3) != (self.partition == "zero3"):
+        elif stage not in ((3,) if self.partition == "zero3" else (1, 2)):
             wrong.append(
                 f"partition {self.partition!r} does not fit stage {stage} of {path}; "
                 "zero3 needs a configuration of stage 3, none one of stage 1 or 2"
@@ -303,7 +311,7 @@ class TrainingConfig(Section):
     """Steps between two checkpoints. The last step is always saved."""
     keep_checkpoints: Count = 3
     """How many of the newest checkpoints are kept."""
-    timeout_minutes: float = Field(30.0, gt=0, le=60 * 24 * 30)
+    timeout_minutes: float = Field(30.0, ge=0.1, le=60 * 24 * 30)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long, and so may
     validation and a checkpoint."""
     step_timeout_minutes: float = Field(10.0, gt=0, le=60 * 24 * 30)
@@ -486,6 +494,8 @@ def _explain(detail: Any) -> list[str]:
             return [f"{location}: a section of keys and values, found {found}"]
         case "path_type":
             return [f"{location}: a path, found {found}"]
+        case "tuple_type":
+            return [f"{location}: a list of two numbers, found {found}"]
         case "string_type" if isinstance(detail["input"], int | float):
             return [f"{location}: a text, found {found}; put it in quotes"]
     return [f"{location}: {message[0].lower()}{message[1:]}, found {found}"]
