@@ -1,99 +1,349 @@
-"""Finding the number that a model meant, and comparing it exactly."""
+r"""Finding the number that an output gives as its answer.
+
+Two questions are kept apart. *Reading* a number in its notation is numerals.py. *Where* the answer stands is here, a
+question of position and of what announces it:
+
+1. ``#### 18``: the first one; what a model writes after it is a remark or another problem.
+2. ``\boxed{18}``, "the answer is 18", "Answer: 18", ``<answer>18``: the last one. A boxed step of a solution that goes
+   on is none, and "Answer:" may open a solution.
+3. The last statement that holds a number and is neither a question nor a remark ("This assumes 7 days a week.").
+"""
 
 import re
+from bisect import bisect_left
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
 from fractions import Fraction
+from itertools import groupby, pairwise
 
-_NUMBER = re.compile(
-    r"""(?:(?P<sign>[-+\u2212])(?P<gap>[ \t]*))?(?:[$€£¥]\s*(?P<inner_sign>[-\u2212])?)?
-        (?P<whole>\d{1,3}(?:,\d{3})+(?!\d)|\d+|(?=\.\d))
-        (?P<decimals>\.\d+)?
-        (?:\s*/\s*(?P<denominator>[1-9]\d*)|[ ](?P<part>\d+)/(?P<parts>[1-9]\d*))?""",
-    re.VERBOSE,
-)
-_LONGEST = 1000
-"""Characters of a number. A model that repeats itself writes longer ones, which Python refuses to convert."""
-_LATEX_FRACTION = re.compile(r"\\[dt]?frac\s*\{\s*(\d+)\s*\}\s*\{\s*(\d+)\s*\}")
-# Four hashes announce an answer when a number is next; otherwise they are a heading ("#### Step 2: add").
-_MARKER = re.compile(r"####(?=[^\w\n]*\d)|(?:final\s+)?answer\**\s*(?:is\b|:|=)[\s:*]*", re.IGNORECASE)
-_MAY_GO_ON = re.compile(r"[\d.,/]+\Z")
-_END_OF_SENTENCE = re.compile(r"[.!?;](?:\s|$)|\n")
+from softcot_ds.numerals import Numeral, numerals, plain
+
+
+@dataclass(frozen=True)
+class _Reading:
+    """A number with the calculation it ends: "9 eggs * $2 = $18" is one reading, of value 18."""
+
+    start: int
+    end: int
+    value: Fraction | None
+    """None where a person reads no single number: a range, a time, a calculation without its result."""
+    is_equation: bool
+    is_aside: bool
+    """Told in passing: "after 5 days", "each of the 3 boxes"."""
+    in_words: bool
+    is_trailing: bool = False
+    """Told in passing after an equation, or as a reason."""
+    is_box: bool = False
 
 
 def extract_number(text: str, cut: bool = False) -> Fraction | None:
     r"""The number that ``text`` gives as its answer, or None when there is none.
 
-    Looked for in this order: the last ``\boxed{...}``; the sentence after the last ``####``, ``answer is`` or
-    ``answer:``; the last number of the text. Of an equation the right side counts (``x = 4``, ``3 + 4 = 7``). A
-    percentage counts as its figure (``50%`` is 50), a currency sign is ignored, commas between groups of three digits
-    are thousands separators.
+    Of an equation the result counts (``x = 4``, ``3 + 4 = 7``). A percentage counts as its figure (``50%`` is 50),
+    currencies and units are ignored.
 
-    Of a text that was ``cut`` at a limit only an announced answer counts, and no number that may have gone on.
+    Args:
+        text: a model's output.
+        cut: the output ended at a limit. Its last number may be anything, so only an answer that was announced
+            counts, and not one at the very end, which may have gone on.
     """
-    if cut:
-        text = _MAY_GO_ON.sub("", text)
-    boxed = _last_boxed(text)
-    if boxed is not None:
-        numbers = _stated(boxed)
-        return numbers[0] if numbers else None
-    markers = list(_MARKER.finditer(text))
-    if markers:
-        numbers = _stated(_END_OF_SENTENCE.split(text[markers[-1].end() :], maxsplit=1)[0])
-        if numbers:
-            return numbers[0]
-    numbers = [] if cut else _numbers(text)
-    return numbers[-1] if numbers else None
+    text = plain(text)
+    items = _items(text)
+    hashes = _after_hashes(text, items, cut)
+    if hashes and not _NEXT_PROBLEM.search(text, 0, hashes.start):
+        return hashes.value  # the common case; what follows would find the same, at ten times the cost
+    readings = _readings(text, items, 0, len(text))
+    announced = list(_announcements(text, items, readings))
+    end = _end_of_first_output(text, readings, [hashes] * bool(hashes) + announced)
+    if hashes and hashes.end <= end:
+        return hashes.value
+    statements = _statements(text[:end], readings)
+    announced = [one for one in announced if one.end <= end and not (cut and _may_go_on(text, one))]
+    answer = _last_announced(text, announced, statements)
+    if answer is None and not cut:
+        answer = _concluded(text, statements)
+    return None if answer is None else answer.value
 
 
-def _last_boxed(text: str) -> str | None:
-    r"""The content of the last complete ``\boxed{...}``, braces nested to any depth."""
-    start = text.rfind("\\boxed{")
-    while start >= 0:
-        depth = 0
-        for end in range(start + len("\\boxed"), len(text)):
-            depth += (text[end] == "{") - (text[end] == "}")
-            if depth == 0:
-                return text[start + len("\\boxed{") : end]
-        start = text.rfind("\\boxed{", 0, start)
+# ----------------------------------------------------------------------------------------------- readings of numbers
+
+# What may stand between the numbers of one calculation: "9 eggs * ($2", "= 13 eggs", "→ x =".
+_UNIT = r"(?:\ ?[A-Za-z%°/'.$€£^{}\d-]{1,20}){0,4}"
+_OPERATOR = re.compile(rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|minus|times)\b)\ ?[(\[{{$]*", re.VERBOSE)
+_EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>)[^\n,;]{{0,40}}", re.VERBOSE)
+_ASIDE = re.compile(
+    r"""(?: \b(?:in|after|per|every|each|at|on|within|during|than|from|since|with|over|by|for|if|when|until|before
+            |the|these|those|this|that|his|her|their|all|no|any|which|another|other|out\ of)
+          | \d\ of | \bto\ (?!about|only|almost|nearly|exactly|over|around)[a-z]{1,15} )
+        (?:\ [a-z]{1,12}ing)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
+# "It takes 459 / 51 = 9 minutes to blink 459 times.": an equation is what its clause is about.
+_SAME_CLAUSE = re.compile(
+    r"(?:(?!\b(?:so|thus|then|therefore|hence|which|and(?! \Z))\b)[^,.;:!?()=\n]){0,120}", re.IGNORECASE
+)
+_REASON = re.compile(r"[^.;:!?\n]{0,120}\b(?:because|since)\b[^,.;:!?\n]{0,120}", re.IGNORECASE)
+_PARENTHESIS = re.compile(r"\([^()\n]*\Z")
+_COMPARED = re.compile(r" (?:[a-z]{1,20} ){0,2}(?:more|less|fewer|[a-z]{1,12}er) than\b")
+_LABEL = re.compile(
+    r"\b(?:step|part|question|problem|example|case|figure|table|section|phase|stage|method)s? #?$", re.IGNORECASE
+)
+_FOOTNOTE = re.compile(r"\w[.,]? ?\[\Z")
+_ITEM = re.compile(r"^[ >#]{0,8}(?:\*\*)?(\d{1,2})[.)](?= *\S)(?!\d)", re.MULTILINE)
+
+
+def _readings(text: str, items: set[int], start: int, end: int) -> list[_Reading]:
+    """What is read between two positions."""
+    readings = []
+    chain: list[Numeral] = []
+    for numeral in _counted(text, items, start, end):
+        if chain and not _joint(text[chain[-1].end : numeral.start]):
+            readings.append(_reading(text, chain))
+            chain = []
+        chain.append(numeral)
+    if chain:
+        readings.append(_reading(text, chain))
+    for index in range(1, len(readings)):
+        one, other = readings[index - 1], readings[index]
+        follows = (one.is_equation or one.is_trailing) and not other.is_equation
+        between = (_REASON, *[_SAME_CLAUSE] * follows)
+        if any(pattern.fullmatch(text, one.end, other.start) for pattern in between):
+            readings[index] = replace(other, is_aside=True, is_trailing=True)
+    return readings
+
+
+def _items(text: str) -> set[int]:
+    """Where the numbers of a numbered list stand."""
+    items, last = set(), 0
+    for match in _ITEM.finditer(text):
+        if int(match[1]) in (1, last + 1):
+            last = int(match[1])
+            items.add(match.start(1))
+    return items
+
+
+def _counted(text: str, items: set[int], start: int, end: int) -> Iterator[Numeral]:
+    """The numbers of a text without those that only number its steps, items and footnotes."""
+    for numeral in numerals(text, start, end):
+        before, after = text[max(0, numeral.start - 40) : numeral.start], text[numeral.end : numeral.end + 1]
+        if numeral.start not in items and not _LABEL.search(before) and not (after == "]" and _FOOTNOTE.search(before)):
+            yield numeral
+
+
+def _joint(gap: str) -> str:
+    """What joins two numbers into one calculation: an operator, an equals sign, or nothing ("")."""
+    if len(gap) > 80 or "\n" in gap:
+        return ""
+    if _OPERATOR.fullmatch(gap):
+        return "operator"
+    return "equals" if _EQUALS.fullmatch(gap) else ""
+
+
+def _reading(text: str, chain: list[Numeral]) -> _Reading:
+    """The last number of a chain that is a whole side of it: of "16 - 7 = 9" and of "9 = 16 - 7" the 9."""
+    joints = [_joint(text[a.end : b.start]) for a, b in pairwise(chain)]
+    bounds = ["equals", *joints, "equals"]
+    sides = [n.value for n, around in zip(chain, pairwise(bounds), strict=True) if around == ("equals", "equals")]
+    values = [value for value in sides if value is not None]
+    before, after = text[max(0, chain[0].start - 60) : chain[0].start], text[chain[0].end : chain[0].end + 60]
+    beside = _PARENTHESIS.search(before) or _ASIDE.search(before[-30:]) or _COMPARED.match(after)
+    return _Reading(
+        chain[0].start,
+        chain[-1].end,
+        values[-1] if values else None,
+        "equals" in joints,
+        len(chain) == 1 and bool(beside),
+        all(numeral.in_words for numeral in chain),
+    )
+
+
+# ---------------------------------------------------------------------------------------------- announced answers
+
+_NEXT_PROBLEM = re.compile(
+    r"""<\|[^|<>\n]{1,40}\|>|</s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]
+        |^[#*\s>]{0,8}(?:next\ |new\ |another\ )?(?:problem|question|exercise|example|instruction|input|user|human|q)
+        (?:\ ?\#?\d{1,4})?\**\ ?[:.]""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
+)
+_HASHES = re.compile(r"####(?!#)[^\S\n]*\**")
+_VISIBLE = re.compile(r"\S")
+_BOX = re.compile(r"\\boxed ?\{")
+_BRACE = re.compile(r"[{}]")
+_ANSWER = re.compile(
+    r"""(?P<final>final[\ _])?
+        (?: (?:(?<![^\W_])(?:answer|ans|respuesta|réponse|resposta|risposta|antwort|ответ)\b | (?m:^)a(?=:))
+            (?: [\s*_"'`)\]>]{0,6}(?P<colon>:|(?<=>)|\n) | [\s*_"'`)]{0,6}(?:=|→|->)
+              | [^.!?\n:;=]{0,60}?\b(?:is|was|(?:will|would|should|must)\ be|equals|comes\ to|es|est|ist|é|è)\b )
+          | 答案?(?:是|为|:) )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_FILLERS = re.compile(
+    r"""(?:[\W_]|\b(?:the|final|answer|is|total|of|a|an|about|approximately|approx|roughly|around|exactly|simply|just|only
+        |therefore|thus|then|so|equal|equals|to|now|at|least|most|no|number|us|usd|eur|rs|inr|x|y|n|boxed)\b)*""",
+    re.VERBOSE | re.IGNORECASE,
+)
+
+
+def _after_hashes(text: str, items: set[int], cut: bool) -> _Reading | None:
+    """The first complete number that follows ``####`` at once, on its line or alone on the next."""
+    marks = [mark.span() for mark in _HASHES.finditer(text)]
+    for (_, start), (following, _) in pairwise([*marks, (len(text), 0)]):
+        for reading in _readings(text, items, start, min(_line_end(text, start), following))[:1]:
+            if _follows(text, start, reading) and not (cut and _may_go_on(text, reading)):
+                return reading
     return None
 
 
-def _stated(text: str) -> list[Fraction | None]:
-    """The numbers after the last equals sign; all of them when none stands there."""
-    return _numbers(text.rpartition("=")[2]) or _numbers(text)
+def _announcements(text: str, items: set[int], readings: list[_Reading]) -> Iterator[_Reading]:
+    """What is announced otherwise."""
+    for mark in _HASHES.finditer(text):
+        # A sentence ("#### Janet makes $18 a day.") or "#### Total: 18", no heading ("#### Cost of 3 apples").
+        stop = _line_end(text, mark.end())
+        within = readings[_index(readings, mark.end()) : _index(readings, stop)]
+        is_sentence = text[mark.end() : stop].rstrip(" *").endswith((".", "!"))
+        if within and (is_sentence or ":" in text[within[0].start - 3 : within[0].start]):
+            yield _chosen(within) if is_sentence else within[0]
+    last_equation = max((reading.end for reading in readings if reading.is_equation), default=0)
+    for start, stop in _boxes(text):
+        for reading in _readings(text, items, start, stop)[:1] or [_Reading(start, stop, None, False, False, False)]:
+            yield replace(reading, end=stop, is_box=True)
+    for mark in _ANSWER.finditer(text):
+        for reading in readings[(index := _index(readings, mark.end())) : index + 1]:
+            may_open = mark["colon"] and not mark["final"]
+            if _follows(text, mark.end(), reading) and not (
+                may_open and last_equation > reading.start and _opens_solution(text, readings, index)
+            ):
+                yield reading
 
 
-def _numbers(text: str) -> list[Fraction | None]:
-    """All numbers, None for one that is too long to be an answer."""
-    text = text.replace("{,}", ",").replace("\\,", "").replace("\\$", "$").replace("\\%", "%").replace("\\!", "")
-    # "12\frac{1}{2}" is twelve and a half.
-    text = re.sub(r"(?<=\d)(?=\\[dt]?frac)", " ", text)
-    text = _LATEX_FRACTION.sub(r"\1/\2", text)
-    numbers: list[Fraction | None] = []
-    for match in _NUMBER.finditer(text):
-        if len(match[0]) > _LONGEST:
-            numbers.append(None)
+def _follows(text: str, position: int, reading: _Reading) -> bool:
+    """Whether nothing but words that say nothing stands between a position and a number."""
+    return reading.start - position <= 80 and bool(_FILLERS.fullmatch(text, position, reading.start))
+
+
+def _line_end(text: str, position: int) -> int:
+    """The end of the line, or of the next one when nothing more stands on this."""
+    first = _VISIBLE.search(text, position)
+    end = text.find("\n", first.start() if first else position)
+    return end if end >= 0 else len(text)
+
+
+def _index(readings: list[_Reading], position: int) -> int:
+    """Of the first number at or after a position."""
+    return bisect_left(readings, position, key=lambda reading: reading.start)
+
+
+def _boxes(text: str) -> Iterator[tuple[int, int]]:
+    """Where the contents of the boxes are that stand in no other box; an open last one ends with the text."""
+    position = 0
+    for match in _BOX.finditer(text):
+        if match.start() < position:
             continue
-        value = Fraction((match["whole"].replace(",", "") or "0") + (match["decimals"] or ""))
-        if match["denominator"]:
-            value /= int(match["denominator"])
-        if match["parts"]:
-            value += Fraction(int(match["part"]), int(match["parts"]))
-        negative = match["sign"] in ("-", "\u2212") and _is_sign(text[: match.start()], match["gap"])
-        numbers.append(-value if negative or match["inner_sign"] else value)
-    return numbers
+        depth, start = 1, match.end()
+        for brace in _BRACE.finditer(text, start):
+            depth += 1 if brace[0] == "{" else -1
+            if depth == 0:
+                position = brace.end()
+                break
+        else:
+            position = len(text)
+        yield start, position - (depth == 0)
 
 
-def _is_sign(before: str, gap: str) -> bool:
-    """Whether a minus is a sign: no operator ("7 - 3"), hyphen ("covid-19"), dash or bullet of a list.
+def _opens_solution(text: str, readings: list[_Reading], index: int) -> bool:
+    """Whether a number after "Answer:" begins a worked solution, and is not the answer ("18 dollars per day.")."""
+    first = readings[index]
+    end = _END.search(text, first.end)
+    stop = end.start() if end else len(text)
+    said = [reading for reading in readings[index + 1 : _index(readings, stop)] if not reading.is_aside]
+    rest = text[first.end : min(stop, first.end + 200)]
+    return first.is_equation or bool(said) or len(re.findall(r"[^\W\d]+", rest)) > 4 or bool(_VERB.search(rest))
 
-    Args:
-        before: the text before the minus.
-        gap: what stands between the minus and its number.
-    """
-    spaces = before[len(before.rstrip()) :]
-    last = before.rstrip()[-1:]
-    if "\n" in spaces:
-        return not gap
-    if last.isdigit() or last in (")", "]", "}", "%"):
-        return False
-    return (bool(spaces) and not gap) or not (last.isalpha() or last == "-")
+
+def _end_of_first_output(text: str, readings: list[_Reading], announced: list[_Reading]) -> int:
+    """Where a model that has answered goes on with another problem or another turn; else where the text ends."""
+    ends = [reading.end for reading in readings if reading.is_equation] + [one.end for one in announced]
+    match = _NEXT_PROBLEM.search(text, min(ends, default=len(text)))
+    return match.start() if match else len(text)
+
+
+def _may_go_on(text: str, reading: _Reading) -> bool:
+    """Whether a number stands at the very end of a text, where the next token may have been another digit."""
+    return reading.end >= (len(text) if reading.is_box else len(text.rstrip(" .,:/'*-")))
+
+
+def _last_announced(text: str, announced: list[_Reading], statements: list["_Statement"]) -> _Reading | None:
+    # A box is a step of the solution when an equation follows it.
+    steps = (r.start for s in statements if s.counts for r in s.readings if r.is_equation)
+    last_step = max(steps, default=0)
+    finals = sorted((one for one in announced if not one.is_box or one.end > last_step), key=lambda one: one.start)
+    # A loop that was cut: "The answer is 18. The answer is 1"; a box that was never closed.
+    while len(finals) > 1 and _may_go_on(text, finals[-1]):
+        first, last = (text[one.start : one.end] for one in finals[-2:])
+        if not finals[-1].is_box and not first.startswith(last):
+            break
+        finals.pop()
+    return finals[-1] if finals else None
+
+
+# ------------------------------------------------------------------------------------------------ the last statement
+
+_END = re.compile(
+    r"""(?<!\bRs)(?<!\bNo)(?<!\bvs)(?<!approx)(?<!\b[ap]\.m)[.!?;](?=[\s"')\]*$]|$) | 。 | \n""", re.VERBOSE
+)
+_REMARK = re.compile(
+    r"""[(\[](?![^()\n]{0,80}\)\ *[^\s.]) | [*_#>\-\s]{0,6}
+        (?:please|note|n\.?b\.|p\.?s\.|disclaimer|let\ me\ know|i?\ ?hope|feel\ free|thank|if\ you|confidence|assum
+          |(?:let(?:'s|\ us)\ |to\ |we\ can\ |you\ can\ )?(?:double[- ])?(?:check|verify)|verification|explanation
+          |this\ (?:assum|answer|solution|calculation|response|is\ (?:correct|because|based|assuming)))""",
+    re.VERBOSE | re.IGNORECASE,
+)
+_VERB = re.compile(r"\b(?:is|are|was|were|be|has|have|had|can|will|do|does|did)\b")
+_BOLD = re.compile(r"\*\*([^*\n]{1,80})\*\*|<b>([^<\n]{1,80})</b>")
+
+
+@dataclass(frozen=True)
+class _Statement:
+    line: int
+    counts: bool
+    """False for questions and remarks."""
+    readings: list[_Reading]
+
+
+def _statements(text: str, readings: list[_Reading]) -> list[_Statement]:
+    statements, start, line, remark = [], 0, 0, False
+    for match in (*_END.finditer(text), None):
+        end = match.start() if match else len(text)
+        # A remark is about something, so the first statement is none.
+        remark = remark or bool(statements and _REMARK.match(text[start : start + 120].lstrip(" ")))
+        within = readings[_index(readings, start) : _index(readings, end)]
+        statements.append(_Statement(line, not remark and not (match and match[0] == "?"), within))
+        if match:
+            start = match.end()
+            if match[0] == "\n":
+                line, remark = line + 1, False
+    return statements
+
+
+def _concluded(text: str, statements: list[_Statement]) -> _Reading | None:
+    """What the last statement says; of its line, what is in bold print."""
+    bold = [match.span() for match in _BOLD.finditer(text)]
+    for _, group in groupby(reversed([s for s in statements if s.counts]), key=lambda statement: statement.line):
+        line = [[r for r in statement.readings if not (r.in_words and r.is_aside)] for statement in group]
+        for candidates in ([r for readings in line for r in readings if _within(bold, r)], *line):
+            chosen = _chosen(candidates)
+            if chosen:
+                return chosen
+    return None
+
+
+def _within(spans: list[tuple[int, int]], reading: _Reading) -> bool:
+    index = bisect_left(spans, reading.start, key=lambda span: span[1])
+    return index < len(spans) and spans[index][0] <= reading.start and reading.end <= spans[index][1]
+
+
+def _chosen(readings: list[_Reading]) -> _Reading | None:
+    """The number of one statement that it is about: the last that is not told in passing, figures before words."""
+    main = [reading for reading in readings if not reading.is_aside]
+    figures = [reading for reading in main if not reading.in_words]
+    return next((group[-1] for group in (figures, main, readings) if group), None)

@@ -1,16 +1,19 @@
 """Problems are read whole and in order, or the line that is wrong is named; answers are graded by value."""
 
 import json
+import re
 from fractions import Fraction
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.pair import world
 from softcot_ds.prompts import PromptFile
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks import Problem, make_task
-from softcot_ds.tasks.base import read_json_lines
+from softcot_ds.tasks.records import read_json_lines, read_records
 
 GOOD = {"question": "How many?", "answer": "3 * 4 = <<3*4=12>>12 apples.\n#### 12"}
 
@@ -61,9 +64,9 @@ LINE = json.dumps({"question": "a"})
 def test_what_is_one_line_of_json_is_one_record(tmp_path, content, questions):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content.format(LINE).encode())
-    records = list(read_json_lines(path, {"question": str}))
+    records = list(read_records(str(path), "train", {"question": str}))
     assert [record["question"] for _, record in records] == questions
-    assert [number for number, _ in records] == list(range(1, len(questions) + 1))
+    assert [where for where, _ in records] == [f"{path}:{number}" for number in range(1, len(questions) + 1)]
 
 
 @pytest.mark.parametrize(
@@ -82,24 +85,78 @@ def test_what_is_one_line_of_json_is_one_record(tmp_path, content, questions):
         ('{{"question": 3}}', "FILE:1: 'question' is int, expected str"),
         ('{{"question": null}}', "FILE:1: 'question' is NoneType, expected str"),
         ('{{"question": "a\\ud800"}}', "FILE:1: 'question' holds half of a surrogate pair"),
-        ('{{"question": "a", "n": ' + "1" * 5000 + "}}", "FILE:1: not JSON that Python reads"),
+        ('{{"question": "a", "n": ' + "1" * 5000 + "}}", "FILE:1: not JSON that can be relied on"),
+        ('{{"question": "a", "n": ' + "[" * 100_000, "FILE:1: not JSON that can be relied on"),
+        (
+            '{0}\n{{"question": "a", "question": "b"}}',
+            "FILE:2: not JSON that can be relied on: the key 'question' comes",
+        ),
+        (
+            '{{"question": "a", "n": {{"b": 1, "b": 1}}}}',
+            "FILE:1: not JSON that can be relied on: the key 'b' comes twice",
+        ),
+        ('{{"question": NaN}}', "FILE:1: not JSON that can be relied on: NaN is no JSON value"),
+        ('{{"question": "a", "n": -Infinity}}', "FILE:1: not JSON that can be relied on: -Infinity is no JSON value"),
+        ('{{"question": "a\\u0000"}}', "FILE:1: 'question' holds a NUL character"),
+        ("\0\0\0", "FILE:1: not JSON"),
+        ("{0}\n\ufeff{0}", "FILE:2: not JSON: Unexpected UTF-8 BOM"),
+        ('{{"\\ud800": "a"}}', "FILE:1: the key 'question' is missing; found ['\\ud800']"),
     ],
 )
 def test_a_malformed_line_is_named(tmp_path, content, message):
     path = tmp_path / "data.jsonl"
     path.write_bytes(content.format(LINE).encode())
     with pytest.raises(SoftCoTError) as caught:
-        list(read_json_lines(path, {"question": str}))
+        list(read_records(str(path), "train", {"question": str}))
     assert str(caught.value).replace(str(path), "FILE").startswith(message)
 
 
 def test_what_is_not_utf8_or_not_a_file_is_named(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_bytes(b'{"question": "caf\xe9"}')
-    with pytest.raises(SoftCoTError, match=r"data.jsonl: byte 17: not UTF-8 text"):
-        list(read_json_lines(path, {}))
+    with pytest.raises(SoftCoTError, match=r"data.jsonl:1: byte 17: not UTF-8 text"):
+        list(read_json_lines(path))
+    path.write_bytes(b'{"question": "a"}\n' + '{"question": "b"}'.encode("utf-16"))
+    with pytest.raises(SoftCoTError, match=r"data.jsonl:2: byte 0: not UTF-8 text"):
+        list(read_json_lines(path))
     with pytest.raises(SoftCoTError, match=r"cannot read .*: Is a directory"):
-        list(read_json_lines(tmp_path, {}))
+        list(read_json_lines(tmp_path))
+
+
+def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):
+    monkeypatch.setattr("softcot_ds.tasks.records._LONGEST_LINE", 2**20)
+    path = tmp_path / "data.jsonl"
+    with path.open("wb") as file:
+        file.write(b'{"question": "a"}\n')
+        file.truncate(2**33)  # a sparse file: 8 GiB of NULs
+    with pytest.raises(SoftCoTError, match=r"data.jsonl:2: the line is longer than 1 MiB"):
+        list(read_json_lines(path))
+
+
+@given(
+    st.one_of(
+        st.binary(max_size=60),
+        st.text(alphabet='{}[]",:\\u0d8a \n\0\ufeffquestion1.eE-NaInfty', max_size=60).map(str.encode),
+        st.recursive(
+            st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=3),
+            lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from(["question", "a"]), inner),
+            max_leaves=4,
+        ).map(lambda value: json.dumps(value).encode()),
+    )
+)
+def test_whatever_a_file_holds_is_read_or_refused_with_its_line(tmp_path_factory, content):
+    path = tmp_path_factory.getbasetemp() / "fuzzed.jsonl"
+    path.write_bytes(content)
+    records, message = [], None
+    try:
+        records = list(read_records(str(path), "train", {"question": str}))
+    except SoftCoTError as error:
+        message = str(error)
+    if message is not None:
+        assert re.match(rf"{path}(:[1-9]\d*|): [^\n]+$", message)
+    else:
+        assert all(isinstance(record["question"], str) for _, record in records)
+        assert len(records) == content.removesuffix(b"\n").count(b"\n") + 1
 
 
 # ---------------------------------------------------------------------------------------------------------- GSM8K
@@ -131,13 +188,50 @@ def test_gsm8k_final_lines_as_they_are_found_in_the_wild(gsm8k, answer, reasonin
         ({"answer": "12"}, "FILE:2: 'answer' does not end in a line '#### NUMBER'"),
         ({"answer": "a\n#### 12\nmore"}, "FILE:2: 'answer' does not end in a line '#### NUMBER'"),
         ({"answer": "a\n#### "}, "FILE:2: 'answer' does not end in a line '#### NUMBER'"),
-        ({"answer": "a\n#### twelve"}, "FILE:2: the answer 'twelve' after '####' is not a number"),
+        ({"answer": "a\n#### several"}, "FILE:2: the answer 'several' is not a number; write one number"),
+        ({"answer": "a\n#### 10-15"}, "FILE:2: the answer '10-15' is not a number; write one number"),
+        ({"answer": "a\n#### 3:30"}, "FILE:2: the answer '3:30' is not a number; write one number"),
+        (
+            {"answer": "a\n#### 5 apples, 3 oranges"},
+            "FILE:2: the answer '5 apples, 3 oranges' is read as '3', but the solution that ends in it as '5'; "
+            "write one number as the answer and announce none before it",
+        ),
+        (
+            {"answer": "#### 3 steps\na\n#### 12"},
+            "FILE:2: the answer '12' is read as '12', but the solution that ends in it as '3'; "
+            "write one number as the answer and announce none before it",
+        ),
         ({"question": " \n"}, "FILE:2: 'question' is empty"),
-        ({"question": ["a"]}, "FILE:2: 'question' is list, expected str"),
+        ({"question": ["a"]}, "FILE:2: 'question' is list, expected str; found ['a']"),
     ],
 )
 def test_a_bad_gsm8k_record_is_named_by_file_and_line(gsm8k, record, message):
     assert error_of(gsm8k([GOOD, GOOD | record, GOOD])) == message
+
+
+@pytest.mark.parametrize(
+    ("answer", "read"),
+    [
+        ("18 dollars for 9 eggs", "18"),
+        ("18 (9 eggs at $2)", "18"),
+        ("1 000", "1000"),
+        ("1,00,000", "100000"),
+        ("1.5 million", "1500000"),
+        ("1.5e3", "1500"),
+        ("\u00bd", "1/2"),
+        ("\u22125", "-5"),
+        ("\u20135", "-5"),
+        ("Rs.500", "500"),
+        ("12 (a dozen)", "12"),
+        ("twelve", "12"),
+        ("-0", "0"),
+    ],
+)
+def test_what_a_data_line_has_as_its_answer_is_graded_right_when_a_model_writes_it(gsm8k, answer, read):
+    task = gsm8k([GOOD | {"answer": f"3 + 4 = 7\n#### {answer}"}])
+    (problem,) = task.read("train")
+    assert task.extract(task.target(problem)) == read
+    assert task.is_correct(read, problem)
 
 
 def test_gsm8k_targets_end_in_the_line_that_is_graded(gsm8k):
@@ -180,6 +274,37 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
     task = make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set"))
     with pytest.raises(SoftCoTError, match=r"task.train: cannot load 'some/set' .*no route to host.*local JSON-lines"):
         task.read("train")
+
+
+@pytest.mark.parametrize(
+    ("record", "message"),
+    [
+        ({"answer": 5}, "'answer' is int, expected str; found 5"),
+        ({"answer": None}, "'answer' is NoneType, expected str; found None"),
+        ({"question": None}, "'question' is NoneType, expected str; found None"),
+        ({"answer": ["5", "five"]}, "'answer' is list, expected str; found ['5', 'five']"),
+        ({"question": "a\0"}, "'question' holds a NUL character, which is no text"),
+        ({"question": "\ud800"}, "'question' holds half of a surrogate pair, which is no character"),
+        ({"question": ""}, "'question' is empty"),
+        ({"answer": "#### 1-2"}, "the answer '1-2' is not a number; write one number"),
+    ],
+)
+def test_a_bad_record_is_refused_alike_in_a_file_and_on_the_hub(monkeypatch, gsm8k, record, message):
+    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [GOOD, GOOD | record])
+    with pytest.raises(SoftCoTError) as caught:
+        make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set")).read("test")
+    assert str(caught.value) == f"some/set record 1: {message}"
+    assert error_of(gsm8k([GOOD, GOOD | record])) == f"FILE:2: {message}"
+
+
+def test_a_hub_that_fails_midway_is_one_clear_line(monkeypatch):
+    def records(*_, **__):
+        yield GOOD
+        raise ValueError("bad\nparquet")
+
+    monkeypatch.setattr("datasets.load_dataset", records)
+    with pytest.raises(SoftCoTError, match=r"task.test: cannot load 'some/set' .*ValueError: bad parquet"):
+        make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set")).read("test")
 
 
 def test_hub_records_are_read_like_a_local_file(monkeypatch, gsm8k):

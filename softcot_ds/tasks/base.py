@@ -1,12 +1,10 @@
 """What a task is."""
 
 import hashlib
-import json
 from abc import ABC, abstractmethod
-from collections.abc import Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 from softcot_ds.answers import extract_number
 from softcot_ds.errors import SoftCoTError
@@ -70,48 +68,22 @@ class Task(ABC):
         """Whether an extracted answer equals the reference. An unparsed answer is wrong."""
         return answer is not None and answer == self.extract(problem.answer)
 
+    def refuse_misread(self, problem: Problem, where: str) -> None:
+        """One rule for references and outputs: what the base is trained to write must be graded as right.
 
-def read_json_lines(path: Path, required: dict[str, type]) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Records of a JSON-lines file with their line numbers, each holding the ``required`` keys.
-
-    Raises:
-        SoftCoTError: names the file and the first bad line: empty, not JSON, a key missing or of the wrong type.
-    """
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except OSError as error:
-        raise SoftCoTError(f"cannot read {path.absolute()}: {error.strerror}") from error
-    except UnicodeDecodeError as error:
-        raise SoftCoTError(f"{path}: byte {error.start}: not UTF-8 text; JSON lines are UTF-8") from error
-    # Not splitlines: it also splits at characters that may stand inside a JSON string, such as U+2028.
-    lines = text.removesuffix("\n").split("\n") if text else []
-    if not lines:
-        raise SoftCoTError(f"{path}: the file is empty")
-    for number, line in enumerate(lines, start=1):
-        where = f"{path}:{number}"
-        if not line.strip():
-            raise SoftCoTError(f"{where}: empty line; every line holds one JSON object")
-        try:
-            record = json.loads(line)
-        except json.JSONDecodeError as error:
-            raise SoftCoTError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-        except (ValueError, RecursionError) as error:  # thousands of digits or of brackets
-            raise SoftCoTError(f"{where}: not JSON that Python reads: {error}") from error
-        if not isinstance(record, dict):
-            raise SoftCoTError(f"{where}: expected a JSON object, found {type(record).__name__}")
-        for key, kind in required.items():
-            if key not in record:
-                raise SoftCoTError(f"{where}: the key {key!r} is missing; found {sorted(record)}")
-            if not isinstance(record[key], kind):
-                raise SoftCoTError(f"{where}: {key!r} is {type(record[key]).__name__}, expected {kind.__name__}")
-            if kind is str and not _is_unicode(record[key]):
-                raise SoftCoTError(f"{where}: {key!r} holds half of a surrogate pair, which is no character")
-        yield number, record
+        Raises:
+            SoftCoTError: the answer alone, and the text that ends in it, are not read as the same number.
+        """
+        reference, written = self.extract(problem.answer), self.extract(self.target(problem))
+        if reference is None:
+            raise SoftCoTError(f"{where}: the answer {_shown(problem.answer)} is not a number; write one number")
+        if written != reference:
+            found = "no number" if written is None else _shown(written)
+            raise SoftCoTError(
+                f"{where}: the answer {_shown(problem.answer)} is read as {_shown(reference)}, but the solution that "
+                f"ends in it as {found}; write one number as the answer and announce none before it"
+            )
 
 
-def _is_unicode(text: str) -> bool:
-    try:
-        text.encode()
-    except UnicodeEncodeError:
-        return False
-    return True
+def _shown(text: str) -> str:
+    return repr(text if len(text) <= 100 else text[:100] + "...")
