@@ -48,6 +48,13 @@ def test_an_unknown_command_is_told_the_known_ones():
     assert "Traceback" not in result.stderr
 
 
+@pytest.mark.parametrize("command", cli.COMMANDS)
+def test_a_missing_recipe_is_said_before_the_command_is_imported(command, capsys, monkeypatch):
+    monkeypatch.setattr(cli.importlib, "import_module", lambda name: pytest.fail(f"{name} takes seconds"))
+    assert cli.main([command, "no/such.yaml", "seed=1"]) == cli.EXIT_MISTAKE
+    assert "no/such.yaml; recipes/ holds some to start from" in capsys.readouterr().err
+
+
 def test_no_command_is_an_error(capsys):
     with pytest.raises(SystemExit) as stopped:
         cli.main([])
@@ -62,8 +69,10 @@ def test_the_version_is_told(capsys):
     assert capsys.readouterr().out == f"softcot-ds {__version__}\n"
 
 
-def test_the_arguments_after_the_command_are_the_commands_own(monkeypatch):
+def test_the_arguments_after_the_command_are_the_commands_own(tmp_path, monkeypatch):
     seen = []
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "recipe.yaml").touch()
 
     class Module:
         @staticmethod
