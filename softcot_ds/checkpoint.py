@@ -13,12 +13,13 @@
 The frozen weights are in none of them. Moments are stored whole, not per rank, so a run resumes on any number of ranks.
 """
 
+import hashlib
 import json
 import shutil
+import sys
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, Self
 
 import torch
 from deepspeed.utils import (
@@ -29,24 +30,56 @@ from deepspeed.utils import (
     safe_set_local_fp32_param,
     safe_set_local_optimizer_state,
 )
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from softcot_ds import __version__
 from softcot_ds.backbone import weights_fingerprint, width
-from softcot_ds.distributed import device, on_main, rank, say, world_size
+from softcot_ds.data import digest
+from softcot_ds.distributed import device, is_main, on_main, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.files import sync_file, sync_folder, temporary_name
+from softcot_ds.files import parse_json, sync_file, sync_folder, temporary_name
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
 from softcot_ds.recipe import ModelConfig, Recipe, load_recipe
-from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
+from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-@dataclass(frozen=True)
-class ModelIdentity:
+FILES = (
+    "projection.safetensors",
+    "optimizer.safetensors",
+    "adapter.json",
+    "trainer.json",
+    "recipe.yaml",
+    "prompts.yaml",
+)
+"""What a checkpoint holds beside its marker."""
+
+
+class _Record(BaseModel):
+    """What a JSON file of ours holds; checked when it is read."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid", strict=True)
+
+    @classmethod
+    def read(cls, path: Path) -> Self:
+        """Raises SoftCoTError when the file cannot be read or holds something else."""
+        try:
+            return cls.model_validate(parse_json(path.read_bytes()))
+        except OSError as error:
+            raise damaged(path, error.strerror or str(error)) from error
+        except ValidationError as error:
+            found = error.errors()[0]
+            key = ".".join(map(str, found["loc"]))
+            raise damaged(path, f"{key}: {found['msg']}" if key else found["msg"]) from error
+        except ValueError as error:
+            raise damaged(path, str(error)) from error
+
+
+class ModelIdentity(_Record):
     """Which frozen model an adapter belongs to."""
 
     model: str
@@ -55,23 +88,26 @@ class ModelIdentity:
 
     @classmethod
     def of(cls, config: ModelConfig) -> "ModelIdentity":
-        return cls(config.model, config.revision, weights_fingerprint(config))
+        return cls(model=config.model, revision=config.revision, fingerprint=weights_fingerprint(config))
 
 
-@dataclass(frozen=True)
-class AdapterConfig:
+class AdapterConfig(_Record):
     """What an adapter directory says about itself."""
 
     assistant: ModelIdentity
     base: ModelIdentity
     task: str
-    projection: str
-    num_thoughts: int
-    step: int
+    projection: Literal["linear", "static"]
+    num_thoughts: int = Field(ge=1)
+    step: int = Field(ge=0)
     package_version: str = __version__
+    training_data: str | None = None
+    """Digest of the training examples' tokens, in their order. None: written before it was recorded."""
+    chat_templates: dict[str, str] | None = None
+    """Digest of the effective chat template of base and assistant. None: written before they were recorded."""
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        return self.model_dump_json(indent=2) + "\n"
 
     @classmethod
     def load(cls, folder: Path) -> "AdapterConfig":
@@ -80,15 +116,10 @@ class AdapterConfig:
             raise SoftCoTError(f"no such adapter directory: {folder}")
         if not (folder / MARKER).is_file():
             raise SoftCoTError(f"{folder} is no complete checkpoint: it has no file {MARKER}; choose another step")
-        try:
-            values = json.loads((folder / "adapter.json").read_text())
-            models = {key: ModelIdentity(**values.pop(key)) for key in ("assistant", "base")}
-            return cls(**models, **values)
-        except (OSError, ValueError, TypeError, KeyError) as error:
-            raise SoftCoTError(f"{folder}/adapter.json is damaged: {error}") from error
+        return cls.read(folder / "adapter.json")
 
     def at_step(self, step: int) -> "AdapterConfig":
-        return replace(self, step=step)
+        return self.model_copy(update={"step": step})
 
     def check_models(self, recipe: Recipe, assistant: bool = True) -> None:
         """Raises SoftCoTError when the recipe's models are not those that the adapter was trained with.
@@ -106,9 +137,42 @@ class AdapterConfig:
                     f"(fingerprint {fingerprint[:12]}); set {name}.model to the model it was trained with"
                 )
 
+    def other_templates(self, experiment: Experiment) -> list[str]:
+        """Which models have another chat template now than in training, for messages."""
+        trained, now = self.chat_templates or {}, _chat_templates(experiment)
+        return [f"the chat template of {name}" for name in now if trained.get(name, now[name]) != now[name]]
 
-def adapter_config(recipe: Recipe) -> AdapterConfig:
+
+class TrainerState(_Record):
+    """What training needs to go on, beside tensors."""
+
+    step: int = Field(ge=0)
+    optimizer_steps: int = Field(ge=0)
+    summary: dict[str, Any]
+
+
+def _warn(text: str) -> None:
+    if is_main():
+        print(f"warning: {text}", file=sys.stderr, flush=True)  # standard output may be answers
+
+
+def damaged(path: Path, why: str) -> SoftCoTError:
+    """The error that a file of a checkpoint is no good, with what to do."""
+    return SoftCoTError(
+        f"{path} is damaged: {why}; use another checkpoint. To train on from the one before, remove {path.parent}"
+    )
+
+
+def _chat_templates(experiment: Experiment) -> dict[str, str]:
+    return {
+        name: hashlib.sha256(json.dumps(identity, sort_keys=True).encode()).hexdigest()
+        for name, identity in experiment.chat_identity.items()
+    }
+
+
+def adapter_config(experiment: Experiment) -> AdapterConfig:
     """What the adapters of this recipe's run say about themselves, at step 0."""
+    recipe = experiment.recipe
     return AdapterConfig(
         assistant=ModelIdentity.of(recipe.assistant),
         base=ModelIdentity.of(recipe.base),
@@ -116,6 +180,8 @@ def adapter_config(recipe: Recipe) -> AdapterConfig:
         projection=recipe.projection.kind,
         num_thoughts=recipe.thoughts.count,
         step=0,
+        training_data=digest(experiment.splits.train),
+        chat_templates=_chat_templates(experiment),
     )
 
 
@@ -143,6 +209,8 @@ def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]
 def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | StaticThoughts:
     """The trained projection in float32 on this process's device.
 
+    Prompts that are rendered otherwise than in training are warned of: they may be meant.
+
     Raises:
         SoftCoTError: it is damaged or does not fit the models or the thought count.
     """
@@ -152,6 +220,10 @@ def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | Sta
             f"{folder} was trained with {config.num_thoughts} thoughts, thoughts.count is "
             f"{experiment.recipe.thoughts.count}; set it to {config.num_thoughts}"
         )
+    for text in config.other_templates(experiment):
+        _warn(f"{text} is not the one that {folder} was trained with")
+    if config.chat_templates is None:
+        _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
     base_width = width(experiment.base_config)
     if config.projection == "static":
         projection = StaticThoughts(torch.zeros(config.num_thoughts, base_width))
@@ -166,7 +238,7 @@ def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | Sta
 
 def train_summary(folder: Path) -> dict[str, Any]:
     """How an adapter was trained: ranks, ZeRO stage, steps, losses, speed."""
-    return _read_trainer(folder)["summary"]
+    return TrainerState.read(folder / "trainer.json").summary
 
 
 def save_checkpoint(
@@ -194,7 +266,7 @@ def save_checkpoint(
             f"weights or moments are not finite after step {config.step}: not saved. The newest checkpoint is "
             f"{kept.name if kept else 'none'}; lower training.learning_rate"
         )
-    trainer = {"step": config.step, "optimizer_steps": _optimizer_steps(engine), "summary": summary}
+    trainer = TrainerState(step=config.step, optimizer_steps=_optimizer_steps(engine), summary=summary)
     folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
 
     def fill(temporary: Path) -> None:
@@ -202,7 +274,7 @@ def save_checkpoint(
         (temporary / "projection.safetensors").write_bytes(save(weights))
         (temporary / "optimizer.safetensors").write_bytes(save(moments))
         (temporary / "adapter.json").write_text(config.to_json())
-        (temporary / "trainer.json").write_text(json.dumps(trainer) + "\n")
+        (temporary / "trainer.json").write_text(trainer.model_dump_json() + "\n")
         (temporary / "recipe.yaml").write_text(recipe.to_yaml())
         shutil.copyfile(prompt_file, temporary / "prompts.yaml")
 
@@ -262,27 +334,36 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
     Raises:
         SoftCoTError: a file is damaged.
     """
-    try:
-        weights = load_file(folder / "projection.safetensors")
-        moments = load_file(folder / "optimizer.safetensors")
-    except (OSError, SafetensorError, ValueError) as error:
-        raise SoftCoTError(
-            f"{folder} is damaged: {error}; remove it to resume from the checkpoint before it"
-        ) from error
-    trainer = _read_trainer(folder)
-    _create_moments(engine, trainer["optimizer_steps"])
+    weights, moments, trainer = read_training_state(folder)
+    _create_moments(engine, trainer.optimizer_steps)
     for name, parameter in engine.module.projection.named_parameters():
         _set_full(parameter, weights[name])
         for moment in _MOMENTS:
             _set_full(parameter, moments[f"{moment}.{name}"], moment)
-    return trainer["step"]
+    return trainer.step
 
 
-def _read_trainer(folder: Path) -> dict[str, Any]:
+def read_training_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], TrainerState]:
+    """Weights, moments and counters of a checkpoint. Raises SoftCoTError when they are damaged or not of one piece."""
+    weights = _load_float32(folder / "projection.safetensors")
+    moments = _load_float32(folder / "optimizer.safetensors")
+    trainer = TrainerState.read(folder / "trainer.json")
+    wanted = {f"{moment}.{name}": value.shape for name, value in weights.items() for moment in _MOMENTS}
+    if {name: value.shape for name, value in moments.items()} != wanted:
+        raise damaged(folder / "optimizer.safetensors", "its moments are not those of projection.safetensors")
+    if not checkpoint_step(folder) == trainer.step == AdapterConfig.load(folder).step:
+        raise damaged(folder / "trainer.json", f"step {trainer.step} is not that of the folder and adapter.json")
+    return weights, moments, trainer
+
+
+def _load_float32(path: Path) -> dict[str, torch.Tensor]:
     try:
-        return json.loads((folder / "trainer.json").read_text())
-    except (OSError, ValueError) as error:
-        raise SoftCoTError(f"{folder}/trainer.json is damaged: {error}; use another checkpoint") from error
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if not tensors or any(value.dtype != torch.float32 for value in tensors.values()):
+        raise damaged(path, "it does not hold float32 tensors")
+    return tensors
 
 
 def _master_copies(engine: Any) -> list[torch.Tensor]:

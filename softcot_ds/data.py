@@ -6,6 +6,7 @@ another number of ranks continues the same curve.
 
 import hashlib
 import random
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import takewhile
@@ -151,6 +152,16 @@ def _leave_out_long(
     if max_tokens is None:
         raise SoftCoTError(f"{found}; set task.max_tokens={base_limit} to leave them out, or use a longer context")
     return short, [f"{found}; left out"]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A hash of what the models read and what is supervised, of each example in its order: equal for equal data."""
+    content = hashlib.sha256()
+    for example in examples:
+        given = example.assistant
+        for ids in (given.token_ids, given.positions, example.prefix_ids, example.suffix_ids, example.target_ids):
+            content.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+    return content.hexdigest()
 
 
 def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:

@@ -13,6 +13,7 @@ import torch
 import torch.distributed as dist
 
 from softcot_ds.errors import LostRank, SoftCoTError
+from softcot_ds.ranks import alone_of
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
@@ -38,12 +39,19 @@ def init_distributed(timeout_minutes: float, cpu_only: bool = False) -> None:
         cpu_only: meet over gloo also where there are GPUs, which are not touched; DeepSpeed cannot be used then.
 
     Raises:
+        SoftCoTError: a launcher started several processes that know nothing of each other (``srun -n 2``).
         LostRank: the ranks do not find each other, the port is taken, or the launcher's variables are wrong.
 
     The default timeout of PyTorch, ten minutes, is shorter than the loading of a large model.
     """
     if dist.is_initialized():
         return
+    if not cpu_only and (several := alone_of()):
+        raise SoftCoTError(
+            f"{several}, but this process knows of no others: each would do all of the work, in one directory. Start "
+            "one deepspeed per node, which starts the ranks (deepspeed --module softcot_ds.train RECIPE); under srun "
+            "with --ntasks-per-node=1. To run alone, use srun -n 1"
+        )
     if "RANK" not in os.environ:
         os.environ.update(RANK="0", LOCAL_RANK="0", WORLD_SIZE="1", MASTER_ADDR="127.0.0.1", MASTER_PORT=_free_port())
     backend = "nccl" if device().type == "cuda" and not cpu_only else "gloo"

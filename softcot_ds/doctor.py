@@ -37,7 +37,7 @@ from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.model_files import is_here
-from softcot_ds.ranks import MPI_SIZE_VARIABLES
+from softcot_ds.ranks import alone_of
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.trial import Role, why_unsuitable
 
@@ -65,7 +65,7 @@ def doctor(recipe: Recipe | None) -> None:
     Raises:
         SoftCoTError: there are problems, on every rank; or the ranks do not find each other.
     """
-    alone_of = _alone_of()
+    several = alone_of()
     distributed.init_distributed(JOIN_MINUTES, cpu_only=True)
     group = dist.new_group(backend="gloo", timeout=timedelta(minutes=PATIENCE_MINUTES))
 
@@ -74,7 +74,7 @@ def doctor(recipe: Recipe | None) -> None:
         dist.all_gather_object(everyone, facts, group=group)
         return everyone
 
-    facts = collect(recipe, distributed.rank(), alone_of)
+    facts = collect(recipe, distributed.rank(), several)
     everyone = gather(facts)
     if recipes := diagnosis.difference(everyone, lambda facts: facts.recipe):
         # With other folders and models in them, nothing else can be compared.
@@ -150,12 +150,6 @@ def _version(name: str) -> str | None:
 
 def _hash(*texts: str) -> str:
     return hashlib.sha256("\n".join(texts).encode()).hexdigest()[:12]
-
-
-def _alone_of() -> str:
-    sizes = {name: os.environ.get(name, "") for name in MPI_SIZE_VARIABLES}
-    several = [f"{name}={size}" for name, size in sizes.items() if size not in ("", "1")]
-    return several[0] if several and "RANK" not in os.environ else ""
 
 
 def _look_at_device(facts: Facts) -> None:

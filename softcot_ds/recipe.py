@@ -9,6 +9,7 @@ import difflib
 import os
 import re
 import reprlib
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -22,6 +23,7 @@ from pydantic import (
     field_validator,
     model_validator,
 )
+from pydantic_core import to_jsonable_python
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
@@ -106,6 +108,11 @@ CountOrZero = Annotated[_Bounded, Field(ge=0)]
 _Beta = Annotated[float, Field(ge=0, lt=1)]
 
 
+FREE = "may change between the attempts of one run"
+"""Marks a setting that decides where and how fast, not what is computed: a resumed run may have another value of it.
+What it names, such as a file, is compared by content where that matters."""
+
+
 class Section(BaseModel):
     """A part of the recipe: unknown keys are refused, fields have no aliases.
 
@@ -134,7 +141,7 @@ class TaskConfig(Section):
     """How many problems are cut from the training data for validation."""
     test_problems: Count | None = None
     """Use at most this many test problems (generated tasks: generate this many)."""
-    prompts: ExistingFile | None = None
+    prompts: Annotated[ExistingFile | None, FREE] = None
     """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""
     max_tokens: Count | None = None
     """Problems longer than this, in base tokens, are left out: prompt, thoughts and target; of test problems without
@@ -182,7 +189,7 @@ class ThoughtsConfig(Section):
 
     count: Count = 32
     """T, the number of soft thoughts of a question."""
-    source: Literal["cache", "online"] = "cache"
+    source: Annotated[Literal["cache", "online"], FREE] = "cache"
     """cache: read the assistant's states from disk, no assistant in the training job. online: run the assistant."""
     placeholder: str | None = None
     """The assistant's token at a thought's position. Default: its unknown token, else pad, else end-of-sequence."""
@@ -191,15 +198,15 @@ class ThoughtsConfig(Section):
 class CacheConfig(Section):
     """Where the assistant's hidden states live on disk."""
 
-    path: Folder = Path("runs/cache")
+    path: Annotated[Folder, FREE] = Path("runs/cache")
     """Folder of caches; each assistant, thought count and dtype has a folder of its own in it."""
     dtype: Dtype | None = None
     """Stored dtype. Default: the assistant's."""
-    shard_mib: Count = 256
+    shard_mib: Annotated[Count, FREE] = 256
     """Largest size of a shard, MiB. Rows go to disk as they are computed, so memory does not depend on it."""
-    tokens_per_batch: Count = 16384
+    tokens_per_batch: Annotated[Count, FREE] = 16384
     """Assistant tokens, padding included, in one batch. A builder process holds thoughts of four batches at most."""
-    partition: Partition = "none"
+    partition: Annotated[Partition, FREE] = "none"
     """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each."""
 
 
@@ -275,7 +282,7 @@ class ProjectionConfig(Section):
     """linear: W h + b (SoftCoT). static: T free vectors, the same for every question (prompt tuning, a baseline)."""
     init_scale: float = Field(1.0, gt=0)
     """linear: the standard initialization of nn.Linear is multiplied by this."""
-    init_from: ExistingFile | None = None
+    init_from: Annotated[ExistingFile | None, FREE] = None
     """Start from these weights: a .safetensors file, or a projection.bin of the original implementation."""
 
 
@@ -283,12 +290,13 @@ class TrainingConfig(Section):
     """The optimization."""
 
     steps: Count = 1000
-    """Optimizer steps."""
-    step: Literal["fast", "full"] = "fast"
+    """Optimizer steps. A run that has begun takes another number only with the constant schedule: with others, its
+    learning rates would have been others from the first step on."""
+    step: Annotated[Literal["fast", "full"], FREE] = "fast"
     """fast: only the work that the gradient needs. full: the naive step, an oracle. Both give the same gradient."""
     global_batch_size: Count = 32
     """Examples per optimizer step, over all ranks."""
-    micro_batch_size: Count = 4
+    micro_batch_size: Annotated[Count, FREE] = 4
     """Examples per forward pass of a rank, at most; gradient accumulation makes up the rest."""
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: CountOrZero = 0
@@ -301,22 +309,22 @@ class TrainingConfig(Section):
     betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
-    activation_checkpointing: bool = False
+    activation_checkpointing: Annotated[bool, FREE] = False
     """Recompute the layers in the backward pass instead of keeping their activations."""
-    log_every: Count = 10
+    log_every: Annotated[Count, FREE] = 10
     """Steps between two points of the TensorBoard curves; the only place where a step waits for the GPU."""
-    validate_every: Count = 100
+    validate_every: Annotated[Count, FREE] = 100
     """Steps between two validations, with sample generations."""
-    save_every: Count = 100
+    save_every: Annotated[Count, FREE] = 100
     """Steps between two checkpoints. The last step is always saved."""
-    keep_checkpoints: Count = 3
+    keep_checkpoints: Annotated[Count, FREE] = 3
     """How many of the newest checkpoints are kept."""
-    timeout_minutes: float = Field(30.0, ge=0.1, le=60 * 24 * 30)
+    timeout_minutes: Annotated[float, FREE] = Field(30.0, ge=0.1, le=60 * 24 * 30)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long, and so may
     validation and a checkpoint."""
-    step_timeout_minutes: float = Field(10.0, gt=0, le=60 * 24 * 30)
+    step_timeout_minutes: Annotated[float, FREE] = Field(10.0, gt=0, le=60 * 24 * 30)
     """The same within a training step, from the second on; timeout_minutes where that is shorter."""
-    max_restarts: CountOrZero = 100
+    max_restarts: Annotated[CountOrZero, FREE] = 100
     """How often a SLURM job goes back into the queue: after a time limit, a preemption, a dead node or rank."""
 
     @field_validator("warmup_steps")
@@ -381,7 +389,7 @@ class Recipe(Section):
 
     name: str = Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._-]*$", max_length=128)
     """The run's name; everything about it lies in output_dir/name. It begins with neither a dot nor a dash."""
-    output_dir: Folder = Path("runs")
+    output_dir: Annotated[Folder, FREE] = Path("runs")
     seed: int = Field(0, ge=0, le=2**64 - 1)
     """Seeds the projection's initialization, the order of the data and sampled decoding."""
     task: TaskConfig
@@ -389,10 +397,11 @@ class Recipe(Section):
     base: ModelConfig
     thoughts: ThoughtsConfig = ThoughtsConfig()
     cache: CacheConfig = CacheConfig()
-    backbone: BackboneConfig = Field({}, validate_default=True)  # type: ignore[assignment]  # validated with the rest
+    # Validated with the rest, also where it is the default.
+    backbone: Annotated[BackboneConfig, FREE] = Field({}, validate_default=True)  # type: ignore[assignment]
     projection: ProjectionConfig = ProjectionConfig()
     training: TrainingConfig = TrainingConfig()
-    evaluation: EvaluationConfig = EvaluationConfig()
+    evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
 
     @field_validator("base")
     @classmethod
@@ -520,6 +529,31 @@ def _suggest(location: tuple[Any, ...]) -> str:
     if near:
         return f"; did you mean {leaves[near[0]]}?"
     return f"; known here: {', '.join(siblings)}"
+
+
+def fixed_settings(values: Mapping[str, Any], section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
+    """The settings that decide what a run computes: those that are not marked FREE, as ``section.key``.
+
+    Args:
+        values: a recipe as ``to_yaml`` writes it, perhaps in an older version: what it lacks has its default.
+
+    Raises:
+        ValueError: a section is no mapping, or a setting without a default is missing.
+    """
+    if not isinstance(values, Mapping):
+        raise ValueError(f"{prefix.rstrip('.') or 'it'} is no mapping of keys to values, but {type(values).__name__}")
+    fixed = {prefix + str(key): value for key, value in values.items() if key not in section.model_fields}
+    for name, field in section.model_fields.items():
+        if FREE in field.metadata:
+            continue
+        if name not in values and field.is_required():
+            raise ValueError(f"{prefix}{name} is missing")
+        value = values[name] if name in values else to_jsonable_python(field.get_default())
+        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            fixed |= fixed_settings(value, field.annotation, f"{prefix}{name}.")
+        else:
+            fixed[prefix + name] = value
+    return fixed
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

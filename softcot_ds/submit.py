@@ -69,11 +69,11 @@ def _left_to_do(recipe: Recipe) -> list[str]:
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.cache import open_cache
     from softcot_ds.experiment import Experiment
-    from softcot_ds.train import refuse_other_run
+    from softcot_ds.resume import refuse_other_run
 
     experiment = Experiment(recipe)
     inputs = experiment.splits.assistant_inputs()
-    refuse_other_run(recipe, experiment.task.prompt_file, latest_checkpoint(recipe.run_dir))
+    refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
     commands = []
     if recipe.thoughts.source == "cache" and recipe.projection.kind != "static":
         try:

@@ -13,10 +13,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import yaml
 from torch.utils.data import DataLoader, Dataset
 
-from softcot_ds.checkpoint import AdapterConfig, adapter_config, load_checkpoint, save_checkpoint
+from softcot_ds.checkpoint import adapter_config, load_checkpoint, save_checkpoint
 from softcot_ds.cli import STOP_SIGNALS, recipe_command
 from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.distributed import (
@@ -38,31 +37,10 @@ from softcot_ds.files import write_atomically
 from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe, TrainingConfig
-from softcot_ds.run_dir import Journal, latest_checkpoint
+from softcot_ds.resume import agreed_start, sole_trainer
+from softcot_ds.run_dir import Journal, checkpoint_step
 from softcot_ds.thought_reader import ThoughtReader
 from softcot_ds.validation import Validator
-
-# What may differ between the runs of one curve: it changes where and how fast, not what is computed.
-_FREE_KEYS = (
-    "output_dir",
-    "cache.",
-    "backbone.",
-    "evaluation.",
-    "thoughts.source",
-    "projection.init_from",
-    "training.step",
-    "training.micro_batch_size",
-    "training.activation_checkpointing",
-    "training.log_every",
-    "training.validate_every",
-    "training.save_every",
-    "training.keep_checkpoints",
-    "training.timeout_minutes",
-    "training.step_timeout_minutes",
-    "training.max_restarts",
-    "task.prompts",
-)
-
 
 _MAX_SKIPPED = 3
 """Steps in a row whose gradient is not finite, upon which a run ends: the next will hardly be better."""
@@ -72,26 +50,30 @@ def train(recipe: Recipe) -> None:
     """Train from the newest complete checkpoint of the run, or from the start, to ``training.steps``.
 
     Raises:
-        SoftCoTError: data, cache or run directory do not fit the recipe; the loss is not finite, or the gradient was
-            not in several steps in a row.
+        SoftCoTError: data, cache or run directory do not fit the recipe; the ranks differ; the run is being trained by
+            another process; the loss is not finite, or the gradient was not in several steps in a row.
         Stopped: a signal asked for it; a checkpoint has been saved.
     """
+    init_distributed(recipe.training.timeout_minutes)
+    with sole_trainer(recipe):
+        _train(recipe)
+
+
+def _train(recipe: Recipe) -> None:
     config = recipe.training
-    init_distributed(config.timeout_minutes)
     experiment = Experiment(recipe)
     splits = experiment.splits
     for note in splits.notes:
         say(f"data: {note}")
 
-    resume_from = latest_checkpoint(recipe.run_dir)
-    on_main(lambda: _claim_run_dir(recipe, experiment.task.prompt_file, resume_from))
-    start = AdapterConfig.load(resume_from).step if resume_from else 0
+    resume_from = agreed_start(experiment)
+    start = checkpoint_step(resume_from) if resume_from else 0
     if start >= config.steps:
         say(f"{recipe.name}: trained to step {start} before; adapter: {resume_from}")
         return
 
     reader = ThoughtReader.open(recipe, [*splits.train, *splits.validation])
-    adapter = on_main(lambda: adapter_config(recipe))
+    adapter = on_main(lambda: adapter_config(experiment))
     accumulation = accumulation_steps(recipe)
     model = build_model(
         recipe, experiment, resume_from / "projection.safetensors" if resume_from else recipe.projection.init_from
@@ -201,39 +183,6 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
     shape = {"cosine": math.cos(math.pi / 2 * done) ** 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
-
-
-def refuse_other_run(recipe: Recipe, prompt_file: Path, resume_from: Path | None) -> None:
-    """Raises SoftCoTError when the run's newest checkpoint belongs to a run of another recipe, wording or model."""
-    if resume_from is None:
-        return
-    theirs = flatten(yaml.safe_load((resume_from / "recipe.yaml").read_text()))
-    ours = flatten(recipe.model_dump(mode="json"))
-    differ = [
-        f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here"
-        for key in sorted(theirs.keys() | ours.keys())
-        if theirs.get(key) != ours.get(key) and not key.startswith(_FREE_KEYS)
-    ]
-    if (resume_from / "prompts.yaml").read_bytes() != prompt_file.read_bytes():
-        differ.append(f"the wording there is not that of {prompt_file}")
-    if differ:
-        raise SoftCoTError(
-            f"{recipe.run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
-            "Give this run another name (name=...), or remove that folder"
-        )
-    AdapterConfig.load(resume_from).check_models(recipe)
-
-
-def _claim_run_dir(recipe: Recipe, prompt_file: Path, resume_from: Path | None) -> None:
-    """Write the resolved recipe into the run's directory; refuse one that holds another run's checkpoints."""
-    refuse_other_run(recipe, prompt_file, resume_from)
-    try:
-        recipe.run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
-    except OSError as error:
-        raise SoftCoTError(
-            f"cannot write to the run's directory {recipe.run_dir}: {error}; free space or set output_dir"
-        ) from error
 
 
 class _Batches(Dataset):

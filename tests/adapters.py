@@ -5,7 +5,7 @@ import shutil
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from softcot_ds.checkpoint import MARKER, adapter_config
 from softcot_ds.experiment import Experiment
@@ -13,8 +13,17 @@ from softcot_ds.projection import LinearProjection
 from softcot_ds.recipe import Recipe
 
 
-def make_adapter(folder: Path, recipe: Recipe) -> Path:
-    """A projection with random weights from seed 0, in the files that training writes."""
+def make_checkpoint(recipe: Recipe, step: int) -> Path:
+    """The checkpoint of a step in the recipe's run directory, with random weights and moments, to be resumed from."""
+    folder = make_adapter(recipe.run_dir / f"checkpoints/step-{step}", recipe, step)
+    weights = load_file(folder / "projection.safetensors")
+    moments = {f"{moment}.{name}": value**2 for name, value in weights.items() for moment in ("exp_avg", "exp_avg_sq")}
+    save_file(moments, folder / "optimizer.safetensors")
+    return folder
+
+
+def make_adapter(folder: Path, recipe: Recipe, step: int = 0) -> Path:
+    """A projection with random weights from seed 0, in the files that evaluation reads."""
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     experiment = Experiment(recipe)
@@ -24,8 +33,8 @@ def make_adapter(folder: Path, recipe: Recipe) -> Path:
         projection = LinearProjection(experiment.assistant_config.hidden_size, experiment.base_config.hidden_size)
         weights = {name: value.detach() for name, value in projection.named_parameters()}
     save_file(weights, folder / "projection.safetensors")
-    (folder / "adapter.json").write_text(adapter_config(recipe).to_json())
-    (folder / "trainer.json").write_text(json.dumps({"step": 0, "optimizer_steps": 0, "summary": {"steps": 0}}))
+    (folder / "adapter.json").write_text(adapter_config(experiment).at_step(step).to_json())
+    (folder / "trainer.json").write_text(json.dumps({"step": step, "optimizer_steps": step, "summary": {"steps": 0}}))
     (folder / "recipe.yaml").write_text(recipe.to_yaml())
     shutil.copyfile(experiment.task.prompt_file, folder / "prompts.yaml")
     (folder / MARKER).touch()

@@ -1,10 +1,26 @@
 """Checkpoints on disk: which are kept, and what is said of damaged ones. No process is started."""
 
+import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
-from softcot_ds import checkpoint
-from softcot_ds.run_dir import MARKER, checkpoints
+import pytest
+import torch
+from adapters import make_checkpoint
+from launch import ROOT
+from safetensors.torch import load_file, save_file
+
+from softcot_ds import checkpoint, resume
+from softcot_ds.checkpoint import FILES, load_adapter
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.metrics import flatten
+from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
+from softcot_ds.resume import refuse_other_run
+from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
+
+RECIPE = ROOT / "recipes" / "word_problems.yaml"
 
 
 def empty_checkpoints(run_dir: Path, *steps: int) -> None:
@@ -26,3 +42,219 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_warning_and_looks_whole_to_n
     assert [path.name for path in checkpoints(tmp_path)] == ["step-10", "step-20"]
     assert not (tmp_path / "checkpoints/step-4").exists()
     assert "step-2 cannot be removed" in capsys.readouterr().out
+
+
+SMALL = ["task.train_problems=12", "task.validation_problems=1", "task.test_problems=1", "training.steps=100"]
+FREE_SETTINGS = {
+    "task.prompts",
+    "thoughts.source",
+    "cache.path",
+    "cache.shard_mib",
+    "cache.tokens_per_batch",
+    "cache.partition",
+    "projection.init_from",
+    "training.step",
+    "training.micro_batch_size",
+    "training.activation_checkpointing",
+    "training.log_every",
+    "training.validate_every",
+    "training.save_every",
+    "training.keep_checkpoints",
+    "training.timeout_minutes",
+    "training.step_timeout_minutes",
+    "training.max_restarts",
+    "output_dir",
+}
+
+
+@pytest.fixture(scope="module")
+def original(tmp_path_factory) -> Recipe:
+    """The recipe of a run with a checkpoint of step 50."""
+    recipe = load_recipe(RECIPE, [*SMALL, f"output_dir={tmp_path_factory.mktemp('run')}"])
+    make_checkpoint(recipe, 50)
+    return recipe
+
+
+@pytest.fixture
+def saved(original, tmp_path) -> tuple[Recipe, Path]:
+    """A copy of it, to be damaged."""
+    shutil.copytree(original.run_dir, tmp_path / "demo")
+    return original.model_copy(update={"output_dir": tmp_path}), tmp_path / "demo/checkpoints/step-50"
+
+
+def refusal(recipe: Recipe, folder: Path, experiment: Experiment | None = None) -> str:
+    """What is said of a run that would go on from ``folder``; empty where it may."""
+    try:
+        refuse_other_run(experiment or Experiment(recipe), folder)
+    except SoftCoTError as error:
+        return str(error)
+    return ""
+
+
+def test_every_setting_is_compared_but_the_free_ones():
+    whole = load_recipe(RECIPE, SMALL).model_dump(mode="json")
+    every = {key for key in flatten(whole) if key.partition(".")[0] not in ("backbone", "evaluation")}
+    every = {key.replace("template_kwargs.date_string", "template_kwargs") for key in every}
+    assert fixed_settings(whole).keys() == every - FREE_SETTINGS
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["training.save_every=7", "evaluation.top_p=0.5", "backbone.partition=none", "training.step=full"], ""),
+        (["training.steps=1000"], "training.steps is 100 there and 1000 here, and the linear schedule depends on it"),
+        (
+            ["training.steps=1000", "training.betas=[0.8,0.9]"],
+            "training.betas is [0.9, 0.999] there and [0.8, 0.9] here",
+        ),
+        (["cache.dtype=bfloat16"], "cache.dtype is None there and 'bfloat16' here"),
+        (["base.template_kwargs={date_string: today}"], "base.template_kwargs is {'date_string': '26 Jul 2024'} there"),
+        (["seed=1"], "seed is 0 there and 1 here"),
+    ],
+)
+def test_run_goes_on_with_its_own_settings(saved, overrides, said):
+    recipe, folder = saved
+    changed = load_recipe(RECIPE, [*SMALL, f"output_dir={recipe.output_dir}", *overrides])
+    assert said in (found := refusal(changed, folder))
+    assert bool(said) == bool(found)
+
+
+def test_constant_schedule_takes_more_steps(tmp_path):
+    overrides = [*SMALL, f"output_dir={tmp_path}", "training.schedule=constant"]
+    folder = make_checkpoint(load_recipe(RECIPE, overrides), 50)
+    assert not refusal(load_recipe(RECIPE, [*overrides, "training.steps=1000"]), folder)
+    assert "warmup_steps" in refusal(load_recipe(RECIPE, [*overrides, "training.warmup_steps=1"]), folder)
+
+
+def test_data_and_templates_are_compared_by_content(tmp_path):
+    template, data = tmp_path / "template.jinja", tmp_path / "train.jsonl"
+    shutil.copy(ROOT / "softcot_ds/pair/base/chat_template.jinja", template)
+    lines = [json.dumps({"question": f"what is {i} plus 1 ?", "answer": f"#### {i + 1}"}) for i in range(12)]
+    data.write_text("\n".join(lines))
+    (tmp_path / "test.jsonl").write_text(json.dumps({"question": "what is 90 plus 1 ?", "answer": "#### 91"}))
+    files = [f"task.train={data}", f"task.test={tmp_path}/test.jsonl", f"base.chat_template={template}"]
+    sizes = ["task.train_problems=null", "task.test_problems=null", "task.validation_problems=1"]
+    recipe = load_recipe(RECIPE, ["task.name=gsm8k", *files, *sizes, f"output_dir={tmp_path}"])
+    folder = make_checkpoint(recipe, 50)
+    assert not refusal(recipe, folder)
+
+    data.write_text("\n".join(lines[::-1]))
+    assert "the training data there is other data than now" in refusal(recipe, folder), "another order"
+    data.write_text("\n".join(lines))
+    template.write_text(template.read_text() + " ")
+    assert "the chat template of base there is another one than now" in refusal(recipe, folder)
+    assert "training data" not in refusal(recipe, folder), "of which the template is the cause"
+
+
+def test_template_of_another_kind_is_warned_of_and_an_old_adapter_says_nothing(saved, capsys):
+    recipe, folder = saved
+    experiment = Experiment(recipe)
+    load_adapter(folder, experiment)
+    assert not capsys.readouterr().err
+    values = json.loads((folder / "adapter.json").read_text())
+    (folder / "adapter.json").write_text(json.dumps(values | {"chat_templates": {"base": "0", "assistant": "0"}}))
+    load_adapter(folder, experiment)
+    assert "the chat template of base is not the one that" in capsys.readouterr().err
+    for name in ("chat_templates", "training_data"):
+        del values[name]
+    (folder / "adapter.json").write_text(json.dumps(values))
+    load_adapter(folder, experiment)
+    assert "of an older version" in capsys.readouterr().err
+    assert not refusal(recipe, folder, experiment)
+    assert "not compared" in capsys.readouterr().out
+
+
+JSON_DAMAGE = [
+    b"",
+    b"null",
+    b"[]",
+    b"{}",
+    b"3",
+    b'"text"',
+    b"{",
+    b"\xff\xfe{}",
+    b"[" * 100_000,
+    b'{"step": 1, "step": 2}',
+]
+
+
+def json_mutations(content: bytes) -> Iterator[tuple[tuple[str, ...], bytes]]:
+    """Each value replaced by one of another type, each key left out, and one too many; with the place of it."""
+    values = json.loads(content)
+    for path in [(key,) for key in values] + [(key, k) for key, v in values.items() if isinstance(v, dict) for k in v]:
+        for wrong in (None, [], {}, "x", -1, 1.5, True, "left out"):
+            copy = json.loads(content)
+            section = copy[path[0]] if len(path) > 1 else copy
+            if wrong == "left out":
+                del section[path[-1]]
+            elif type(section[path[-1]]) is type(wrong):
+                continue
+            else:
+                section[path[-1]] = wrong
+            yield path, json.dumps(copy).encode()
+    yield ("more",), json.dumps(values | {"more": 1}).encode()
+
+
+@pytest.mark.parametrize("name", ["adapter.json", "trainer.json"])
+def test_damaged_json_is_refused_by_name_and_never_a_stack_trace(saved, name):
+    recipe, folder = saved
+    experiment = Experiment(recipe)
+    may_be_others = {"revision", "training_data", "chat_templates", "package_version", "summary"}
+    mutations = list(json_mutations((folder / name).read_bytes()))
+    assert len(mutations) > 20
+    for path, damaged in [((), content) for content in JSON_DAMAGE] + mutations:
+        (folder / name).write_bytes(damaged)
+        said = refusal(recipe, folder, experiment)
+        if not may_be_others.intersection(path):
+            assert said.startswith(f"{folder / name} is damaged: "), (said, damaged[:200])
+            assert f"To train on from the one before, remove {folder}" in said
+            assert "\n" not in said
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_missing_or_truncated_file_is_named(saved, name):
+    recipe, folder = saved
+    experiment = Experiment(recipe)
+    content = (folder / name).read_bytes().rstrip()
+    for length in (0, 1, 7, 8, 9, len(content) // 3, len(content) // 2, len(content) - 1):
+        (folder / name).write_bytes(content[:length])
+        said = refusal(recipe, folder, experiment)
+        if name != "recipe.yaml" or length < 9:  # the rest of a recipe may be its defaults
+            assert said, f"{name} cut at {length}"
+    (folder / name).unlink()
+    assert refusal(recipe, folder, experiment).startswith(f"{folder / name} is damaged: No such file")
+    with pytest.raises(SoftCoTError, match=f"{name} is damaged: No such file.*remove {folder}"):
+        resume._choose(recipe.run_dir)
+
+
+@pytest.mark.parametrize("content", ["null", "[]", "3", "training: null", "training: []", "{", "a: b: c", "{}", "\t"])
+def test_damaged_recipe_is_named(saved, content):
+    recipe, folder = saved
+    (folder / "recipe.yaml").write_text(content)
+    assert str(folder / "recipe.yaml") in refusal(recipe, folder)
+
+
+@pytest.mark.parametrize("name", ["projection.safetensors", "optimizer.safetensors"])
+def test_tensors_of_another_kind_are_refused(saved, name):
+    recipe, folder = saved
+    experiment = Experiment(recipe)
+    good = load_file(folder / name)
+    first = next(iter(good))
+    for wrong in (
+        {},
+        {first: good[first]},
+        {**good, "more": torch.zeros(1)},
+        {**good, first: good[first].double()},
+        {**good, first: good[first].to(torch.int32)},
+        {**good, first: good[first][:-1].clone()},
+    ):
+        save_file(wrong, folder / name)
+        assert "is damaged: " in refusal(recipe, folder, experiment)
+
+
+def test_checkpoint_under_another_steps_name_is_refused(saved):
+    recipe, folder = saved
+    later = folder.with_name("step-60")
+    shutil.copytree(folder, later)
+    assert latest_checkpoint(recipe.run_dir) == later
+    assert "step 50 is not that of the folder" in refusal(recipe, later)

@@ -15,10 +15,11 @@ import torch
 from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import save_file
 
-from softcot_ds import diagnosis, distributed, doctor
+from softcot_ds import diagnosis, distributed, doctor, ranks
 from softcot_ds.backbone import load_config
 from softcot_ds.diagnosis import Facts, Finding, Folder, Model
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.ranks import alone_of
 from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -299,14 +300,19 @@ def test_room_for_checkpoints_is_what_they_take(tmp_path):
 
 
 def test_a_process_that_a_launcher_started_among_others_but_did_not_tell_of_them(monkeypatch):
-    for name in (*doctor.MPI_SIZE_VARIABLES, "RANK"):
+    for name in (*ranks.MPI_SIZE_VARIABLES, *ranks._RANK_VARIABLES, "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PMI_SIZE", "1")
-    assert doctor._alone_of() == ""
+    assert alone_of() == ""
     monkeypatch.setenv("SLURM_STEP_NUM_TASKS", "4")
-    assert doctor._alone_of() == "SLURM_STEP_NUM_TASKS=4"
+    assert alone_of() == "SLURM_STEP_NUM_TASKS=4"
+    monkeypatch.delenv("SLURM_STEP_NUM_TASKS")
+    monkeypatch.setenv("SLURM_PROCID", "0")
+    assert alone_of() == "", "a batch script, which SLURM numbers too"
+    monkeypatch.setenv("SLURM_PROCID", "1")
+    assert alone_of() == "SLURM_PROCID=1"
     monkeypatch.setenv("RANK", "0")
-    assert doctor._alone_of() == ""
+    assert alone_of() == ""
 
 
 def wrong_alone(*overrides: str, recipe: Path | None = RECIPE) -> list[Finding]:
