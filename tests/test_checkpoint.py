@@ -141,7 +141,7 @@ def test_data_and_templates_are_compared_by_content(tmp_path):
     data.write_text("\n".join(lines[::-1]))
     assert "the training data there is other data than now" in refusal(recipe, folder), "another order"
     data.write_text("\n".join(lines))
-    template.write_text(template.read_text() + " ")
+    template.write_text("{# other #}" + template.read_text())
     assert "the chat template of base there is another one than now" in refusal(recipe, folder)
     assert "training data" not in refusal(recipe, folder), "of which the template is the cause"
 
