@@ -94,7 +94,7 @@ def test_one_of_several_processes_that_torch_does_not_know_is_refused(monkeypatc
 def test_second_training_in_a_directory_is_refused(tmp_path):
     train = [sys.executable, "-m", "softcot_ds.train", str(RECIPE), f"output_dir={tmp_path}"]
     with sole_owner(tmp_path / "demo/train.lock", "training", print):
-        done = run([*train, "training.timeout_minutes=0.05"], check=False)
+        done = run([*train, "training.timeout_minutes=0.1"], check=False)
     assert done.returncode == 2
     assert "another training (" in done.stdout
     assert f"process {os.getpid()}, since" in done.stdout
