@@ -120,8 +120,16 @@ def _is_read_only(kind: type, key: str) -> bool:
 
 
 def make_toy(name: str) -> PreTrainedModel:
-    """A frozen toy in float32 with weights large enough that every path shows in what it says."""
+    """A frozen toy in float32 with weights large enough that every path shows in what it says.
+
+    Raises:
+        ValueError: the family's settings have other names, and it has not become small.
+    """
     config = make_config(name)
+    with torch.device("meta"):
+        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+    if size > 2**24:
+        raise ValueError(f"{size:,} parameters are not small")
     torch.manual_seed(11)
     try:
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")
