@@ -88,7 +88,7 @@ _COMPARED = re.compile(r" (?:[a-z]{1,20} ){0,2}(?:more|less|fewer|[a-z]{1,12}er)
 _LABEL = re.compile(
     r"\b(?:step|part|question|problem|example|case|figure|table|section|phase|stage|method)s? #?$", re.IGNORECASE
 )
-_FOOTNOTE = re.compile(r"\w[.,]? ?\[\Z")
+_FOOTNOTE = re.compile(r"(?<=\w)(?<! is)[.,]? ?\[\Z")
 _ITEM = re.compile(r"^[ >#]{0,8}(?:\*\*)?(\d{1,2})[.)](?= *\S)(?!\d)", re.MULTILINE)
 
 
@@ -162,7 +162,8 @@ def _reading(text: str, chain: list[Numeral]) -> _Reading:
 _NEXT_PROBLEM = re.compile(
     r"""<\|[^|<>\n]{1,40}\|>|</s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]
         |^[#*\s>]{0,8}(?:next\ |new\ |another\ )?(?:problem|question|exercise|example|instruction|input|user|human|q)
-        (?:\ ?\#?\d{1,4})?\**\ ?[:.]""",
+        (?:\ ?\#?\d{1,4})?\**\ ?[:.]
+        |^[^\n.:]{0,30}\b(?:another|next|new|similar)\ (?:problem|question|example|exercise)\b""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _HASHES = re.compile(r"####(?!#)[^\S\n]*\**")
@@ -173,10 +174,11 @@ _ANSWER = re.compile(
     r"""(?P<final>final[\ _])?
         (?: (?:(?<![^\W_])(?:answer|ans|respuesta|réponse|resposta|risposta|antwort|ответ)\b | (?m:^)a(?=:))
             (?: [\s*_"'`)\]>]{0,6}(?P<colon>:|(?<=>)|\n) | [\s*_"'`)]{0,6}(?:=|→|->)
-              | [^.!?\n:;=]{0,60}?\b(?:is|was|(?:will|would|should|must)\ be|equals|comes\ to|es|est|ist|é|è)\b )
+              | [^.!?\n:;=]{0,60}?\b(?:is|was|(?:will|would|should|must)\ be|equals|comes\ to|es|est|ist|é|è)(?![a-z]) )
           | 答案?(?:是|为|:) )""",
     re.VERBOSE | re.IGNORECASE,
 )
+_IS_THE_ANSWER = re.compile(r"\bis (?:the|my|our) (?:final |correct )?answer\b", re.IGNORECASE)
 _FILLERS = re.compile(
     r"""(?:[\W_]|\b(?:the|final|answer|is|total|of|a|an|about|approximately|approx|roughly|around|exactly|simply|just|only
         |therefore|thus|then|so|equal|equals|to|now|at|least|most|no|number|us|usd|eur|rs|inr|x|y|n|boxed)\b)*""",
@@ -214,6 +216,11 @@ def _announcements(text: str, items: set[int], readings: list[_Reading]) -> Iter
                 may_open and last_equation > reading.start and _opens_solution(text, readings, index)
             ):
                 yield reading
+
+    for mark in _IS_THE_ANSWER.finditer(text):
+        index = _index(readings, mark.start()) - 1
+        if index >= 0 and re.fullmatch(r"[^.!?\n]{0,20}", text[readings[index].end : mark.start()][:40]):
+            yield readings[index]
 
 
 def _follows(text: str, position: int, reading: _Reading) -> bool:
@@ -263,6 +270,7 @@ def _opens_solution(text: str, readings: list[_Reading], index: int) -> bool:
 def _end_of_first_output(text: str, readings: list[_Reading], announced: list[_Reading]) -> int:
     """Where a model that has answered goes on with another problem or another turn; else where the text ends."""
     ends = [reading.end for reading in readings if reading.is_equation] + [one.end for one in announced]
+    ends += [reading.end for reading in readings[:1] if _follows(text, 0, reading)]
     match = _NEXT_PROBLEM.search(text, min(ends, default=len(text)))
     return match.start() if match else len(text)
 
