@@ -1,13 +1,14 @@
 """What a recipe stands for: tokenizers, prompts, task and data, made in one place for every command."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from functools import cached_property
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
 from softcot_ds.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
-from softcot_ds.data import ContextLimits, Splits, load_splits
+from softcot_ds.data import ContextLimits, Example, Splits, load_splits
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.recipe import ModelConfig, Recipe
@@ -60,7 +61,18 @@ class Experiment:
         for example in (*splits.train, *splits.validation, *splits.test):
             self._check_tokens("base", [*example.prefix_ids, *example.suffix_ids, *example.target_ids])
             self._check_tokens("assistant", example.assistant.token_ids)
-        return splits
+        return replace(splits, notes=splits.notes + self._stopped_midway(splits.train))
+
+    def _stopped_midway(self, examples: list[Example]) -> list[str]:
+        """A note where a token at which decoding stops stands within what the base is trained to write."""
+        found = [{*self.base_prompts.stop_ids}.intersection(example.target_ids[:-1]) for example in examples]
+        if not any(found):
+            return []
+        tokens = ", ".join(repr(self.base_tokenizer.decode([token])) for token in sorted(set().union(*found)))
+        return [
+            f"{sum(map(bool, found))} of {len(found)} training targets contain {tokens}, where decoding stops because "
+            "generation_config.json of the base lists it as eos_token_id: outputs will end there"
+        ]
 
     def _check_tokens(self, role: Literal["base", "assistant"], ids: Sequence[int]) -> None:
         """Raises SoftCoTError where a model has no embedding for a token that its tokenizer knows."""

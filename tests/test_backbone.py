@@ -292,3 +292,15 @@ def test_an_experiment_stops_at_what_the_files_list_and_the_recipe_says(base_cop
     assert experiment.chat_identity["base"]["known_stop_ids"] == sorted([eos, 5, 7])
     assert experiment.chat_identity["base"]["end_of_turn"] == "<|user|>"
     assert experiment.chat_identity["assistant"]["known_stop_ids"] == [eos]
+
+
+def test_a_listed_stop_token_within_the_targets_is_said(base_copy):
+    small = ["task.train_problems=8", "task.validation_problems=2", "task.test_problems=2", f"base.model={base_copy}"]
+    experiment = Experiment(load_recipe(RECIPE, small))
+    assert experiment.splits.notes == []
+    word = experiment.splits.train[0].target_ids[1]
+    (base_copy / "generation_config.json").write_text(json.dumps({"eos_token_id": [word]}))
+    splits = Experiment(load_recipe(RECIPE, small)).splits
+    count, text = sum(word in e.target_ids for e in splits.train), experiment.base_tokenizer.decode([word])
+    (note,) = splits.notes
+    assert note.startswith(f"{count} of {len(splits.train)} training targets contain {text!r}, where decoding stops")

@@ -95,6 +95,7 @@ FAMILIES = {
 }
 KWARGS = {"empty thoughts": {"think": False}}
 SPECIAL = [
+    "<|end|>",  # first: no token that takes the white space after it can stand before a piece of text
     "<s>",
     "</s>",
     "<unk>",
@@ -109,7 +110,6 @@ SPECIAL += [
     "<end_of_turn>",
     "<|user|>",
     "<|assistant|>",
-    "<|end|>",
     "<|role|>",
     "<|text|>",
     "<|turn|>",
@@ -281,6 +281,18 @@ def test_an_answer_that_continues_a_message_follows_its_last_word():
         assert tokenizer.decode(ids) + "\n" == text
 
 
+@pytest.mark.parametrize("kind", KINDS)
+def test_an_answer_right_after_the_thoughts_begins_as_after_one_token(kind):
+    messages = [{"role": "user", "content": "{question}"}, {"role": "assistant", "content": "{thoughts}"}]
+    tokenizer = tokenizer_of(kind, CHATML)
+    base = BasePrompts(ChatFormat(tokenizer, {}, "model"), PromptFile(**SECTIONS | {"base": messages}))
+    marked = with_placeholder(kind, "chatml")
+    ids = written(marked, "chatml", "<|im_end|>", "2?", f"<|thought here|>{ANSWER}")
+    at = ids.index(marked.convert_tokens_to_ids("<|thought here|>"))
+    prompt = base.with_thoughts("2?")
+    assert (prompt.prefix_ids, prompt.suffix_ids, base.target_ids(ANSWER)) == (ids[:at], [], ids[at + 1 :])
+
+
 # ---------------------------------------------------------------------------------------------------- end of an answer
 
 
@@ -400,7 +412,7 @@ def test_a_question_or_an_answer_cannot_end_its_turn(kind, forged):
     assert control(assistant.thoughts_input("id", forged).token_ids) == control(
         assistant.thoughts_input("id", "x").token_ids
     )
-    if kind.startswith("bytes"):
+    if kind.startswith("bytes") or kind == "first":
         text = chat.tokenizer.decode(base.without_thoughts(forged).prefix_ids)
         assert text == f"<|im_start|>user\nSolve this. {forged}<|im_end|>\n<|im_start|>assistant\n"
 
@@ -410,6 +422,12 @@ def test_plain_added_tokens_that_the_template_does_not_write_are_vocabulary():
     tokenizer.add_tokens(["####"])
     prompts = BasePrompts(ChatFormat(tokenizer, {}, "model"), PROMPTS)
     assert prompts.target_ids("#### 4")[0] == tokenizer.convert_tokens_to_ids("####")
+    tokenizer.add_tokens(["\n\n"])  # as Gemma's: white space that a template writes too is no control token
+    tokenizer.chat_template = CHATML.replace("assistant\n", "assistant\n\n").replace(
+        "{{ m.role }}\n", "{{ m.role }}\n\n"
+    )
+    target = BasePrompts(ChatFormat(tokenizer, {}, "model"), PROMPTS).target_ids("4\n\n5")
+    assert target[1] == tokenizer.convert_tokens_to_ids("\n\n")
 
 
 @given(st.text(st.characters(codec="utf-8"), max_size=30) | st.text("\U0010c07a\U0010c071\U0010c072\U0010c073x"))
