@@ -69,6 +69,24 @@ def test_numbers_are_those_of_the_committed_results():
     assert all(report["num_problems"] >= 1000 for report in results["reports"])
 
 
+def test_families_are_those_of_the_committed_results():
+    results = json.loads((ROOT / "benchmarks" / "results" / "families.json").read_text())
+    step = {row["family"]: row["step"] for row in results["families"]}
+    block = README.split("<!-- families:")[1].split("<!-- end of families -->")[0]
+    rows = [cells for line in block.splitlines() if len(cells := line.split("|")) == 5][2:]
+    assert len(rows) == len(results["counts"])
+    for _, name, number, families, _ in rows:
+        kind = name.strip().split(" step")[0]
+        assert int(number) == results["counts"][kind] == list(step.values()).count(kind)
+        assert {step[family] for family in re.findall("`(.+?)`", families)} == {kind}
+    assert str(len(step)) in README.split("<!-- families:")[0]
+    for row in results["families"]:
+        if row["step"] in ("fast", "full"):
+            assert row["loss_error"] < 1e-6, row["family"]
+            assert row["gradient_error"] < 5e-4, row["family"]
+            assert row["assistant"] == "fit", row["family"]
+
+
 def test_no_result_names_a_path_of_a_machine():
     for path in Path(ROOT / "benchmarks" / "results").glob("*.json"):
         assert str(Path.home()) not in path.read_text()
