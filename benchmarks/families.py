@@ -1,6 +1,7 @@
 """Which of transformers' causal families can be the base and the assistant, and by which step: each is tried as a toy.
 
     python benchmarks/families.py [--out benchmarks/results/families.json] [family ...]
+    python benchmarks/families.py --page docs/models.md
 
 A toy has the family's own code, random weights and a few layers (tests/toy_models.py). The trials say of it what they
 say of a real model before work starts, and what they call fit is held against examples run alone, in float32. A family
@@ -9,6 +10,7 @@ that cannot be made small from its settings' names, or takes too long, stands as
 
 import argparse
 import copy
+import json
 import logging
 import signal
 import sys
@@ -34,6 +36,7 @@ sys.path.insert(0, str(ROOT / "tests"))
 from test_step import UNEVEN, P, draw_examples, loss_and_gradient, true_loss_and_gradient  # noqa: E402
 from toy_models import VARIANTS, make_toy  # noqa: E402
 
+RESULT = ROOT / "benchmarks" / "results" / "families.json"
 SECONDS = 60
 """What a family may take."""
 
@@ -87,6 +90,32 @@ def errors(family: str, kind: str) -> dict[str, float]:
     }
 
 
+def page(result: dict[str, Any]) -> str:
+    """docs/models.md: a row for each family, and why where it is refused or slower."""
+    made = result["environment"]
+    lines = [
+        "# Model families",
+        "",
+        "Written by `python benchmarks/families.py --page docs/models.md` from its",
+        f"[result](../benchmarks/results/families.json): transformers {made['transformers']},",
+        "each family tried as a toy of a few layers with random weights. What decides in a run is the trial of",
+        "the model itself, right after it is loaded; a family that is missing here, or was not tried, may well work.",
+        "",
+        "Step: *fast* or *full*, the same loss and gradient; assistant: whether its hidden states can be the thoughts;",
+        "decoding: *in batches*, or *one by one* where a batch would change what comes out.",
+        "",
+        "| family | step | assistant | decoding | why |",
+        "|---|---|---|---|---|",
+    ]
+    for row in sorted(result["families"], key=lambda row: row["family"]):
+        reasons = dict.fromkeys(row[key] for key in ("reason", "assistant_reason", "decoding_reason") if key in row)
+        why = "; ".join(reasons).replace("|", "\\|")
+        lines.append(
+            f"| {row['family']} | {row['step']} | {row.get('assistant', '')} | {row.get('decoding', '')} | {why} |"
+        )
+    return "\n".join(lines) + "\n"
+
+
 def first_line(error: Exception) -> str:
     return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
@@ -95,7 +124,11 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("families", nargs="*", help="some of them; without any, all")
     parser.add_argument("--out", type=Path)
+    parser.add_argument("--page", type=Path, help="try nothing: write the page of the committed result")
     args = parser.parse_args()
+    if args.page:
+        args.page.write_text(page(json.loads(RESULT.read_text())))
+        return
     warnings.simplefilter("ignore")
     transformers.logging.set_verbosity_error()
     logging.disable(logging.WARNING)

@@ -1,5 +1,6 @@
 """The README says what is there: files, commands, recipes, numbers."""
 
+import importlib
 import json
 import re
 import subprocess
@@ -85,6 +86,12 @@ def test_families_are_those_of_the_committed_results():
             assert row["loss_error"] < 1e-6, row["family"]
             assert row["gradient_error"] < 5e-4, row["family"]
             assert row["assistant"] == "fit", row["family"]
+
+
+def test_page_of_families_is_that_of_the_committed_result(monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    families = importlib.import_module("families")
+    assert (ROOT / "docs" / "models.md").read_text() == families.page(json.loads(families.RESULT.read_text()))
 
 
 def test_no_result_names_a_path_of_a_machine():
