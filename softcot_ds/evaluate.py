@@ -34,6 +34,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softcot_ds import __version__
+from softcot_ds.agreement import agree
 from softcot_ds.backbone import context_length, load_frozen, weights_fingerprint, width
 from softcot_ds.checkpoint import AdapterConfig, load_adapter, train_summary
 from softcot_ds.cli import recipe_command
@@ -44,6 +45,7 @@ from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import write_atomically
+from softcot_ds.metrics import flatten
 from softcot_ds.progress import Progress
 from softcot_ds.projection import StaticThoughts
 from softcot_ds.prompts import AssistantInput, BasePrompt
@@ -60,6 +62,7 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
             model is loaded.
     """
     init_distributed(recipe.training.timeout_minutes)
+    agree({"the adapter": adapter, **flatten(recipe.model_dump(mode="json"))})
     config = AdapterConfig.load(adapter)
     config.check_models(recipe, assistant=config.projection != "static")
     if config.projection != recipe.projection.kind:
@@ -325,8 +328,8 @@ class _Decoder:
         and the kind of processor, which change how a sum is rounded at most; the text of a question or of its answer.
 
         Raises:
-            SoftCoTError: a prompt fills the model's context, the outputs cannot be kept on disk, or another rank sees
-                other files.
+            SoftCoTError: a prompt fills the model's context, the outputs cannot be kept on disk, or another rank would
+                decode something else, because it sees other files.
         """
         evaluation = self._recipe.evaluation
         longest = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts)
@@ -356,13 +359,7 @@ class _Decoder:
             # They hold the code that turns all this into tokens.
             "versions": {"softcot_ds": __version__, "transformers": transformers.__version__},
         }
-        for number, theirs in enumerate(from_all_ranks(settings)):
-            if differ := [key for key, value in settings.items() if theirs[key] != value]:
-                raise SoftCoTError(
-                    f"{name}: the ranks {number} and {rank()} would decode different things: they differ in "
-                    f"{', '.join(differ)}. Every node must have the same adapter, models, data and versions; where a "
-                    "shared folder shows new files late, start again"
-                )
+        agree({f"{name}: {key}": value for key, value in settings.items()})
         return _Job(name, prompts, thoughts, settings, self._recipe.run_dir / "outputs")
 
     @property

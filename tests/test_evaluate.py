@@ -4,6 +4,7 @@ import itertools
 import json
 import math
 import shutil
+from dataclasses import replace
 
 import pytest
 import torch
@@ -13,8 +14,8 @@ from hypothesis import strategies as st
 from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
 
+from softcot_ds import agreement, thought_reader
 from softcot_ds import evaluate as evaluate_module
-from softcot_ds import thought_reader
 from softcot_ds.backbone import load_tokenizer
 from softcot_ds.checkpoint import recipe_and_adapter
 from softcot_ds.decoding import Output
@@ -614,9 +615,12 @@ def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evalu
 
 
 def test_ranks_that_see_different_files_do_not_mix_their_outputs(recipe, adapter, scribe, monkeypatch):
-    theirs = {"thoughts": {"projection": "of another step"}}
-    monkeypatch.setattr(evaluate_module, "from_all_ranks", lambda mine: [mine, mine | theirs])
-    with pytest.raises(SoftCoTError, match="the ranks 1 and 0 would decode different things: they differ in thoughts"):
+    def with_another(mine):
+        theirs = {name: "of another step" if name == "learned: thoughts" else fact for name, fact in mine.facts.items()}
+        return [mine, replace(mine, rank=1, facts=theirs)]
+
+    monkeypatch.setattr(agreement, "from_all_ranks", with_another)
+    with pytest.raises(SoftCoTError, match=r"the ranks do not agree(.|\n)*- learned: thoughts: .*of another step"):
         evaluate(recipe, adapter)
     assert scribe.batches == []
 
