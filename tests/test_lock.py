@@ -13,6 +13,8 @@ import pytest
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.lock import sole_owner
 
+pytestmark = pytest.mark.distributed
+
 HOLD = """
 import sys, time
 from pathlib import Path
@@ -38,7 +40,6 @@ def test_second_owner_is_refused_and_told_who_holds_the_folder(tmp_path, holder)
     assert f"works in {tmp_path}" in str(refused.value)
 
 
-@pytest.mark.distributed
 def test_owner_that_is_killed_leaves_a_free_folder(tmp_path):
     process = subprocess.Popen([sys.executable, "-c", HOLD, tmp_path / "lock"], stdout=subprocess.PIPE, text=True)
     assert process.stdout.readline() == "held\n"
