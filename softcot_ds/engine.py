@@ -39,6 +39,8 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
     # Sums of gradients over micro-batches and ranks stay in float32: bf16 sums would depend on the number of ranks.
     config["data_types"] = {"grad_accum_dtype": "fp32"}
     config["communication_data_type"] = "fp32"
+    # The norm of the gradient is what tells one that is not finite.
+    config["zero_optimization"].pop("compute_grad_norm", None)
     config.pop("tensorboard", None)  # DeepSpeed's monitor would write a second set of curves
     # DeepSpeed's own progress lines; ours are better placed.
     config["steps_per_print"] = 2**31 - 1
