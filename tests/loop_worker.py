@@ -31,7 +31,7 @@ def disturbed_forward(model: SoftCoT, batch: object) -> torch.Tensor:
     passes += 1
     if fault.startswith("nan") and step in (2, 4, 5, 6) and rank() == 1 and last_micro_batch:
         loss.register_hook(lambda gradient: gradient * float("nan"))
-    elif fault.startswith("inf") and step == 2 and rank() == 0 and not last_micro_batch:
+    elif fault.startswith("inf") and step == 3 and rank() == 0 and not last_micro_batch:
         loss = loss + (float("inf") - loss.detach())  # its gradient is finite
     elif fault == "stop" and step == 2 and rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)

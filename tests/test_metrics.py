@@ -70,3 +70,9 @@ def test_board_that_is_open_forgets_what_was_never_saved(tmp_path):
     attempt(tmp_path, 2, 4)
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_attempts_that_saved_nothing_leave_nothing(tmp_path):
+    for _ in range(3):
+        attempt(tmp_path, 0, 2)
+    assert len(list(tmp_path.iterdir())) == 1

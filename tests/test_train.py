@@ -395,8 +395,8 @@ def trainings(tmp_path_factory, random_pair):
         "nan-zero3": [clipped, zero3, "training.steps=9"],
         "nan-none": [clipped, whole, "training.steps=9"],
         "nan-bf16": [clipped, whole, bf16, "training.steps=9"],
-        "inf-zero3": [clipped, zero3, "training.log_every=4"],
-        "inf-none": [clipped, whole, "training.log_every=4"],
+        "inf-zero3": [clipped, zero3, "training.log_every=4", "training.save_every=2"],
+        "inf-none": [clipped, whole, "training.log_every=4", "training.save_every=2"],
         "crash": [clipped, whole, "training.validate_every=2"],
         "stop": [clipped, whole, "training.validate_every=1", "training.save_every=99"],
         "hang": [clipped, whole, "training.step_timeout_minutes=0.1"],
@@ -501,13 +501,13 @@ def test_steps_whose_gradient_is_not_finite_are_skipped_said_counted_and_end_the
 
 @pytest.mark.parametrize("variant", ["inf-zero3", "inf-none"])
 def test_loss_that_is_not_finite_ends_the_run_before_the_optimizer_moves(trainings, naive, variant):
-    """On one rank, in step 2; its gradient is finite. Nothing is to be logged before step 4."""
+    """On one rank, in step 3; its gradient is finite. Nothing is to be logged or saved before step 4."""
     folder, _, output = trainings
-    _, batch = islice(naive.batches(), 2)
+    *_, batch = islice(naive.batches(), 3)
     problems = ", ".join(naive.examples[index].problem.id for index in batch)
-    end = f"{variant} ended after step 2: the loss is inf at step 2, whose global batch holds the problems {problems}. "
-    assert end + f"The last good checkpoint is {folder / variant}/checkpoints/step-1;" in output
-    assert [path.name for path in (folder / variant / "checkpoints").iterdir()] == ["step-1"]
+    end = f"{variant} ended after step 3: the loss is inf at step 3, whose global batch holds the problems {problems}. "
+    assert end + f"The last good checkpoint is {folder / variant}/checkpoints/step-2;" in output
+    assert [path.name for path in (folder / variant / "checkpoints").iterdir()] == ["step-2"]
 
 
 def test_checkpoint_comes_before_the_validation_that_fails(trainings):
