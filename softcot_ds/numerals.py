@@ -161,7 +161,7 @@ def _value(match: re.Match[str], text: str) -> Fraction | None:
     if match["words"]:
         return _value_of_words(match["words"].lower())
     exponent = match["exponent"] or match["power_of_ten"] or match["power"] or "0"
-    if match["whole"] is None or len(match[0]) > _LONGEST or len(exponent) > 4 or abs(int(exponent)) > _LONGEST:
+    if match["whole"] is None or len(match[0]) > _LONGEST or abs(int(exponent)) > _LONGEST:
         return None
     value = Fraction(f"{re.sub(r'[^0-9]', '', _ascii(match['whole'])) or 0}.{(match['decimals'] or '.0')[1:]}")
     if match["power"]:

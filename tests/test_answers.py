@@ -271,6 +271,7 @@ def test_the_worlds_notations_read_the_same_wherever_the_answer_stands(text, num
         "1000,000",
         "16 - 7 =",
         "pages 5-10",
+        "3 5/2",
     ],
 )
 @pytest.mark.parametrize("sentence", ["{}", "12 is a dozen.\n{}", "#### {}", "The answer is {}.", "\\boxed{{{}}}"])
@@ -532,6 +533,7 @@ def test_the_first_complete_number_after_four_hashes_is_the_answer(text, number)
         ("The answer is 18.\n\nThe answer is correct because 9 * 2 = 18 and 16 - 7 = 9.", 18),
         ("So she has 5 + 4 = 9 apples left, and 9 is the answer.", 9),
         ("So 18 is the answer.", 18),
+        ("You save $4 + $2 = $6 for 2 tubs of ice cream and 4 packets of milk.", 6),
         ("18 is the final answer. It took 3 steps.", 18),
         ("**Step 1:** 16 - 7 = 9\n\n**Step 2:** 9 * 2 = 18\n\n**Answer:** $18", 18),
         ("### Step 1\n16-7 = 9\n### Step 2\n9*2 = 18\n### Final answer: 18 dollars", 18),
