@@ -37,7 +37,7 @@ from softcot_ds.data import Batch, collate
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe, resolve_location
-from softcot_ds.step import SoftCoT
+from softcot_ds.step import SoftCoT, mask_and_positions
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -76,8 +76,9 @@ class Traffic:
 
 def two_passes(model: SoftCoT, batch: Batch) -> torch.Tensor:
     """The step with a whole pass over the prefix, without gradient, before the pass over the rest."""
-    embeds, mask, positions = model._inputs(batch)
-    length = batch.prefix_ids.shape[1]
+    embeds, length = model._embeds(batch), batch.prefix_ids.shape[1]
+    num_thoughts = embeds.shape[1] - length - batch.suffix_ids.shape[1]
+    mask, positions = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, model.num_shared)
     decoder = model.base.get_decoder()
     cache = DynamicCache()
     with torch.no_grad():

@@ -55,7 +55,8 @@ def test_a_zero3_rank_holds_its_share_and_the_layers_at_work(tmp_path):
         run(
             deepspeed_command(2, "memory_worker", RECIPE, output, *common),
             PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-            MALLOC_MMAP_THRESHOLD_="131072",  # or glibc keeps what is freed, and it would count
+            MALLOC_MMAP_THRESHOLD_="16384",  # or glibc keeps what is freed, and it would count
+            MALLOC_TRIM_THRESHOLD_="0",
         )
         peaks[partition] = max(json.loads((tmp_path / f"peak-{partition}.{rank}").read_text()) for rank in (0, 1))
     assert peaks["none"] > model_bytes, "the measurement sees a whole model"
