@@ -69,13 +69,17 @@ def extract_number(text: str, cut: bool = False) -> Fraction | None:
 
 # What may stand between the numbers of one calculation: "9 eggs * ($2", "= 13 eggs", "→ x =".
 _UNIT = r"(?:\ ?[A-Za-z%°/'.$€£^{}\d-]{1,20}){0,4}"
-_OPERATOR = re.compile(rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|minus|times)\b)\ ?[(\[{{$]*", re.VERBOSE)
-_EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>)[^\n,;]{{0,40}}", re.VERBOSE)
+_OPERATOR = re.compile(
+    rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|minus|times|(?:divided|multiplied)\ by)\b)\ ?[(\[{{$]*",
+    re.VERBOSE,
+)
+_EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>|\bequals\b)[^\n,;]{{0,40}}", re.VERBOSE)
 _ASIDE = re.compile(
-    r"""(?: \b(?:in|after|per|every|each|at|on|within|during|than|from|since|with|over|by|for|if|when|until|before
-            |the|these|those|this|that|his|her|their|all|no|any|which|another|other|out\ of)
-          | \d\ of | \bto\ (?!about|only|almost|nearly|exactly|over|around)[a-z]{1,15} )
-        (?:\ [a-z]{1,12}ing)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
+    r"""(?: \b(?:in|after|per|every|each|at|on|above|within|during|than|from|over|by|for|when|until|before|the|these
+            |those|this|that|his|(?<!ing\ )her|their|all|no|any|which|another|other|out\ of|(?<!him\ )(?<!her\ )with)
+          | \b(?:if|since|because)(?:\ [a-z]{1,12}){0,2} | \d\ of
+          | (?<!has)(?<!have)(?<!needs)(?<!need)\ to\ (?!about|only|almost|nearly|exactly|over|around)[a-z]{1,15} )
+        (?:\ [a-z]{1,12}ing(?:\ (?:away|up|off))?)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
 # "It takes 459 / 51 = 9 minutes to blink 459 times.": an equation is what its clause is about.
@@ -84,7 +88,9 @@ _SAME_CLAUSE = re.compile(
 )
 _REASON = re.compile(r"[^.;:!?\n]{0,120}\b(?:because|since)\b[^,.;:!?\n]{0,120}", re.IGNORECASE)
 _PARENTHESIS = re.compile(r"\([^()\n]*\Z")
-_COMPARED = re.compile(r" (?:[a-z]{1,20} ){0,2}(?:more|less|fewer|[a-z]{1,12}er) than\b")
+_COMPARED = re.compile(
+    r" (?:[a-z]{1,20} ){0,2}(?:(?:more|less|fewer|[a-z]{1,12}er) than|of (?:them|these|those|which))\b"
+)
 _LABEL = re.compile(
     r"\b(?:step|part|question|problem|example|case|figure|table|section|phase|stage|method)s? #?$", re.IGNORECASE
 )
@@ -146,7 +152,7 @@ def _reading(text: str, chain: list[Numeral]) -> _Reading:
     sides = [n.value for n, around in zip(chain, pairwise(bounds), strict=True) if around == ("equals", "equals")]
     values = [value for value in sides if value is not None]
     before, after = text[max(0, chain[0].start - 60) : chain[0].start], text[chain[0].end : chain[0].end + 60]
-    beside = _PARENTHESIS.search(before) or _ASIDE.search(before[-30:]) or _COMPARED.match(after)
+    beside = _PARENTHESIS.search(before) or _ASIDE.search(before[-40:]) or _COMPARED.match(after)
     return _Reading(
         chain[0].start,
         chain[-1].end,
@@ -161,8 +167,8 @@ def _reading(text: str, chain: list[Numeral]) -> _Reading:
 
 _NEXT_PROBLEM = re.compile(
     r"""<\|[^|<>\n]{1,40}\|>|</s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]
-        |^[#*\s>]{0,8}(?:next\ |new\ |another\ )?(?:problem|question|exercise|example|instruction|input|user|human|q)
-        (?:\ ?\#?\d{1,4})?\**\ ?[:.]
+        |^[#*\s>]{0,8}(?:next\ |new\ |another\ )?(?:problem|question|exercise|example|instruction|input
+            |user|human|student|teacher|q)(?:\ ?\#?\d{1,4})?\**\ ?[:.]
         |^[^\n.:]{0,30}\b(?:another|next|new|similar)\ (?:problem|question|example|exercise)\b""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
@@ -172,7 +178,8 @@ _BOX = re.compile(r"\\boxed ?\{")
 _BRACE = re.compile(r"[{}]")
 _ANSWER = re.compile(
     r"""(?P<final>final[\ _])?
-        (?: (?:(?<![^\W_])(?:answer|ans|respuesta|réponse|resposta|risposta|antwort|ответ)\b | (?m:^)a(?=:))
+        (?: (?:(?<![^\W_])(?:answer|ans|respuesta|réponse|resposta|risposta|antwort|ответ)\b
+              | (?m:^)(?:a|[*_#>\ ]{0,6}result)(?=:))
             (?: [\s*_"'`)\]>]{0,6}(?P<colon>:|(?<=>)|\n) | [\s*_"'`)]{0,6}(?:=|→|->)
               | [^.!?\n:;=]{0,60}?\b(?:is|was|(?:will|would|should|must)\ be|equals|comes\ to|es|est|ist|é|è)(?![a-z]) )
           | 答案?(?:是|为|:) )""",
@@ -301,7 +308,8 @@ _END = re.compile(
 )
 _REMARK = re.compile(
     r"""[(\[](?![^()\n]{0,80}\)\ *[^\s.]) | [*_#>\-\s]{0,6}
-        (?:please|note|n\.?b\.|p\.?s\.|disclaimer|let\ me\ know|i?\ ?hope|feel\ free|thank|if\ you|confidence|assum
+        (?:please|note|n\.?b\.|p\.?s\.|disclaimer|let\ me\ know|i?\ ?hope|feel\ free|thank|confidence|assum
+          |i\ (?:used|did|checked)|if\ you(?:\ (?:have|need|want|would)|')
           |(?:let(?:'s|\ us)\ |to\ |we\ can\ |you\ can\ )?(?:double[- ])?(?:check|verify)|verification|explanation
           |this\ (?:assum|answer|solution|calculation|response|is\ (?:correct|because|based|assuming)))""",
     re.VERBOSE | re.IGNORECASE,
