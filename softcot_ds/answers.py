@@ -69,17 +69,14 @@ def extract_number(text: str, cut: bool = False) -> Fraction | None:
 
 # What may stand between the numbers of one calculation: "9 eggs * ($2", "= 13 eggs", "→ x =".
 _UNIT = r"(?:\ ?[A-Za-z%°/'.$€£^{}\d-]{1,20}){0,4}"
-_OPERATOR = re.compile(
-    rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|minus|times|(?:divided|multiplied)\ by)\b)\ ?[(\[{{$]*",
-    re.VERBOSE,
-)
-_EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>|\bequals\b)[^\n,;]{{0,40}}", re.VERBOSE)
+_OPERATOR = re.compile(rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|minus|times)\b)\ ?[(\[{{$]*", re.VERBOSE)
+_EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>)[^\n,;]{{0,40}}", re.VERBOSE)
 _ASIDE = re.compile(
-    r"""(?: \b(?:in|after|per|every|each|at|on|above|within|during|than|from|over|by|for|when|until|before|the|these
-            |those|this|that|his|(?<!ing\ )her|their|all|no|any|which|another|other|out\ of|(?<!him\ )(?<!her\ )with)
-          | \b(?:if|since|because)(?:\ [a-z]{1,12}){0,2} | \d\ of
+    r"""(?: \b(?:in|per|every|each|at|on|above|within|during|than|from|since|over|by|for|until|the|these|those|this
+            |that|his|(?<!ing\ )her|their|all|no|any|which|another|other|out\ of|(?<!him\ )(?<!her\ )(?<!left\ )with)
+          | \b(?:if|after|before|when|not)(?:\ [a-z]{1,12}){0,2} | \d\ of
           | (?<!has)(?<!have)(?<!needs)(?<!need)\ to\ (?!about|only|almost|nearly|exactly|over|around)[a-z]{1,15} )
-        (?:\ [a-z]{1,12}ing(?:\ (?:away|up|off))?)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
+        (?:\ [a-z]{1,12}ing)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
 # "It takes 459 / 51 = 9 minutes to blink 459 times.": an equation is what its clause is about.
@@ -186,6 +183,7 @@ _ANSWER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _IS_THE_ANSWER = re.compile(r"\bis (?:the|my|our) (?:final |correct )?answer\b", re.IGNORECASE)
+_DOUBT = re.compile(r"[^.!?\n]{0,20}\? ?(?:no|wait|hmm)\b", re.IGNORECASE)
 _FILLERS = re.compile(
     r"""(?:[\W_]|\b(?:the|final|answer|is|total|of|a|an|about|approximately|approx|roughly|around|exactly|simply|just|only
         |therefore|thus|then|so|equal|equals|to|now|at|least|most|no|number|us|usd|eur|rs|inr|x|y|n|boxed)\b)*""",
@@ -218,12 +216,10 @@ def _announcements(text: str, items: set[int], readings: list[_Reading]) -> Iter
             yield replace(reading, end=stop, is_box=True)
     for mark in _ANSWER.finditer(text):
         for reading in readings[(index := _index(readings, mark.end())) : index + 1]:
-            may_open = mark["colon"] and not mark["final"]
-            if _follows(text, mark.end(), reading) and not (
-                may_open and last_equation > reading.start and _opens_solution(text, readings, index)
-            ):
+            may_open = mark["colon"] and not mark["final"] and last_equation > reading.start
+            opens = may_open and _opens_solution(text, readings, index)
+            if _follows(text, mark.end(), reading) and not opens and not _DOUBT.match(text, reading.end):
                 yield reading
-
     for mark in _IS_THE_ANSWER.finditer(text):
         index = _index(readings, mark.start()) - 1
         if index >= 0 and re.fullmatch(r"[^.!?\n]{0,20}", text[readings[index].end : mark.start()][:40]):
