@@ -27,6 +27,7 @@ from softcot_ds.thoughts import SharedPrefix, compute_thoughts, decoder_of
 
 Role = Literal["base", "assistant"]
 
+_NOT_FINITE = "what it makes of ordinary tokens is not finite: its weights may be damaged, fetch or save them again"
 _SHARED, _THOUGHTS = 2, 2
 _LENGTHS = ((9, 5), (2, 3))
 """Tokens of each row before and after the thoughts; the first ones, which are shared, are among them."""
@@ -81,6 +82,8 @@ def _try_base(model: PreTrainedModel) -> str | None:
     with torch.no_grad():
         embedded = [model.get_input_embeddings()(_tensor(row, model)[None]) for row in rows]
         said = _logits(model, input_ids=ids)
+        if not said.isfinite().all():
+            return _NOT_FINITE
         if _differ(model, _logits(model, inputs_embeds=embedded[0]), said):
             if _differ(model, _logits(model, input_ids=ids), said):
                 return "it does not give the same twice for the same tokens"
@@ -179,6 +182,8 @@ def _try_assistant(model: PreTrainedModel) -> str | None:
     if alone[0].shape[-1] != width(model.config):
         return f"its states are {alone[0].shape[-1]} wide, and its token embeddings {width(model.config)}"
     truth = torch.cat([states[item.positions] for states, item in zip(alone, inputs, strict=True)])
+    if not truth.isfinite().all():
+        return _NOT_FINITE
     if _differ(model, compute_thoughts(model, inputs).flatten(0, 1), truth):
         return "its states at the placeholders depend on what stands after them, or on the other rows of a batch"
     if _differ(model, compute_thoughts(model, inputs, SharedPrefix.of(model, inputs)).flatten(0, 1), truth):

@@ -170,7 +170,7 @@ def says_nan(model):
         (adds_what_ids_say, "it needs token ids beside embeddings", None),
         (draws_lots, "it does not give the same twice", "depend on"),
         (mixes_rows, "rows in a batch come out other", "or on the other rows"),
-        (says_nan, "it does not give the same twice", "depend on"),
+        (says_nan, "is not finite", "is not finite"),
     ],
 )
 def test_what_does_not_fit_is_refused_with_the_reason(make, base, assistant):
