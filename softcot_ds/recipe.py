@@ -322,7 +322,7 @@ class TrainingConfig(Section):
     timeout_minutes: Annotated[float, FREE] = Field(30.0, ge=0.1, le=60 * 24 * 30)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long, and so may
     validation and a checkpoint."""
-    step_timeout_minutes: Annotated[float, FREE] = Field(10.0, gt=0, le=60 * 24 * 30)
+    step_timeout_minutes: Annotated[float, FREE] = Field(10.0, ge=0.1, le=60 * 24 * 30)
     """The same within a training step, from the second on; timeout_minutes where that is shorter."""
     max_restarts: Annotated[CountOrZero, FREE] = 100
     """How often a SLURM job goes back into the queue: after a time limit, a preemption, a dead node or rank."""

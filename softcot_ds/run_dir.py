@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import parse_json
 
 MARKER = "COMPLETE"
 """File of a checkpoint that is written last."""
@@ -74,6 +75,10 @@ class Attempt:
         return self.last_step - self.first_step
 
 
+_FIELDS = {"begin": {"job": str, "step": int}, "stop": {"signal": str}, "end": {"step": int}}
+"""What a line of each event says at least."""
+
+
 class Journal:
     """``attempts.jsonl`` of a run: a line when an attempt begins, when it stops for a signal, and when it ends."""
 
@@ -96,15 +101,9 @@ class Journal:
             raise SoftCoTError(f"cannot write {self._path}: {error.strerror}; make room or set output_dir") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole lines."""
-        records = []
-        lines = self._path.read_text().splitlines() if self._path.exists() else []
-        for line in lines:
-            try:
-                records.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue  # cut short by a crash or a full disk; what it said shows in the next one
-        return records
+        """All whole lines. What one that a crash or a full disk cut short would say shows in the next one."""
+        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+        return [record for line in lines if (record := _record(line)) is not None]
 
     def attempts(self, job: str, saved: int) -> list[Attempt]:
         """The attempts of one job, oldest first; ``saved`` steps are on disk now, where the newest has got to."""
@@ -122,6 +121,18 @@ class Journal:
         if attempts and attempts[-1].last_step < 0:
             attempts[-1].last_step = saved
         return [attempt for attempt in attempts if attempt.job == job]
+
+
+def _record(line: bytes) -> dict[str, Any] | None:
+    try:
+        record = parse_json(line)
+    except ValueError:
+        return None
+    if not isinstance(record, dict):
+        return None
+    kinds = _FIELDS.get(str(record.get("event")), {})
+    whole = kinds and all(type(record.get(name)) is kind for name, kind in kinds.items())
+    return record if whole else None
 
 
 def stuck_at(attempts: Sequence[Attempt]) -> int | None:

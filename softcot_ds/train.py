@@ -33,7 +33,7 @@ from softcot_ds.distributed import (
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import SoftCoTError, Stopped
 from softcot_ds.experiment import Experiment
-from softcot_ds.files import write_atomically
+from softcot_ds.files import parse_json, write_atomically
 from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe, TrainingConfig
@@ -346,10 +346,18 @@ class _History:
         self.skipped: set[int] = set()
         """Steps whose gradient was not finite."""
         if start and self._path.exists():
-            for record in map(json.loads, self._path.read_text().splitlines()):
-                if record["step"] <= start:
-                    self._losses[record["step"]] = record["loss"]
-                    self.skipped |= {record["step"]} if record.get("skipped") else set()
+            for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
+                try:
+                    record = parse_json(line)
+                    step, loss, skipped = int(record["step"]), float(record["loss"]), bool(record.get("skipped"))
+                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                    raise SoftCoTError(
+                        f"{self._path}:{number} is damaged: {error}. Training does not need this file: move it away to "
+                        "go on, with the losses of earlier steps left out"
+                    ) from error
+                if step <= start:
+                    self._losses[step] = loss
+                    self.skipped |= {step} if skipped else set()
 
     def add(self, losses: dict[int, float]) -> None:
         self._losses |= losses

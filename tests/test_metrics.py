@@ -10,7 +10,12 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.metrics import TensorBoard
+from softcot_ds.recipe import load_recipe
+from softcot_ds.train import _History
+
+ROOT = Path(__file__).parents[1]
 
 
 def points_in_files(folder: Path) -> Counter:
@@ -76,3 +81,19 @@ def test_attempts_that_saved_nothing_leave_nothing(tmp_path):
     for _ in range(3):
         attempt(tmp_path, 0, 2)
     assert len(list(tmp_path.iterdir())) == 1
+
+
+@pytest.mark.parametrize("line", ["{", "null", "[1, 2]", '{"step": 2}', '{"step": 2, "loss": "x"}', "\x00", ""])
+def test_damaged_losses_of_a_resumed_run_are_named_by_their_line(tmp_path, line):
+    recipe = load_recipe(ROOT / "recipes/word_problems.yaml", [f"output_dir={tmp_path}"])
+    recipe.run_dir.mkdir()
+    path = recipe.run_dir / "losses.jsonl"
+    path.write_text(f'{{"step": 1, "loss": 0.5}}\n{line}\n{{"step": 3, "loss": 0.25, "skipped": true}}\n')
+    with pytest.raises(SoftCoTError, match=r"losses.jsonl:2 is damaged: .* move it away"):
+        _History(recipe, start=3)
+    path.write_text(
+        '{"step": 1, "loss": 0.5}\n{"step": 3, "loss": 0.25, "skipped": true}\n{"step": 4, "loss": 0.125}\n'
+    )
+    history = _History(recipe, start=3)
+    history.write()
+    assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 3, "loss": 0.25, "skipped": true}\n'

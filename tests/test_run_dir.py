@@ -137,3 +137,21 @@ def test_preempted_attempts_are_not_stuck():
     assert stuck_at([failed, preempted]) is None
     assert stuck_at([failed, preempted, failed]) == 20, "nothing between them got further"
     assert stuck_at([failed, Attempt("1", 20, 24, preempted=True), Attempt("1", 24, 24)]) is None
+
+
+def test_lines_that_say_nothing_are_passed_over(tmp_path):
+    journal = Journal(tmp_path)
+    journal.add("begin", job="1", step=0)
+    nonsense = [
+        b"\x80\x81",
+        b"null",
+        b"[1]",
+        b"{}",
+        b'{"event": []}',
+        b'{"event": "end"}',
+        b'{"event": "end", "step": "4"}',
+    ]
+    with (tmp_path / "attempts.jsonl").open("ab") as file:
+        file.write(b"\n".join([*nonsense, b'{"event": "begin", "job": 7, "step": 9}', b""]))
+    journal.add("end", step=20, code=1)
+    assert journal.attempts("1", saved=50) == [Attempt("1", 0, 20)]
