@@ -4,6 +4,7 @@ import hashlib
 import http.server
 import json
 import threading
+import time
 from functools import partial
 from pathlib import Path
 
@@ -153,5 +154,6 @@ def test_without_a_network_the_command_is_named(hub, monkeypatch):
         model_folder(model(revision="v1"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
     monkeypatch.setattr(model_files, "HfApi", lambda: huggingface_hub.HfApi(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits 23 s between its tries
     with pytest.raises(SoftCoTError, match=r"downloading it fails: .*: hf download owner/name$"):
         model_folder(model())
