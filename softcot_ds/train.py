@@ -350,7 +350,7 @@ class _History:
                 try:
                     record = parse_json(line)
                     step, loss, skipped = int(record["step"]), float(record["loss"]), bool(record.get("skipped"))
-                except (ValueError, TypeError, KeyError, AttributeError) as error:
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
                     raise SoftCoTError(
                         f"{self._path}:{number} is damaged: {error}. Training does not need this file: move it away to "
                         "go on, with the losses of earlier steps left out"

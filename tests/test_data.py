@@ -175,6 +175,12 @@ def test_examples_of_a_batch_are_of_like_length():
     assert max(spreads) <= 500 / 50 + 10
 
 
+def test_batches_of_a_window_come_in_no_order_of_length():
+    lengths = [(7 * i) % 500 for i in range(1600)]
+    shortest = [min(lengths[i] for i in batch) for batch in islice(global_batches(lengths, 32, 0), 50)]
+    assert shortest != sorted(shortest)
+
+
 def test_the_order_depends_on_the_seed_and_the_epoch():
     def draw(seed, start):
         return list(islice(global_batches([1] * 64, 4, seed), start, start + 16))

@@ -83,7 +83,19 @@ def test_attempts_that_saved_nothing_leave_nothing(tmp_path):
     assert len(list(tmp_path.iterdir())) == 1
 
 
-@pytest.mark.parametrize("line", ["{", "null", "[1, 2]", '{"step": 2}', '{"step": 2, "loss": "x"}', "\x00", ""])
+@pytest.mark.parametrize(
+    "line",
+    [
+        "{",
+        "null",
+        "[1, 2]",
+        '{"step": 2}',
+        '{"step": 2, "loss": "x"}',
+        "\x00",
+        "",
+        '{"step": 2, "loss": ' + "9" * 400 + "}",
+    ],
+)
 def test_damaged_losses_of_a_resumed_run_are_named_by_their_line(tmp_path, line):
     recipe = load_recipe(ROOT / "recipes/word_problems.yaml", [f"output_dir={tmp_path}"])
     recipe.run_dir.mkdir()
