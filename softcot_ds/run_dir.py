@@ -17,8 +17,6 @@ from softcot_ds.files import parse_json
 
 MARKER = "COMPLETE"
 """File of a checkpoint that is written last."""
-
-
 _CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]{0,15})")
 """A checkpoint's name, just as training writes it: a copy beside it (step-100-best) is none."""
 
@@ -77,6 +75,7 @@ class Attempt:
 
 _FIELDS = {"begin": {"job": str, "step": int}, "stop": {"signal": str}, "end": {"step": int}}
 """What a line of each event says at least."""
+_OPTIONAL = {"preempted": bool}
 
 
 class Journal:
@@ -101,8 +100,15 @@ class Journal:
             raise SoftCoTError(f"cannot write {self._path}: {error.strerror}; make room or set output_dir") from error
 
     def records(self) -> list[dict[str, Any]]:
-        """All whole lines. What one that a crash or a full disk cut short would say shows in the next one."""
-        lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+        """All whole lines. What one that a crash or a full disk cut short would say shows in the next one.
+
+        Raises:
+            SoftCoTError: the file is there and cannot be read.
+        """
+        try:
+            lines = self._path.read_bytes().split(b"\n") if self._path.exists() else []
+        except OSError as error:
+            raise SoftCoTError(f"cannot read {self._path}: {error.strerror}; mend that, or set output_dir") from error
         return [record for line in lines if (record := _record(line)) is not None]
 
     def attempts(self, job: str, saved: int) -> list[Attempt]:
@@ -132,7 +138,8 @@ def _record(line: bytes) -> dict[str, Any] | None:
         return None
     kinds = _FIELDS.get(str(record.get("event")), {})
     whole = kinds and all(type(record.get(name)) is kind for name, kind in kinds.items())
-    return record if whole else None
+    right = all(type(record.get(name, kind())) is kind for name, kind in _OPTIONAL.items())
+    return record if whole and right else None
 
 
 def stuck_at(attempts: Sequence[Attempt]) -> int | None:

@@ -19,6 +19,7 @@ from softcot_ds.checkpoint import adapter_config, load_checkpoint, save_checkpoi
 from softcot_ds.cli import STOP_SIGNALS, recipe_command
 from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.distributed import (
+    barrier,
     device,
     init_distributed,
     is_main,
@@ -98,6 +99,7 @@ def _train(recipe: Recipe) -> None:
     micro_batch = iter(loader)
     validator = Validator(engine, splits.validation, reader, experiment)
     stop = _StopRequest()
+    barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
     board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
     board.text("recipe", recipe.to_yaml(), start + 1)
     history = _History(recipe, start)
@@ -346,15 +348,17 @@ class _History:
         self.skipped: set[int] = set()
         """Steps whose gradient was not finite."""
         if start and self._path.exists():
-            for number, line in enumerate(self._path.read_bytes().splitlines(), 1):
+            remedy = "Training does not need this file: move it away to go on, with the earlier losses left out"
+            try:
+                lines = self._path.read_bytes().splitlines()
+            except OSError as error:
+                raise SoftCoTError(f"cannot read {self._path}: {error.strerror}. {remedy}") from error
+            for number, line in enumerate(lines, 1):
                 try:
                     record = parse_json(line)
                     step, loss, skipped = int(record["step"]), float(record["loss"]), bool(record.get("skipped"))
                 except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                    raise SoftCoTError(
-                        f"{self._path}:{number} is damaged: {error}. Training does not need this file: move it away to "
-                        "go on, with the losses of earlier steps left out"
-                    ) from error
+                    raise SoftCoTError(f"{self._path}:{number} is damaged: {error}. {remedy}") from error
                 if step <= start:
                     self._losses[step] = loss
                     self.skipped |= {step} if skipped else set()

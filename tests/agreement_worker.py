@@ -14,7 +14,7 @@ from adapters import make_checkpoint
 from launch import ROOT
 
 from softcot_ds import agreement, resume
-from softcot_ds.distributed import barrier, init_distributed, rank
+from softcot_ds.distributed import barrier, init_distributed, rank, shut_down
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Recipe, load_recipe
@@ -97,3 +97,4 @@ barrier()
 if second:
     write_data("train", range(1, 9))
 begin("data", experiment=here)
+shut_down()

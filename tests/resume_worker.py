@@ -12,7 +12,7 @@ import sys
 from pathlib import Path
 
 from softcot_ds.checkpoint import AdapterConfig, load_checkpoint, save_checkpoint
-from softcot_ds.distributed import barrier, init_distributed, is_main, world_size
+from softcot_ds.distributed import barrier, init_distributed, is_main, shut_down, world_size
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe
@@ -44,3 +44,4 @@ for number, overrides in enumerate(configurations):
     engine.destroy()
 
     train(variant(resumed, "training.keep_checkpoints=1"))
+shut_down()

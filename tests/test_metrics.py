@@ -109,3 +109,10 @@ def test_damaged_losses_of_a_resumed_run_are_named_by_their_line(tmp_path, line)
     history = _History(recipe, start=3)
     history.write()
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 3, "loss": 0.25, "skipped": true}\n'
+
+
+def test_losses_that_cannot_be_read_are_named(tmp_path):
+    recipe = load_recipe(ROOT / "recipes/word_problems.yaml", [f"output_dir={tmp_path}"])
+    (recipe.run_dir / "losses.jsonl").mkdir(parents=True)
+    with pytest.raises(SoftCoTError, match=r"cannot read .*losses.jsonl: Is a directory\. .* move it away"):
+        _History(recipe, start=3)

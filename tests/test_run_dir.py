@@ -150,8 +150,15 @@ def test_lines_that_say_nothing_are_passed_over(tmp_path):
         b'{"event": []}',
         b'{"event": "end"}',
         b'{"event": "end", "step": "4"}',
+        b'{"event": "end", "step": 4, "preempted": "no"}',
     ]
     with (tmp_path / "attempts.jsonl").open("ab") as file:
         file.write(b"\n".join([*nonsense, b'{"event": "begin", "job": 7, "step": 9}', b""]))
     journal.add("end", step=20, code=1)
     assert journal.attempts("1", saved=50) == [Attempt("1", 0, 20)]
+
+
+def test_journal_that_cannot_be_read_is_named(tmp_path):
+    (tmp_path / "attempts.jsonl").mkdir()
+    with pytest.raises(SoftCoTError, match=r"cannot read .*attempts.jsonl: Is a directory; mend that"):
+        Journal(tmp_path).attempts("1", saved=0)

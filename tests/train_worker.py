@@ -3,6 +3,7 @@
 import sys
 
 from softcot_ds.cache import build
+from softcot_ds.distributed import shut_down
 from softcot_ds.recipe import load_recipe
 from softcot_ds.train import train
 
@@ -11,3 +12,4 @@ for recipe, overrides in zip(arguments[::2], arguments[1::2], strict=True):
     resolved = load_recipe(recipe, overrides.split())
     build(resolved)
     train(resolved)
+shut_down()
