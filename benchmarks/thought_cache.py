@@ -44,11 +44,12 @@ from environment import describe, write_result
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from softcot_ds import thought_store as ts
+from softcot_ds import thought_manifest as tm
 from softcot_ds.cache import fill, input_key
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import join_ranks
-from softcot_ds.thought_store import StoreIdentity, StoreWriter, ThoughtStore
+from softcot_ds.thought_manifest import StoreIdentity
+from softcot_ds.thought_store import StoreWriter, ThoughtStore
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
 T, P, VOCABULARY, INSTRUCTION = 32, 256, 8192, 69
@@ -218,13 +219,13 @@ def epoch_gb_per_second(dataset: Dataset, workers: int, epochs: int, seed: int) 
 
 def measure_read(count: int, repeats: int, workers: int, scratch: Path) -> dict[str, float]:
     rows = torch.randn(count, *READ_IDENTITY.row_shape, generator=torch.Generator().manual_seed(0)).bfloat16()
-    keys = [ts.row_key([row], [0]) for row in range(count)]
+    keys = [tm.row_key([row], [0]) for row in range(count)]
     (scratch / "cache").mkdir()
     (scratch / "files").mkdir()
-    records: list[ts.ShardRecord] = []
+    records: list[tm.ShardRecord] = []
     with StoreWriter(scratch / "cache", READ_IDENTITY, on_commit=records.append) as writer:
         writer.append(keys, rows)
-    ts.save_manifest(scratch / "cache", ts.Manifest(READ_IDENTITY, tuple(records)))
+    tm.save_manifest(scratch / "cache", tm.Manifest(READ_IDENTITY, tuple(records)))
     rows.view(torch.int16).numpy().tofile(scratch / "plain")
     for number, row in enumerate(rows):
         torch.save(row.clone(), scratch / "files" / f"{number}.pt")
@@ -279,7 +280,7 @@ def measure_gsm8k(data: Path, scratch: Path) -> dict[str, float]:
     tenth = [f"cache.path={scratch / 'tenth'}", "task.train_problems=747"]
     _, peak_tenth = build_by_command(scratch, tenth)
     seconds, peak = build_by_command(scratch, [])
-    (manifest,) = (ts.load_manifest(path) for path in (scratch / "whole").iterdir())
+    (manifest,) = (tm.load_manifest(path) for path in (scratch / "whole").iterdir())
     return {
         "rows": manifest.rows,
         "bytes": manifest.bytes,

@@ -27,6 +27,7 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.cli import exit_code_of, interrupted_by_signals
 from softcot_ds.errors import Interrupted, SoftCoTError
@@ -34,7 +35,8 @@ from softcot_ds.lock import sole_owner
 from softcot_ds.progress import duration
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import Recipe, load_recipe
-from softcot_ds.thought_store import DamagedShard, Manifest, ShardRecord, StoreIdentity, StoreWriter, ThoughtStore
+from softcot_ds.thought_manifest import DamagedShard, Manifest, ShardRecord, StoreIdentity
+from softcot_ds.thought_store import StoreWriter, ThoughtStore
 
 # transformers and DeepSpeed take seconds to import: only what runs the assistant does so, where it begins.
 if TYPE_CHECKING:
@@ -111,7 +113,7 @@ def cache_identity(recipe: Recipe) -> StoreIdentity:
 
 def input_key(item: AssistantInput) -> bytes:
     """The row key of an assistant input."""
-    return ts.row_key(item.token_ids, item.positions)
+    return tm.row_key(item.token_ids, item.positions)
 
 
 def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
@@ -261,7 +263,7 @@ def _fill_as_first(
     """Rank 0's part of ``fill``: find what is missing, take part in computing it, keep the manifest."""
     identity = manifest.identity
     listed = {record.name: dataclasses.asdict(record) for record in manifest.shards}
-    names = [*listed, *(name for name in ts.shard_names(folder) if name not in listed)]
+    names = [*listed, *(name for name in tm.shard_names(folder) if name not in listed)]
     ranks.post("shards", [[name, listed.get(name)] for name in names])
     _verify_shards(folder, identity, ranks)
     manifest = _keep_good_shards(folder, manifest, names, ranks)
@@ -318,7 +320,7 @@ def _only_builder(folder: Path) -> Iterator[bool]:
         try:
             locked = stack.enter_context(sole_owner(folder / LOCK_NAME, "builder", _say))
         except OSError as error:
-            raise ts.disk_error(folder, error) from error
+            raise tm.disk_error(folder, error) from error
         yield locked
 
 
@@ -327,20 +329,20 @@ def _open_for_building(folder: Path, identity: StoreIdentity, remove_leftovers: 
     manifest = None
     try:
         with contextlib.suppress(FileNotFoundError):
-            manifest = ts.load_manifest(folder)
+            manifest = tm.load_manifest(folder)
     except DamagedShard as error:
         _say(f"{error}: doing so now from its shards")
     try:
         if manifest is None:
-            manifest = ts.new_manifest(identity)
-            ts.save_manifest(folder, manifest)
-        ts.refuse_other_identity(folder, manifest.identity, identity)
+            manifest = tm.new_manifest(identity)
+            tm.save_manifest(folder, manifest)
+        tm.refuse_other_identity(folder, manifest.identity, identity)
         # Without a lock they may belong to a builder at work.
-        leftovers = ts.leftover_names(folder) if remove_leftovers else []
+        leftovers = tm.leftover_names(folder) if remove_leftovers else []
         for name in leftovers:
             (folder / name).unlink(missing_ok=True)
     except OSError as error:
-        raise ts.disk_error(folder, error) from error
+        raise tm.disk_error(folder, error) from error
     if leftovers:
         _say(f"removed {len(leftovers)} unfinished files of a builder that was stopped")
     return manifest
@@ -356,7 +358,7 @@ def _verify_shards(folder: Path, identity: StoreIdentity, ranks: Ranks) -> None:
             index = ts.verify_shard(folder / name, identity, ShardRecord(**listed) if listed else None)
             ranks.post(f"verified/{number}", [dataclasses.asdict(index.record), "", False])
         except DamagedShard as error:
-            ranks.post(f"verified/{number}", [None, str(error), not isinstance(error, ts.MissingShard)])
+            ranks.post(f"verified/{number}", [None, str(error), not isinstance(error, tm.MissingShard)])
 
 
 def _keep_good_shards(folder: Path, manifest: Manifest, names: Sequence[str], ranks: Ranks) -> Manifest:
@@ -371,9 +373,9 @@ def _keep_good_shards(folder: Path, manifest: Manifest, names: Sequence[str], ra
         # One that a node does not see, as a network file system may have it, can be whole: a later build finds it.
         if is_there:
             try:
-                os.rename(folder / name, folder / (name + ts.DAMAGED_SUFFIX))
+                os.rename(folder / name, folder / (name + tm.DAMAGED_SUFFIX))
             except OSError as error:
-                raise ts.disk_error(folder, error) from error
+                raise tm.disk_error(folder, error) from error
     adopted = set(good) - set(manifest.shards)
     if adopted:
         rows = sum(record.rows for record in adopted)
@@ -386,9 +388,9 @@ def _keep_good_shards(folder: Path, manifest: Manifest, names: Sequence[str], ra
 
 def _save(folder: Path, manifest: Manifest) -> None:
     try:
-        ts.save_manifest(folder, manifest)
+        tm.save_manifest(folder, manifest)
     except OSError as error:
-        raise ts.disk_error(folder, error) from error
+        raise tm.disk_error(folder, error) from error
 
 
 def _check_room(folder: Path, identity: StoreIdentity, wanted: int, missing: int, ranks: Ranks) -> None:
@@ -600,18 +602,18 @@ def _cache_folders(path: Path) -> list[Path]:
     except FileNotFoundError:
         return []
     except OSError as error:
-        raise ts.unreadable(path, error) from error
+        raise tm.unreadable(path, error) from error
     return [folder for folder in (path, *(path / name for name in names)) if _has_manifest(folder)]
 
 
 def _has_manifest(folder: Path) -> bool:
     """Whether there is one, damaged or not. Raises SoftCoTError when the system does not tell."""
     try:
-        os.lstat(folder / ts.MANIFEST_NAME)
+        os.lstat(folder / tm.MANIFEST_NAME)
     except (FileNotFoundError, NotADirectoryError):
         return False
     except OSError as error:
-        raise ts.unreadable(folder, error) from error
+        raise tm.unreadable(folder, error) from error
     return True
 
 
@@ -619,7 +621,7 @@ def info(folder: Path) -> None:
     """Print what a cache is, how large, who made it. Raises SoftCoTError when there is none or it is damaged."""
     manifest = ThoughtStore.open(folder).manifest
     identity = manifest.identity
-    unlisted = set(ts.shard_names(folder)) - {shard.name for shard in manifest.shards}
+    unlisted = set(tm.shard_names(folder)) - {shard.name for shard in manifest.shards}
     shape = " x ".join(f"{n:,}" for n in identity.row_shape)
     print(f"{folder}")
     print(f"  assistant  {identity.assistant} (revision {identity.revision}), weights {identity.fingerprint[:16]}")
@@ -627,8 +629,8 @@ def info(folder: Path) -> None:
     print(f"  computed   in {identity.compute_dtype} with {identity.attention} attention")
     print(f"  created    {manifest.created}")
     print(
-        f"  besides    {len(unlisted)} finished shards that no manifest lists, {len(ts.leftover_names(folder))} "
-        f"unfinished files, {len(ts.damaged_names(folder))} damaged shards set aside"
+        f"  besides    {len(unlisted)} finished shards that no manifest lists, {len(tm.leftover_names(folder))} "
+        f"unfinished files, {len(tm.damaged_names(folder))} damaged shards set aside"
     )
 
 
@@ -700,14 +702,14 @@ def prune(folder: Path) -> None:
     ThoughtStore.open(folder)
     with _only_builder(folder) as locked:
         # Without a lock, unfinished files may belong to a builder at work.
-        names = [*(ts.leftover_names(folder) if locked else []), *ts.damaged_names(folder)]
+        names = [*(tm.leftover_names(folder) if locked else []), *tm.damaged_names(folder)]
         freed = 0
         for name in names:
             try:
                 freed += (folder / name).stat().st_size
                 (folder / name).unlink()
             except OSError as error:
-                raise ts.disk_error(folder, error) from error
+                raise tm.disk_error(folder, error) from error
     _say(f"{folder}: removed {len(names)} files, {_bytes(freed)}")
 
 

@@ -11,7 +11,8 @@ from softcot_ds.distributed import device, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Dtype, Recipe
-from softcot_ds.thought_store import ThoughtStore, row_key
+from softcot_ds.thought_manifest import row_key
+from softcot_ds.thought_store import ThoughtStore
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 from softcot_ds.trial import check_model
 

@@ -29,6 +29,7 @@ from transformers import (
 )
 
 from softcot_ds import cache
+from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.data import collate
 from softcot_ds.engine import build_model
@@ -37,7 +38,8 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import load_recipe
-from softcot_ds.thought_store import StoreIdentity, ThoughtStore
+from softcot_ds.thought_manifest import StoreIdentity
+from softcot_ds.thought_store import ThoughtStore
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
 T, P, VOCABULARY = 4, 32, 120
@@ -362,8 +364,8 @@ def test_verify_finds_a_flipped_bit_and_exits_with_2(tmp_path, capsys):
 def test_prune_removes_leftovers_and_nothing_else(tmp_path, capsys):
     inputs = make_inputs(7)
     fill(tmp_path, inputs, fake)
-    (tmp_path / f"thoughts-0{ts.SHARD_SUFFIX}{ts.TEMPORARY_SUFFIX}").write_bytes(b"x" * 1000)
-    (tmp_path / f"thoughts-1{ts.SHARD_SUFFIX}{ts.DAMAGED_SUFFIX}").write_bytes(b"x" * 1000)
+    (tmp_path / f"thoughts-0{tm.SHARD_SUFFIX}{tm.TEMPORARY_SUFFIX}").write_bytes(b"x" * 1000)
+    (tmp_path / f"thoughts-1{tm.SHARD_SUFFIX}{tm.DAMAGED_SUFFIX}").write_bytes(b"x" * 1000)
     assert cache.main(["--prune", str(tmp_path)]) == 0
     assert "removed 2 files" in capsys.readouterr().out
     assert torch.equal(read(ThoughtStore.open(tmp_path, IDENTITY), inputs), fake(inputs))
@@ -578,7 +580,7 @@ from pathlib import Path
 import torch
 from softcot_ds.cache import fill
 from softcot_ds.ranks import join_ranks
-from softcot_ds.thought_store import StoreIdentity
+from softcot_ds.thought_manifest import StoreIdentity
 assert "transformers" not in sys.modules  # two seconds of a rank's start
 Input = namedtuple("Input", "example_id token_ids positions")
 inputs = [Input(i, [i, 5, 7], [2]) for i in range(60)]
@@ -613,9 +615,9 @@ def check_ranks(outputs: str, folder: Path) -> list[int]:
     assert all(report["computed"] for report in reports)
     computed = [example for report in reports for example in report["computed"]]
     assert len(computed) == len(set(computed))
-    rows = ThoughtStore.open(folder).read([ts.row_key([i, 5, 7], [2]) for i in range(60)])
+    rows = ThoughtStore.open(folder).read([tm.row_key([i, 5, 7], [2]) for i in range(60)])
     assert torch.equal(rows, torch.arange(60.0)[:, None, None].expand_as(rows))
-    assert ts.leftover_names(folder) == []
+    assert tm.leftover_names(folder) == []
     return computed
 
 

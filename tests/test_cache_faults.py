@@ -21,11 +21,13 @@ import torch
 import torch.distributed as dist
 
 from softcot_ds import cache
+from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import Ranks
-from softcot_ds.thought_store import StoreIdentity, ThoughtStore
+from softcot_ds.thought_manifest import StoreIdentity
+from softcot_ds.thought_store import ThoughtStore
 
 KILLS = int(os.environ.get("SOFTCOT_FAULT_KILLS", "60"))
 
@@ -130,7 +132,7 @@ def check_reader(folder: Path) -> int:
 
 def check_complete(folder: Path, count: int = len(INPUTS)) -> None:
     assert check_reader(folder) == count
-    assert ts.leftover_names(folder) == []
+    assert tm.leftover_names(folder) == []
 
 
 @pytest.mark.distributed
@@ -234,7 +236,7 @@ def test_damaged_files_are_noticed_and_only_their_rows_redone(tmp_path, kind, vi
     build(folder, log, seconds_per_batch=0)
     for _ in range(4):
         computed(log)
-        path = folder / (ts.MANIFEST_NAME if victim == "manifest" else rng.choice(ts.shard_names(folder)))
+        path = folder / (tm.MANIFEST_NAME if victim == "manifest" else rng.choice(tm.shard_names(folder)))
         rows_before = finished(folder)
         DAMAGE[kind](path, rng)
         with contextlib.suppress(SoftCoTError):
@@ -321,7 +323,7 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
     build(folder, log, seconds_per_batch=0, count=80)
     computed(log)
     before = {path: path.read_bytes() for path in folder.iterdir() if path.name != cache.LOCK_NAME}
-    listed = ts.load_manifest(folder).shards[1]
+    listed = tm.load_manifest(folder).shards[1]
     shard, why = folder / listed.name, f"cannot read .*{os.strerror(number)}"
     for victim, tries in {
         shard: [
@@ -332,7 +334,7 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
             lambda: ts.read_index(shard, IDENTITY),
             lambda: ts.verify_shard(shard, IDENTITY, listed),
         ],
-        folder / ts.MANIFEST_NAME: [
+        folder / tm.MANIFEST_NAME: [
             lambda: build(folder, log, seconds_per_batch=0, count=80),
             lambda: ThoughtStore.open(folder, IDENTITY),
             lambda: cache.info(folder),
@@ -345,7 +347,7 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
             with pytest.raises(SoftCoTError, match=why) as caught:
                 attempt()
             assert str(victim) in str(caught.value)
-            assert not isinstance(caught.value, ts.DamagedShard)
+            assert not isinstance(caught.value, tm.DamagedShard)
         fault.mend()
     fault(shard, number, step)
     with pytest.raises(SoftCoTError, match=r"1 of 3 shards of .* cannot be read, 0 are damaged"):
@@ -362,10 +364,10 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
 def test_a_shard_that_cannot_be_mapped_is_no_damage(tmp_path, fault):
     folder = tmp_path / "cache"
     build(folder, tmp_path / "log", seconds_per_batch=0, count=40)
-    fault(folder / ts.load_manifest(folder).shards[0].name, errno.EACCES, "map")
+    fault(folder / tm.load_manifest(folder).shards[0].name, errno.EACCES, "map")
     with pytest.raises(SoftCoTError, match=r"cannot read .*Permission denied") as caught:
         ThoughtStore.open(folder).read(KEYS[:40])
-    assert not isinstance(caught.value, ts.DamagedShard)
+    assert not isinstance(caught.value, tm.DamagedShard)
 
 
 @UNREADABLE
@@ -395,14 +397,14 @@ def test_a_shard_that_one_node_does_not_see_is_not_set_aside(tmp_path, fault):
     folder, log = tmp_path / "cache", tmp_path / "log"
     build(folder, log, seconds_per_batch=0, count=80)
     computed(log)
-    shard = folder / ts.load_manifest(folder).shards[0].name
+    shard = folder / tm.load_manifest(folder).shards[0].name
     fault(shard, errno.ENOENT, "open")
     build(folder, log, seconds_per_batch=0, count=80)
     assert sorted(computed(log)) == sorted(examples_in(shard))
     assert shard.exists()
     fault.mend()
     build(folder, log, seconds_per_batch=0, count=80)
-    assert shard.name in {record.name for record in ts.load_manifest(folder).shards}
+    assert shard.name in {record.name for record in tm.load_manifest(folder).shards}
     check_complete(folder, 80)
 
 
@@ -410,7 +412,7 @@ def test_a_shard_that_one_node_does_not_see_is_not_set_aside(tmp_path, fault):
 def test_a_damaged_shard_that_cannot_be_set_aside_is_said(tmp_path, monkeypatch, number):
     folder, log = tmp_path / "cache", tmp_path / "log"
     build(folder, log, seconds_per_batch=0, count=40)
-    (folder / ts.shard_names(folder)[0]).write_bytes(b"")
+    (folder / tm.shard_names(folder)[0]).write_bytes(b"")
 
     def rename(source, target):
         raise OSError(number, os.strerror(number), str(source))
@@ -501,7 +503,7 @@ def test_a_disk_that_fills_up_stops_the_build_and_keeps_what_is_finished(tmp_pat
             patch.setattr(cache.shutil, "disk_usage", lambda _: usage)
             with pytest.raises(SoftCoTError, match=r"disk of .* is full .*finished shards are kept: make room"):
                 build(folder, log)
-        assert ts.leftover_names(folder) == []
+        assert tm.leftover_names(folder) == []
         kept = finished(folder)
         assert check_reader(folder) == len(kept) >= 31
         computed(log)
@@ -515,7 +517,7 @@ def test_a_disk_that_fills_up_stops_the_build_and_keeps_what_is_finished(tmp_pat
 
 def test_a_disk_too_full_for_the_manifest_stops_the_build(tmp_path, monkeypatch):
     folder, log = tmp_path / "cache", tmp_path / "log"
-    save = ts.save_manifest
+    save = tm.save_manifest
 
     def full(folder, manifest):
         if manifest.shards:
@@ -523,7 +525,7 @@ def test_a_disk_too_full_for_the_manifest_stops_the_build(tmp_path, monkeypatch)
         save(folder, manifest)
 
     with monkeypatch.context() as patch:
-        patch.setattr(ts, "save_manifest", full)
+        patch.setattr(tm, "save_manifest", full)
         with pytest.raises(SoftCoTError, match=r"disk of .* is full"):
             build(folder, log, seconds_per_batch=0.02)
     kept = finished(folder)

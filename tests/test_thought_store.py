@@ -15,9 +15,11 @@ from safetensors import safe_open
 from torch.utils.data import DataLoader
 
 from softcot_ds import cache
+from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.thought_store import DamagedShard, StoreIdentity, StoreWriter, ThoughtStore, row_key
+from softcot_ds.thought_manifest import DamagedShard, StoreIdentity, row_key
+from softcot_ds.thought_store import StoreWriter, ThoughtStore
 
 
 def make_identity(**changes) -> StoreIdentity:
@@ -39,14 +41,14 @@ def make_rows(identity: StoreIdentity, count: int, seed: int = 0) -> tuple[list[
     return keys, rows.to(identity.torch_dtype)
 
 
-def write(folder: Path, identity: StoreIdentity, keys, rows, rows_per_shard: int = 4) -> list[ts.ShardRecord]:
+def write(folder: Path, identity: StoreIdentity, keys, rows, rows_per_shard: int = 4) -> list[tm.ShardRecord]:
     """Write a cache the plain way: shards of a few rows, then the manifest."""
-    records: list[ts.ShardRecord] = []
+    records: list[tm.ShardRecord] = []
     writer = StoreWriter(folder, identity, on_commit=records.append)
     for start in range(0, len(keys), rows_per_shard):
         writer.append(keys[start : start + rows_per_shard], rows[start : start + rows_per_shard])
         writer.commit()
-    ts.save_manifest(folder, dataclasses.replace(ts.new_manifest(identity), shards=tuple(records)))
+    tm.save_manifest(folder, dataclasses.replace(tm.new_manifest(identity), shards=tuple(records)))
     return records
 
 
@@ -104,20 +106,20 @@ def test_a_shard_is_plain_safetensors_with_rows_on_a_page(tmp_path):
 def test_shards_are_split_at_the_stated_size_and_no_other_file_remains(tmp_path):
     identity = make_identity(width=8192, num_thoughts=8)  # 256 KiB a row: three fit into 1 MiB beside the header
     keys, rows = make_rows(identity, 8)
-    records: list[ts.ShardRecord] = []
+    records: list[tm.ShardRecord] = []
     with StoreWriter(tmp_path, identity, shard_mib=1, on_commit=records.append) as writer:
         writer.append(keys[:5], rows[:5])
         writer.append(keys[5:], rows[5:])
     assert [r.rows for r in records] == [3, 3, 2]
     assert all(r.bytes == (tmp_path / r.name).stat().st_size <= 1 << 20 for r in records)
     assert sorted(os.listdir(tmp_path)) == sorted(r.name for r in records)
-    assert ts.shard_names(tmp_path) == sorted(r.name for r in records)
+    assert tm.shard_names(tmp_path) == sorted(r.name for r in records)
 
 
 def test_a_row_larger_than_a_shard_gets_one_of_its_own(tmp_path):
     identity = make_identity(width=8192, num_thoughts=64)
     keys, rows = make_rows(identity, 2)
-    records: list[ts.ShardRecord] = []
+    records: list[tm.ShardRecord] = []
     with StoreWriter(tmp_path, identity, shard_mib=1, on_commit=records.append) as writer:
         writer.append(keys, rows)
     assert [r.rows for r in records] == [1, 1]
@@ -131,9 +133,9 @@ def test_an_unfinished_shard_is_invisible(tmp_path):
     more, values = make_rows(identity, 3, seed=1)
     writer.append(more, values)
     assert ThoughtStore.open(tmp_path, identity).missing(more) == [0, 1, 2]
-    assert len(ts.leftover_names(tmp_path)) == 1
+    assert len(tm.leftover_names(tmp_path)) == 1
     writer.abort()
-    assert ts.leftover_names(tmp_path) == []
+    assert tm.leftover_names(tmp_path) == []
 
 
 def test_the_first_listed_of_two_equal_rows_is_read(tmp_path):
@@ -195,7 +197,7 @@ def test_weights_that_moved_are_the_same_weights(tmp_path):
 def test_a_newer_format_is_refused(tmp_path):
     identity = make_identity()
     write(tmp_path, identity, *make_rows(identity, 1))
-    path = tmp_path / ts.MANIFEST_NAME
+    path = tmp_path / tm.MANIFEST_NAME
     path.write_text(path.read_text().replace('"format_version": 1', '"format_version": 2'))
     with pytest.raises(SoftCoTError, match=r"format version 2.*update softcot-ds"):
         ThoughtStore.open(tmp_path, identity)
@@ -274,7 +276,7 @@ def test_an_unlisted_shard_vouches_for_itself(tmp_path):
         except DamagedShard:
             continue
         harmless += 1
-        ts.save_manifest(tmp_path, ts.Manifest(identity, (found.record,)))
+        tm.save_manifest(tmp_path, tm.Manifest(identity, (found.record,)))
         assert torch.equal(ThoughtStore.open(tmp_path).read(keys), rows)
     assert harmless < 400  # free text and padding of the header
 
@@ -315,7 +317,7 @@ def test_every_flipped_bit_of_the_manifest_is_noticed(tmp_path):
     identity = make_identity()
     keys, rows = make_rows(identity, 4)
     write(tmp_path, identity, keys, rows)
-    path = tmp_path / ts.MANIFEST_NAME
+    path = tmp_path / tm.MANIFEST_NAME
     data = path.read_bytes()
     for at in range(len(data)):
         for bit in (0, 3):
@@ -331,11 +333,11 @@ def test_every_flipped_bit_of_the_manifest_is_noticed(tmp_path):
 
 def rewrite_manifest(folder: Path, change) -> None:
     """Change the values of a manifest and give them the checksum that they then have, as damage never does."""
-    path = folder / ts.MANIFEST_NAME
+    path = folder / tm.MANIFEST_NAME
     values = json.loads(path.read_bytes())
     del values["checksum"]
     values = change(values) or values
-    path.write_text(json.dumps(values | {"checksum": ts._manifest_checksum(values)}))
+    path.write_text(json.dumps(values | {"checksum": tm._manifest_checksum(values)}))
 
 
 def with_shard(change: dict | None = None, **renamed):
@@ -402,7 +404,7 @@ def test_a_manifest_that_says_what_cannot_be_is_refused(tmp_path, change):
 )  # fmt: skip
 def test_a_manifest_that_is_none_is_damaged(tmp_path, content):
     write(tmp_path, make_identity(), *make_rows(make_identity(), 4))
-    (tmp_path / ts.MANIFEST_NAME).write_bytes(content)
+    (tmp_path / tm.MANIFEST_NAME).write_bytes(content)
     with pytest.raises(DamagedShard, match=r"manifest.json is damaged .*softcot-ds cache RECIPE"):
         ThoughtStore.open(tmp_path)
 
@@ -411,7 +413,7 @@ def test_a_key_that_stands_twice_in_the_manifest_is_damage(tmp_path):
     """The last one would win, and the checksum, taken over it alone, would agree."""
     keys, rows = make_rows(make_identity(), 4)
     (record,) = write(tmp_path, make_identity(), keys, rows)
-    path = tmp_path / ts.MANIFEST_NAME
+    path = tmp_path / tm.MANIFEST_NAME
     path.write_text(path.read_text().replace('"shards": {', f'"shards": {{"{record.name}": null, '))
     with pytest.raises(DamagedShard, match="stands twice"):
         ThoughtStore.open(tmp_path)
