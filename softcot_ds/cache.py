@@ -36,6 +36,7 @@ from softcot_ds.progress import duration
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.thought_manifest import DamagedShard, Manifest, ShardRecord, StoreIdentity
+from softcot_ds.thought_reader import cache_folders, cache_identity, input_key, open_cache
 from softcot_ds.thought_store import StoreWriter, ThoughtStore
 
 # transformers and DeepSpeed take seconds to import: only what runs the assistant does so, where it begins.
@@ -59,61 +60,6 @@ _HAND_OUTS = ("shard", "batch")
 _RECOMPUTED_ROWS = 32
 _BATCHES_IN_FLIGHT = 2
 """Batches of thoughts that wait for the disk, at most; then computing waits too."""
-
-
-def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> ThoughtStore:
-    """The recipe's cache, for reading.
-
-    Raises:
-        SoftCoTError: there is none (says what else lies in cache.path and how it differs), or it lacks an input.
-    """
-    identity = cache_identity(recipe)
-    folder = recipe.cache.path / identity.folder_name
-    if _has_manifest(folder):
-        store = ThoughtStore.open(folder, identity)
-        if missing := store.missing([input_key(item) for item in inputs]):
-            raise SoftCoTError(
-                f"the cache {folder} lacks {len(missing):,} of {len(inputs):,} examples, "
-                f"{inputs[missing[0]].example_id} first; add them with: softcot-ds cache RECIPE"
-            )
-        return store
-    others, folders = [], []
-    with contextlib.suppress(SoftCoTError):  # what else there is, is good to know and no more
-        folders = _cache_folders(recipe.cache.path)
-    for other in folders:
-        with contextlib.suppress(SoftCoTError):
-            found = ThoughtStore.open(other).identity
-            fields = [
-                f"{name} is {getattr(found, name)!r}, wanted {getattr(identity, name)!r}"
-                for name in found.difference(identity)
-            ]
-            others.append(f"{other.name} ({', '.join(fields)})")
-    raise SoftCoTError(
-        f"no cache of these thoughts at {folder}; build it with: softcot-ds cache RECIPE"
-        + (f". There are others: {'; '.join(others)}" if others else "")
-    )
-
-
-def cache_identity(recipe: Recipe) -> StoreIdentity:
-    """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
-    from softcot_ds import backbone
-
-    assistant = recipe.assistant
-    return StoreIdentity(
-        fingerprint=backbone.weights_fingerprint(assistant),
-        num_thoughts=recipe.thoughts.count,
-        width=backbone.width(backbone.load_config(assistant)),
-        dtype=recipe.cache.dtype or assistant.dtype,
-        compute_dtype=assistant.dtype,
-        attention=assistant.attention,
-        assistant=assistant.model,
-        revision=assistant.revision,
-    )
-
-
-def input_key(item: AssistantInput) -> bytes:
-    """The row key of an assistant input."""
-    return tm.row_key(item.token_ids, item.positions)
 
 
 def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
@@ -595,28 +541,6 @@ class _ManifestKeeper:
         _say(f"{rows:,} of {self._rows:,} rows ({tokens / self._tokens:.0%} of the tokens){seconds_left}")
 
 
-def _cache_folders(path: Path) -> list[Path]:
-    """Folders below ``path``, or ``path`` itself, that hold a cache. Raises SoftCoTError when it cannot be listed."""
-    try:
-        names = sorted(os.listdir(path))
-    except FileNotFoundError:
-        return []
-    except OSError as error:
-        raise tm.unreadable(path, error) from error
-    return [folder for folder in (path, *(path / name for name in names)) if _has_manifest(folder)]
-
-
-def _has_manifest(folder: Path) -> bool:
-    """Whether there is one, damaged or not. Raises SoftCoTError when the system does not tell."""
-    try:
-        os.lstat(folder / tm.MANIFEST_NAME)
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError as error:
-        raise tm.unreadable(folder, error) from error
-    return True
-
-
 def info(folder: Path) -> None:
     """Print what a cache is, how large, who made it. Raises SoftCoTError when there is none or it is damaged."""
     manifest = ThoughtStore.open(folder).manifest
@@ -717,7 +641,7 @@ def _inspect(args: argparse.Namespace) -> None:
     """``--info``, ``--verify`` and ``--prune`` of a recipe's cache, or of all caches in a folder."""
     recipe = None
     if Path(args.recipe).is_dir():
-        folders = _cache_folders(Path(args.recipe))
+        folders = cache_folders(Path(args.recipe))
         if not folders:
             raise SoftCoTError(f"no thought cache in {args.recipe}: neither it nor a folder in it has a manifest.json")
     else:

@@ -67,9 +67,9 @@ def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = 
 def _left_to_do(recipe: Recipe) -> list[str]:
     """The commands to run, in their order. Raises SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
-    from softcot_ds.cache import open_cache
     from softcot_ds.experiment import Experiment
     from softcot_ds.resume import refuse_other_run
+    from softcot_ds.thought_reader import open_cache
 
     experiment = Experiment(recipe)
     inputs = experiment.splits.assistant_inputs()

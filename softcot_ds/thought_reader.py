@@ -1,20 +1,103 @@
-"""The thoughts that a training or evaluation job reads."""
+"""The thoughts that a training or evaluation job reads: the recipe's cache, found and opened."""
 
+from __future__ import annotations
+
+import contextlib
+import os
 from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 
-from softcot_ds.backbone import load_frozen
-from softcot_ds.cache import open_cache
-from softcot_ds.data import Example
-from softcot_ds.distributed import device, say
+from softcot_ds import thought_manifest as tm
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Dtype, Recipe
-from softcot_ds.thought_manifest import row_key
+from softcot_ds.thought_manifest import StoreIdentity
 from softcot_ds.thought_store import ThoughtStore
-from softcot_ds.thoughts import SharedPrefix, compute_thoughts
-from softcot_ds.trial import check_model
+
+# transformers and DeepSpeed take seconds to import: only what looks at a model does so, where it begins.
+if TYPE_CHECKING:
+    from softcot_ds.data import Example
+    from softcot_ds.experiment import Experiment
+    from softcot_ds.prompts import AssistantInput
+
+
+def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> ThoughtStore:
+    """The recipe's cache, for reading.
+
+    Raises:
+        SoftCoTError: there is none (says what else lies in cache.path and how it differs), or it lacks an input.
+    """
+    identity = cache_identity(recipe)
+    folder = recipe.cache.path / identity.folder_name
+    if _has_manifest(folder):
+        store = ThoughtStore.open(folder, identity)
+        if missing := store.missing([input_key(item) for item in inputs]):
+            raise SoftCoTError(
+                f"the cache {folder} lacks {len(missing):,} of {len(inputs):,} examples, "
+                f"{inputs[missing[0]].example_id} first; add them with: softcot-ds cache RECIPE"
+            )
+        return store
+    others, folders = [], []
+    with contextlib.suppress(SoftCoTError):  # what else there is, is good to know and no more
+        folders = cache_folders(recipe.cache.path)
+    for other in folders:
+        with contextlib.suppress(SoftCoTError):
+            found = ThoughtStore.open(other).identity
+            fields = [
+                f"{name} is {getattr(found, name)!r}, wanted {getattr(identity, name)!r}"
+                for name in found.difference(identity)
+            ]
+            others.append(f"{other.name} ({', '.join(fields)})")
+    raise SoftCoTError(
+        f"no cache of these thoughts at {folder}; build it with: softcot-ds cache RECIPE"
+        + (f". There are others: {'; '.join(others)}" if others else "")
+    )
+
+
+def cache_identity(recipe: Recipe) -> StoreIdentity:
+    """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
+    from softcot_ds import backbone
+
+    assistant = recipe.assistant
+    return StoreIdentity(
+        fingerprint=backbone.weights_fingerprint(assistant),
+        num_thoughts=recipe.thoughts.count,
+        width=backbone.width(backbone.load_config(assistant)),
+        dtype=recipe.cache.dtype or assistant.dtype,
+        compute_dtype=assistant.dtype,
+        attention=assistant.attention,
+        assistant=assistant.model,
+        revision=assistant.revision,
+    )
+
+
+def input_key(item: AssistantInput) -> bytes:
+    """The row key of an assistant input."""
+    return tm.row_key(item.token_ids, item.positions)
+
+
+def cache_folders(path: Path) -> list[Path]:
+    """Folders below ``path``, or ``path`` itself, that hold a cache. Raises SoftCoTError when it cannot be listed."""
+    try:
+        names = sorted(os.listdir(path))
+    except FileNotFoundError:
+        return []
+    except OSError as error:
+        raise tm.unreadable(path, error) from error
+    return [folder for folder in (path, *(path / name for name in names)) if _has_manifest(folder)]
+
+
+def _has_manifest(folder: Path) -> bool:
+    """Whether there is one, damaged or not. Raises SoftCoTError when the system does not tell."""
+    try:
+        os.lstat(folder / tm.MANIFEST_NAME)
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError as error:
+        raise tm.unreadable(folder, error) from error
+    return True
 
 
 class ThoughtReader:
@@ -24,7 +107,7 @@ class ThoughtReader:
         self._store = store
 
     @classmethod
-    def open(cls, recipe: Recipe, examples: Sequence[Example]) -> "ThoughtReader":
+    def open(cls, recipe: Recipe, examples: Sequence[Example]) -> ThoughtReader:
         """Raises SoftCoTError when the cache is missing, of another assistant, or lacks one of ``examples``."""
         if recipe.thoughts.source == "online" or recipe.projection.kind == "static":
             return cls(None)
@@ -34,7 +117,7 @@ class ThoughtReader:
         """(B, T, P) states in the cache's dtype, or None."""
         if self._store is None:
             return None
-        return self._store.read([row_key(e.assistant.token_ids, e.assistant.positions) for e in examples])
+        return self._store.read([input_key(example.assistant) for example in examples])
 
 
 def states_dtype(recipe: Recipe) -> Dtype:
@@ -47,6 +130,11 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
 
     Without a cache of them the assistant is loaded, and let go again.
     """
+    from softcot_ds import backbone
+    from softcot_ds.distributed import device, say
+    from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+    from softcot_ds.trial import check_model
+
     recipe = experiment.recipe
     if recipe.projection.kind == "static":
         return None
@@ -55,7 +143,7 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
             return ThoughtReader.open(recipe, examples).read(examples).to(device())
         except SoftCoTError as error:
             say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
-    assistant = load_frozen(recipe.assistant, "none", device())
+    assistant = backbone.load_frozen(recipe.assistant, "none", device())
     check_model(assistant, "assistant", recipe.assistant.model)
     size = recipe.evaluation.batch_size
     prefix = SharedPrefix.of(assistant, experiment.splits.assistant_inputs())

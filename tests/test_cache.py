@@ -39,6 +39,7 @@ from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thought_manifest import StoreIdentity
+from softcot_ds.thought_reader import cache_identity, input_key, open_cache
 from softcot_ds.thought_store import ThoughtStore
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts
 
@@ -101,7 +102,7 @@ def fill(folder: Path, inputs, compute, ranks: Ranks | None = None, identity: St
 
 
 def read(store: ThoughtStore, inputs) -> torch.Tensor:
-    return store.read([cache.input_key(item) for item in inputs])
+    return store.read([input_key(item) for item in inputs])
 
 
 def never(_batch):
@@ -278,8 +279,8 @@ def test_values_that_are_not_finite_stop_the_build_and_name_the_example(tmp_path
     with pytest.raises(SoftCoTError, match=r"example e13: 1 of the 128 values"):
         fill(tmp_path, inputs, compute, tokens_per_batch=100)
     store = ThoughtStore.open(tmp_path, IDENTITY)
-    assert cache.input_key(inputs[13]) not in store
-    kept = [item for item in inputs if cache.input_key(item) in store]
+    assert input_key(inputs[13]) not in store
+    kept = [item for item in inputs if input_key(item) in store]
     assert kept
     assert torch.equal(read(store, kept), fake(kept))
 
@@ -413,7 +414,7 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
     recipe = load_recipe(recipe_file)
     inputs = Experiment(recipe).splits.assistant_inputs()
     assistant = LlamaForCausalLM.from_pretrained(recipe.assistant.model)
-    rows = read(cache.open_cache(recipe, inputs), inputs)
+    rows = read(open_cache(recipe, inputs), inputs)
     torch.testing.assert_close(rows, one_by_one(assistant, inputs), rtol=1e-4, atol=1e-4)
 
     assert cache.main([str(recipe_file)]) == 0
@@ -458,7 +459,7 @@ def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
     experiment = Experiment(recipe)
     inputs = experiment.splits.assistant_inputs()
     compute = cache.load_assistant(recipe, inputs, alone())
-    identity = cache.cache_identity(recipe)
+    identity = cache_identity(recipe)
     store = fill(recipe.cache.path / identity.folder_name, inputs, compute, identity=identity, tokens_per_batch=10**6)
     examples = experiment.splits.train
     batch = collate(sorted(examples, key=lambda e: -e.assistant.positions[-1])[:8], 0)
@@ -476,19 +477,19 @@ def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
 def test_a_missing_cache_is_told_from_one_of_other_thoughts(recipe_file):
     recipe = load_recipe(recipe_file)
     with pytest.raises(SoftCoTError, match=r"no cache of these thoughts at .*; build it with: softcot-ds cache"):
-        cache.open_cache(recipe)
+        open_cache(recipe)
     assert cache.main([str(recipe_file)]) == 0
     with pytest.raises(SoftCoTError, match=r"There are others: assistant-T4.* \(num_thoughts is 4, wanted 2\)"):
-        cache.open_cache(load_recipe(recipe_file, ["thoughts.count=2"]))
+        open_cache(load_recipe(recipe_file, ["thoughts.count=2"]))
     more = Experiment(load_recipe(recipe_file, ["task.test_problems=20"])).splits.assistant_inputs()
     with pytest.raises(SoftCoTError, match=r"lacks 10 of 50 examples, .* first; add them"):
-        cache.open_cache(recipe, more)
+        open_cache(recipe, more)
 
 
 def test_verify_computes_rows_again_and_names_a_wrong_one(recipe_file, capsys):
     """Checksums agree with what was written; only computing again can tell that it was wrong."""
     recipe = load_recipe(recipe_file)
-    identity = cache.cache_identity(recipe)
+    identity = cache_identity(recipe)
     inputs = Experiment(recipe).splits.assistant_inputs()
     fill(recipe.cache.path / identity.folder_name, inputs, fake, identity=identity)
     assert cache.main(["--verify", str(recipe_file)]) == 2
@@ -505,8 +506,8 @@ def test_an_assistant_split_over_two_ranks_has_the_same_thoughts(recipe_file, tm
     assert cache.main([str(recipe_file)]) == 0
     recipe = load_recipe(recipe_file)
     inputs = Experiment(recipe).splits.assistant_inputs()
-    whole = read(cache.open_cache(recipe, inputs), inputs)
-    parts = read(cache.open_cache(load_recipe(recipe_file, split[1:]), inputs), inputs)
+    whole = read(open_cache(recipe, inputs), inputs)
+    parts = read(open_cache(load_recipe(recipe_file, split[1:]), inputs), inputs)
     torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
 
 
@@ -569,7 +570,7 @@ def test_one_failing_rank_stops_all_and_what_is_finished_is_kept(tmp_path, bad_r
     assert all(isinstance(error, OtherRankFailed) for rank, error in enumerate(raised) if rank != bad_rank)
     store = ThoughtStore.open(tmp_path, IDENTITY)
     assert 4 <= len(store) < 40
-    kept = [item for item in inputs if cache.input_key(item) in store]
+    kept = [item for item in inputs if input_key(item) in store]
     assert torch.equal(read(store, kept), fake(kept))
 
 

@@ -27,6 +27,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import Ranks
 from softcot_ds.thought_manifest import StoreIdentity
+from softcot_ds.thought_reader import input_key
 from softcot_ds.thought_store import ThoughtStore
 
 KILLS = int(os.environ.get("SOFTCOT_FAULT_KILLS", "60"))
@@ -34,7 +35,7 @@ KILLS = int(os.environ.get("SOFTCOT_FAULT_KILLS", "60"))
 T, P = 8, 1024  # rows of 32 KiB: 31 to a shard of 1 MiB
 IDENTITY = StoreIdentity("f" * 64, T, P, "float32", "float32", "sdpa", assistant="toy")
 INPUTS = [AssistantInput(f"e{i}", [i, 7 * i + 1] + [0] * T, list(range(2, 2 + T))) for i in range(200)]
-KEYS = [cache.input_key(item) for item in INPUTS]
+KEYS = [input_key(item) for item in INPUTS]
 
 
 def truth(item: AssistantInput) -> torch.Tensor:

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
 
-from softcot_ds import agreement, thought_reader
+from softcot_ds import agreement, backbone, thought_reader
 from softcot_ds import evaluate as evaluate_module
 from softcot_ds.backbone import load_tokenizer
 from softcot_ds.checkpoint import recipe_and_adapter
@@ -468,7 +468,7 @@ def of_another_base(path):
 
 
 def forbid_models(monkeypatch):
-    for module in (evaluate_module, thought_reader):
+    for module in (evaluate_module, backbone):
         monkeypatch.setattr(module, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
 
 
@@ -570,8 +570,8 @@ def test_states_that_are_computed_for_want_of_a_cache_are_as_precise_as_its_own(
 
 def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monkeypatch):
     loads = []
-    load = thought_reader.load_frozen
-    monkeypatch.setattr(thought_reader, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
+    load = backbone.load_frozen
+    monkeypatch.setattr(backbone, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
     monkeypatch.setattr(evaluate_module, "load_frozen", lambda config, *_: loads.append(config.model))
     recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
