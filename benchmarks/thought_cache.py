@@ -45,9 +45,9 @@ from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from softcot_ds import thought_manifest as tm
-from softcot_ds.cache import fill
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import join_ranks
+from softcot_ds.thought_builder import fill
 from softcot_ds.thought_manifest import StoreIdentity
 from softcot_ds.thought_reader import input_key
 from softcot_ds.thought_store import StoreWriter, ThoughtStore

@@ -1,4 +1,4 @@
-"""How long things take, in words."""
+"""How long things take and how large they are, in words."""
 
 import time
 
@@ -11,6 +11,11 @@ def duration(seconds: float) -> str:
     if seconds < 3600:
         return f"{seconds // 60}m{seconds % 60:02}s"
     return f"{seconds // 3600}h{seconds % 3600 // 60:02}m"
+
+
+def size(number: int) -> str:
+    """Bytes as people read them: ``1.50 GB``, ``12.3 MB``."""
+    return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
 
 
 class Progress:

@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from softcot_ds import cache
+from softcot_ds import cache, thought_builder
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.data import collate
@@ -97,7 +97,7 @@ def alone() -> Ranks:
 
 
 def fill(folder: Path, inputs, compute, ranks: Ranks | None = None, identity: StoreIdentity = IDENTITY, **kwargs):
-    cache.fill(folder, identity, inputs, lambda: compute, ranks or alone(), **kwargs)
+    thought_builder.fill(folder, identity, inputs, lambda: compute, ranks or alone(), **kwargs)
     return ThoughtStore.open(folder, identity)
 
 
@@ -187,7 +187,7 @@ def test_thoughts_hardly_depend_on_the_batch(tmp_path, dtype, tolerance):
 
 def test_batches_keep_the_token_budget_and_hold_each_input_once():
     lengths = [random.Random(0).randrange(1, 300) for _ in range(500)] + [5000]
-    batches = cache.token_budget_batches(lengths, 1000)
+    batches = thought_builder.token_budget_batches(lengths, 1000)
     assert sorted(i for batch in batches for i in batch) == list(range(501))
     assert batches[0] == [500]  # longer than the budget: alone
     assert all(len(batch) * max(lengths[i] for i in batch) <= 1000 for batch in batches[1:])
@@ -292,8 +292,8 @@ def test_a_value_too_large_for_the_stored_dtype_is_not_finite(tmp_path):
 
 
 def test_a_disk_without_room_is_refused_before_the_work(tmp_path, monkeypatch):
-    usage = cache.shutil.disk_usage(tmp_path)
-    monkeypatch.setattr(cache.shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    usage = thought_builder.shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(thought_builder.shutil, "disk_usage", lambda _: usage._replace(free=1000))
     with pytest.raises(SoftCoTError, match=r"needs 0\.0 MB \(10 rows x 4 x 32 x 4 bytes\).*free; make room"):
         fill(tmp_path, make_inputs(10), never)
 
@@ -324,8 +324,8 @@ def test_the_builder_holds_few_batches_however_slow_the_disk(tmp_path, monkeypat
 
 
 def test_progress_tells_rows_rate_and_time_left(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(cache, "PROGRESS_SECONDS", 0.1)
-    monkeypatch.setattr(cache, "_MANIFEST_SECONDS", 0.05)
+    monkeypatch.setattr(thought_builder, "PROGRESS_SECONDS", 0.1)
+    monkeypatch.setattr(thought_builder, "_MANIFEST_SECONDS", 0.05)
 
     def compute(batch):
         threading.Event().wait(0.03)
@@ -540,7 +540,7 @@ def test_a_slow_rank_holds_nobody_up(tmp_path):
             done[ranks.rank] += len(batch)
             return fake(batch)
 
-        cache.fill(tmp_path, IDENTITY, inputs, lambda: compute, ranks, tokens_per_batch=1)
+        thought_builder.fill(tmp_path, IDENTITY, inputs, lambda: compute, ranks, tokens_per_batch=1)
 
     assert run_ranks(2, work) == [None, None]
     assert sum(done) == 40
@@ -563,7 +563,7 @@ def test_one_failing_rank_stops_all_and_what_is_finished_is_kept(tmp_path, bad_r
                 raise SoftCoTError("out of luck")
             return fake(batch)
 
-        cache.fill(tmp_path, IDENTITY, inputs, lambda: compute, ranks, tokens_per_batch=1)
+        thought_builder.fill(tmp_path, IDENTITY, inputs, lambda: compute, ranks, tokens_per_batch=1)
 
     raised = run_ranks(3, work)
     assert str(raised[bad_rank]) == "out of luck"
@@ -579,8 +579,8 @@ import json, os, sys, time
 from collections import namedtuple
 from pathlib import Path
 import torch
-from softcot_ds.cache import fill
 from softcot_ds.ranks import join_ranks
+from softcot_ds.thought_builder import fill
 from softcot_ds.thought_manifest import StoreIdentity
 assert "transformers" not in sys.modules  # two seconds of a rank's start
 Input = namedtuple("Input", "example_id token_ids positions")

@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from softcot_ds import cache
+from softcot_ds import cache, thought_builder
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
@@ -58,7 +58,9 @@ def build(
         return torch.stack([truth(item) for item in batch])
 
     ranks = ranks or Ranks(0, 1, 0, 1, dist.HashStore(), "no launcher")
-    cache.fill(folder, IDENTITY, INPUTS[:count], lambda: compute, ranks, shard_mib=1, tokens_per_batch=5 * (T + 2))
+    thought_builder.fill(
+        folder, IDENTITY, INPUTS[:count], lambda: compute, ranks, shard_mib=1, tokens_per_batch=5 * (T + 2)
+    )
 
 
 def fork(work: Callable[[], None]) -> int:
@@ -323,7 +325,7 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
     folder, log = tmp_path / "cache", tmp_path / "log"
     build(folder, log, seconds_per_batch=0, count=80)
     computed(log)
-    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != cache.LOCK_NAME}
+    before = {path: path.read_bytes() for path in folder.iterdir() if path.name != thought_builder.LOCK_NAME}
     listed = tm.load_manifest(folder).shards[1]
     shard, why = folder / listed.name, f"cannot read .*{os.strerror(number)}"
     for victim, tries in {
@@ -356,7 +358,7 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
     fault.mend()
     assert computed(log) == []
     assert "damaged" not in capfd.readouterr().out
-    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != cache.LOCK_NAME} == before
+    assert {path: path.read_bytes() for path in folder.iterdir() if path.name != thought_builder.LOCK_NAME} == before
     build(folder, log, seconds_per_batch=0, count=80)
     assert computed(log) == []
     check_complete(folder, 80)
@@ -501,7 +503,7 @@ def test_a_disk_that_fills_up_stops_the_build_and_keeps_what_is_finished(tmp_pat
     with small_disk(tmp_path / "disk", 4) as resize:
         folder = tmp_path / "disk" / "cache"
         with monkeypatch.context() as patch:
-            patch.setattr(cache.shutil, "disk_usage", lambda _: usage)
+            patch.setattr(thought_builder.shutil, "disk_usage", lambda _: usage)
             with pytest.raises(SoftCoTError, match=r"disk of .* is full .*finished shards are kept: make room"):
                 build(folder, log)
         assert tm.leftover_names(folder) == []
