@@ -74,12 +74,14 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     """Load the assistant on this rank's device and let it read what all inputs begin with.
 
     Raises:
-        SoftCoTError: it cannot be loaded, or cannot be an assistant.
+        SoftCoTError: it cannot be loaded, or cannot be an assistant; or the base, for which all this is, cannot be one.
     """
     from softcot_ds import backbone
     from softcot_ds.thoughts import SharedPrefix, compute_thoughts
-    from softcot_ds.trial import check_model
+    from softcot_ds.trial import check_ahead, check_model
 
+    if ranks.rank == 0:
+        check_ahead(recipe.base, "base")
     if recipe.cache.partition == "zero3":
         model = _load_partitioned(recipe, ranks)
         check_model(model, "assistant", recipe.assistant.model)

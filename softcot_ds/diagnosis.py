@@ -62,7 +62,9 @@ class Model:
     width: int = 0
     failure: str = ""
     trial_failure: str = ""
-    """Why it cannot do its work; small models only are tried."""
+    """Why it cannot do its work."""
+    untried: str = ""
+    """Why that could not be told here."""
 
 
 @dataclass
@@ -318,6 +320,12 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
             lambda facts, role=role: facts.models[role].trial_failure,
             f"name a model of another family in {role}.model, or try {role}.attention: eager",
         )
+        if untried := next((facts.models[role].untried for facts in readable if facts.models[role].untried), ""):
+            yield (
+                WARNING,
+                f"whether {role} {first.name} does what is asked of it shows only when it is loaded: {untried}",
+                "train a few steps first; a base that does not fit is refused before the first one",
+            )
         texts.append(f"{role} {first.name} ({first.fingerprint[:12]})")
     yield from _failing(
         "the recipe's prompts cannot be made",

@@ -32,14 +32,13 @@ from softcot_kernels import reference
 
 from softcot_ds import backbone, diagnosis, distributed
 from softcot_ds.cli import recipe_command
-from softcot_ds.decoding import try_decoding
 from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.model_files import is_here
 from softcot_ds.ranks import alone_of
 from softcot_ds.recipe import ModelConfig, Recipe
-from softcot_ds.trial import Role, why_unsuitable
+from softcot_ds.trial import Role, Untried, why_unsuitable_ahead
 
 JOIN_MINUTES = 2.0
 """How long the ranks wait for each other at the start."""
@@ -50,8 +49,6 @@ EXCHANGE_SECONDS = 60.0
 """How long the all-reduces may take before NCCL counts as stuck; its first one sets up all connections."""
 LOOK_SECONDS = 10.0
 """How long a file may take to show up on another node: network file systems cache folders for a while."""
-TRIAL_BYTES = 2 * 10**9
-"""Models with more weights than this are not loaded here."""
 TOLERANCE = 2e-3
 """Relative error of float32 products in the Frobenius norm; TF32, which a site may have switched on, has 3e-4."""
 
@@ -221,16 +218,14 @@ def _model(config: ModelConfig, role: Role) -> Model:
         model.fingerprint = backbone.weights_fingerprint(config)
 
     def run() -> None:
-        if backbone.weight_bytes(config) > TRIAL_BYTES:
-            return  # training tries it after loading it
-        loaded = backbone.load_frozen(config, "none", torch.device("cpu"))
-        if (reason := why_unsuitable(loaded, role)) is not None:
-            raise SoftCoTError(reason)
-        if role == "base":
-            try_decoding(loaded)
+        try:
+            if (reason := why_unsuitable_ahead(config, role)) is not None:
+                raise SoftCoTError(reason)
+        except Untried as untried:
+            model.untried = str(untried)
 
     model.failure = _failure_of(read)
-    if not model.failure and "flash" not in config.attention:  # which needs a GPU, and those may be taken
+    if not model.failure:
         model.trial_failure = _failure_of(run)
     return model
 

@@ -12,21 +12,27 @@ from collections.abc import Callable
 from typing import Literal
 
 import torch
-from transformers import PreTrainedModel
+from transformers import GenerationConfig, PreTrainedModel
 
-from softcot_ds.backbone import width
+from softcot_ds.backbone import load_config, load_frozen, weight_bytes
 from softcot_ds.data import pad
+from softcot_ds.decoding import try_decoding
 from softcot_ds.distributed import from_all_ranks, lost_rank
 from softcot_ds.embedding import device_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix
 from softcot_ds.loss import cross_entropy
+from softcot_ds.model_files import is_here
 from softcot_ds.prompts import AssistantInput
+from softcot_ds.recipe import ModelConfig
 from softcot_ds.step import full_logits, mask_and_positions
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts, decoder_of
+from softcot_ds.toy import make_toy, toy_config
 
 Role = Literal["base", "assistant"]
 
+SMALL_BYTES = 2 * 10**9
+"""A model of no more weights than this is loaded just to be tried."""
 _NOT_FINITE = "what it makes of ordinary tokens is not finite: its weights may be damaged, fetch or save them again"
 _SHARED, _THOUGHTS = 2, 2
 _LENGTHS = ((9, 5), (2, 3))
@@ -41,10 +47,69 @@ def check_model(model: PreTrainedModel, role: Role, name: str) -> None:
     """
     reason = agreed(why_unsuitable(model, role))
     if reason is not None:
-        raise SoftCoTError(
-            f"{name} (model type {model.config.model_type!r}) cannot be the {role}: {reason}. Name another model in "
-            f"{role}.model; where it is the model's code that fails, {role}.attention: eager may help"
-        )
+        raise _unsuitable(name, model.config.model_type, role, reason)
+
+
+def check_ahead(config: ModelConfig, role: Role) -> None:
+    """Raises SoftCoTError when ``why_unsuitable_ahead`` has a reason; nothing where that cannot be told ahead."""
+    try:
+        reason = why_unsuitable_ahead(config, role)
+    except Untried:
+        return
+    if reason is not None:
+        raise _unsuitable(config.model, load_config(config).model_type, role, reason)
+
+
+def _unsuitable(name: str, model_type: str, role: Role, reason: str) -> SoftCoTError:
+    return SoftCoTError(
+        f"{name} (model type {model_type!r}) cannot be the {role}: {reason}. Name another model in {role}.model; where "
+        f"it is the model's code that fails, {role}.attention: eager may help"
+    )
+
+
+class Untried(Exception):
+    """Whether a model fits shows only when it is loaded; says why."""
+
+
+def why_unsuitable_ahead(config: ModelConfig, role: Role) -> str | None:
+    """Why a model that is not loaded yet cannot be the base, decoding included, or the assistant; None when it can.
+
+    Asked of the model itself where it is here and small; else of a toy made from its configuration, in a second or two.
+    On one process, on the CPU.
+
+    Raises:
+        Untried: no toy can be made, or it does not do what every causal model does.
+        SoftCoTError: the model's files are not what they should be.
+    """
+    if is_here(config) and weight_bytes(config) <= SMALL_BYTES and "flash" not in config.attention:
+        model, tried = load_frozen(config, "none", torch.device("cpu")), ""
+    else:
+        model, tried = _toy(config, role), "a small model made from its configuration shows that "
+    reason = why_unsuitable(model, role)
+    if reason is None and role == "base":
+        try:
+            try_decoding(model)
+        except SoftCoTError as error:
+            reason = str(error)
+    return None if reason is None else tried + reason
+
+
+def _toy(config: ModelConfig, role: Role) -> PreTrainedModel:
+    try:
+        toy = make_toy(toy_config(load_config(config)))
+        ids = _tensor(_rows(toy)[0], toy)[None]
+        with torch.no_grad():
+            finite = toy(input_ids=ids, use_cache=False).logits.isfinite().all()
+        if role == "base":
+            toy.generation_config = GenerationConfig()
+            toy.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    except SoftCoTError:
+        raise
+    except Exception as error:  # each family has its own
+        raise Untried(f"no small model can be made from its configuration: {_first_line(error)}") from error
+    if not finite:
+        raise Untried("a small model made from its configuration gives no finite numbers")
+    return toy
 
 
 def why_unsuitable(model: PreTrainedModel, role: Role) -> str | None:
@@ -72,8 +137,11 @@ def _reason(trial: Callable[[], str | None]) -> str | None:
     except Exception as error:
         if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and lost_rank(error)):
             raise  # says nothing about the model
-        first_line = (str(error).strip() or "no message").splitlines()[0]
-        return f"a trial with a few tokens ended in {type(error).__name__}: {first_line}"
+        return f"a trial with a few tokens ended in {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
 
 
 def _try_base(model: PreTrainedModel) -> str | None:
@@ -179,8 +247,9 @@ def _try_assistant(model: PreTrainedModel) -> str | None:
     alone = [
         decoder(input_ids=_tensor(item.token_ids, model)[None], use_cache=False).last_hidden_state[0] for item in inputs
     ]
-    if alone[0].shape[-1] != width(model.config):
-        return f"its states are {alone[0].shape[-1]} wide, and its token embeddings {width(model.config)}"
+    states_width, width = alone[0].shape[-1], model.get_input_embeddings()(_tensor([0], model)[None]).shape[-1]
+    if states_width != width:
+        return f"its states are {states_width} wide, and its token embeddings {width}"
     truth = torch.cat([states[item.positions] for states, item in zip(alone, inputs, strict=True)])
     if not truth.isfinite().all():
         return _NOT_FINITE

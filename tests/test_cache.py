@@ -28,7 +28,7 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from softcot_ds import cache, thought_builder
+from softcot_ds import cache, thought_builder, trial
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.data import collate
@@ -421,6 +421,15 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
     assert "nothing to compute" in capsys.readouterr().out
     assert cache.main([str(recipe_file), "task.train_problems=40", "--verify"]) == 0
     assert "rows computed again: largest relative error" in capsys.readouterr().out
+
+
+def test_nothing_is_computed_for_a_base_that_cannot_be_one(recipe_file, monkeypatch, capsys):
+    monkeypatch.setattr(trial, "why_unsuitable", lambda model, role: "it is not causal" if role == "base" else None)
+    for small_bytes in (trial.SMALL_BYTES, 0):
+        monkeypatch.setattr(trial, "SMALL_BYTES", small_bytes)
+        assert cache.main([str(recipe_file)]) == 2
+        assert "it is not causal. Name another model in base.model" in capsys.readouterr().err
+    assert not list((recipe_file.parent / "caches").rglob("thoughts-*"))
 
 
 def test_recipes_with_one_assistant_share_a_cache_and_new_data_adds_its_rows_alone(recipe_file, capsys):

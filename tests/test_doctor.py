@@ -15,7 +15,7 @@ import torch
 from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import save_file
 
-from softcot_ds import diagnosis, distributed, doctor, ranks
+from softcot_ds import diagnosis, distributed, doctor, ranks, toy, trial
 from softcot_ds.backbone import load_config
 from softcot_ds.diagnosis import Facts, Finding, Folder, Model
 from softcot_ds.errors import SoftCoTError
@@ -398,14 +398,22 @@ def test_a_hub_model_that_is_not_downloaded_is_a_problem(tmp_path):
     assert "hf download" in wrong.remedy
 
 
-def test_a_small_model_is_tried(tmp_path, monkeypatch):
+def test_a_model_is_tried_itself_or_as_a_toy(tmp_path, monkeypatch):
     overrides = [f"output_dir={tmp_path}", f"cache.path={tmp_path}"]
-    monkeypatch.setattr(doctor, "why_unsuitable", lambda model, role: "it is not causal" if role == "base" else None)
-    (wrong,) = wrong_alone(*overrides)
-    assert "does not do what is asked of it" in wrong.text
-    assert "it is not causal" in wrong.text
-    monkeypatch.setattr(doctor, "TRIAL_BYTES", 1000)
-    assert wrong_alone(*overrides) == [], "large ones are not loaded"
+    monkeypatch.setattr(trial, "why_unsuitable", lambda model, role: "it is not causal" if role == "base" else None)
+    for small_bytes in (trial.SMALL_BYTES, 0):
+        monkeypatch.setattr(trial, "SMALL_BYTES", small_bytes)
+        (wrong,) = wrong_alone(*overrides)
+        assert (wrong.level, "does not do what is asked of it" in wrong.text) == ("problem", True)
+        assert "it is not causal" in wrong.text
+
+
+def test_a_large_model_of_which_no_toy_can_be_made_is_a_warning(tmp_path, monkeypatch):
+    monkeypatch.setattr(trial, "SMALL_BYTES", 0)
+    monkeypatch.setattr(toy, "_MOST_PARAMETERS", 0)
+    found = wrong_alone(f"output_dir={tmp_path}", f"cache.path={tmp_path}")
+    assert [finding.level for finding in found] == ["warning", "warning"], "base and assistant"
+    assert all("shows only when it is loaded" in finding.text for finding in found)
 
 
 def test_ranks_with_other_recipes_are_not_compared(monkeypatch):
