@@ -78,7 +78,7 @@ def recipe_command(
             if args.recipe is None:
                 work(None)
             elif adapter:
-                from softcot_ds.checkpoint import recipe_and_adapter  # brings deepspeed; not for --help
+                from softcot_ds.adapter import recipe_and_adapter  # brings deepspeed; not for --help
 
                 work(*recipe_and_adapter(args.recipe, args.overrides))
             else:

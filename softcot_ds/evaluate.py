@@ -34,9 +34,9 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softcot_ds import __version__
+from softcot_ds.adapter import AdapterConfig, load_adapter, train_summary
 from softcot_ds.agreement import agree
 from softcot_ds.backbone import context_length, load_frozen, weights_fingerprint, width
-from softcot_ds.checkpoint import AdapterConfig, load_adapter, train_summary
 from softcot_ds.cli import recipe_command
 from softcot_ds.data import Example
 from softcot_ds.decoding import Output, Sampling, decode, try_decoding

@@ -10,8 +10,8 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
+from softcot_ds.adapter import AdapterConfig, load_adapter, recipe_and_adapter
 from softcot_ds.backbone import context_length, load_frozen
-from softcot_ds.checkpoint import AdapterConfig, load_adapter, recipe_and_adapter
 from softcot_ds.cli import OVERRIDES_HELP, run_command
 from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device

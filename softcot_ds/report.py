@@ -5,7 +5,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from softcot_ds.checkpoint import AdapterConfig
+from softcot_ds.adapter import AdapterConfig
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import write_atomically
 from softcot_ds.recipe import Recipe

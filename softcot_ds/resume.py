@@ -6,8 +6,9 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from softcot_ds.adapter import AdapterConfig, adapter_config, damaged
 from softcot_ds.agreement import agree, facts_of
-from softcot_ds.checkpoint import FILES, AdapterConfig, adapter_config, damaged, read_training_state
+from softcot_ds.checkpoint import FILES, read_training_state
 from softcot_ds.distributed import on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment

@@ -11,7 +11,8 @@ import shutil
 import sys
 from pathlib import Path
 
-from softcot_ds.checkpoint import AdapterConfig, load_checkpoint, save_checkpoint
+from softcot_ds.adapter import AdapterConfig
+from softcot_ds.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.distributed import barrier, init_distributed, is_main, shut_down, world_size
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.experiment import Experiment

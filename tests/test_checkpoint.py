@@ -12,7 +12,8 @@ from launch import ROOT
 from safetensors.torch import load_file, save_file
 
 from softcot_ds import checkpoint, resume
-from softcot_ds.checkpoint import FILES, load_adapter
+from softcot_ds.adapter import load_adapter
+from softcot_ds.checkpoint import FILES
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.metrics import flatten

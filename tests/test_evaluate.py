@@ -16,8 +16,8 @@ from safetensors.torch import load_file, save_file
 
 from softcot_ds import agreement, backbone, thought_reader
 from softcot_ds import evaluate as evaluate_module
+from softcot_ds.adapter import recipe_and_adapter
 from softcot_ds.backbone import load_tokenizer
-from softcot_ds.checkpoint import recipe_and_adapter
 from softcot_ds.decoding import Output
 from softcot_ds.engine import decoding_config
 from softcot_ds.errors import SoftCoTError
