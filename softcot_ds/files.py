@@ -11,7 +11,7 @@ import re
 import uuid
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any, BinaryIO, NoReturn
 
 import yaml
 
@@ -22,19 +22,28 @@ def write_atomically(path: Path, content: str | bytes) -> None:
     """Write a file under a temporary name, sync it, rename it: readers see the old file or the whole new one."""
     temporary = temporary_name(path)
     try:
-        with temporary.open("wb") as file:
+        with temporary.open("xb") as file:
             file.write(content.encode() if isinstance(content, str) else content)
-            file.flush()
-            os.fsync(file.fileno())
-        temporary.replace(path)
+            publish(file, path)
     finally:
         temporary.unlink(missing_ok=True)
-    sync_folder(path.parent)
+
+
+TEMPORARY_SUFFIX = ".tmp"
 
 
 def temporary_name(path: Path) -> Path:
     """Where to write what is to be renamed to ``path``: beside it, hidden, and no other process's on any node."""
-    return path.with_name(f".{path.name}.{uuid.uuid4().hex}.tmp")
+    return path.with_name(f".{path.name}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}")
+
+
+def publish(file: BinaryIO, path: Path) -> None:
+    """Sync and close a file that is complete under its ``temporary_name``, and rename it to ``path``."""
+    file.flush()
+    os.fsync(file.fileno())
+    file.close()
+    os.replace(file.name, path)
+    sync_folder(path.parent)
 
 
 def sync_file(path: Path) -> None:

@@ -27,7 +27,6 @@ import re
 import shutil
 import socket
 import time
-import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
@@ -39,13 +38,13 @@ import xxhash
 
 from softcot_ds import __version__
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import parse_json, sync_folder
+from softcot_ds.files import TEMPORARY_SUFFIX, parse_json, write_atomically
 
 FORMAT = "softcot-ds thoughts"
 FORMAT_VERSION = 1
 MANIFEST_NAME = "manifest.json"
 SHARD_PREFIX, SHARD_SUFFIX = "thoughts-", ".safetensors"
-TEMPORARY_SUFFIX, DAMAGED_SUFFIX = ".tmp", ".damaged"
+DAMAGED_SUFFIX = ".damaged"
 DTYPES = {
     "float32": (torch.float32, "F32"),
     "bfloat16": (torch.bfloat16, "BF16"),
@@ -247,17 +246,7 @@ def save_manifest(folder: Path, manifest: Manifest) -> None:
         "shards": {s.name: {"rows": s.rows, "bytes": s.bytes, "checksum": s.checksum} for s in manifest.shards},
     }
     text = json.dumps(values | {"checksum": _manifest_checksum(values)}, indent=1)
-    temporary = folder / f"{MANIFEST_NAME}.{uuid.uuid4().hex}{TEMPORARY_SUFFIX}"
-    try:
-        with open(temporary, "xb") as file:
-            file.write(text.encode())
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, folder / MANIFEST_NAME)
-    except OSError:
-        temporary.unlink(missing_ok=True)
-        raise
-    sync_folder(folder)
+    write_atomically(folder / MANIFEST_NAME, text)
 
 
 def _manifest_checksum(values: Mapping[str, Any]) -> str:

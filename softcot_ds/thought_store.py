@@ -21,14 +21,13 @@ import torch
 import xxhash
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import parse_json, sync_folder
+from softcot_ds.files import parse_json, publish, temporary_name
 from softcot_ds.thought_manifest import (
     DTYPES,
     FORMAT,
     FORMAT_VERSION,
     SHARD_PREFIX,
     SHARD_SUFFIX,
-    TEMPORARY_SUFFIX,
     DamagedShard,
     Manifest,
     MissingShard,
@@ -371,7 +370,7 @@ class StoreWriter:
         # The header's size must be known before the rows are written: take that of the largest shard there can be.
         self._data_start = len(_header(identity, self._rows_per_shard, "0" * 32))
         self._file: BinaryIO | None = None
-        self._name = ""
+        self._path = self.folder
         self._keys: list[bytes] = []
         self._checksums: list[int] = []
 
@@ -398,8 +397,8 @@ class StoreWriter:
         while start < len(keys):
             with self._removing_on_failure():
                 if self._file is None:
-                    self._name = f"{SHARD_PREFIX}{uuid.uuid4().hex}{SHARD_SUFFIX}"
-                    self._file = open(self._temporary, "xb")  # noqa: SIM115  # closed by commit or abort
+                    self._path = self.folder / f"{SHARD_PREFIX}{uuid.uuid4().hex}{SHARD_SUFFIX}"
+                    self._file = open(temporary_name(self._path), "xb")  # noqa: SIM115  # closed by commit or abort
                     self._file.seek(self._data_start)
                 stop = min(len(keys), start + self._rows_per_shard - len(self._keys))
                 self._file.write(memoryview(data[start:stop]).cast("B"))
@@ -408,10 +407,6 @@ class StoreWriter:
             start = stop
             if len(self._keys) == self._rows_per_shard:
                 self.commit()
-
-    @property
-    def _temporary(self) -> Path:
-        return self.folder / (self._name + TEMPORARY_SUFFIX)
 
     def commit(self) -> None:
         """Finish the current shard, if it has any row. Raises SoftCoTError as ``append`` does."""
@@ -427,12 +422,8 @@ class StoreWriter:
             size = self._file.tell()
             self._file.seek(0)
             self._file.write(header)
-            self._file.flush()
-            os.fsync(self._file.fileno())
-            self._file.close()
-            os.rename(self._temporary, self.folder / self._name)
-            sync_folder(self.folder)
-        record = ShardRecord(self._name, len(self._keys), size, _shard_checksum(header, index))
+            publish(self._file, self._path)
+        record = ShardRecord(self._path.name, len(self._keys), size, _shard_checksum(header, index))
         self._forget()
         self.on_commit(record)
 
@@ -441,7 +432,7 @@ class StoreWriter:
         if self._file is not None:
             with contextlib.suppress(OSError):  # what is buffered does not fit on a full disk, and need not
                 self._file.close()
-            self._temporary.unlink(missing_ok=True)
+            Path(self._file.name).unlink(missing_ok=True)
             self._forget()
 
     def _forget(self) -> None:

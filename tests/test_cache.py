@@ -30,6 +30,7 @@ from softcot_ds.data import collate
 from softcot_ds.engine import build_model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.files import TEMPORARY_SUFFIX
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.ranks import OtherRankFailed, Ranks
 from softcot_ds.recipe import load_recipe
@@ -360,7 +361,7 @@ def test_verify_finds_a_flipped_bit_and_exits_with_2(tmp_path, capsys):
 def test_prune_removes_leftovers_and_nothing_else(tmp_path, capsys):
     inputs = make_inputs(7)
     fill(tmp_path, inputs, fake)
-    (tmp_path / f"thoughts-0{tm.SHARD_SUFFIX}{tm.TEMPORARY_SUFFIX}").write_bytes(b"x" * 1000)
+    (tmp_path / f"thoughts-0{tm.SHARD_SUFFIX}{TEMPORARY_SUFFIX}").write_bytes(b"x" * 1000)
     (tmp_path / f"thoughts-1{tm.SHARD_SUFFIX}{tm.DAMAGED_SUFFIX}").write_bytes(b"x" * 1000)
     assert cache.main(["--prune", str(tmp_path)]) == 0
     assert "removed 2 files" in capsys.readouterr().out
