@@ -27,8 +27,8 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
-from softcot_ds.recipe import ModelConfig, Recipe, load_recipe
-from softcot_ds.run_dir import MARKER, latest_checkpoint
+from softcot_ds.recipe import ModelConfig, Recipe
+from softcot_ds.run_dir import require_complete
 
 
 class _Record(BaseModel):
@@ -84,10 +84,7 @@ class AdapterConfig(_Record):
     @classmethod
     def load(cls, folder: Path) -> "AdapterConfig":
         """Raises SoftCoTError when ``folder`` is no complete adapter directory."""
-        if not folder.is_dir():
-            raise SoftCoTError(f"no such adapter directory: {folder}")
-        if not (folder / MARKER).is_file():
-            raise SoftCoTError(f"{folder} is no complete checkpoint: it has no file {MARKER}; choose another step")
+        require_complete(folder)
         return cls.read(folder / "adapter.json")
 
     def at_step(self, step: int) -> "AdapterConfig":
@@ -157,27 +154,6 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         training_data=digest(experiment.splits.train),
         chat_templates=_chat_templates(experiment),
     )
-
-
-def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
-    """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
-
-    Raises:
-        SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
-    """
-    folder = Path(source)
-    recipe_file = folder / "recipe.yaml" if folder.is_dir() else folder
-    if folder.is_dir():
-        AdapterConfig.load(folder)
-    else:
-        run_dir = load_recipe(source, overrides).run_dir
-        folder = latest_checkpoint(run_dir)
-        if folder is None:
-            raise SoftCoTError(
-                f"no complete checkpoint in {run_dir}/checkpoints; train first: softcot-ds train {source}"
-            )
-    # The adapter's own copy of the wording: the file that it was trained with may have changed since.
-    return load_recipe(recipe_file, [f"task.prompts={folder / 'prompts.yaml'}", *overrides]), folder
 
 
 def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | StaticThoughts:

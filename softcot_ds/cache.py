@@ -20,7 +20,7 @@ import torch
 
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
-from softcot_ds.cli import exit_code_of, interrupted_by_signals
+from softcot_ds.command import exit_code_of, interrupted_by_signals
 from softcot_ds.errors import Interrupted, SoftCoTError
 from softcot_ds.progress import size
 from softcot_ds.ranks import OtherRankFailed, Ranks, join_ranks

@@ -31,7 +31,7 @@ from packaging.requirements import Requirement
 from softcot_kernels import reference
 
 from softcot_ds import backbone, diagnosis, distributed
-from softcot_ds.cli import recipe_command
+from softcot_ds.command import recipe_command
 from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment

@@ -37,7 +37,7 @@ from softcot_ds import __version__
 from softcot_ds.adapter import AdapterConfig, load_adapter, train_summary
 from softcot_ds.agreement import agree
 from softcot_ds.backbone import context_length, load_frozen, weights_fingerprint, width
-from softcot_ds.cli import recipe_command
+from softcot_ds.command import recipe_command
 from softcot_ds.data import Example
 from softcot_ds.decoding import Output, Sampling, decode, try_decoding
 from softcot_ds.distributed import device, from_all_ranks, init_distributed, on_main, rank, say, world_size
@@ -51,6 +51,7 @@ from softcot_ds.projection import StaticThoughts
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Condition, ModelConfig, Recipe
 from softcot_ds.report import Record, make_report, table, write_results
+from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.thought_reader import read_all_thoughts, states_dtype
 
 
@@ -484,7 +485,10 @@ def _weights_digest(module: nn.Module) -> str:
 
 
 main = recipe_command(
-    "evaluate", "Accuracy with controls, of a run's newest adapter or of an adapter directory.", evaluate, adapter=True
+    "evaluate",
+    "Accuracy with controls, of a run's newest adapter or of an adapter directory.",
+    evaluate,
+    recipe_and_adapter,
 )
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from softcot_ds.adapter import AdapterConfig, load_adapter, recipe_and_adapter
+from softcot_ds.adapter import AdapterConfig, load_adapter
 from softcot_ds.backbone import context_length, load_frozen
-from softcot_ds.cli import OVERRIDES_HELP, run_command
+from softcot_ds.command import OVERRIDES_HELP, run_command
 from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
@@ -20,6 +20,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.projection import LinearProjection, StaticThoughts
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Recipe
+from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.thoughts import compute_thoughts
 from softcot_ds.trial import check_model
 

@@ -14,6 +14,7 @@ from typing import Any
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_json
+from softcot_ds.recipe import Recipe, load_recipe
 
 MARKER = "COMPLETE"
 """File of a checkpoint that is written last."""
@@ -40,6 +41,35 @@ def latest_checkpoint(run_dir: Path) -> Path | None:
     """The newest complete checkpoint of a run, or None."""
     found = checkpoints(run_dir)
     return found[-1] if found else None
+
+
+def require_complete(folder: Path) -> None:
+    """Raises SoftCoTError when ``folder`` is no complete adapter directory, as each checkpoint is one."""
+    if not folder.is_dir():
+        raise SoftCoTError(f"no such adapter directory: {folder}")
+    if not (folder / MARKER).is_file():
+        raise SoftCoTError(f"{folder} is no complete checkpoint: it has no file {MARKER}; choose another step")
+
+
+def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
+    """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
+
+    Raises:
+        SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
+    """
+    folder = Path(source)
+    recipe_file = folder / "recipe.yaml" if folder.is_dir() else folder
+    if folder.is_dir():
+        require_complete(folder)
+    else:
+        run_dir = load_recipe(source, overrides).run_dir
+        folder = latest_checkpoint(run_dir)
+        if folder is None:
+            raise SoftCoTError(
+                f"no complete checkpoint in {run_dir}/checkpoints; train first: softcot-ds train {source}"
+            )
+    # The adapter's own copy of the wording: the file that it was trained with may have changed since.
+    return load_recipe(recipe_file, [f"task.prompts={folder / 'prompts.yaml'}", *overrides]), folder
 
 
 def checkpoint_step(folder: Path) -> int:

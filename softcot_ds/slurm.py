@@ -15,7 +15,7 @@ import signal
 import sys
 from pathlib import Path
 
-from softcot_ds.cli import EXIT_MISTAKE, exit_code_of, run_command
+from softcot_ds.command import EXIT_MISTAKE, exit_code_of, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import Journal, saved_step, stuck_at

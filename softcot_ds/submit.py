@@ -14,7 +14,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from softcot_ds.cli import OVERRIDES_HELP, run_command
+from softcot_ds.command import OVERRIDES_HELP, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import write_atomically
 from softcot_ds.recipe import Recipe, load_recipe

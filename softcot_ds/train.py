@@ -17,7 +17,7 @@ from torch.utils.data import DataLoader, Dataset
 
 from softcot_ds.adapter import adapter_config
 from softcot_ds.checkpoint import load_checkpoint, save_checkpoint
-from softcot_ds.cli import STOP_SIGNALS, recipe_command
+from softcot_ds.command import STOP_SIGNALS, recipe_command
 from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.distributed import (
     barrier,

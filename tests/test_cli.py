@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from softcot_ds import __version__, cli
+from softcot_ds.command import EXIT_MISTAKE, STOP_SIGNALS, recipe_command, run_command
 from softcot_ds.errors import SoftCoTError
 
 ROOT = Path(__file__).parents[1]
@@ -51,7 +52,7 @@ def test_an_unknown_command_is_told_the_known_ones():
 @pytest.mark.parametrize("command", cli.COMMANDS)
 def test_a_missing_recipe_is_said_before_the_command_is_imported(command, capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: pytest.fail(f"{name} takes seconds"))
-    assert cli.main([command, "no/such.yaml", "seed=1"]) == cli.EXIT_MISTAKE
+    assert cli.main([command, "no/such.yaml", "seed=1"]) == EXIT_MISTAKE
     assert "no/such.yaml; recipes/ holds some to start from" in capsys.readouterr().err
 
 
@@ -89,7 +90,7 @@ def test_the_arguments_after_the_command_are_the_commands_own(tmp_path, monkeypa
 def command():
     """A command that remembers what it was asked to work on."""
     seen = []
-    main = cli.recipe_command("train", "Train.", seen.append)
+    main = recipe_command("train", "Train.", seen.append)
     return main, seen
 
 
@@ -131,7 +132,7 @@ def test_a_recipe_command_without_recipe_or_with_a_typo_in_an_option_is_refused(
 @pytest.mark.parametrize("launcher", [[], ["--local_rank=0"]])
 def test_a_recipe_may_be_left_out_where_the_command_allows_it(monkeypatch, launcher):
     seen = []
-    main = cli.recipe_command("doctor", "Look.", seen.append, needs_recipe=False)
+    main = recipe_command("doctor", "Look.", seen.append, needs_recipe=False)
     monkeypatch.chdir(ROOT)
     assert main(launcher) == 0
     assert main([*launcher, "recipes/gsm8k_llama_8b.yaml", "name=other"]) == 0
@@ -139,12 +140,12 @@ def test_a_recipe_may_be_left_out_where_the_command_allows_it(monkeypatch, launc
     assert seen[1].name == "other"
 
 
-@pytest.mark.parametrize("number", cli.STOP_SIGNALS)
+@pytest.mark.parametrize("number", STOP_SIGNALS)
 def test_signals_that_ask_to_stop_end_in_a_message_even_where_they_are_ignored(number, capfd, monkeypatch):
     monkeypatch.delenv("LOCAL_RANK", raising=False)
     before = signal.signal(number, signal.SIG_IGN)  # as below a batch script's trap
     try:
-        assert cli.run_command(lambda: os.kill(os.getpid(), number)) == 128 + number
+        assert run_command(lambda: os.kill(os.getpid(), number)) == 128 + number
         assert signal.getsignal(number) == signal.SIG_IGN
     finally:
         signal.signal(number, before)
@@ -163,7 +164,7 @@ def test_forked_children_leave_signals_to_their_parent(capfd, monkeypatch):
             os._exit(5)
         assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 5
 
-    assert cli.run_command(work) == 0
+    assert run_command(work) == 0
     assert capfd.readouterr().err == ""
 
 
@@ -177,16 +178,16 @@ def test_a_rank_that_lost_another_says_so(capfd, monkeypatch):
             "[/x/gloo/tcp/buffer.cc:78] Timed out waiting 18000ms for recv operation to complete. Advice."
         )
 
-    assert cli.run_command(work) == 3
+    assert run_command(work) == 3
     message = capfd.readouterr().err
     assert "(Timed out waiting 18000ms for recv operation to complete)" in message
     assert "Advice" not in message
     with pytest.raises(RuntimeError, match="shapes"):
-        cli.run_command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
+        run_command(lambda: (_ for _ in ()).throw(RuntimeError("shapes do not match")))
 
 
 def test_success_is_silent_and_0(capfd):
-    assert cli.run_command(lambda: None) == 0
+    assert run_command(lambda: None) == 0
     assert capfd.readouterr() == ("", "")
 
 
@@ -195,18 +196,18 @@ def test_a_mistake_of_ours_keeps_its_stack_trace():
         raise ZeroDivisionError
 
     with pytest.raises(ZeroDivisionError):
-        cli.run_command(broken)
+        run_command(broken)
 
 
 def test_ranks_behind_the_first_wait_and_say_which_they_are(capfd, monkeypatch):
     waited = []
-    monkeypatch.setattr(cli.time, "sleep", waited.append)
+    monkeypatch.setattr("softcot_ds.command.time.sleep", waited.append)
     monkeypatch.setenv("LOCAL_RANK", "1")
     monkeypatch.setenv("RANK", "9")
 
     def fail():
         raise SoftCoTError("no room")
 
-    assert cli.run_command(fail) == 2
+    assert run_command(fail) == 2
     assert waited
     assert capfd.readouterr().err == "softcot-ds: [rank 9] error: no room\n"

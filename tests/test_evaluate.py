@@ -16,7 +16,6 @@ from safetensors.torch import load_file, save_file
 
 from softcot_ds import agreement, backbone, thought_reader
 from softcot_ds import evaluate as evaluate_module
-from softcot_ds.adapter import recipe_and_adapter
 from softcot_ds.backbone import load_tokenizer
 from softcot_ds.decoding import Output
 from softcot_ds.engine import decoding_config
@@ -27,6 +26,7 @@ from softcot_ds.generate import main as generate_main
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import load_recipe, resolve_location
 from softcot_ds.report import table, what_it_says_more
+from softcot_ds.run_dir import recipe_and_adapter
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]

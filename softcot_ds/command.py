@@ -1,0 +1,138 @@
+"""What the commands share: arguments, signals, exit codes, and one message for what a user can mend."""
+
+import argparse
+import contextlib
+import errno
+import os
+import signal
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+from softcot_ds.errors import Interrupted, LostRank, SoftCoTError, Stopped
+from softcot_ds.recipe import load_recipe
+
+EXIT_MISTAKE = 2
+"""Exit code after something that the user can mend."""
+EXIT_LOST_RANK = 3
+"""Exit code when another rank has died or does not answer."""
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask to stop: Ctrl-C; cancelled, or preempted; and SLURM's notice before a time limit."""
+
+OVERRIDES_HELP = "replace a value of the recipe, such as training.steps=200"
+
+
+def recipe_command(
+    name: str,
+    description: str,
+    work: Callable[..., object],
+    load: Callable[[str, list[str]], tuple] | None = None,
+    needs_recipe: bool = True,
+) -> Callable[[Sequence[str] | None], int]:
+    """The ``main`` of a command whose arguments are a recipe and overrides.
+
+    Args:
+        work: called with the recipe, or with all that ``load`` returns.
+        load: what to work on, from the recipe's path, or an adapter directory's, and the overrides.
+        needs_recipe: without, the recipe may be left out, and ``work`` is called with None.
+    """
+
+    def main(argv: Sequence[str] | None = None) -> int:
+        parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
+        source = "a YAML file; recipes/ holds some" + ("" if load is None else "; or an adapter directory")
+        parser.add_argument("recipe", nargs=None if needs_recipe else "?", help=source)
+        parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+        # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
+        parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+        # That argument comes first: parsed otherwise, an optional recipe behind it would not be found.
+        args = parser.parse_intermixed_args(argv)
+
+        def run() -> None:
+            if args.recipe is None:
+                work(None)
+            elif load is None:
+                work(load_recipe(args.recipe, args.overrides))
+            else:
+                work(*load(args.recipe, args.overrides))
+
+        return run_command(run)
+
+    return main
+
+
+def run_command(work: Callable[[], None]) -> int:
+    """Run a command's work; returns its exit code. What a user can mend is one message, no stack trace."""
+    code = 1  # of a defect, whose stack trace is wanted
+    midway = False  # in something that the ranks do together, and that will not end
+    try:
+        with interrupted_by_signals():
+            work()
+        code = 0
+    except Stopped as error:
+        _report(str(error))
+        code = exit_code_of(error.signal_number)
+    except SoftCoTError as error:
+        _report(f"error: {error}")
+        code = EXIT_LOST_RANK if isinstance(error, LostRank) else EXIT_MISTAKE
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        _report(f"error: the disk is full: {error}; make room, and the same command goes on from what is finished")
+        code = EXIT_MISTAKE
+    except Interrupted as error:
+        _report(
+            f"interrupted by {signal.Signals(error.signal_number).name}; the same command goes on from what is finished"
+        )
+        code, midway = exit_code_of(error.signal_number), True
+    except RuntimeError as error:
+        distributed = sys.modules.get("softcot_ds.distributed")
+        if distributed is None or (reason := distributed.lost_rank(error)) is None:
+            raise
+        _report(
+            f"error: another rank has died, or has not answered in time ({reason}); its own last lines say why. The "
+            "same command goes on from what is finished"
+        )
+        code, midway = EXIT_LOST_RANK, True
+    finally:
+        distributed = sys.modules.get("softcot_ds.distributed")  # only where the command works with other ranks
+        if distributed is not None:
+            distributed.shut_down(code, midway)
+    return code
+
+
+def exit_code_of(signal_number: int) -> int:
+    """The exit code of a process that a signal stopped, as shells give it."""
+    return 128 + signal_number
+
+
+@contextlib.contextmanager
+def interrupted_by_signals() -> Iterator[None]:
+    """Raise ``Interrupted`` in the block when one of ``STOP_SIGNALS`` comes.
+
+    Batch systems signal every process of a job, and launchers hand signals that they ignore down to their children: so
+    the handlers are set even where a signal is ignored, and forked children, such as data loader workers, leave the
+    answer to their parent.
+    """
+    pid = os.getpid()
+
+    def interrupt(number: int, _frame: Any) -> None:
+        if os.getpid() == pid:
+            raise Interrupted(number)
+
+    before = {number: signal.signal(number, interrupt) for number in STOP_SIGNALS}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+
+
+def _report(message: str) -> None:
+    # Mostly all ranks fail alike: let the first one speak, upon which the launcher ends the others.
+    local_rank = int(os.environ.get("LOCAL_RANK", "0"))
+    if local_rank:
+        time.sleep(2)
+    sys.stdout.flush()
+    prefix = f"[rank {os.environ['RANK']}] " if local_rank else ""
+    print(f"softcot-ds: {prefix}{message}", file=sys.stderr, flush=True)
