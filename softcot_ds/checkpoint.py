@@ -27,7 +27,7 @@ from safetensors.torch import load_file, save
 from softcot_ds.adapter import AdapterConfig, TrainerState, damaged
 from softcot_ds.distributed import on_main, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import sync_file, sync_folder, temporary_name
+from softcot_ds.files import cannot_write, sync_file, sync_folder, temporary_name
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
 
@@ -123,10 +123,8 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
     except (OSError, SafetensorError) as error:
         shutil.rmtree(temporary, ignore_errors=True)
         kept = latest_checkpoint(folder.parent.parent)
-        raise SoftCoTError(
-            f"cannot write the checkpoint {folder}: {error}; "
-            f"the newest complete one is {kept.name if kept else 'none'}. Make room and run the same command again"
-        ) from error
+        newest = f"the newest complete checkpoint is {kept.name if kept else 'none'}"
+        raise cannot_write(folder, error, kept=newest) from error
 
 
 def load_checkpoint(engine: Any, folder: Path) -> int:

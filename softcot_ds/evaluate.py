@@ -44,7 +44,7 @@ from softcot_ds.distributed import device, from_all_ranks, init_distributed, on_
 from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.files import write_atomically
+from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.metrics import flatten
 from softcot_ds.progress import Progress
 from softcot_ds.projection import StaticThoughts
@@ -284,9 +284,7 @@ class _Job:
             with self._part.open("ab") as file:
                 file.write(self._checksum(line) + b" " + line + b"\n")
         except OSError as error:
-            raise SoftCoTError(
-                f"cannot write {self._part}: {error}; make room and run the same command again"
-            ) from error
+            raise cannot_write(self._part, error, kept="finished batches are kept") from error
 
     def _open(self, settings: Record) -> dict[int, list[Output]]:
         """Outputs by batch, from every process that ever worked on this."""

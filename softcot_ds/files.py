@@ -4,10 +4,12 @@ What both give is a tree of texts, numbers, booleans, null, lists, and mappings 
 without what their usual readers pass over in silence. A key that stands twice is an error.
 """
 
+import errno
 import json
 import math
 import os
 import re
+import shutil
 import uuid
 from collections.abc import Callable
 from pathlib import Path
@@ -16,6 +18,7 @@ from typing import Any, BinaryIO, NoReturn
 import yaml
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.progress import size
 
 
 def write_atomically(path: Path, content: str | bytes) -> None:
@@ -57,6 +60,24 @@ def sync_file(path: Path) -> None:
 
 sync_folder = sync_file
 """Make the names in a folder, new or renamed, survive a crash of the machine."""
+
+
+def cannot_write(path: Path, error: Exception, kept: str = "", otherwise: str = "") -> SoftCoTError:
+    """What to tell the user when ``path`` could not be written; when its disk is full, also how much room it has.
+
+    Args:
+        kept: what is safe all the same: "finished shards are kept".
+        otherwise: what helps besides mending the cause: "set output_dir".
+    """
+    if getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT):
+        existing = next(place for place in (path, *path.absolute().parents) if os.path.exists(place))
+        free = size(shutil.disk_usage(existing).free)
+        said, remedy = f"the disk of {path} is full ({error.strerror}, {free} free)", "Make room"
+    else:
+        said, remedy = f"cannot write to {path}: {error}", "Mend that"
+    said += f"; {kept}" if kept else ""
+    remedy += f" or {otherwise}" if otherwise else ""
+    return SoftCoTError(f"{said}. {remedy} and run the same command again")
 
 
 MAX_DEPTH, MAX_VALUES = 100, 1_000_000

@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.adapter import AdapterConfig
-from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import write_atomically
+from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.recipe import Recipe
 from softcot_ds.statistics import compare, wilson_interval
 
@@ -95,7 +94,7 @@ def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record
         if not more:
             write_atomically(of_the_run, text)
     except OSError as error:
-        raise SoftCoTError(f"cannot write the results to {folder}: {error}; run the same command again") from error
+        raise cannot_write(folder, error) from error
     if more:
         return (
             f"results: {folder}. {of_the_run} stays as it is: {'; '.join(more)}. Remove it to let the next evaluation "

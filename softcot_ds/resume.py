@@ -12,7 +12,7 @@ from softcot_ds.checkpoint import FILES, read_training_state
 from softcot_ds.distributed import on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.files import parse_yaml, write_atomically
+from softcot_ds.files import cannot_write, parse_yaml, write_atomically
 from softcot_ds.lock import sole_owner
 from softcot_ds.recipe import Recipe, fixed_settings
 from softcot_ds.run_dir import latest_checkpoint
@@ -35,7 +35,7 @@ def sole_trainer(recipe: Recipe) -> Iterator[None]:
             try:
                 stack.enter_context(sole_owner(recipe.run_dir / "train.lock", "training", say, _patience_s(recipe)))
             except OSError as error:
-                raise _cannot_write(recipe, error) from error
+                raise cannot_write(recipe.run_dir, error, otherwise="set output_dir") from error
 
         on_main(own)
         yield
@@ -111,7 +111,7 @@ def _claim_run_dir(experiment: Experiment, resume_from: Path | None) -> None:
     try:
         write_atomically(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
-        raise _cannot_write(recipe, error) from error
+        raise cannot_write(recipe.run_dir, error, otherwise="set output_dir") from error
 
 
 def _choose(run_dir: Path) -> tuple[Path, dict[str, str]] | None:
@@ -149,7 +149,3 @@ def _digest(content: bytes) -> str:
 def _patience_s(recipe: Recipe) -> float:
     """Less than what the other ranks have for this one."""
     return min(PATIENCE_S, 60 * recipe.training.timeout_minutes / 2)
-
-
-def _cannot_write(recipe: Recipe, error: OSError) -> SoftCoTError:
-    return SoftCoTError(f"cannot write to the run's directory {recipe.run_dir}: {error}; free space or set output_dir")

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import parse_json
+from softcot_ds.files import cannot_write, parse_json
 from softcot_ds.recipe import Recipe, load_recipe
 
 MARKER = "COMPLETE"
@@ -127,7 +127,7 @@ class Journal:
                 file.flush()
                 os.fsync(file.fileno())
         except OSError as error:
-            raise SoftCoTError(f"cannot write {self._path}: {error.strerror}; make room or set output_dir") from error
+            raise cannot_write(self._path, error, otherwise="set output_dir") from error
 
     def records(self) -> list[dict[str, Any]]:
         """All whole lines. What one that a crash or a full disk cut short would say shows in the next one.

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from softcot_ds.command import OVERRIDES_HELP, run_command
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import write_atomically
+from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import latest_checkpoint, saved_step
 
@@ -55,7 +55,7 @@ def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = 
         for command, text in scripts.items():
             write_atomically(folder / f"{command}.sbatch", text)
     except OSError as error:
-        raise SoftCoTError(f"cannot write to {recipe.run_dir}: {error}; free space or set output_dir") from error
+        raise cannot_write(recipe.run_dir, error, otherwise="set output_dir") from error
 
     jobs: list[str] = []
     for command in commands:

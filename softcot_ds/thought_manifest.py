@@ -17,14 +17,12 @@ hardware and interrupted writes, not against an adversary. Row keys, which must 
 Symbols: T thoughts, P assistant width, K initial embeddings.
 """
 
-import errno
 import getpass
 import hashlib
 import json
 import math
 import os
 import re
-import shutil
 import socket
 import time
 from collections.abc import Mapping, Sequence
@@ -38,7 +36,7 @@ import xxhash
 
 from softcot_ds import __version__
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import TEMPORARY_SUFFIX, parse_json, write_atomically
+from softcot_ds.files import TEMPORARY_SUFFIX, cannot_write, parse_json, write_atomically
 
 FORMAT = "softcot-ds thoughts"
 FORMAT_VERSION = 1
@@ -291,12 +289,5 @@ def refuse_other_identity(folder: Path, found: StoreIdentity, wanted: StoreIdent
 
 
 def disk_error(folder: Path, error: OSError) -> SoftCoTError:
-    """What to tell the user when writing to ``folder`` failed."""
-    if error.errno in (errno.ENOSPC, errno.EDQUOT):
-        existing = next(path for path in (folder, *folder.absolute().parents) if os.path.exists(path))
-        free = f"{shutil.disk_usage(existing).free / 1e6:,.1f} MB free"
-        return SoftCoTError(
-            f"the disk of {folder} is full ({error.strerror}, {free}); finished shards are kept: "
-            "make room or name another cache.path, then run the same command again"
-        )
-    return SoftCoTError(f"cannot write to {folder}: {error.strerror}; finished shards are kept")
+    """What to tell the user when writing to the cache ``folder`` failed."""
+    return cannot_write(folder, error, kept="finished shards are kept", otherwise="name another cache.path")

@@ -1,12 +1,15 @@
 """A file is the old one or the whole new one."""
 
+import errno
 import os
+import shutil
 
 import pytest
 
 from softcot_ds import files
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import (
+    cannot_write,
     dump_yaml,
     parse_json,
     parse_yaml,
@@ -52,6 +55,22 @@ def test_content_is_synced_before_it_gets_its_name_and_the_name_after(tmp_path, 
     monkeypatch.setattr(files.os, "fsync", sync)
     write_atomically(path, "content")
     assert events == [("content", False), ("folder", True)]
+
+
+def test_what_cannot_be_written_is_told_with_the_cause_and_a_way_on(tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: usage._replace(free=1_500_000 if path == tmp_path else 0))
+    path = tmp_path / "new" / "file"
+    for number in (errno.ENOSPC, errno.EDQUOT):
+        full = OSError(number, os.strerror(number), str(path))
+        assert str(cannot_write(path, full, otherwise="set output_dir")) == (
+            f"the disk of {path} is full ({os.strerror(number)}, 1.5 MB free). "
+            "Make room or set output_dir and run the same command again"
+        )
+    read_only = OSError(errno.EROFS, "Read-only file system", "inner")
+    assert str(cannot_write(path, read_only, kept="the rest is kept")) == (
+        f"cannot write to {path}: {read_only}; the rest is kept. Mend that and run the same command again"
+    )
 
 
 def test_a_missing_folder_is_an_error_not_a_new_folder(tmp_path):
