@@ -127,9 +127,10 @@ class StoreIdentity:
         name = Path(self.assistant).name or "assistant"
         return f"{name}-T{self.num_thoughts}-{self.dtype}-{self.digest[:8]}"
 
-    def difference(self, other: "StoreIdentity") -> list[str]:
-        """Names of the decisive fields in which ``other`` differs."""
-        return [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(other, f.name)]
+    def difference(self, wanted: "StoreIdentity") -> list[str]:
+        """In words, each decisive field in which this one is not ``wanted``."""
+        names = [f.name for f in fields(self) if f.compare and getattr(self, f.name) != getattr(wanted, f.name)]
+        return [f"{name} is {getattr(self, name)!r}, wanted {getattr(wanted, name)!r}" for name in names]
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -279,12 +280,10 @@ def _is_shard_name(name: str) -> bool:
 
 def refuse_other_identity(folder: Path, found: StoreIdentity, wanted: StoreIdentity) -> None:
     """Raises SoftCoTError, naming each field that differs, unless the two are the same."""
-    differing = found.difference(wanted)
-    if differing:
+    if differing := found.difference(wanted):
         raise SoftCoTError(
-            f"the cache {folder} was made for something else: "
-            + ", ".join(f"{name} is {getattr(found, name)!r}, wanted {getattr(wanted, name)!r}" for name in differing)
-            + "; name another cache.path, or remove that folder"
+            f"the cache {folder} was made for something else: {', '.join(differing)}; "
+            "name another cache.path, or remove that folder"
         )
 
 

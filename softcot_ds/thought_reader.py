@@ -44,12 +44,8 @@ def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> Thought
         folders = cache_folders(recipe.cache.path)
     for other in folders:
         with contextlib.suppress(SoftCoTError):
-            found = ThoughtStore.open(other).identity
-            fields = [
-                f"{name} is {getattr(found, name)!r}, wanted {getattr(identity, name)!r}"
-                for name in found.difference(identity)
-            ]
-            others.append(f"{other.name} ({', '.join(fields)})")
+            differing = ThoughtStore.open(other).identity.difference(identity)
+            others.append(f"{other.name} ({', '.join(differing)})")
     raise SoftCoTError(
         f"no cache of these thoughts at {folder}; build it with: softcot-ds cache RECIPE"
         + (f". There are others: {'; '.join(others)}" if others else "")
