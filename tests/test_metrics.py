@@ -13,7 +13,7 @@ from tensorboard.compat.proto.event_pb2 import Event
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.metrics import TensorBoard
 from softcot_ds.recipe import load_recipe
-from softcot_ds.train import _History
+from softcot_ds.record import History
 
 ROOT = Path(__file__).parents[1]
 
@@ -102,11 +102,11 @@ def test_damaged_losses_of_a_resumed_run_are_named_by_their_line(tmp_path, line)
     path = recipe.run_dir / "losses.jsonl"
     path.write_text(f'{{"step": 1, "loss": 0.5}}\n{line}\n{{"step": 3, "loss": 0.25, "skipped": true}}\n')
     with pytest.raises(SoftCoTError, match=r"losses.jsonl:2 is damaged: .* move it away"):
-        _History(recipe, start=3)
+        History(recipe, start=3)
     path.write_text(
         '{"step": 1, "loss": 0.5}\n{"step": 3, "loss": 0.25, "skipped": true}\n{"step": 4, "loss": 0.125}\n'
     )
-    history = _History(recipe, start=3)
+    history = History(recipe, start=3)
     history.write()
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 3, "loss": 0.25, "skipped": true}\n'
 
@@ -115,4 +115,4 @@ def test_losses_that_cannot_be_read_are_named(tmp_path):
     recipe = load_recipe(ROOT / "recipes/word_problems.yaml", [f"output_dir={tmp_path}"])
     (recipe.run_dir / "losses.jsonl").mkdir(parents=True)
     with pytest.raises(SoftCoTError, match=r"cannot read .*losses.jsonl: Is a directory\. .* move it away"):
-        _History(recipe, start=3)
+        History(recipe, start=3)
