@@ -110,7 +110,14 @@ _PART = rf"(?:(?:{_any(_UNITS)}|a)[- ])?{_any(_PARTS)}(?:s|(?<=hal)ves)?\b"
 _WORDS = rf"""
     (?:{_BIG}(?:(?:,|[ ]and)?[ ]{_BIG}){{0,4}}(?:(?:,|[ ]and|,[ ]and)?[ ]{_BELOW_1000})?|{_BELOW_1000})
     (?![- ](?:{_any(_PARTS)})s?\b)(?:[ ]and[ ]{_PART})?
-    | (?:{_any(_UNITS)}|a)[- ]half\b | half\b | {_any(_UNITS)}[- ](?:{_any(_PARTS)})s?\b
+    | a(?=[- ]dozen\b)
+    | (?P<fraction> (?:{_any(_UNITS)}|a)[- ]half\b | half\b | {_any(_UNITS)}[- ]{_any(_PARTS)}s?\b
+        | a[- ]{_any(_PARTS)}(?=[- ]of\b) )
+"""
+# What the words before are multiplied by: "two dozen", "half a million", "two and a half thousand". Figures are not: in
+# "3 dozen" the dozen is a unit, mostly the one that was asked for.
+_MULTIPLE = rf"""
+    (?(fraction)(?:[- ]of)?(?:[- ]an?)?)[- ](?P<multiple>dozen|{_any(_SCALES)})s?\b(?P<half_more>[ ]and[ ]a[ ]half\b)?
 """
 # The last alternative takes whole what is no number in any notation: 10-15, 3:30, 7/4/2023, 1,2,3, 1.2.3.
 _DIGITS = r"""
@@ -140,7 +147,7 @@ _NUMERAL = re.compile(
     (?P<currency>
         (?:\b[A-Z]{{1,3}})?[{_SYMBOLS}]{{1,2}}\ {{0,3}} | \b(?:Rs\.?|USD|EUR|GBP|INR|CAD|AUD|JPY|CNY)\ {{0,2}} )?
     (?P<inner_sign>[-—])?
-    (?: (?(currency)|(?<![A-Za-z\d^])(?<!\^\{{)){_DIGITS}(?:st|nd|rd|th)? | \b(?P<words>(?i:{_WORDS})) )
+    (?: (?(currency)|(?<![A-Za-z\d^])(?<!\^\{{)){_DIGITS}(?:st|nd|rd|th)? | \b(?i:(?P<words>{_WORDS})(?:{_MULTIPLE})?) )
     """,
     re.VERBOSE,
 )
@@ -161,7 +168,8 @@ def numerals(text: str, start: int, end: int) -> Iterator[Numeral]:
 def _value(match: re.Match[str], text: str) -> Fraction | None:
     """The number without its sign."""
     if match["words"]:
-        return _value_of_words(match["words"].lower())
+        count = _value_of_words(match["words"].lower()) + Fraction(bool(match["half_more"]), 2)
+        return count * ({"dozen": 12} | _SCALES).get((match["multiple"] or "").lower(), 1)
     exponent = match["exponent"] or match["power_of_ten"] or match["power"] or "0"
     if match["whole"] is None or len(match[0]) > _LONGEST or abs(int(exponent)) > _LONGEST:
         return None
