@@ -6,7 +6,8 @@ question of position and of what announces it:
 1. ``#### 18``: the first one; what a model writes after it is a remark or another problem.
 2. ``\boxed{18}``, "the answer is 18", "Answer: 18", ``<answer>18``: the last one. A boxed step of a solution that goes
    on is none, and "Answer:" may open a solution.
-3. The last statement that holds a number and is neither a question nor a remark ("This assumes 7 days a week.").
+3. What all the rest only explains: "26 students: 14 girls and 12 boys", "54. Each of the 6 boxes holds 9."
+4. The last statement that holds a number and is neither a question nor a remark ("This assumes 7 days a week.").
 """
 
 import re
@@ -40,14 +41,14 @@ def extract_number(text: str, cut: bool = False) -> Fraction | None:
     r"""The number that ``text`` gives as its answer, or None when there is none.
 
     Of an equation the result counts (``x = 4``, ``3 + 4 = 7``). A percentage counts as its figure (``50%`` is 50),
-    currencies and units are ignored.
+    currencies and units are ignored. What a model thinks before it answers (``</think>``) is not searched.
 
     Args:
         text: a model's output.
         cut: the output ended at a limit. Its last number may be anything, so only an answer that was announced
             counts, and not one at the very end, which may have gone on.
     """
-    text = plain(text)
+    text = _THOUGHT.sub("", plain(text), count=1)
     items = _items(text)
     hashes = _after_hashes(text, items, cut)
     if hashes and not _NEXT_PROBLEM.search(text, 0, hashes.start):
@@ -61,7 +62,7 @@ def extract_number(text: str, cut: bool = False) -> Fraction | None:
     announced = [one for one in announced if one.end <= end and not (cut and _may_go_on(text, one))]
     answer = _last_announced(text, announced, statements)
     if answer is None and not cut:
-        answer = _concluded(text, statements)
+        answer = _explained(text[:end], statements) or _concluded(text, statements)
     return None if answer is None else answer.value
 
 
@@ -73,8 +74,11 @@ _OPERATOR = re.compile(rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|mi
 _EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>)[^\n,;]{{0,40}}", re.VERBOSE)
 _ASIDE = re.compile(
     r"""(?: \b(?:in|per|every|each|at|on|above|within|during|than|from|since|over|by|for|until|the|these|those|this
-            |that|his|(?<!ing\ )her|their|all|no|any|which|another|other|out\ of|(?<!him\ )(?<!her\ )(?<!left\ )with)
+            |that|his|(?<!ing\ )her|their|all|another|other|out\ of|(?<!him\ )(?<!her\ )(?<!left\ )with)
+          | (?:\b(?:that|who)|(?<!,)\ which)(?:\ each)?\ (?:are|have|cost|weigh|hold|contain|seat|need|measure|sell|pay)
+          | \b(?:each|all|both)\ of\ (?:which|whom)\ [a-z]{1,12}
           | \b(?:if|after|before|when|not)(?:\ [a-z]{1,12}){0,2} | \d\ of
+          | \b(?:(?:the|his|her|their|its)|at\ an?)\ (?!total|sum|answer|final)[a-z]{1,15}(?:\ [a-z]{1,15})?\ of
           | (?<!has)(?<!have)(?<!needs)(?<!need)\ to\ (?!about|only|almost|nearly|exactly|over|around)[a-z]{1,15} )
         (?:\ [a-z]{1,12}ing)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
     re.VERBOSE | re.IGNORECASE,
@@ -85,27 +89,24 @@ _SAME_CLAUSE = re.compile(
 )
 _REASON = re.compile(r"[^.;:!?\n]{0,120}\b(?:because|since)\b[^,.;:!?\n]{0,120}", re.IGNORECASE)
 _PARENTHESIS = re.compile(r"\([^()\n]*\Z")
-_COMPARED = re.compile(
-    r" (?:[a-z]{1,20} ){0,2}(?:(?:more|less|fewer|[a-z]{1,12}er) than|of (?:them|these|those|which))\b"
+_ASIDE_BY_NEXT = re.compile(
+    r"-[a-z]| (?:[a-z]{1,20} ){0,2}(?:(?:more|less|fewer|[a-z]{1,12}er) than|of (?:them|these|those|which))\b"
 )
 _LABEL = re.compile(
     r"\b(?:step|part|question|problem|example|case|figure|table|section|phase|stage|method)s? #?$", re.IGNORECASE
 )
-_FOOTNOTE = re.compile(r"(?<=\w)(?<! is)[.,]? ?\[\Z")
 _ITEM = re.compile(r"^[ >#]{0,8}(?:\*\*)?(\d{1,2})[.)](?= *\S)(?!\d)", re.MULTILINE)
 
 
 def _readings(text: str, items: set[int], start: int, end: int) -> list[_Reading]:
     """What is read between two positions."""
-    readings = []
-    chain: list[Numeral] = []
+    chains: list[list[Numeral]] = []
     for numeral in _counted(text, items, start, end):
-        if chain and not _joint(text[chain[-1].end : numeral.start]):
-            readings.append(_reading(text, chain))
-            chain = []
-        chain.append(numeral)
-    if chain:
-        readings.append(_reading(text, chain))
+        if chains and _joint(text[chains[-1][-1].end : numeral.start]):
+            chains[-1].append(numeral)
+        else:
+            chains.append([numeral])
+    readings = [_reading(text, chain) for chain in chains]
     for index in range(1, len(readings)):
         one, other = readings[index - 1], readings[index]
         follows = (one.is_equation or one.is_trailing) and not other.is_equation
@@ -126,10 +127,9 @@ def _items(text: str) -> set[int]:
 
 
 def _counted(text: str, items: set[int], start: int, end: int) -> Iterator[Numeral]:
-    """The numbers of a text without those that only number its steps, items and footnotes."""
+    """The numbers of a text without those that only number its steps and items."""
     for numeral in numerals(text, start, end):
-        before, after = text[max(0, numeral.start - 40) : numeral.start], text[numeral.end : numeral.end + 1]
-        if numeral.start not in items and not _LABEL.search(before) and not (after == "]" and _FOOTNOTE.search(before)):
+        if numeral.start not in items and not _LABEL.search(text[max(0, numeral.start - 40) : numeral.start]):
             yield numeral
 
 
@@ -149,23 +149,25 @@ def _reading(text: str, chain: list[Numeral]) -> _Reading:
     sides = [n.value for n, around in zip(chain, pairwise(bounds), strict=True) if around == ("equals", "equals")]
     values = [value for value in sides if value is not None]
     before, after = text[max(0, chain[0].start - 60) : chain[0].start], text[chain[0].end : chain[0].end + 60]
-    beside = _PARENTHESIS.search(before) or _ASIDE.search(before[-40:]) or _COMPARED.match(after)
+    in_passing = len(chain) == 1 and (_ASIDE.search(before[-40:]) or _ASIDE_BY_NEXT.match(after))
+    enclosed = _PARENTHESIS.search(before) and ")" not in text[chain[0].start : chain[-1].end]
     return _Reading(
         chain[0].start,
         chain[-1].end,
         values[-1] if values else None,
         "equals" in joints,
-        len(chain) == 1 and bool(beside),
+        bool(in_passing or enclosed),
         all(numeral.in_words for numeral in chain),
     )
 
 
 # ---------------------------------------------------------------------------------------------- announced answers
 
+_THOUGHT = re.compile(r"\A.*?</think(?:ing)?>", re.DOTALL)
 _NEXT_PROBLEM = re.compile(
     r"""<\|[^|<>\n]{1,40}\|>|</s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]
         |^[#*\s>]{0,8}(?:next\ |new\ |another\ )?(?:problem|question|exercise|example|instruction|input
-            |user|human|student|teacher|q)(?:\ ?\#?\d{1,4})?\**\ ?[:.]
+            |user|human|student|teacher|q)(?:(?:\ ?\#?\d{1,4})?\**\ ?[:.]|\ ?\#?\d{1,4}\**\ ?$)
         |^[^\n.:]{0,30}\b(?:another|next|new|similar)\ (?:problem|question|example|exercise)\b""",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
@@ -300,7 +302,7 @@ def _last_announced(text: str, announced: list[_Reading], statements: list["_Sta
 # ------------------------------------------------------------------------------------------------ the last statement
 
 _END = re.compile(
-    r"""(?<!\bRs)(?<!\bNo)(?<!\bvs)(?<!approx)(?<!\b[ap]\.m)[.!?;](?=[\s"')\]*$]|$) | 。 | \n""", re.VERBOSE
+    r"""(?<!\b(?:Rs|No|vs|Mr|Ms|Dr))(?<!\bMrs)(?<!approx)(?<!\b[ap]\.m)[.!?;](?=[\s"')\]*$]|$) | 。 | \n""", re.VERBOSE
 )
 _REMARK = re.compile(
     r"""[(\[](?![^()\n]{0,80}\)\ *[^\s.]) | [*_#>\-\s]{0,6}
@@ -335,6 +337,30 @@ def _statements(text: str, readings: list[_Reading]) -> list[_Statement]:
             if match[0] == "\n":
                 line, remark = line + 1, False
     return statements
+
+
+_PARTS_FOLLOW = re.compile(r"[^.!?\n]{0,80}?(?::|\b(?:consisting|made up|including|of which)\b|\n\s{0,8}[-*•])")
+# With a unit the number stands alone in its paragraph: "16 eggs. She eats 3." begins a solution.
+_SENTENCE_FOLLOWS = re.compile(
+    r"(?:(?: ?[A-Za-z%°]{1,12}){1,4}[^\w(\n]{0,4}\n)?[^\w(]{0,3}[.!:;*\n][^\w(]{0,5}[A-Z][a-z']{0,15} [a-z]+ "
+)
+_CONCLUDES = re.compile(r"\b(?:so|thus|therefore|hence|now|left|remains?|total|altogether|in all)\b", re.IGNORECASE)
+
+
+def _explained(text: str, statements: list[_Statement]) -> _Reading | None:
+    """The answer that the rest of a text only explains: a total before its parts, or a bare number that opens it."""
+    readings = [reading for statement in statements if statement.counts for reading in statement.readings]
+    conclusion = max((match.end() for match in _CONCLUDES.finditer(text)), default=0)
+    rest = Fraction(0)
+    for reading in reversed(readings):
+        if reading.value is None or reading.is_equation:
+            return None
+        parts = _PARTS_FOLLOW.match(text, reading.end)
+        if reading.value == rest and parts and parts.end() > conclusion:
+            return reading
+        rest += reading.value
+    opens = readings and not re.search(r"\w", text[: readings[0].start]) and readings[0].end > conclusion
+    return readings[0] if opens and _SENTENCE_FOLLOWS.match(text, readings[0].end) else None
 
 
 def _concluded(text: str, statements: list[_Statement]) -> _Reading | None:

@@ -213,6 +213,14 @@ def test_no_number_is_none(text):
         ("one half", "1/2"),
         ("three quarters", "3/4"),
         ("two thirds", "2/3"),
+        ("a third of it", "1/3"),
+        ("a dozen", "12"),
+        ("Two dozen", "24"),
+        ("half a dozen", "6"),
+        ("a dozen and a half", "18"),
+        ("half a million", "500000"),
+        ("a quarter of a million", "250000"),
+        ("two and a half thousand", "2500"),
         ("٣٤", "34"),
         ("Rs.500", "500"),
         ("is...18!", "18"),
@@ -713,6 +721,53 @@ def test_what_instruct_models_write(text, number):
 @pytest.mark.parametrize(
     ("text", "number"),
     [
+        ("In total there are 26 students: 14 girls and 12 boys.", 26),
+        ("**Total: 95 minutes**\n\n* Monday: 40 minutes\n* Friday: 55 minutes", 95),
+        ("The bill is $25, made up of $10 for pens and $15 for ink.", 25),
+        ("He has 120 marbles, of which 40 are red and 80 are blue.", 120),
+        ("- 20 roses\n- 15 tulips\nTotal: 35 flowers", 35),
+        ("He has 10 apples: he eats 3, and 7 are left.", 7),
+        ("There are 3 cats: Tom has 5 kg and Kit 4 kg.", 4),
+        ("54. Each of the 6 boxes holds 9 pencils.", 54),
+        ("**88**\n\nThe first shift makes 40 parts and the second 48.", 88),
+        ("230 grams\n\nThe full jar weighs 380 grams and the empty one 150.", 230),
+        ("16 eggs. She eats 3 for breakfast. She sells 9.", 9),
+        ("16.\nShe eats 3 and bakes with 4, so 9 are left.", 9),
+        ("9\nShe sells 9 * 2 = 18", 18),
+        ("10 apples\n5 oranges\nTom buys 15 fruits", 15),
+        ("</think>\n\nThe total is $35.", 35),
+        ("<think>The answer is 45. But he has a coupon of 10.</think>\n\nHe pays $35.", 35),
+        ("15 minutes\n\nProblem 2\nA man has 3 dogs.", 15),
+    ],
+)
+def test_an_answer_may_stand_before_what_explains_it_and_never_in_a_thought(text, number):
+    assert extract_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
+        ("She bought 5 bags that cost $4 each.", 5),
+        ("There are 28 people who each pay $5.", 28),
+        ("He bought 5 bags, which cost $20.", 20),
+        ("He needs 13 boards, each of which is 2 m long.", 13),
+        ("It took 20 minutes at a rate of 45 words per minute.", 20),
+        ("That makes 30 points for the team of 5.", 30),
+        ("This leaves 12 slices of a 20-slice pizza.", 12),
+        ("He owes $300 (500 - 200).", 300),
+        ("They sold nine dozen eggs in 3 days.", 108),
+        ("He bought 3 dozen eggs.", 3),
+        ("Answer: Half of Mr. Hill's 36 eggs are 36 / 2 = 18, so 4 * 18 = 72 are left.", 72),
+        ("He gives away six of a dozen eggs and keeps 6.", 6),
+    ],
+)
+def test_a_number_told_in_passing_is_not_what_a_statement_is_about(text, number):
+    assert extract_number(text) == number
+
+
+@pytest.mark.parametrize(
+    ("text", "number"),
+    [
         ("#### 18", None),
         ("#### 1", None),
         ("#### 18\n", 18),
@@ -902,6 +957,9 @@ def test_a_number_in_any_notation_in_any_place_is_read_back_exactly(value, sign,
         "note. ",
         "1\n",
         "5? ",
+        "0: ",
+        "a dozen ",
+        "half a million ",
         "$",
         "-",
     ],
