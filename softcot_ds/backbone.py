@@ -1,6 +1,5 @@
 """Loading the two frozen models, whole or partitioned over the ranks."""
 
-import copy
 import hashlib
 import json
 from collections.abc import Iterable
@@ -15,16 +14,16 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
-from transformers.integrations import HfDeepSpeedConfig
-from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from softcot_ds.distributed import device as own_device
 from softcot_ds.distributed import lost_rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
 from softcot_ds.model_files import model_folder, weight_files
-from softcot_ds.recipe import ModelConfig, Partition
+from softcot_ds.partition import decoding_config, hook_partitioned, loading
+from softcot_ds.recipe import ModelConfig, Partition, Recipe
 
 transformers_logging.disable_progress_bar()
 
@@ -132,18 +131,26 @@ def load_frozen(
         SoftCoTError: the model cannot be loaded, or weights are missing in its files.
     """
     check_weights(config)
-    # from_pretrained partitions while this object lives. It is undone at once, so that loading one model partitioned
-    # does not partition whatever is loaded later.
-    zero3 = HfDeepSpeedConfig(copy.deepcopy(deepspeed_config)) if partition == "zero3" else None
-    try:
+    with loading(deepspeed_config if partition == "zero3" else None):
         model, info = _from_pretrained(config, config.attention)
-    finally:
-        if zero3 is not None:
-            unset_hf_deepspeed_config()
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
     return model if partition == "zero3" else model.to(device)
+
+
+def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:
+    """One of the recipe's frozen models on this rank's device, ready to run, not to be trained through.
+
+    Raises:
+        SoftCoTError: see ``load_frozen``.
+    """
+    if partition == "none":
+        return load_frozen(config, "none", own_device())
+    settings = decoding_config(recipe)
+    model = load_frozen(config, partition, own_device(), settings)
+    hook_partitioned(model, settings)
+    return model
 
 
 def check_weights(config: ModelConfig) -> None:

@@ -108,17 +108,12 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
     import deepspeed
 
     from softcot_ds import backbone, distributed
+    from softcot_ds.partition import plain_config
     from softcot_ds.thoughts import decoder_of
 
     ranks.export_environment()
     distributed.init_distributed(recipe.training.timeout_minutes)
-    config = {
-        "train_micro_batch_size_per_gpu": 1,  # asked for, and without meaning where nothing is trained
-        "zero_optimization": {"stage": 3},
-        "bf16": {"enabled": recipe.assistant.dtype == "bfloat16"},
-        "fp16": {"enabled": recipe.assistant.dtype == "float16"},
-        "steps_per_print": 2**31 - 1,
-    }
+    config = plain_config(recipe.assistant.dtype)
     model = backbone.load_frozen(recipe.assistant, "zero3", distributed.device(), config)
     # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
     engine, *_ = deepspeed.initialize(model=decoder_of(model), config=config)

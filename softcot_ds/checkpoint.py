@@ -25,9 +25,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from softcot_ds.adapter import AdapterConfig, TrainerState, damaged
-from softcot_ds.distributed import on_main, rank, say, world_size
+from softcot_ds.distributed import on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, sync_file, sync_folder, temporary_name
+from softcot_ds.partition import is_partitioned, local_part
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
 
@@ -196,11 +197,8 @@ def _create_moments(engine: Any, steps: int) -> None:
 def _set_full(parameter: torch.nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
     """Set the float32 master copy, or a moment, of a parameter from its whole value on any number of ranks."""
     value = value.to(parameter.device)
-    if hasattr(parameter, "ds_id"):
-        # ZeRO-3 pads a parameter that the ranks do not divide; safe_set_full_* of DeepSpeed 0.19 does not.
-        part = parameter.ds_tensor.numel()
-        padded = torch.nn.functional.pad(value.flatten(), (0, part * world_size() - value.numel()))
-        value = padded[rank() * part : (rank() + 1) * part]
+    if is_partitioned(parameter):
+        value = local_part(parameter, value)
         set_weight, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
     else:
         set_weight, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state

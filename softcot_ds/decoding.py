@@ -24,6 +24,7 @@ from transformers.generation.utils import GenerateOutput
 from softcot_ds.backbone import context_length
 from softcot_ds.distributed import max_over_ranks
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.partition import needs_all_ranks
 from softcot_ds.prompts import BasePrompt
 
 _TRIAL_LENGTHS = (4, 40)
@@ -62,15 +63,15 @@ def decode(
     thoughts: torch.Tensor | None,
     stop_ids: list[int],
     sampling: Sampling,
-    synced: bool = False,
 ) -> list[Output]:
     """Continue a batch of prompts, up to the end of the model's context. What comes out of each is what does alone.
+
+    All ranks call it together where the model is partitioned: it goes on until every one is done.
 
     Args:
         prompts: B prompts ``prefix ; thoughts ; suffix``.
         thoughts: (B, T, D), or None to decode without any.
         stop_ids: tokens that end an output.
-        synced: the model is partitioned over ranks: go on until every rank is done, as each forward pass needs all.
 
     Returns:
         The output of each prompt.
@@ -88,10 +89,10 @@ def decode(
         )
     sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
     groups = [list(range(len(prompts)))]
-    if not try_decoding(model, synced):
+    if not try_decoding(model):
         groups = [[index] for index in range(len(prompts))]
     outputs: dict[int, Output] = {}
-    for number in range(max_over_ranks(len(groups)) if synced else len(groups)):
+    for number in range(max_over_ranks(len(groups)) if needs_all_ranks(model) else len(groups)):
         # A rank without a group of its own runs along: each forward pass needs all ranks.
         group = groups[min(number, len(groups) - 1)]
         made = _generate(
@@ -100,7 +101,6 @@ def decode(
             None if thoughts is None else thoughts[group],
             stop_ids,
             sampling,
-            synced,
         )
         for index, row in zip(group, made.sequences.tolist(), strict=True):
             outputs.setdefault(index, _until_stop(row[max(lengths[index] for index in group) :], set(stop_ids)))
@@ -113,13 +113,10 @@ def _until_stop(row: list[int], stops: set[int]) -> Output:
 
 
 @torch.no_grad()
-def try_decoding(model: PreTrainedModel, synced: bool = False) -> bool:
+def try_decoding(model: PreTrainedModel) -> bool:
     """Decode two short prompts of unequal length, with thoughts, and compare the logits with passes of each alone.
 
     A pass alone is one over all embeddings without padding or cache, as in training. Tried once for each model.
-
-    Args:
-        synced: as in ``decode``.
 
     Returns:
         Whether prompts may be decoded together.
@@ -129,7 +126,7 @@ def try_decoding(model: PreTrainedModel, synced: bool = False) -> bool:
     """
     if model not in _batches:
         try:
-            _batches[model] = _trial(model, synced)
+            _batches[model] = _trial(model)
         except SoftCoTError:
             raise
         except Exception as error:  # whatever a family's code raises when it is used in a way that it does not know
@@ -138,7 +135,7 @@ def try_decoding(model: PreTrainedModel, synced: bool = False) -> bool:
     return _batches[model]
 
 
-def _trial(model: PreTrainedModel, synced: bool) -> bool:
+def _trial(model: PreTrainedModel) -> bool:
     embed = model.get_input_embeddings()
     ids = _ordinary_tokens(model, max(_TRIAL_LENGTHS)).to(embed.weight.device)
     # Two tokens before the thoughts and one after; thoughts that are no token's embedding.
@@ -149,7 +146,7 @@ def _trial(model: PreTrainedModel, synced: bool) -> bool:
 
     def errors(rows: list[int]) -> list[float]:
         picked = [prompts[row] for row in rows]
-        made = _generate(model, picked, thoughts_BTD[rows], [stop_id], Sampling(2), synced, logits=True)
+        made = _generate(model, picked, thoughts_BTD[rows], [stop_id], Sampling(2), logits=True)
         found_BNV = torch.stack(made.logits, dim=1)
         first_B = made.sequences[:, -2]
         return [
@@ -201,7 +198,6 @@ def _generate(
     thoughts: torch.Tensor | None,
     stop_ids: list[int],
     sampling: Sampling,
-    synced: bool,
     logits: bool = False,
 ) -> GenerateOutput:
     """One call of ``generate``: sequences (B, S + new tokens), padded on the left, and each new token's logits."""
@@ -226,7 +222,7 @@ def _generate(
             **sampled,
             eos_token_id=stop_ids,
             pad_token_id=0,
-            synced_gpus=synced,
+            synced_gpus=needs_all_ranks(model),
             return_dict_in_generate=True,
             output_logits=logits,
         )

@@ -5,19 +5,14 @@ V vocabulary, D base width.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from typing import Any
 
-import deepspeed
 import torch
 from torch import nn
 
+from softcot_ds.partition import gathered
+
 _ROWS = 4096
 """Rows of the table that are compared at a time."""
-
-
-def gathered(*parameters: nn.Parameter) -> Any:
-    """A context in which parameters have their whole values, partitioned or not. All ranks enter it together."""
-    return deepspeed.zero.GatheredParameters([parameter for parameter in parameters if hasattr(parameter, "ds_id")])
 
 
 @contextmanager

@@ -5,8 +5,6 @@ from typing import Any
 
 import deepspeed
 import torch
-from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
-from pydantic import ValidationError
 from transformers import PreTrainedModel
 
 from softcot_ds.backbone import load_frozen, width
@@ -15,45 +13,11 @@ from softcot_ds.distributed import device, world_size
 from softcot_ds.embedding import whole_embedding
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.partition import engine_config, make_layers_leaves
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
-from softcot_ds.recipe import BackboneConfig, Recipe
+from softcot_ds.recipe import Recipe
 from softcot_ds.step import SoftCoT
 from softcot_ds.trial import agreed, check_model, why_not_fast
-
-
-def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
-    """The recipe's DeepSpeed configuration, with what the recipe itself decides filled in.
-
-    ``"auto"`` would not be: only the Hugging Face Trainer replaces it.
-    """
-    config = recipe.backbone.deepspeed_config()
-    try:
-        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
-    except ValidationError as error:  # DeepSpeed would end in it too, once a model is loaded
-        wrong = [f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
-        raise SoftCoTError(f"{recipe.backbone.deepspeed_path()}: {'; '.join(wrong)}") from error
-    config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
-    config["gradient_accumulation_steps"] = accumulation
-    config["gradient_clipping"] = recipe.training.gradient_clipping
-    config["bf16"] = {"enabled": recipe.base.dtype == "bfloat16"}
-    # Sums of gradients over micro-batches and ranks stay in float32: bf16 sums would depend on the number of ranks.
-    config["data_types"] = {"grad_accum_dtype": "fp32"}
-    config["communication_data_type"] = "fp32"
-    # The norm of the gradient is what tells one that is not finite.
-    config["zero_optimization"].pop("compute_grad_norm", None)
-    config.pop("tensorboard", None)  # DeepSpeed's monitor would write a second set of curves
-    # DeepSpeed's own progress lines; ours are better placed.
-    config["steps_per_print"] = 2**31 - 1
-    return config
-
-
-def decoding_config(recipe: Recipe) -> dict[str, Any]:
-    """The same for models that are only run. ZeRO++'s second partition goes: DeepSpeed takes it for one model alone."""
-    if recipe.backbone.partition != "zero3":  # but evaluation.partition is: the recipe's file is of another stage
-        recipe = recipe.model_copy(update={"backbone": BackboneConfig(partition="zero3")})
-    config = engine_config(recipe)
-    config["zero_optimization"].pop("zero_hpz_partition_size", None)
-    return config
 
 
 def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None) -> SoftCoT:
@@ -125,23 +89,6 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
     if model.prefixed is not None and (reason := agreed(why_not_fast(model.base, model.prefixed))):
         model.use_full_step(reason)
     return engine
-
-
-def make_layers_leaves(model: PreTrainedModel) -> None:
-    """Have ZeRO-3 gather a decoder layer's weights together, once for all that happens inside of it.
-
-    The fast step runs a layer's modules twice, for prefix and suffix; with hooks on each module, each would be gathered
-    or at least tracked twice.
-    """
-    layers = getattr(model.get_decoder(), "layers", None)
-    if layers is not None:
-        deepspeed.utils.set_z3_leaf_modules(model, [type(layer) for layer in layers])
-
-
-def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
-    """Make a model that was loaded partitioned gather its weights as it runs, for use without training."""
-    make_layers_leaves(model)
-    deepspeed.initialize(model=model, config=config, dist_init_required=False)
 
 
 def accumulation_steps(recipe: Recipe) -> int:

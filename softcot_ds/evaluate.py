@@ -36,16 +36,16 @@ from transformers import PreTrainedModel
 from softcot_ds import __version__
 from softcot_ds.adapter import AdapterConfig, load_adapter, train_summary
 from softcot_ds.agreement import agree
-from softcot_ds.backbone import context_length, load_frozen, weights_fingerprint, width
+from softcot_ds.backbone import context_length, load_to_run, weights_fingerprint, width
 from softcot_ds.command import recipe_command
 from softcot_ds.data import Example
 from softcot_ds.decoding import Output, Sampling, decode, try_decoding
 from softcot_ds.distributed import device, from_all_ranks, init_distributed, on_main, rank, say, world_size
-from softcot_ds.engine import decoding_config, hook_partitioned
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.metrics import flatten
+from softcot_ds.partition import quantization
 from softcot_ds.progress import Progress
 from softcot_ds.projection import StaticThoughts
 from softcot_ds.prompts import AssistantInput, BasePrompt
@@ -320,7 +320,7 @@ class _Decoder:
         self._fingerprint = fingerprint
         self._stop_ids = stop_ids
         self._context = context
-        self._partitioned = (recipe.evaluation.partition or recipe.backbone.partition) == "zero3"
+        self._partition = recipe.evaluation.partition or recipe.backbone.partition
 
     def job(self, name: str, prompts: Sequence[BasePrompt], thoughts: _Thoughts | None, max_new_tokens: int) -> _Job:
         """Everything that decides the outputs is a setting of the job. What is not: the number of ranks, the partition
@@ -346,7 +346,7 @@ class _Decoder:
             "model": self._fingerprint,
             "dtype": self._model_config.dtype,
             "attention": self._model_config.attention,
-            "quantized": _quantization(self._recipe) if self._partitioned else {},
+            "quantized": quantization(self._recipe) if self._partition == "zero3" else {},
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": _digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
@@ -361,18 +361,10 @@ class _Decoder:
         agree({f"{name}: {key}": value for key, value in settings.items()})
         return _Job(name, prompts, thoughts, settings, self._recipe.run_dir / "outputs")
 
-    @property
-    def _synced(self) -> bool:
-        """Whether each forward pass needs all ranks."""
-        return self._partitioned and world_size() > 1
-
     @cached_property
     def _model(self) -> PreTrainedModel:
-        config = decoding_config(self._recipe) if self._partitioned else None
-        model = load_frozen(self._model_config, "zero3" if self._partitioned else "none", device(), config)
-        if config is not None:
-            hook_partitioned(model, config)
-        try_decoding(model, self._synced)
+        model = load_to_run(self._model_config, self._recipe, self._partition)
+        try_decoding(model)
         return model
 
     def run(self, job: _Job) -> list[Output]:
@@ -384,7 +376,7 @@ class _Decoder:
         for start in range(0, len(job.todo), world_size()):
             mine = start + rank() < len(job.todo)
             # Partitioned, a rank without work still takes part: each forward pass needs all ranks.
-            if mine or self._partitioned:
+            if mine or self._partition == "zero3":
                 number = job.todo[start + rank() if mine else start]
                 outputs = self._decode(job, number)
                 if mine:
@@ -408,7 +400,7 @@ class _Decoder:
         thoughts = None if job.thoughts is None else job.thoughts(batch)
         sampling = Sampling(job.max_new_tokens, evaluation.temperature, evaluation.top_p)
         torch.manual_seed(batch_seed(self._recipe.seed, number))
-        return decode(model, prompts, thoughts, self._stop_ids, sampling, self._synced)
+        return decode(model, prompts, thoughts, self._stop_ids, sampling)
 
 
 def batch_seed(seed: int, number: int) -> int:
@@ -456,17 +448,6 @@ def _evaluation_hash(recipe: Recipe, jobs: dict[Condition, _Job], examples: Sequ
     """Of all that decides a report, the references too: none is ever overwritten by another."""
     problems = [[example.problem.question, example.problem.answer] for example in examples]
     return _digest([recipe.task.name, {name: job.key for name, job in jobs.items()}, problems])[:8]
-
-
-def _quantization(recipe: Recipe) -> Record:
-    """What of the DeepSpeed configuration changes the weights of a partitioned model: mostly nothing."""
-    config = decoding_config(recipe)
-    return {
-        key: value
-        for section in (config, config["zero_optimization"])
-        for key, value in section.items()
-        if "quantiz" in key and value
-    }
 
 
 def _digest(value: Any) -> str:

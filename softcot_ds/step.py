@@ -25,6 +25,7 @@ from softcot_ds.distributed import is_main
 from softcot_ds.embedding import table_scale
 from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, why_unsupported
 from softcot_ds.loss import cross_entropy
+from softcot_ds.partition import is_partitioned
 from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.thoughts import SharedPrefix, check_length, compute_thoughts
@@ -58,7 +59,7 @@ class SoftCoT(nn.Module):
         # A table that ZeRO-3 partitions is left to the embedding module, whose hooks gather it once. The fused kernel
         # would have it gathered once more in the backward pass, as DeepSpeed gathers all that a module with gradient
         # reads: for Llama 3.1 8B 1 GB more traffic per micro-batch, to save two small launches.
-        partitioned = any(hasattr(parameter, "ds_id") for parameter in embedding.parameters())
+        partitioned = is_partitioned(*embedding.parameters())
         if isinstance(projection, LinearProjection) and not partitioned:
             scale = table_scale(embedding)
             if scale is not None:

@@ -29,8 +29,7 @@ class Validator:
         self._reader = reader
         self._experiment = experiment
         self._batch_size = experiment.recipe.training.micro_batch_size
-        self._synced = experiment.recipe.backbone.partition == "zero3" and world_size() > 1
-        try_decoding(engine.module.base, self._synced)
+        try_decoding(engine.module.base)
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], str]:
@@ -85,7 +84,6 @@ class Validator:
             self._engine.module.thoughts(self._batch(examples).to(device())),
             experiment.base_prompts.stop_ids,
             Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
-            synced=self._synced,
         )
         parts = []
         for example, output in zip(examples, outputs, strict=True):

@@ -113,9 +113,11 @@ def test_prompts_are_decoded_one_by_one_where_a_batch_changes_them(monkeypatch):
     try_decoding(model)
     sizes, original = [], decoding._generate
 
-    def counted(model, some, thoughts, stop_ids, sampling, synced):
+    def counted(model, some, thoughts, stop_ids, sampling):
         sizes.append(len(some))
-        return original(model, some, thoughts, stop_ids, sampling, False)
+        with monkeypatch.context() as alone:
+            alone.setattr(decoding, "needs_all_ranks", lambda _: False)
+            return original(model, some, thoughts, stop_ids, sampling)
 
     monkeypatch.setattr(decoding, "_generate", counted)
     expected = [alone(model, p, t, [STOP], 6) for p, t in zip(prompts, thoughts, strict=True)]
@@ -123,7 +125,8 @@ def test_prompts_are_decoded_one_by_one_where_a_batch_changes_them(monkeypatch):
     assert sizes == [1, 1, 1]
     # Partitioned over ranks, of which another has four: this one takes part in all passes.
     monkeypatch.setattr(decoding, "max_over_ranks", lambda count: count + 1)
-    assert decode(model, prompts, thoughts, [STOP], Sampling(6), synced=True) == expected
+    monkeypatch.setattr(decoding, "needs_all_ranks", lambda _: True)
+    assert decode(model, prompts, thoughts, [STOP], Sampling(6)) == expected
     assert sizes[3:] == [1, 1, 1, 1]
 
 

@@ -5,8 +5,8 @@ import json
 import pytest
 from launch import ROOT
 
-from softcot_ds.engine import engine_config
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.partition import engine_config
 from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes/word_problems.yaml"

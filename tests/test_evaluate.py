@@ -18,11 +18,11 @@ from softcot_ds import agreement, backbone, thought_reader
 from softcot_ds import evaluate as evaluate_module
 from softcot_ds.backbone import load_tokenizer
 from softcot_ds.decoding import Output
-from softcot_ds.engine import decoding_config
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluate import evaluate, others
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
+from softcot_ds.partition import decoding_config
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import load_recipe, resolve_location
 from softcot_ds.report import table, what_it_says_more
@@ -124,7 +124,7 @@ class Scribe:
     def ending(self, prompt):
         return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, synced):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling):
         self.batches.append(list(prompts))
         self.seeds.append(torch.initial_seed())
         outputs = []
@@ -138,7 +138,7 @@ class Scribe:
 
 def replace_decoding(monkeypatch, scribe):
     monkeypatch.setattr(evaluate_module, "decode", scribe)
-    for name in ("load_frozen", "try_decoding"):
+    for name in ("load_to_run", "try_decoding"):
         monkeypatch.setattr(evaluate_module, name, lambda *_: None)
 
 
@@ -416,7 +416,7 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
     decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 512)
     results = {}
     for partitioned in (False, True):
-        decoder._partitioned = partitioned
+        decoder._partition = "zero3" if partitioned else "none"
         for ranks in (1, 2, 3):
             outputs = {}
 
@@ -468,8 +468,7 @@ def of_another_base(path):
 
 
 def forbid_models(monkeypatch):
-    for module in (evaluate_module, backbone):
-        monkeypatch.setattr(module, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
+    monkeypatch.setattr(backbone, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -572,7 +571,7 @@ def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monke
     loads = []
     load = backbone.load_frozen
     monkeypatch.setattr(backbone, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
-    monkeypatch.setattr(evaluate_module, "load_frozen", lambda config, *_: loads.append(config.model))
+    monkeypatch.setattr(evaluate_module, "load_to_run", lambda config, *_: loads.append(config.model))
     recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
     assert loads == ["assistant", "package:pair/base"]

@@ -1,0 +1,143 @@
+"""How frozen weights are held: whole on every rank, or split over all of them by DeepSpeed's ZeRO-3.
+
+Whatever depends on that is asked here: the configuration, loading, running, and reading single weights.
+"""
+
+import copy
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import deepspeed
+import torch
+from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from pydantic import ValidationError
+from torch import nn
+from transformers import PreTrainedModel
+from transformers.integrations import HfDeepSpeedConfig
+from transformers.integrations.deepspeed import unset_hf_deepspeed_config
+
+from softcot_ds.distributed import rank, world_size
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import BackboneConfig, Dtype, Recipe
+
+_NEVER = 2**31 - 1
+
+
+def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
+    """The recipe's DeepSpeed configuration, with what the recipe itself decides filled in.
+
+    ``"auto"`` would not be: only the Hugging Face Trainer replaces it.
+    """
+    config = recipe.backbone.deepspeed_config()
+    try:
+        DeepSpeedZeroConfig(**config.get("zero_optimization", {}))
+    except ValidationError as error:  # DeepSpeed would end in it too, once a model is loaded
+        wrong = [f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
+        raise SoftCoTError(f"{recipe.backbone.deepspeed_path()}: {'; '.join(wrong)}") from error
+    config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
+    config["gradient_accumulation_steps"] = accumulation
+    config["gradient_clipping"] = recipe.training.gradient_clipping
+    config["bf16"] = {"enabled": recipe.base.dtype == "bfloat16"}
+    # Sums of gradients over micro-batches and ranks stay in float32: bf16 sums would depend on the number of ranks.
+    config["data_types"] = {"grad_accum_dtype": "fp32"}
+    config["communication_data_type"] = "fp32"
+    # The norm of the gradient is what tells one that is not finite.
+    config["zero_optimization"].pop("compute_grad_norm", None)
+    config.pop("tensorboard", None)  # DeepSpeed's monitor would write a second set of curves
+    # DeepSpeed's own progress lines; ours are better placed.
+    config["steps_per_print"] = _NEVER
+    return config
+
+
+def decoding_config(recipe: Recipe) -> dict[str, Any]:
+    """The same for models that are only run. ZeRO++'s second partition goes: DeepSpeed takes it for one model alone."""
+    if recipe.backbone.partition != "zero3":  # but evaluation.partition is: the recipe's file is of another stage
+        recipe = recipe.model_copy(update={"backbone": BackboneConfig(partition="zero3")})
+    config = engine_config(recipe)
+    config["zero_optimization"].pop("zero_hpz_partition_size", None)
+    return config
+
+
+def plain_config(dtype: Dtype) -> dict[str, Any]:
+    """ZeRO-3 and nothing else, for a model of this dtype that is only run."""
+    return {
+        "train_micro_batch_size_per_gpu": 1,  # asked for, and without meaning where nothing is trained
+        "zero_optimization": {"stage": 3},
+        "bf16": {"enabled": dtype == "bfloat16"},
+        "fp16": {"enabled": dtype == "float16"},
+        "steps_per_print": _NEVER,
+    }
+
+
+def quantization(recipe: Recipe) -> dict[str, Any]:
+    """What of the DeepSpeed configuration changes the weights of a partitioned model: mostly nothing."""
+    config = decoding_config(recipe)
+    return {
+        key: value
+        for section in (config, config["zero_optimization"])
+        for key, value in section.items()
+        if "quantiz" in key and value
+    }
+
+
+@contextmanager
+def loading(config: dict[str, Any] | None) -> Iterator[None]:
+    """Have ``from_pretrained`` split each weight over the ranks while it reads it: no rank ever holds the whole model.
+
+    Undone at the end, so that loading one model partitioned does not partition whatever is loaded later.
+
+    Args:
+        config: DeepSpeed's configuration; None to load whole.
+    """
+    if config is None:
+        yield
+        return
+    partitioning = HfDeepSpeedConfig(copy.deepcopy(config))  # in effect while it lives
+    try:
+        yield
+    finally:
+        del partitioning
+        unset_hf_deepspeed_config()
+
+
+def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
+    """Make a model that was loaded partitioned gather its weights as it runs, for use without training."""
+    make_layers_leaves(model)
+    deepspeed.initialize(model=model, config=config, dist_init_required=False)
+
+
+def make_layers_leaves(model: PreTrainedModel) -> None:
+    """Have ZeRO-3 gather a decoder layer's weights together, once for all that happens inside of it.
+
+    The fast step runs a layer's modules twice, for prefix and suffix; with hooks on each module, each would be gathered
+    or at least tracked twice.
+    """
+    layers = getattr(model.get_decoder(), "layers", None)
+    if layers is not None:
+        deepspeed.utils.set_z3_leaf_modules(model, [type(layer) for layer in layers])
+
+
+def is_partitioned(*parameters: nn.Parameter) -> bool:
+    """Whether any of these weights is split over the ranks."""
+    return any(hasattr(parameter, "ds_id") for parameter in parameters)
+
+
+def needs_all_ranks(model: nn.Module) -> bool:
+    """Whether each forward pass needs all ranks: one that is done must run along with the others."""
+    return world_size() > 1 and is_partitioned(*model.parameters())
+
+
+def gathered(*parameters: nn.Parameter) -> Any:
+    """A context in which parameters have their whole values, partitioned or not. All ranks enter it together."""
+    return deepspeed.zero.GatheredParameters([parameter for parameter in parameters if is_partitioned(parameter)])
+
+
+def local_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a partitioned parameter whose whole value is given: flat, padded as ZeRO-3 pads it.
+
+    DeepSpeed 0.19's ``safe_set_full_*`` do not pad a parameter that the ranks do not divide.
+    """
+    size = parameter.ds_tensor.numel()
+    padded = nn.functional.pad(whole.flatten(), (0, size * world_size() - whole.numel()))
+    return padded[rank() * size : (rank() + 1) * size]
