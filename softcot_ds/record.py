@@ -11,14 +11,75 @@ from typing import Any
 import torch
 
 from softcot_ds.data import Example
-from softcot_ds.distributed import device, on_main, say, sum_over_ranks, world_size
+from softcot_ds.distributed import device, is_main, on_main, say, sum_over_ranks, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_json, write_atomically
-from softcot_ds.metrics import PhaseTimer, peak_memory_gib
+from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
 
 _MAX_SKIPPED = 3
 """Steps in a row whose gradient is not finite, upon which a run ends: the next will hardly be better."""
+
+
+class Record:
+    """What is kept and said of a run's steps: ``losses.jsonl``, the curves in TensorBoard, the lines of the log."""
+
+    def __init__(self, recipe: Recipe, examples: Sequence[Example], start: int) -> None:
+        """Of a run that goes on after step ``start``; ``examples`` are the training data. What an earlier attempt wrote
+        of later steps is forgotten."""
+        self._recipe = recipe
+        self._examples = examples
+        self._start = start
+        self._board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
+        self._board.text("recipe", recipe.to_yaml(), start + 1)
+        self._history = History(recipe, start)
+        self.timer = PhaseTimer(device())
+        self.window = Window()
+        self._progress = Progress(recipe.training.steps - start, "steps")
+
+    def report(
+        self, step: int, batch: list[int], learning_rate: float, engine: Any, skipped: bool, last_saved: Path | None
+    ) -> None:
+        """Look at the steps since the last report, up to ``step``: the only thing that waits for the GPU.
+
+        Args:
+            batch: the step's global batch.
+            skipped: no optimizer step was taken.
+
+        Raises:
+            SoftCoTError: a loss is not finite, or the gradient was not in several steps in a row.
+        """
+        losses, throughput = self.window.read(self._examples, last_saved)
+        self._history.add(losses)
+        if skipped:
+            self._history.skipped.add(step)
+        points = scalars(losses, throughput, learning_rate, len(self._history.skipped), engine, self.timer)
+        self._board.scalars(points, step)
+        if skipped:
+            report_skip(name_step(step, batch, self._examples), self._history, last_saved)
+        if line := self._progress.line(step - self._start):
+            say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {line}")
+
+    def report_validation(self, step: int, points: dict[str, float], samples: str) -> None:
+        self._board.scalars(points, step)
+        self._board.text("samples", samples, step)
+        say(f"step {step}  validation loss {points['loss/validation']:.4f}")
+
+    def write(self, engine: Any) -> dict[str, Any]:
+        """Write the losses so far, and give the summary of the run that goes into a checkpoint."""
+        self._history.write()
+        return self._history.summary(engine, self.window.samples_per_second)
+
+    def finish(self, summary: dict[str, Any], adapter: Path) -> None:
+        """Say how the run ended."""
+        first, last = summary["first_loss"], summary["last_loss"]
+        steps = self._recipe.training.steps
+        self._board.hyperparameters(flatten(self._recipe.model_dump(mode="json")), {"loss/train": last}, steps)
+        self._board.close()
+        say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
+        if skipped := sorted(self._history.skipped):
+            say(f"skipped, as their gradient was not finite: steps {', '.join(map(str, skipped))}")
 
 
 class Window:
@@ -28,7 +89,6 @@ class Window:
         self._losses: dict[int, torch.Tensor] = {}
         self._batches: dict[int, list[int]] = {}
         self._tokens = 0
-        self._samples = 0
         self._seconds = 0.0
         self._all_samples = 0
         self.restart_clock()
@@ -43,8 +103,8 @@ class Window:
         self._began = time.perf_counter()
 
     def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: int) -> None:
-        """Add one micro-batch's share of the loss of ``step``, whose global batch is ``batch``."""
-        self._losses[step] = self._losses[step] + loss if step in self._losses else loss
+        """Add this rank's share of the loss of ``step``, whose global batch is ``batch``."""
+        self._losses[step] = loss
         self._batches[step] = batch
         self._tokens += num_tokens
 

@@ -5,13 +5,13 @@ from typing import Any
 
 import torch
 
-from softcot_ds.data import IGNORE, Batch, Example, collate
+from softcot_ds.data import IGNORE, Example
 from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
 from softcot_ds.embedding import whole_embedding
 from softcot_ds.experiment import Experiment
 from softcot_ds.prompts import BasePrompt
-from softcot_ds.thought_reader import ThoughtReader
+from softcot_ds.training_batches import MakeBatch
 
 _NUM_SAMPLES = 2
 _SAMPLE_TOKENS = 128
@@ -22,11 +22,11 @@ _ROW_ELEMENTS = 2**22
 class Validator:
     """Validation of one engine. All ranks run it together: under ZeRO-3 each forward pass needs all of them."""
 
-    def __init__(self, engine: Any, examples: Sequence[Example], reader: ThoughtReader, experiment: Experiment) -> None:
+    def __init__(self, engine: Any, examples: Sequence[Example], make_batch: MakeBatch, experiment: Experiment) -> None:
         """Raises SoftCoTError when the base cannot decode sample answers: now, not after some steps."""
         self._engine = engine
         self._examples = examples
-        self._reader = reader
+        self._make_batch = make_batch
         self._experiment = experiment
         self._batch_size = experiment.recipe.training.micro_batch_size
         try_decoding(engine.module.base)
@@ -40,11 +40,6 @@ class Validator:
         self._engine.train()
         return scalars, samples
 
-    def _batch(self, examples: Sequence[Example]) -> Batch:
-        batch = collate(examples, self._experiment.base_pad_id, self._engine.module.num_shared)
-        batch.thoughts = self._reader.read(examples)
-        return batch
-
     def _loss(self) -> float:
         """Mean cross entropy over the supervised tokens of all validation examples, nats."""
         total = torch.zeros(2, dtype=torch.float64, device=device())
@@ -55,7 +50,7 @@ class Validator:
         for start in range(0, len(batches), world_size()):
             mine = start + rank() < len(batches)
             # A rank that is out of batches runs along with one that counts for nothing.
-            batch = self._batch(batches[start + rank() if mine else start])
+            batch = self._make_batch(batches[start + rank() if mine else start])
             if not mine:
                 batch.targets.fill_(IGNORE)
             count = int((batch.targets != IGNORE).sum())
@@ -66,7 +61,9 @@ class Validator:
     def _thought_statistics(self) -> dict[str, float]:
         """How the projected thoughts lie among the token embeddings."""
         model = self._engine.module
-        thoughts = model.thoughts(self._batch(self._examples[: self._batch_size]).to(device())).float().flatten(0, 1)
+        thoughts = (
+            model.thoughts(self._make_batch(self._examples[: self._batch_size]).to(device())).float().flatten(0, 1)
+        )
         with whole_embedding(model.base.get_input_embeddings()) as embed:
             token_norm, cosines = compare_with_tokens(thoughts, embed, model.base.config.get_text_config().vocab_size)
         return {
@@ -81,7 +78,7 @@ class Validator:
         outputs = decode(
             self._engine.module.base,
             [BasePrompt(example.prefix_ids, example.suffix_ids) for example in examples],
-            self._engine.module.thoughts(self._batch(examples).to(device())),
+            self._engine.module.thoughts(self._make_batch(examples).to(device())),
             experiment.base_prompts.stop_ids,
             Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
         )

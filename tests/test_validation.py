@@ -1,5 +1,7 @@
 """What validation says: the same loss on any number of ranks, and where the thoughts lie among the tokens."""
 
+from functools import partial
+
 import pytest
 import torch
 from launch import ROOT
@@ -12,6 +14,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thought_reader import ThoughtReader
 from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.training_batches import read_batch
 from softcot_ds.validation import Validator, compare_with_tokens
 
 SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_problems=3", "thoughts.source=online"]
@@ -41,6 +44,11 @@ def model(experiment):
 
 
 @pytest.fixture(scope="module")
+def make_batch(experiment, model):
+    return partial(read_batch, reader=ThoughtReader(None), pad_id=experiment.base_pad_id, num_shared=model.num_shared)
+
+
+@pytest.fixture(scope="module")
 def true_loss(experiment, model):
     """The mean over all supervised tokens, of each example alone, the base in float64."""
     nats = []
@@ -61,7 +69,7 @@ def true_loss(experiment, model):
 
 @pytest.mark.parametrize("ranks", [1, 2, 3, 5])
 def test_validation_loss_is_the_mean_over_all_tokens_on_any_number_of_ranks(
-    experiment, model, true_loss, ranks, monkeypatch
+    experiment, model, make_batch, true_loss, ranks, monkeypatch
 ):
     # Four batches: of three ranks two have none in the second round, of five one never has any.
     examples, sums, ran = experiment.splits.validation, [], []
@@ -70,7 +78,7 @@ def test_validation_loss_is_the_mean_over_all_tokens_on_any_number_of_ranks(
     for rank in range(ranks):
         monkeypatch.setattr(validation, "rank", lambda rank=rank: rank)
         engine = Engine(model)
-        Validator(engine, examples, ThoughtReader(None), experiment)._loss()
+        Validator(engine, examples, make_batch, experiment)._loss()
         ran.append(engine.batches)
     loss, count = torch.stack(sums).sum(dim=0).tolist()
     assert count == sum(len(example.target_ids) for example in examples)
@@ -119,10 +127,12 @@ def test_the_search_holds_no_copy_of_the_table():
     assert 0 < largest.new_bytes < table.nbytes / 3
 
 
-def test_a_sample_that_was_cut_is_shown_as_such_and_its_last_number_is_no_answer(experiment, model, monkeypatch):
+def test_a_sample_that_was_cut_is_shown_as_such_and_its_last_number_is_no_answer(
+    experiment, model, make_batch, monkeypatch
+):
     ids = experiment.base_tokenizer.encode("answer 7", add_special_tokens=False)
     monkeypatch.setattr(validation, "decode", lambda *_, **__: [Output(ids, cut=True), Output(ids, cut=False)])
-    text = Validator(Engine(model), experiment.splits.validation, ThoughtReader(None), experiment)._samples()
+    text = Validator(Engine(model), experiment.splits.validation, make_batch, experiment)._samples()
     cut, whole = text.split("-" * 80)
     assert "answer 7 [cut]" in cut
     assert "ANSWER not parsed (wrong; reference" in cut
