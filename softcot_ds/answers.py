@@ -74,7 +74,8 @@ _OPERATOR = re.compile(rf"{_UNIT}[)\]}}*]*\ ?(?:[-+*÷/*^]|\b[xX]\b|\b(?:plus|mi
 _EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>)[^\n,;]{{0,40}}", re.VERBOSE)
 _ASIDE = re.compile(
     r"""(?: \b(?:in|per|every|each|at|on|above|within|during|than|from|since|over|by|for|until|the|these|those|this
-            |that|his|(?<!ing\ )her|their|all|another|other|out\ of|(?<!him\ )(?<!her\ )(?<!left\ )with)
+            |that|his|(?<!ing\ )her|their|all|another|other|(?<!him\ )(?<!her\ )(?<!left\ )with)
+          | \bout\ of(?:\ [a-z]{1,12}){0,4}
           | (?:\b(?:that|who)|(?<!,)\ which)(?:\ each)?\ (?:are|have|cost|weigh|hold|contain|seat|need|measure|sell|pay)
           | \b(?:each|all|both)\ of\ (?:which|whom)\ [a-z]{1,12}
           | \b(?:if|after|before|when|not)(?:\ [a-z]{1,12}){0,2} | \d\ of
@@ -83,18 +84,17 @@ _ASIDE = re.compile(
         (?:\ [a-z]{1,12}ing)?(?:\ (?:the|these|those|his|her|their|about|only|all|a))?\ \**\Z""",
     re.VERBOSE | re.IGNORECASE,
 )
+_NEXT_CLAUSE = r"so|thus|then|therefore|hence|which"
+_REASON_GOES_ON = re.compile(rf"(?:(?!\b(?:{_NEXT_CLAUSE})\b)[^.;:!?=\n]){{0,120}}", re.IGNORECASE)
 # "It takes 459 / 51 = 9 minutes to blink 459 times.": an equation is what its clause is about.
-_SAME_CLAUSE = re.compile(
-    r"(?:(?!\b(?:so|thus|then|therefore|hence|which|and(?! \Z))\b)[^,.;:!?()=\n]){0,120}", re.IGNORECASE
-)
-_REASON = re.compile(r"[^.;:!?\n]{0,120}\b(?:because|since)\b[^,.;:!?\n]{0,120}", re.IGNORECASE)
+_SAME_CLAUSE = re.compile(rf"(?:(?!\b(?:{_NEXT_CLAUSE}|and(?! \Z))\b)[^,.;:!?()=\n]){{0,120}}", re.IGNORECASE)
+_REASON = re.compile(r"[^.;:!?\n]{0,120}\b(?:because|(?<!and )since)\b[^,.;:!?\n]{0,120}", re.IGNORECASE)
+_RESTATED = re.compile(r"(?:(?<=\bwhich is )|(?<=\bor ))[\d.]{1,9} ?(?:%|percent) of\b")
 _PARENTHESIS = re.compile(r"\([^()\n]*\Z")
 _ASIDE_BY_NEXT = re.compile(
     r"-[a-z]| (?:[a-z]{1,20} ){0,2}(?:(?:more|less|fewer|[a-z]{1,12}er) than|of (?:them|these|those|which))\b"
 )
-_LABEL = re.compile(
-    r"\b(?:step|part|question|problem|example|case|figure|table|section|phase|stage|method)s? #?$", re.IGNORECASE
-)
+_LABEL = re.compile(r"\b(?:step|part|question|problem|example|case|section|phase|stage|method)s? #?$", re.IGNORECASE)
 _ITEM = re.compile(r"^[ >#]{0,8}(?:\*\*)?(\d{1,2})[.)](?= *\S)(?!\d)", re.MULTILINE)
 
 
@@ -107,11 +107,14 @@ def _readings(text: str, items: set[int], start: int, end: int) -> list[_Reading
         else:
             chains.append([numeral])
     readings = [_reading(text, chain) for chain in chains]
+    is_reason = False
     for index in range(1, len(readings)):
         one, other = readings[index - 1], readings[index]
+        gap = text[one.end : other.start]
+        goes_on = is_reason and not other.is_equation and _REASON_GOES_ON.fullmatch(gap)
+        is_reason = bool(goes_on or _REASON.fullmatch(gap))
         follows = (one.is_equation or one.is_trailing) and not other.is_equation
-        between = (_REASON, *[_SAME_CLAUSE] * follows)
-        if any(pattern.fullmatch(text, one.end, other.start) for pattern in between):
+        if is_reason or (follows and _SAME_CLAUSE.fullmatch(gap)):
             readings[index] = replace(other, is_aside=True, is_trailing=True)
     return readings
 
@@ -149,16 +152,12 @@ def _reading(text: str, chain: list[Numeral]) -> _Reading:
     sides = [n.value for n, around in zip(chain, pairwise(bounds), strict=True) if around == ("equals", "equals")]
     values = [value for value in sides if value is not None]
     before, after = text[max(0, chain[0].start - 60) : chain[0].start], text[chain[0].end : chain[0].end + 60]
-    in_passing = len(chain) == 1 and (_ASIDE.search(before[-40:]) or _ASIDE_BY_NEXT.match(after))
+    in_passing = _ASIDE.search(before[-40:]) or _ASIDE_BY_NEXT.match(after) or _RESTATED.match(text, chain[0].start)
     enclosed = _PARENTHESIS.search(before) and ")" not in text[chain[0].start : chain[-1].end]
-    return _Reading(
-        chain[0].start,
-        chain[-1].end,
-        values[-1] if values else None,
-        "equals" in joints,
-        bool(in_passing or enclosed),
-        all(numeral.in_words for numeral in chain),
-    )
+    is_aside = bool(enclosed or (in_passing and len(chain) == 1))
+    in_words = all(numeral.in_words for numeral in chain)
+    value = values[-1] if values else None
+    return _Reading(chain[0].start, chain[-1].end, value, "equals" in joints, is_aside, in_words)
 
 
 # ---------------------------------------------------------------------------------------------- announced answers

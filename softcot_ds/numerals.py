@@ -58,6 +58,8 @@ _NOTATIONS = [
         (r"(####[^\w\n]{0,4}\d{1,3}), (?=\d{3}\b)", r"\1,"),  # a tic of Llama 2
         (r"- (?=[\d.]{1,60}/\d)", "-"),
         (r"\b(is|are|equals)(?=\d)", r"\1 "),
+        (r"(\d) dollars? and (\d\d) cents\b", r"\1.\2 dollars"),
+        (r"(\d) (?:hours?|feet|foot|pounds?)(?:,? and)? (\d{1,2}) (?=minutes?|inch|ounces?)", r"\1:\2 "),
         (r"(\bbetween [$€£]?\d[\d,.]{0,20}) and (?=[$€£]?\d)", r"\1-"),
     )
 ]
