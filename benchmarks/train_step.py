@@ -43,7 +43,9 @@ from environment import describe, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from softcot_ds.data import IGNORE, Batch, Example, collate, global_batches, order_by_prefix, shared_prefix
+from softcot_ds.batches import Batch, collate, global_batches, order_by_prefix
+from softcot_ds.examples import Example, shared_prefix
+from softcot_ds.loss import IGNORE
 from softcot_ds.metrics import peak_memory_gib
 from softcot_ds.projection import LinearProjection
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile

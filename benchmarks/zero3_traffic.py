@@ -33,7 +33,7 @@ from torch.multiprocessing import spawn
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import softcot_ds.engine
-from softcot_ds.data import Batch, collate
+from softcot_ds.batches import Batch, collate
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe, resolve_location

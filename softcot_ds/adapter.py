@@ -21,9 +21,9 @@ from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softcot_ds import __version__
 from softcot_ds.backbone import weights_fingerprint, width
-from softcot_ds.data import digest
 from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import digest
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection

@@ -109,7 +109,7 @@ class ChatFormat:
         ids: list[int] = []
         for piece in text.split(_CUT):
             opener = self._opener if continued else ""
-            # Too long a text is our error to report (data.py), not the tokenizer's to warn of.
+            # Too long a text is our error to report (examples.py), not the tokenizer's to warn of.
             found = self.tokenizer(opener + piece, add_special_tokens=False, verbose=False)["input_ids"]
             ids += found[1:] if opener else found
             continued = True

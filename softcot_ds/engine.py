@@ -8,10 +8,10 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.backbone import load_frozen, width
-from softcot_ds.data import shared_prefix
 from softcot_ds.distributed import device, world_size
 from softcot_ds.embedding import whole_embedding
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import shared_prefix
 from softcot_ds.experiment import Experiment
 from softcot_ds.partition import engine_config, make_layers_leaves
 from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection

@@ -38,10 +38,10 @@ from softcot_ds.adapter import AdapterConfig, load_adapter, train_summary
 from softcot_ds.agreement import agree
 from softcot_ds.backbone import context_length, load_to_run, weights_fingerprint, width
 from softcot_ds.command import recipe_command
-from softcot_ds.data import Example
 from softcot_ds.decoding import Output, Sampling, decode, try_decoding
 from softcot_ds.distributed import device, from_all_ranks, init_distributed, on_main, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import Example
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.metrics import flatten

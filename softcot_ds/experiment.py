@@ -8,8 +8,8 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from softcot_ds.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
-from softcot_ds.data import ContextLimits, Example, Splits, load_splits
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import ContextLimits, Example, Splits, load_splits
 from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import make_task

@@ -10,8 +10,8 @@ import torch
 import triton
 from torch import nn
 
-from softcot_ds.data import IGNORE
-
+IGNORE = -100
+"""Label of a position without supervision, as PyTorch's cross entropy ignores it."""
 _LOGITS_BYTES = 2**28
 """Logits that the fused loss may hold at a time, about."""
 

@@ -10,9 +10,9 @@ from typing import Any
 
 import torch
 
-from softcot_ds.data import Example
 from softcot_ds.distributed import device, is_main, on_main, say, sum_over_ranks, world_size
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import Example
 from softcot_ds.files import parse_json, write_atomically
 from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
 from softcot_ds.progress import Progress

@@ -20,7 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
 from transformers.modeling_layers import GradientCheckpointingLayer
 
-from softcot_ds.data import Batch
+from softcot_ds.batches import Batch
 from softcot_ds.distributed import is_main
 from softcot_ds.embedding import table_scale
 from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, why_unsupported

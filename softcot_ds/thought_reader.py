@@ -18,7 +18,7 @@ from softcot_ds.thought_store import ThoughtStore
 
 # transformers and DeepSpeed take seconds to import: only what looks at a model does so, where it begins.
 if TYPE_CHECKING:
-    from softcot_ds.data import Example
+    from softcot_ds.examples import Example
     from softcot_ds.experiment import Experiment
     from softcot_ds.prompts import AssistantInput
 

@@ -11,9 +11,9 @@ from typing import Any
 import torch
 
 from softcot_ds.adapter import adapter_config
+from softcot_ds.batches import Batch
 from softcot_ds.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.command import recipe_command
-from softcot_ds.data import Batch
 from softcot_ds.distributed import barrier, device, init_distributed, on_main, say, set_timeout, world_size
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import Stopped

@@ -3,8 +3,9 @@
 from collections.abc import Callable, Iterator, Sequence
 from itertools import islice
 
-from softcot_ds.data import Batch, Example, collate, global_batches, micro_batches, order_by_prefix
+from softcot_ds.batches import Batch, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.distributed import device, rank, world_size
+from softcot_ds.examples import Example
 from softcot_ds.recipe import Recipe
 from softcot_ds.thought_reader import ThoughtReader
 

@@ -15,7 +15,7 @@ import torch
 from transformers import GenerationConfig, PreTrainedModel
 
 from softcot_ds.backbone import load_config, load_frozen, weight_bytes
-from softcot_ds.data import pad
+from softcot_ds.batches import pad
 from softcot_ds.decoding import try_decoding
 from softcot_ds.distributed import from_all_ranks, lost_rank
 from softcot_ds.embedding import device_of

@@ -5,11 +5,12 @@ from typing import Any
 
 import torch
 
-from softcot_ds.data import IGNORE, Example
 from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
 from softcot_ds.embedding import whole_embedding
+from softcot_ds.examples import Example
 from softcot_ds.experiment import Experiment
+from softcot_ds.loss import IGNORE
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.training_batches import MakeBatch
 

@@ -10,7 +10,7 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from softcot_ds.data import collate, global_batches, micro_batches
+from softcot_ds.batches import collate, global_batches, micro_batches
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, sum_over_ranks, world_size
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.experiment import Experiment

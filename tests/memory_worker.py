@@ -9,7 +9,7 @@ from pathlib import Path
 import torch
 
 from softcot_ds.backbone import load_frozen
-from softcot_ds.data import Batch
+from softcot_ds.batches import Batch
 from softcot_ds.distributed import device, init_distributed, rank, shut_down
 from softcot_ds.engine import build_engine
 from softcot_ds.partition import engine_config

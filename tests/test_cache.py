@@ -26,7 +26,7 @@ from transformers import (
 from softcot_ds import cache, thought_builder, trial
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
-from softcot_ds.data import collate
+from softcot_ds.batches import collate
 from softcot_ds.engine import build_model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment

@@ -8,8 +8,9 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcot_ds.data import ContextLimits, Example, collate, global_batches, load_splits, micro_batches, pad
+from softcot_ds.batches import collate, global_batches, micro_batches, pad
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import ContextLimits, Example, load_splits
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks import Problem

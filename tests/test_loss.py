@@ -26,7 +26,7 @@ from test_step import (
 from transformers import GraniteConfig
 
 from softcot_ds import loss as loss_module
-from softcot_ds.data import IGNORE
+from softcot_ds.loss import IGNORE
 from softcot_ds.step import SoftCoT
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")

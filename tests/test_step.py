@@ -30,8 +30,9 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softcot_ds.data import Example, collate
+from softcot_ds.batches import collate
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.examples import Example
 from softcot_ds.projection import LinearProjection, StaticThoughts
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.step import SoftCoT

@@ -23,7 +23,7 @@ from transformers.optimization import (
     get_linear_schedule_with_warmup,
 )
 
-from softcot_ds.data import global_batches
+from softcot_ds.batches import global_batches
 from softcot_ds.engine import build_projection
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import TrainingConfig, load_recipe, resolve_location
