@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from softcot_ds.decoding import try_decoding
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
-from softcot_ds.projection import LinearProjection
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.step import SoftCoT
 from softcot_ds.trial import why_not_fast, why_unsuitable
 

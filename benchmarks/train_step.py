@@ -46,8 +46,8 @@ from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 from softcot_ds.batches import Batch, collate, global_batches, order_by_prefix
 from softcot_ds.examples import Example, shared_prefix
 from softcot_ds.loss import IGNORE
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.metrics import peak_memory_gib
-from softcot_ds.projection import LinearProjection
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.step import SoftCoT

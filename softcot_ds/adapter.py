@@ -16,17 +16,17 @@ import sys
 from pathlib import Path
 from typing import Any, Literal, Self
 
-import torch
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from softcot_ds import __version__
 from softcot_ds.backbone import weights_fingerprint, width
+from softcot_ds.choices import PROJECTIONS
 from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import digest
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
-from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
+from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.run_dir import require_complete
 
@@ -69,7 +69,7 @@ class AdapterConfig(_Record):
     assistant: ModelIdentity
     base: ModelIdentity
     task: str
-    projection: Literal["linear", "static"]
+    projection: Literal[*PROJECTIONS]
     num_thoughts: int = Field(ge=1)
     step: int = Field(ge=0)
     package_version: str = __version__
@@ -156,7 +156,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
     )
 
 
-def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | StaticThoughts:
+def load_adapter(folder: Path, experiment: Experiment) -> Projection:
     """The trained projection in float32 on this process's device.
 
     Prompts that are rendered otherwise than in training are warned of: they may be meant.
@@ -174,11 +174,8 @@ def load_adapter(folder: Path, experiment: Experiment) -> LinearProjection | Sta
         _warn(f"{text} is not the one that {folder} was trained with")
     if config.chat_templates is None:
         _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
-    base_width = width(experiment.base_config)
-    if config.projection == "static":
-        projection = StaticThoughts(torch.zeros(config.num_thoughts, base_width))
-    else:
-        projection = LinearProjection(width(experiment.assistant_config), base_width)
+    widths = width(experiment.assistant_config), width(experiment.base_config)
+    projection = projection_class(config.projection).empty(config.num_thoughts, *widths)
     path = folder / "projection.safetensors"
     weights = load_projection(path)
     check_fits(weights, projection, path)

@@ -35,6 +35,7 @@ from softcot_ds.command import recipe_command
 from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import projection_class
 from softcot_ds.model_files import is_here
 from softcot_ds.ranks import alone_of
 from softcot_ds.recipe import ModelConfig, Recipe
@@ -232,8 +233,13 @@ def _model(config: ModelConfig, role: Role) -> Model:
 
 def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
     """Float32 weights and AdamW's two moments of the projection, for every checkpoint and the one being written."""
-    inputs = recipe.thoughts.count if recipe.projection.kind == "static" else models["assistant"].width + 1
-    return inputs * models["base"].width * 4 * 3 * (recipe.training.keep_checkpoints + 1)
+    widths = models["assistant"].width, models["base"].width
+    if not all(widths):
+        return 0  # a model cannot be read, which is said
+    with torch.device("meta"):
+        projection = projection_class(recipe.projection.kind).empty(recipe.thoughts.count, *widths)
+    weights = sum(parameter.numel() for parameter in projection.parameters())
+    return weights * 4 * 3 * (recipe.training.keep_checkpoints + 1)
 
 
 def exchange(facts: Facts, on_gpu: bool) -> None:

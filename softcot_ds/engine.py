@@ -9,12 +9,11 @@ from transformers import PreTrainedModel
 
 from softcot_ds.backbone import load_frozen, width
 from softcot_ds.distributed import device, world_size
-from softcot_ds.embedding import whole_embedding
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import shared_prefix
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.partition import engine_config, make_layers_leaves
-from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
 from softcot_ds.recipe import Recipe
 from softcot_ds.step import SoftCoT
 from softcot_ds.trial import agreed, check_model, why_not_fast
@@ -26,7 +25,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     partition = recipe.backbone.partition
     base = load_frozen(recipe.base, partition, device(), config)
     assistant = None
-    if recipe.thoughts.source == "online" and recipe.projection.kind != "static":
+    if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
         assistant = load_frozen(recipe.assistant, partition, device(), config)
     projection = build_projection(recipe, experiment, base)
     if start_from is not None:
@@ -49,17 +48,12 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     return model
 
 
-def build_projection(
-    recipe: Recipe, experiment: Experiment, base: PreTrainedModel
-) -> LinearProjection | StaticThoughts:
+def build_projection(recipe: Recipe, experiment: Experiment, base: PreTrainedModel) -> Projection:
     """A new projection in float32, initialized from the recipe's seed: the same on every rank."""
-    widths = width(experiment.assistant_config), width(experiment.base_config)
+    assistant_width, base_width = width(experiment.assistant_config), width(experiment.base_config)
     generator_state = torch.get_rng_state()
     torch.manual_seed(recipe.seed)
-    if recipe.projection.kind == "static":
-        projection = StaticThoughts(_random_token_embeddings(base, recipe.thoughts.count))
-    else:
-        projection = LinearProjection(*widths, recipe.projection.init_scale)
+    projection = projection_class(recipe.projection.kind).create(recipe, assistant_width, base, base_width)
     torch.set_rng_state(generator_state)
     return projection
 
@@ -105,10 +99,3 @@ def accumulation_steps(recipe: Recipe) -> int:
             "raise it or use fewer ranks"
         )
     return accumulation
-
-
-def _random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:
-    """(count, D) float32 embeddings of random tokens, a start for free vectors (arXiv:2104.08691, section 3.2)."""
-    with whole_embedding(base.get_input_embeddings()) as embed:
-        rows = torch.randint(0, base.config.get_text_config().vocab_size, (count,))
-        return embed(rows[None].to(device()))[0].detach().float().cpu()

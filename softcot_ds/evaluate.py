@@ -44,10 +44,10 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.metrics import flatten
 from softcot_ds.partition import quantization
 from softcot_ds.progress import Progress
-from softcot_ds.projection import StaticThoughts
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Condition, ModelConfig, Recipe
 from softcot_ds.report import Record, make_report, table, write_results
@@ -65,7 +65,7 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
     init_distributed(recipe.training.timeout_minutes)
     agree({"the adapter": adapter, **flatten(recipe.model_dump(mode="json"))})
     config = AdapterConfig.load(adapter)
-    config.check_models(recipe, assistant=config.projection != "static")
+    config.check_models(recipe, assistant=projection_class(config.projection).needs_states)
     if config.projection != recipe.projection.kind:
         raise SoftCoTError(
             f"{adapter} is a {config.projection} projection and projection.kind is {recipe.projection.kind}; "
@@ -160,25 +160,27 @@ class _Inputs:
     def _projected(self, whose: Sequence[int]) -> _Thoughts:
         """For problem i the thoughts of problem ``whose[i]``."""
         projection = self._projection
-        if isinstance(projection, StaticThoughts):
+        if not projection.needs_states:
             return _repeated(projection)
 
         @torch.no_grad()
         def of(indices: list[int]) -> torch.Tensor:
-            return projection(self._hidden[[whose[index] for index in indices]].float())
+            return projection(self._hidden[[whose[index] for index in indices]].float(), len(indices))
 
         return _Thoughts(of, self._projection_of(whose), need_states=True)
 
     def _mean(self) -> _Thoughts:
         projection = self._projection
-        if isinstance(projection, StaticThoughts):
+        if not projection.needs_states:
             return _repeated(projection)
 
         @cache
         @torch.no_grad()
         def mean() -> torch.Tensor:
-            # The projection is affine: the mean of the projected states is the projection of the mean state.
-            return projection(self._hidden.float().mean(dim=0, keepdim=True))
+            if projection.is_affine:
+                return projection(self._hidden.float().mean(dim=0, keepdim=True), 1)
+            total = sum(projection(some.float(), len(some)).double().sum(dim=0) for some in self._hidden.split(256))
+            return (total / len(self._hidden)).float()[None]
 
         made_from = {"mean of": self._projection_of(range(len(self._examples)))}
         return _Thoughts(lambda indices: mean().expand(len(indices), -1, -1), made_from, need_states=True)
@@ -222,10 +224,10 @@ class _Inputs:
             raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
 
 
-def _repeated(projection: StaticThoughts) -> _Thoughts:
+def _repeated(projection: Projection) -> _Thoughts:
     """The same for every problem: ``learned``, ``shuffled`` and ``mean`` of free vectors are decoded once."""
     made_from = {"free vectors": _weights_digest(projection)}
-    return _Thoughts(lambda indices: projection(len(indices)).detach(), made_from)
+    return _Thoughts(lambda indices: projection(None, len(indices)).detach(), made_from)
 
 
 def others(inputs: Sequence[AssistantInput], seed: int) -> list[int]:

@@ -17,7 +17,7 @@ from softcot_ds.decoding import Sampling, decode, try_decoding
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.projection import LinearProjection, StaticThoughts
+from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import recipe_and_adapter
@@ -36,10 +36,10 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
             is wrong with the adapter or the first question is said before a model is loaded.
     """
     config = AdapterConfig.load(adapter)
-    config.check_models(recipe, assistant=config.projection != "static")
+    config.check_models(recipe, assistant=projection_class(config.projection).needs_states)
     experiment = Experiment(recipe)
     projection = load_adapter(adapter, experiment) if with_thoughts else None
-    reads = isinstance(projection, LinearProjection)
+    reads = projection is not None and projection.needs_states
     inputs = (_Input.of(question, experiment, projection is not None, reads) for question in questions)
     first = next(inputs, None)
     if first is None:
@@ -61,13 +61,11 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
 
 
 @torch.no_grad()
-def _thoughts(
-    projection: LinearProjection | StaticThoughts | None, assistant: PreTrainedModel | None, item: "_Input"
-) -> torch.Tensor | None:
+def _thoughts(projection: Projection | None, assistant: PreTrainedModel | None, item: "_Input") -> torch.Tensor | None:
     """(1, T, D), or None without a projection."""
-    if isinstance(projection, LinearProjection):
-        return projection(compute_thoughts(assistant, [item.assistant]).float())
-    return None if projection is None else projection(1)
+    if projection is None:
+        return None
+    return projection(compute_thoughts(assistant, [item.assistant]).float() if projection.needs_states else None, 1)
 
 
 @dataclass(frozen=True)

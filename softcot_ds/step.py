@@ -22,11 +22,10 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.batches import Batch
 from softcot_ds.distributed import is_main
-from softcot_ds.embedding import table_scale
 from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, why_unsupported
 from softcot_ds.loss import cross_entropy
+from softcot_ds.methods.base import Projection
 from softcot_ds.partition import is_partitioned
-from softcot_ds.projection import LinearProjection, StaticThoughts, ThoughtEmbedding
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.thoughts import SharedPrefix, check_length, compute_thoughts
 
@@ -37,7 +36,7 @@ class SoftCoT(nn.Module):
     def __init__(
         self,
         base: PreTrainedModel,
-        projection: LinearProjection | StaticThoughts,
+        projection: Projection,
         assistant: PreTrainedModel | None = None,
         step: Literal["fast", "full"] = "fast",
         activation_checkpointing: bool = False,
@@ -54,16 +53,13 @@ class SoftCoT(nn.Module):
         self.base = base
         self.projection = projection
         self.assistant = assistant
-        self.embed = None
+        self.embed: torch.nn.Module | None = None
         embedding = base.get_input_embeddings()
         # A table that ZeRO-3 partitions is left to the embedding module, whose hooks gather it once. The fused kernel
         # would have it gathered once more in the backward pass, as DeepSpeed gathers all that a module with gradient
         # reads: for Llama 3.1 8B 1 GB more traffic per micro-batch, to save two small launches.
-        partitioned = is_partitioned(*embedding.parameters())
-        if isinstance(projection, LinearProjection) and not partitioned:
-            scale = table_scale(embedding)
-            if scale is not None:
-                self.embed = ThoughtEmbedding(projection, embedding, scale)
+        if not is_partitioned(*embedding.parameters()):
+            self.embed = projection.fused_with(embedding)
         self._shared: SharedStates | None = None
         self._shared_ids = tuple(shared_ids)
         self._assistant_inputs = assistant_inputs
@@ -126,9 +122,8 @@ class SoftCoT(nn.Module):
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts."""
-        if isinstance(self.projection, StaticThoughts):
-            return self.projection(len(batch.suffix_ids))
-        return self.projection(self._hidden(batch))
+        hidden = self._hidden(batch) if self.projection.needs_states else None
+        return self.projection(hidden, len(batch.suffix_ids))
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """(B, T, P) assistant states, from the batch or from the assistant."""

@@ -68,6 +68,7 @@ def _left_to_do(recipe: Recipe) -> list[str]:
     """The commands to run, in their order. Raises SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.experiment import Experiment
+    from softcot_ds.methods.base import projection_class
     from softcot_ds.resume import refuse_other_run
     from softcot_ds.thought_reader import open_cache
 
@@ -75,7 +76,7 @@ def _left_to_do(recipe: Recipe) -> list[str]:
     inputs = experiment.splits.assistant_inputs()
     refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
     commands = []
-    if recipe.thoughts.source == "cache" and recipe.projection.kind != "static":
+    if recipe.thoughts.source == "cache" and projection_class(recipe.projection.kind).needs_states:
         try:
             folder = open_cache(recipe, inputs).folder
             print(f"cache     complete in {folder}: no job")

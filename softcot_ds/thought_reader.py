@@ -105,7 +105,9 @@ class ThoughtReader:
     @classmethod
     def open(cls, recipe: Recipe, examples: Sequence[Example]) -> ThoughtReader:
         """Raises SoftCoTError when the cache is missing, of another assistant, or lacks one of ``examples``."""
-        if recipe.thoughts.source == "online" or recipe.projection.kind == "static":
+        from softcot_ds.methods.base import projection_class
+
+        if recipe.thoughts.source == "online" or not projection_class(recipe.projection.kind).needs_states:
             return cls(None)
         return cls(open_cache(recipe, [example.assistant for example in examples]))
 
@@ -128,11 +130,12 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
     """
     from softcot_ds import backbone
     from softcot_ds.distributed import device, say
+    from softcot_ds.methods.base import projection_class
     from softcot_ds.thoughts import SharedPrefix, compute_thoughts
     from softcot_ds.trial import check_model
 
     recipe = experiment.recipe
-    if recipe.projection.kind == "static":
+    if not projection_class(recipe.projection.kind).needs_states:
         return None
     if recipe.thoughts.source == "cache":
         try:

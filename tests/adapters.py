@@ -9,7 +9,7 @@ from safetensors.torch import load_file, save_file
 
 from softcot_ds.adapter import adapter_config
 from softcot_ds.experiment import Experiment
-from softcot_ds.projection import LinearProjection
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import MARKER
 

@@ -6,7 +6,7 @@ from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_grad
 from softcot_kernels import reference
 
 from softcot_ds.distributed import init_distributed, shut_down
-from softcot_ds.projection import LinearProjection, ThoughtEmbedding
+from softcot_ds.methods.softcot import LinearProjection, ThoughtEmbedding
 
 
 class Model(torch.nn.Module):

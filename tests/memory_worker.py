@@ -12,8 +12,8 @@ from softcot_ds.backbone import load_frozen
 from softcot_ds.batches import Batch
 from softcot_ds.distributed import device, init_distributed, rank, shut_down
 from softcot_ds.engine import build_engine
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.partition import engine_config
-from softcot_ds.projection import LinearProjection
 from softcot_ds.recipe import load_recipe
 from softcot_ds.step import SoftCoT
 

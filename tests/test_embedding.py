@@ -11,8 +11,8 @@ from toy_models import WIDTH, make_toy
 
 from softcot_ds import embedding
 from softcot_ds.embedding import table_scale, whole_embedding
-from softcot_ds.engine import _random_token_embeddings
-from softcot_ds.projection import LinearProjection
+from softcot_ds.methods.prompt_tuning import _random_token_embeddings
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.step import SoftCoT
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]

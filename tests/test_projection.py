@@ -9,8 +9,11 @@ from launch import ROOT, deepspeed_command, run
 from safetensors.torch import save_file
 from torch import nn
 
+from softcot_ds import choices
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.projection import LinearProjection, StaticThoughts, check_fits, load_projection
+from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.prompt_tuning import StaticThoughts
+from softcot_ds.methods.softcot import LinearProjection
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -1.0])}
 
@@ -28,7 +31,7 @@ def test_the_linear_projection_is_a_matrix_and_a_bias():
     projection = LinearProjection(3, 2)
     projection.load_state_dict(WEIGHTS)
     hidden = torch.tensor([[[1.0, 2.0, 3.0], [0.0, 0.0, 1.0]]])
-    assert projection(hidden).tolist() == [[[8.5, 25.0], [2.5, 4.0]]]
+    assert projection(hidden, len(hidden)).tolist() == [[[8.5, 25.0], [2.5, 4.0]]]
     assert projection(hidden.bfloat16()).dtype == torch.float32
 
 
@@ -46,8 +49,8 @@ def test_static_thoughts_repeat_their_vectors_and_own_them():
     thoughts = StaticThoughts(vectors)
     before = vectors.clone()
     vectors.zero_()
-    assert torch.equal(thoughts(3), before.expand(3, 4, 2))
-    thoughts(3).sum().backward()
+    assert torch.equal(thoughts(None, 3), before.expand(3, 4, 2))
+    thoughts(None, 3).sum().backward()
     assert torch.equal(thoughts.weight.grad, torch.full((4, 2), 3.0))
 
 
@@ -71,7 +74,7 @@ def test_the_state_dict_of_a_linear_layer_is_a_projection(tmp_path):
     check_fits(weights, projection, tmp_path / "projection.bin")
     projection.load_state_dict(weights)
     hidden = torch.randn(1, 4, 3)
-    torch.testing.assert_close(projection(hidden), linear(hidden))
+    torch.testing.assert_close(projection(hidden, len(hidden)), linear(hidden))
 
 
 class Malicious:
@@ -120,10 +123,6 @@ def test_a_folder_is_no_projection(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ({"weight": WEIGHTS["weight"], "extra": WEIGHTS["bias"]}, "expected the tensors weight and bias, found"),
-        ({"projection.weight": WEIGHTS["weight"]}, "expected the tensors weight and bias, found ['projection.weight']"),
-        ({}, "expected the tensors weight and bias, found []"),
-        ({1: WEIGHTS["weight"], "bias": WEIGHTS["bias"]}, "expected the tensors weight and bias, found"),
         ({"weight": [1.0], "bias": WEIGHTS["bias"]}, "expected tensors by name, found"),
         (WEIGHTS["weight"], "expected tensors by name, found Tensor"),
         ([WEIGHTS["weight"]], "expected tensors by name, found list"),
@@ -144,6 +143,58 @@ def test_weights_of_other_models_do_not_fit(tmp_path):
         wanted = {name: tuple(value.shape) for name, value in module.state_dict().items()}
         assert "{'weight': (2, 3), 'bias': (2,)}" in str(caught.value)
         assert str(wanted) in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        {"weight": WEIGHTS["weight"], "extra": WEIGHTS["bias"]},
+        {"projection.weight": WEIGHTS["weight"]},
+        {},
+        {1: WEIGHTS["weight"], "bias": WEIGHTS["bias"]},
+        {"weight": WEIGHTS["weight"]},
+    ],
+)
+def test_tensors_of_other_names_do_not_fit(tmp_path, content):
+    path = tmp_path / "projection.bin"
+    torch.save(content, path)
+    with pytest.raises(SoftCoTError, match=r"projection.bin: the tensors .* do not fit these models, which need"):
+        check_fits(load_projection(path), LinearProjection(3, 2), path)
+
+
+class Bottleneck(Projection):
+    """A projection that is in no list: two layers, by way of one number."""
+
+    needs_states = True
+
+    def __init__(self, assistant_width, base_width):
+        super().__init__()
+        self.inner, self.outer = nn.Linear(assistant_width, 1), nn.Linear(1, base_width)
+
+    @classmethod
+    def create(cls, recipe, assistant_width, base, base_width):
+        return cls(assistant_width, base_width)
+
+    @classmethod
+    def empty(cls, num_thoughts, assistant_width, base_width):
+        return cls(assistant_width, base_width)
+
+    def forward(self, hidden_BTP, batch_size):
+        return self.outer(torch.tanh(self.inner(hidden_BTP.to(self.inner.weight.dtype))))
+
+
+def test_a_projection_of_ones_own_is_a_module_and_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(choices.PROJECTIONS, "bottleneck", f"{__name__}:Bottleneck")
+    assert projection_class("bottleneck") is Bottleneck
+    saved = Bottleneck(3, 2)
+    save_file(saved.state_dict(), tmp_path / "projection.safetensors")
+    loaded = projection_class("bottleneck").empty(4, 3, 2)
+    weights = load_projection(tmp_path / "projection.safetensors")
+    check_fits(weights, loaded, tmp_path)
+    loaded.load_state_dict(weights)
+    hidden = torch.randn(2, 4, 3)
+    assert torch.equal(loaded(hidden, 2), saved(hidden, 2))
+    assert loaded.fused_with(nn.Embedding(5, 2)) is None
 
 
 @pytest.mark.distributed

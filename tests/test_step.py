@@ -33,7 +33,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from softcot_ds.batches import collate
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
-from softcot_ds.projection import LinearProjection, StaticThoughts
+from softcot_ds.methods.prompt_tuning import StaticThoughts
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.step import SoftCoT
 from softcot_ds.tasks import Problem

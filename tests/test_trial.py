@@ -11,7 +11,7 @@ from toy_models import WIDTH, make_toy
 from softcot_ds.backbone import width
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
-from softcot_ds.projection import LinearProjection
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.step import SoftCoT
 from softcot_ds.thoughts import SharedPrefix, compute_thoughts, decoder_of

@@ -1,0 +1,74 @@
+"""SoftCoT (arXiv:2502.12134): one linear layer from the assistant's states to thoughts, fused with the embedding.
+
+B batch, S base tokens, T thoughts, P assistant width, D base width.
+"""
+
+from typing import Self
+
+import torch
+from softcot_kernels import thought_embedding
+from torch import nn
+from transformers import PreTrainedModel
+
+from softcot_ds.embedding import table_scale
+from softcot_ds.methods.base import Projection
+from softcot_ds.recipe import Recipe
+
+
+class LinearProjection(Projection):
+    """``W h + b``, the projection of SoftCoT (arXiv:2502.12134, section 3.3)."""
+
+    needs_states = True
+    is_affine = True
+
+    def __init__(self, assistant_width: int, base_width: int, init_scale: float = 1.0) -> None:
+        super().__init__()
+        linear = nn.Linear(assistant_width, base_width)
+        self.weight = nn.Parameter(linear.weight.detach() * init_scale)  # (D, P)
+        self.bias = nn.Parameter(linear.bias.detach() * init_scale)  # (D)
+
+    @classmethod
+    def create(cls, recipe: Recipe, assistant_width: int, base: PreTrainedModel, base_width: int) -> Self:
+        return cls(assistant_width, base_width, recipe.projection.init_scale)
+
+    @classmethod
+    def empty(cls, num_thoughts: int, assistant_width: int, base_width: int) -> Self:
+        return cls(assistant_width, base_width)
+
+    def forward(self, hidden_BTP: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
+        return nn.functional.linear(hidden_BTP.to(self.weight.dtype), self.weight, self.bias)
+
+    def fused_with(self, embedding: nn.Module) -> "ThoughtEmbedding | None":
+        scale = table_scale(embedding)
+        return None if scale is None else ThoughtEmbedding(self, embedding, scale)
+
+
+class ThoughtEmbedding(nn.Module):
+    """The base's input embeddings: tokens looked up, thoughts projected, both written by one fused kernel."""
+
+    def __init__(self, projection: LinearProjection, embedding: nn.Module, scale: float = 1.0) -> None:
+        """``scale`` multiplies the rows of the embedding's table and never thoughts: ``embedding.table_scale``."""
+        super().__init__()
+        self.projection = projection
+        # In a list, so that it stays a parameter of the base and does not become one of this module too.
+        self._table = [embedding.weight]
+        self._scale = scale
+
+    def forward(self, hidden_BTP: torch.Tensor, token_ids: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+        """(B, S+T, D) embeddings in the table's dtype; the thoughts of row b stand after its first ``slot[b]`` tokens.
+
+        Args:
+            token_ids: (B, S) int64.
+            slot: (B,) int64.
+        """
+        (table,) = self._table
+        return thought_embedding(
+            hidden_BTP.to(table.dtype),
+            self.projection.weight,
+            self.projection.bias,
+            token_ids,
+            table,
+            slot,
+            embed_scale=self._scale,
+            check_ids=False,  # they come from the base's own tokenizer
+        )
