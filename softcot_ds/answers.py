@@ -338,7 +338,7 @@ def _statements(text: str, readings: list[_Reading]) -> list[_Statement]:
     return statements
 
 
-_PARTS_FOLLOW = re.compile(r"[^.!?\n]{0,80}?(?::|\b(?:consisting|made up|including|of which)\b|\n\s{0,8}[-*•])")
+_PARTS_FOLLOW = re.compile(r"[^.!?\n]{0,80}?(?:[:;]|\b(?:consisting|made up|including|of which)\b|\n\s{0,8}[-*•])")
 # With a unit the number stands alone in its paragraph: "16 eggs. She eats 3." begins a solution.
 _SENTENCE_FOLLOWS = re.compile(
     r"(?:(?: ?[A-Za-z%°]{1,12}){1,4}[^\w(\n]{0,4}\n)?[^\w(]{0,3}[.!:;*\n][^\w(]{0,5}[A-Z][a-z']{0,15} [a-z]+ "
