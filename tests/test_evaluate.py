@@ -15,11 +15,13 @@ from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
 
 from softcot_ds import agreement, backbone, thought_reader
-from softcot_ds import evaluate as evaluate_module
+from softcot_ds import decoder as decoder_module
 from softcot_ds.backbone import load_tokenizer
+from softcot_ds.conditions import Conditions, others
+from softcot_ds.decoder import Decoder, Job, Thoughts
 from softcot_ds.decoding import Output
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluate import evaluate, others
+from softcot_ds.evaluation import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
 from softcot_ds.partition import decoding_config
@@ -80,7 +82,7 @@ def test_report_agrees_with_the_outputs(recipe, adapter):
 def test_conditions_are_what_they_say(recipe, adapter):
     experiment = Experiment(recipe)
     examples = experiment.splits.test
-    inputs = evaluate_module._Inputs(recipe, experiment, examples, adapter)
+    inputs = Conditions(recipe, experiment, examples, adapter)
     everything = list(range(len(examples)))
     learned = inputs.of("learned")[1](everything)
 
@@ -137,9 +139,9 @@ class Scribe:
 
 
 def replace_decoding(monkeypatch, scribe):
-    monkeypatch.setattr(evaluate_module, "decode", scribe)
+    monkeypatch.setattr(decoder_module, "decode", scribe)
     for name in ("load_to_run", "try_decoding"):
-        monkeypatch.setattr(evaluate_module, name, lambda *_: None)
+        monkeypatch.setattr(decoder_module, name, lambda *_: None)
 
 
 @pytest.fixture
@@ -199,9 +201,9 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     lines = part.read_text().splitlines(keepends=True)
     part.write_text("".join(lines[:2]) + lines[2][:20])  # killed while it wrote its third batch
     decoded = []
-    original = evaluate_module.decode
+    original = decoder_module.decode
     monkeypatch.setattr(
-        evaluate_module,
+        decoder_module,
         "decode",
         lambda model, prompts, *rest, **kw: decoded.append(len(prompts)) or original(model, prompts, *rest, **kw),
     )
@@ -334,7 +336,7 @@ OUTPUTS = {0: [Output([7, 12], False), Output([], True)], 1: [Output([10**4], Tr
 
 
 def job(folder, **changes):
-    return evaluate_module._Job("learned", PROMPTS, None, SETTINGS | changes, folder)
+    return Job("learned", PROMPTS, None, SETTINGS | changes, folder)
 
 
 def written_job(folder):
@@ -413,7 +415,7 @@ class Asked(Exception):
 def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed):
     recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
     prompts = [BasePrompt([index], []) for index in range(7)]
-    decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 512)
+    decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
     results = {}
     for partitioned in (False, True):
         decoder._partition = "zero3" if partitioned else "none"
@@ -429,9 +431,9 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
                 work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, 9)
                 work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
                 with monkeypatch.context() as patch:
-                    patch.setattr(evaluate_module, "world_size", lambda ranks=ranks: ranks)
-                    patch.setattr(evaluate_module, "rank", lambda rank=rank: rank)
-                    patch.setattr(evaluate_module, "from_all_ranks", collect)
+                    patch.setattr(decoder_module, "world_size", lambda ranks=ranks: ranks)
+                    patch.setattr(decoder_module, "rank", lambda rank=rank: rank)
+                    patch.setattr(decoder_module, "from_all_ranks", collect)
                     with pytest.raises(Asked):
                         decoder.run(work)
                 rounds = -(-4 // ranks)
@@ -532,7 +534,7 @@ def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
 )
 def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, said):
     recipe = make_recipe(tmp_path)
-    evaluate_module._Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, 6)
+    Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, 6)
     printed = capsys.readouterr().out
     assert said in printed
     assert bool(said) == bool(printed)
@@ -540,12 +542,12 @@ def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, 
 
 def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
     recipe = make_recipe(tmp_path)
-    decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 6)
+    decoder = Decoder(recipe, recipe.base, "weights", [2], 6)
     with pytest.raises(
         SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
     ):
         decoder.job("none", PROMPTS, None, 6)
-    thoughts = evaluate_module._Thoughts(lambda _: None, {})
+    thoughts = Thoughts(lambda _: None, {})
     with pytest.raises(SoftCoTError, match="the longest prompt has 10 tokens"):
         decoder.job("learned", PROMPTS, thoughts, 6)
 
@@ -571,7 +573,7 @@ def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monke
     loads = []
     load = backbone.load_frozen
     monkeypatch.setattr(backbone, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
-    monkeypatch.setattr(evaluate_module, "load_to_run", lambda config, *_: loads.append(config.model))
+    monkeypatch.setattr(decoder_module, "load_to_run", lambda config, *_: loads.append(config.model))
     recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
     assert loads == ["assistant", "package:pair/base"]
@@ -579,7 +581,7 @@ def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monke
 
 def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_path, scribe, monkeypatch):
     folder = shutil.copytree(first_evaluation, tmp_path / "copy")
-    monkeypatch.setattr(evaluate_module, "__version__", "99")
+    monkeypatch.setattr(decoder_module, "__version__", "99")
     evaluate(recipe_in(folder), folder / "adapter")
     assert scribe.num_prompts == len(CONDITIONS | WORDS) * 7
 
@@ -592,7 +594,7 @@ def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
     for partition in ("none", "zero3"):
         for file in (ROOT / "ds_configs/zero3.json", tmp_path / "quantized.json"):
             recipe = make_recipe(tmp_path, f"evaluation.partition={partition}", f"backbone.deepspeed={file}")
-            decoder = evaluate_module._Decoder(recipe, recipe.base, "weights", [2], 512)
+            decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
             keys[partition, file.stem] = decoder.job("none", PROMPTS, None, 5).key
     assert keys["none", "zero3"] == keys["none", "quantized"] == keys["zero3", "zero3"] != keys["zero3", "quantized"]
 

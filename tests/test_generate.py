@@ -9,10 +9,10 @@ import pytest
 from adapters import make_adapter
 from launch import ROOT
 
-from softcot_ds import evaluate as evaluate_module
 from softcot_ds import generate as generate_module
 from softcot_ds.backbone import load_frozen
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main
 from softcot_ds.recipe import load_recipe, resolve_location
@@ -58,7 +58,7 @@ def test_it_says_what_evaluation_decodes_and_loads_what_it_needs(
     folder, loaded, monkeypatch, capsys, adapter, condition, arguments, models
 ):
     recipe = load_recipe(folder / adapter / "recipe.yaml")
-    evaluate_module.evaluate(recipe, folder / adapter)
+    evaluate(recipe, folder / adapter)
     (path,) = recipe.run_dir.glob(f"evaluation/*/{condition}.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     questions = [example.problem.question for example in Experiment(recipe).splits.test]
