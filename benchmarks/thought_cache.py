@@ -51,7 +51,7 @@ from softcot_ds.thought_builder import fill
 from softcot_ds.thought_manifest import StoreIdentity
 from softcot_ds.thought_reader import input_key
 from softcot_ds.thought_store import StoreWriter, ThoughtStore
-from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+from softcot_ds.thoughts import compute_thoughts, read_shared
 
 T, P, VOCABULARY, INSTRUCTION = 32, 256, 8192, 69
 BATCH = 32
@@ -112,7 +112,7 @@ def build_ours(folder: Path, count: int) -> float:
         while ranks.count("loaded", 1) and ranks.count("loaded") < ranks.size:
             time.sleep(0.01)
         start.append(time.perf_counter())
-        prefix = SharedPrefix.of(assistant, inputs)
+        prefix = read_shared(assistant, inputs)
         return lambda batch: compute_thoughts(assistant, batch, prefix)
 
     fill(folder, IDENTITY, inputs, load, ranks, tokens_per_batch=TOKENS_PER_BATCH)

@@ -44,12 +44,13 @@ from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
 from softcot_ds.batches import Batch, collate, global_batches, order_by_prefix
-from softcot_ds.examples import Example, shared_prefix
+from softcot_ds.examples import Example, make_example
 from softcot_ds.loss import IGNORE
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.metrics import peak_memory_gib
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.recipe import TaskConfig
+from softcot_ds.shared_prefix import common_prefix
 from softcot_ds.step import SoftCoT
 from softcot_ds.tasks import Problem, make_task
 from softcot_ds.thoughts import compute_thoughts
@@ -107,22 +108,12 @@ def record_lengths(tokenizer_name: str, data: str, sample: int = 2048) -> None:
     chat = ChatFormat(tokenizer, {}, tokenizer_name)
     base, assistant = BasePrompts(chat, prompts), AssistantPrompts(chat, prompts, NUM_THOUGHTS, tokenizer.pad_token)
     problems = task.read("train")
-    examples = [
-        Example(
-            problem,
-            assistant.thoughts_input(problem.id, problem.question),
-            prompt.prefix_ids,
-            prompt.suffix_ids,
-            base.target_ids(task.target(problem)),
-        )
-        for problem in problems
-        for prompt in [base.with_thoughts(problem.question)]
-    ]
+    examples = [make_example(problem, task.target(problem), base, assistant) for problem in problems]
     chosen = random.Random(0).sample(examples, sample)
     lengths = {
         "data": f"GSM8K (openai/grade-school-math, MIT), {sample} of {len(problems)} training problems",
         "tokenizer": Path(tokenizer_name).name,
-        "shared_prefix": len(shared_prefix(examples)),
+        "shared_prefix": len(common_prefix([example.prefix_ids for example in examples])),
         "prefix": [len(example.prefix_ids) for example in chosen],
         "suffix": [len(example.suffix_ids) for example in chosen],
         "target": [len(example.target_ids) for example in chosen],
@@ -267,7 +258,7 @@ def make_variants(device: torch.device, names: tuple[str, ...] | None = None) ->
     models = tuple(make_llama(shape, device) for shape in shapes)
     examples = read_examples(shapes[0]["vocab_size"])
     grouped, arrival = choose_batches(examples)
-    ids = shared_prefix(examples)
+    ids = common_prefix([example.prefix_ids for example in examples])
     options = {
         "full": {"batches": arrival, "step": "full", "online": True},
         "fast": {"batches": grouped, "shared_ids": ids},

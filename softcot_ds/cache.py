@@ -77,7 +77,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
         SoftCoTError: it cannot be loaded, or cannot be an assistant; or the base, for which all this is, cannot be one.
     """
     from softcot_ds import backbone
-    from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+    from softcot_ds.thoughts import compute_thoughts, read_shared
     from softcot_ds.trial import check_ahead, check_model
 
     if ranks.rank == 0:
@@ -85,7 +85,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     if recipe.cache.partition == "zero3":
         model = _load_partitioned(recipe, ranks)
         check_model(model, "assistant", recipe.assistant.model)
-        prefix = SharedPrefix.of(model, inputs)
+        prefix = read_shared(model, inputs)
         return lambda batch: compute_thoughts(model, batch, prefix)
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
@@ -99,7 +99,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
             torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
     model = backbone.load_frozen(recipe.assistant, "none", device)
     check_model(model, "assistant", recipe.assistant.model)
-    prefix = SharedPrefix.of(model, inputs)
+    prefix = read_shared(model, inputs)
     return lambda batch: compute_thoughts(model, batch, prefix)
 
 

@@ -10,11 +10,11 @@ from transformers import PreTrainedModel
 from softcot_ds.backbone import load_frozen, width
 from softcot_ds.distributed import device, world_size
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import shared_prefix
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.partition import engine_config, make_layers_leaves
 from softcot_ds.recipe import Recipe
+from softcot_ds.shared_prefix import common_prefix
 from softcot_ds.step import SoftCoT
 from softcot_ds.trial import agreed, check_model, why_not_fast
 
@@ -33,7 +33,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         check_fits(weights, projection, start_from)
         projection.load_state_dict(weights)
     training = recipe.training
-    shared_ids = shared_prefix([*experiment.splits.train, *experiment.splits.validation])
+    examples = [*experiment.splits.train, *experiment.splits.validation]
+    shared_ids = common_prefix([example.prefix_ids for example in examples])
     model = SoftCoT(
         base,
         projection,

@@ -4,7 +4,6 @@ import hashlib
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass
-from itertools import takewhile
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts
@@ -52,6 +51,18 @@ class ContextLimits:
     base: int
 
 
+def make_example(problem: Problem, target: str, base: BasePrompts, assistant: AssistantPrompts) -> Example:
+    """A problem as tokens; ``target`` is what the base is to write."""
+    prompt = base.with_thoughts(problem.question)
+    return Example(
+        problem,
+        assistant.thoughts_input(problem.id, problem.question),
+        prompt.prefix_ids,
+        prompt.suffix_ids,
+        base.target_ids(target),
+    )
+
+
 def load_splits(
     task: Task, config: TaskConfig, base: BasePrompts, assistant: AssistantPrompts, limits: ContextLimits
 ) -> Splits:
@@ -69,17 +80,7 @@ def load_splits(
     problems, notes = _split_problems(task, config)
     splits = {}
     for name, chosen in problems.items():
-        examples = [
-            Example(
-                problem,
-                assistant.thoughts_input(problem.id, problem.question),
-                prompt.prefix_ids,
-                prompt.suffix_ids,
-                base.target_ids(task.target(problem)),
-            )
-            for problem in chosen
-            for prompt in [base.with_thoughts(problem.question)]
-        ]
+        examples = [make_example(problem, task.target(problem), base, assistant) for problem in chosen]
         splits[name], note = _leave_out_long(examples, name, config.max_tokens, limits)
         notes += note
     if not splits["train"]:
@@ -152,10 +153,3 @@ def digest(examples: Sequence[Example]) -> str:
         for ids in (given.token_ids, given.positions, example.prefix_ids, example.suffix_ids, example.target_ids):
             content.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
     return content.hexdigest()
-
-
-def shared_prefix(examples: Sequence[Example]) -> list[int]:
-    """The longest run of tokens that every example's prefix begins with: the instruction."""
-    # In lexicographic order, all stand between the first and the last, and so begin with what both begin with.
-    first, last = (choose(example.prefix_ids for example in examples) for choose in (min, max))
-    return [token for token, _ in takewhile(lambda pair: pair[0] == pair[1], zip(first, last, strict=False))]

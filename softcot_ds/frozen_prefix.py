@@ -25,9 +25,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import is_flash_attention_requested
 
 from softcot_ds.loss import can_fuse, cross_entropy, fused_cross_entropy
-
-KeysValues = tuple[torch.Tensor, torch.Tensor]
-"""Keys and values of one layer, each (B, heads, tokens, head width)."""
+from softcot_ds.shared_prefix import KeysValues, SharedPrefix
 
 
 def why_unsupported(model: PreTrainedModel) -> str | None:
@@ -57,14 +55,6 @@ def states_depend_on_length(model: PreTrainedModel) -> bool:
 
 
 @dataclass
-class SharedStates:
-    """Tokens that every prefix begins with, read once: their keys and values of each layer, batch of one."""
-
-    length: int
-    layers: list[KeysValues]
-
-
-@dataclass
 class _Call:
     """One pass under way."""
 
@@ -72,7 +62,7 @@ class _Call:
     keep: torch.Tensor
     targets: torch.Tensor | None
     """What should follow, where head and cross entropy are one; None for logits."""
-    shared: SharedStates | None
+    shared: SharedPrefix | None
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     """What a layer may attend to, by its sliding window."""
     prefix_hidden: torch.Tensor | None = field(default=None)
@@ -86,7 +76,7 @@ class _Recorder:
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> KeysValues:
         if self.states is not None:
-            past_keys, past_values = (state.expand(len(keys), -1, -1, -1) for state in self.states)
+            past_keys, past_values = self.states
             keys, values = torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
         self.states = keys, values
         return keys, values
@@ -139,7 +129,7 @@ class FrozenPrefix:
         prefix_length: int,
         keep: torch.Tensor,
         targets: torch.Tensor,
-        shared: SharedStates | None = None,
+        shared: SharedPrefix | None = None,
     ) -> torch.Tensor:
         """Cross entropy at chosen positions of the suffix, summed.
 
@@ -167,7 +157,7 @@ class FrozenPrefix:
         positions: torch.Tensor,
         prefix_length: int,
         keep: torch.Tensor,
-        shared: SharedStates | None = None,
+        shared: SharedPrefix | None = None,
     ) -> torch.Tensor:
         """(K, V) logits at the positions ``keep`` of the suffix; arguments as of ``loss``."""
         return self._run(_Call(prefix_length, keep, None, shared), embeds, mask, positions)[0]
@@ -183,12 +173,10 @@ class FrozenPrefix:
         finally:
             self._call = None
 
-    @torch.no_grad()
-    def read_shared(self, ids: torch.Tensor) -> SharedStates:
-        """Run tokens (I,) that every prefix begins with."""
-        cache = DynamicCache()
-        self._model.get_decoder()(input_ids=ids[None], past_key_values=cache, use_cache=True)
-        return SharedStates(len(ids), [(layer.keys, layer.values) for layer in cache.layers])
+    def read_shared(self, ids_I: torch.Tensor) -> SharedPrefix:
+        """Run tokens that every prefix begins with."""
+        # A cache that knows of no window keeps the keys of all of them: the masks here count them all.
+        return SharedPrefix.read(self._model.get_decoder(), ids_I, DynamicCache())
 
     @torch.no_grad()
     def _head_makes_logits(self, embeds: torch.Tensor) -> bool:
@@ -251,7 +239,7 @@ class FrozenPrefix:
         mask = call.masks[self._windows[index]]
         kwargs.pop("attention_mask", None)
         kwargs.pop("past_key_values", None)
-        states = call.shared.layers[index] if call.shared is not None else None
+        states = call.shared.layer(index, len(hidden)) if call.shared is not None else None
         if length:
             recorder = _Recorder(states)
             with torch.no_grad():
@@ -262,8 +250,6 @@ class FrozenPrefix:
                     **_part(kwargs, 0, length, total),
                 )
             states = recorder.states
-        elif states is not None:
-            states = tuple(state.expand(len(hidden), -1, -1, -1) for state in states)
         run = partial(
             forward,
             attention_mask=_rows(mask, length, total, total),

@@ -22,12 +22,13 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.batches import Batch
 from softcot_ds.distributed import is_main
-from softcot_ds.frozen_prefix import FrozenPrefix, SharedStates, why_unsupported
+from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.loss import cross_entropy
 from softcot_ds.methods.base import Projection
 from softcot_ds.partition import is_partitioned
 from softcot_ds.prompts import AssistantInput
-from softcot_ds.thoughts import SharedPrefix, check_length, compute_thoughts
+from softcot_ds.shared_prefix import SharedPrefix
+from softcot_ds.thoughts import check_length, compute_thoughts, read_shared
 
 
 class SoftCoT(nn.Module):
@@ -60,7 +61,7 @@ class SoftCoT(nn.Module):
         # reads: for Llama 3.1 8B 1 GB more traffic per micro-batch, to save two small launches.
         if not is_partitioned(*embedding.parameters()):
             self.embed = projection.fused_with(embedding)
-        self._shared: SharedStates | None = None
+        self._shared: SharedPrefix | None = None
         self._shared_ids = tuple(shared_ids)
         self._assistant_inputs = assistant_inputs
         self._assistant_prefix: SharedPrefix | None = None
@@ -130,7 +131,7 @@ class SoftCoT(nn.Module):
         if batch.thoughts is not None:
             return batch.thoughts
         if self._assistant_prefix is None:  # in the first pass, as above
-            self._assistant_prefix = SharedPrefix.of(self.assistant, self._assistant_inputs)
+            self._assistant_prefix = read_shared(self.assistant, self._assistant_inputs)
         return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
 
     def _embeds(self, batch: Batch) -> torch.Tensor:

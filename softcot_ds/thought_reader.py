@@ -131,7 +131,7 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
     from softcot_ds import backbone
     from softcot_ds.distributed import device, say
     from softcot_ds.methods.base import projection_class
-    from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+    from softcot_ds.thoughts import compute_thoughts, read_shared
     from softcot_ds.trial import check_model
 
     recipe = experiment.recipe
@@ -145,7 +145,7 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
     assistant = backbone.load_frozen(recipe.assistant, "none", device())
     check_model(assistant, "assistant", recipe.assistant.model)
     size = recipe.evaluation.batch_size
-    prefix = SharedPrefix.of(assistant, experiment.splits.assistant_inputs())
+    prefix = read_shared(assistant, experiment.splits.assistant_inputs())
     inputs = [example.assistant for example in examples]
     batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
     states = torch.cat([compute_thoughts(assistant, batch, prefix) for batch in batches])

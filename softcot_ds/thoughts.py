@@ -4,11 +4,8 @@ The cache and ``thoughts.source=online`` both come through here: in the same bat
 B inputs, S tokens of the longest, T placeholders each, P assistant width.
 """
 
-import copy
 import inspect
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Self
 
 import torch
 from torch import nn
@@ -20,6 +17,7 @@ from softcot_ds.backbone import context_length
 from softcot_ds.embedding import device_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.prompts import AssistantInput
+from softcot_ds.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -31,52 +29,24 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
     return next(inner, model)
 
 
-@dataclass(frozen=True)
-class SharedPrefix:
-    """Keys and values of the tokens that all inputs begin with: the assistant reads the instruction once."""
-
-    ids: tuple[int, ...]
-    cache: DynamicCache | None
-    """Batch of one; None when nothing is shared."""
-
-    @classmethod
-    @torch.no_grad()
-    def of(cls, assistant: PreTrainedModel, inputs: Sequence[AssistantInput]) -> Self:
-        """Run the longest common prefix of ``inputs`` that lies before every placeholder and leaves each a token."""
-        first = min((item.token_ids for item in inputs), default=[])
-        last = max((item.token_ids for item in inputs), default=[])
-        length = min((min(*item.positions, len(item.token_ids) - 1) for item in inputs), default=0)
-        # What the smallest and the largest in lexicographic order share, all between them share.
-        while first[:length] != last[:length]:
-            length -= 1
-        if not length:
-            return NO_PREFIX
-        decoder = decoder_of(assistant)
-        if "past_key_values" not in inspect.signature(decoder.forward).parameters:
-            return NO_PREFIX
-        cache = DynamicCache(config=assistant.config.get_text_config())
-        # States of other kinds (linear attention, convolutions) cannot be given to a whole batch: read the prefix anew.
-        if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
-            return NO_PREFIX
-        ids = torch.tensor([first[:length]], device=device_of(assistant.get_input_embeddings()))
-        decoder(input_ids=ids, past_key_values=cache, use_cache=True)
-        if not cache.layers or any(layer.keys is None for layer in cache.layers):  # it keeps nothing, or somewhere else
-            return NO_PREFIX
-        return cls(tuple(first[:length]), cache)
-
-    def expanded(self, batch: int) -> DynamicCache | None:
-        """The cache for a batch, to be extended by a forward pass, which leaves this one as it is."""
-        if self.cache is None:
-            return None
-        expanded = copy.copy(self.cache)
-        expanded.layers = [copy.copy(layer) for layer in self.cache.layers]
-        for layer in expanded.layers:  # a view: the forward pass concatenates, and so copies, once
-            layer.keys = layer.keys.expand(batch, -1, -1, -1)
-            layer.values = layer.values.expand(batch, -1, -1, -1)
-        return expanded
-
-
-NO_PREFIX = SharedPrefix((), None)
+def read_shared(assistant: PreTrainedModel, inputs: Sequence[AssistantInput]) -> SharedPrefix:
+    """Run the longest common prefix of ``inputs`` that lies before every placeholder and leaves each a token."""
+    before = min((min(*item.positions, len(item.token_ids) - 1) for item in inputs), default=0)
+    ids = common_prefix([item.token_ids for item in inputs])[:before]
+    if not ids:
+        return NO_PREFIX
+    decoder = decoder_of(assistant)
+    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+        return NO_PREFIX
+    cache = DynamicCache(config=assistant.config.get_text_config())
+    # States of other kinds (linear attention, convolutions) cannot be given to a whole batch: read the prefix anew.
+    if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
+        return NO_PREFIX
+    ids_I = torch.tensor(ids, device=device_of(assistant.get_input_embeddings()))
+    prefix = SharedPrefix.read(decoder, ids_I, cache)
+    if not cache.layers or any(layer.keys is None for layer in cache.layers):  # it keeps nothing, or somewhere else
+        return NO_PREFIX
+    return prefix
 
 
 def check_length(length: int, model: PreTrainedModel) -> None:
@@ -109,7 +79,7 @@ def compute_thoughts(
     """
     check_length(max(item.positions[-1] + 1 for item in inputs), assistant)
     device = device_of(assistant.get_input_embeddings())
-    skip = len(prefix.ids)
+    skip = prefix.length
     # Nothing after the last placeholder reaches it. On the right, padding reaches nothing either, so that no mask is
     # needed and every row has the same positions.
     unread = [torch.tensor(item.token_ids[skip : item.positions[-1] + 1]) for item in inputs]

@@ -26,7 +26,7 @@ from softcot_ds.model_files import is_here
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.recipe import ModelConfig
 from softcot_ds.step import full_logits, mask_and_positions
-from softcot_ds.thoughts import SharedPrefix, compute_thoughts, decoder_of
+from softcot_ds.thoughts import compute_thoughts, decoder_of, read_shared
 from softcot_ds.toy import make_toy, toy_config
 
 Role = Literal["base", "assistant"]
@@ -255,7 +255,7 @@ def _try_assistant(model: PreTrainedModel) -> str | None:
         return _NOT_FINITE
     if _differ(model, compute_thoughts(model, inputs).flatten(0, 1), truth):
         return "its states at the placeholders depend on what stands after them, or on the other rows of a batch"
-    if _differ(model, compute_thoughts(model, inputs, SharedPrefix.of(model, inputs)).flatten(0, 1), truth):
+    if _differ(model, compute_thoughts(model, inputs, read_shared(model, inputs)).flatten(0, 1), truth):
         return "its states change when it reads what all inputs begin with once for all"
     return None
 

@@ -37,7 +37,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.thought_manifest import StoreIdentity
 from softcot_ds.thought_reader import cache_identity, input_key, open_cache
 from softcot_ds.thought_store import ThoughtStore
-from softcot_ds.thoughts import SharedPrefix, compute_thoughts
+from softcot_ds.thoughts import compute_thoughts, read_shared
 
 T, P, VOCABULARY = 4, 32, 120
 TOY = {
@@ -113,9 +113,9 @@ def test_thoughts_are_the_last_hidden_states_at_the_placeholders(family, attenti
     inputs = make_inputs(9, tail=2)
     truth = one_by_one(assistant, inputs)
     assert (truth[0] - truth[1]).abs().max() > 0.1
-    prefix = SharedPrefix.of(assistant, inputs)
-    assert len(prefix.ids) == 21
-    for used in (prefix, SharedPrefix.of(assistant, inputs[:1])):
+    prefix = read_shared(assistant, inputs)
+    assert prefix.length == 21
+    for used in (prefix, read_shared(assistant, inputs[:1])):
         thoughts = compute_thoughts(assistant, inputs[:1] if used is not prefix else inputs, used)
         # transformers' RMS norms compute in float32 whatever the dtype
         torch.testing.assert_close(thoughts, truth[: len(thoughts)], rtol=0, atol=2e-5)
@@ -125,7 +125,7 @@ def test_thoughts_are_the_last_hidden_states_at_the_placeholders(family, attenti
 def test_a_shared_prefix_is_not_changed_by_its_use():
     assistant = make_assistant()
     inputs = make_inputs(5)
-    prefix = SharedPrefix.of(assistant, inputs)
+    prefix = read_shared(assistant, inputs)
     first = compute_thoughts(assistant, inputs, prefix)
     compute_thoughts(assistant, inputs[:2], prefix)
     assert torch.equal(compute_thoughts(assistant, inputs, prefix), first)
@@ -142,13 +142,13 @@ def test_a_shared_prefix_is_not_changed_by_its_use():
 )
 def test_a_shared_prefix_ends_where_inputs_differ_or_thoughts_begin(ids, positions, shared):
     inputs = [AssistantInput(str(i), tokens, positions) for i, tokens in enumerate(ids)]
-    assert len(SharedPrefix.of(make_assistant(), inputs).ids) == shared
+    assert read_shared(make_assistant(), inputs).length == shared
 
 
 def test_cached_thoughts_equal_online_thoughts_bit_for_bit(tmp_path):
     """Through the disk and back, against the same function on the same batches."""
     assistant, inputs = make_assistant(dtype=torch.bfloat16), make_inputs(40)
-    prefix = SharedPrefix.of(assistant, inputs)
+    prefix = read_shared(assistant, inputs)
     online = {}
 
     def compute(batch):
@@ -165,7 +165,7 @@ def test_cached_thoughts_equal_online_thoughts_bit_for_bit(tmp_path):
 def test_thoughts_hardly_depend_on_the_batch(tmp_path, dtype, tolerance):
     """The stated tolerance: relative error of a row, Euclidean norm."""
     assistant, inputs = make_assistant(dtype=dtype), make_inputs(30)
-    prefix = SharedPrefix.of(assistant, inputs)
+    prefix = read_shared(assistant, inputs)
     name = str(dtype).removeprefix("torch.")
     rows = []
     for budget in (1, 200, 100_000):

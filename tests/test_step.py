@@ -32,7 +32,7 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
 from softcot_ds.batches import collate
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import Example
+from softcot_ds.examples import Example, make_example
 from softcot_ds.methods.prompt_tuning import StaticThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
@@ -313,18 +313,10 @@ def test_from_words_to_gradient_for_every_tokenizer_and_template(chat):
     prompts = PromptFile(**WORDING)
     chat_format = ChatFormat(tokenizer, {"date_string": "26 Jul 2024"}, "model")
     base, assistant = BasePrompts(chat_format, prompts), AssistantPrompts(chat_format, prompts, 4, "x")
-    examples = []
-    for question, target in zip(QUESTIONS, TARGETS, strict=True):
-        prompt = base.with_thoughts(question)
-        examples.append(
-            Example(
-                Problem(question, "", ""),
-                assistant.thoughts_input("id", question),
-                prompt.prefix_ids,
-                prompt.suffix_ids,
-                base.target_ids(target),
-            )
-        )
+    examples = [
+        make_example(Problem(question, "", ""), target, base, assistant)
+        for question, target in zip(QUESTIONS, TARGETS, strict=True)
+    ]
     assert [(e.prefix_ids, e.suffix_ids, e.target_ids) for e in examples] == [(p, s, t) for p, _, s, t in naive]
 
     for dtype, kind in ((torch.float32, "full"), (torch.float32, "fast"), (torch.float64, "fast")):

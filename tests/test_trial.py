@@ -13,8 +13,9 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.prompts import AssistantInput
+from softcot_ds.shared_prefix import NO_PREFIX
 from softcot_ds.step import SoftCoT
-from softcot_ds.thoughts import SharedPrefix, compute_thoughts, decoder_of
+from softcot_ds.thoughts import compute_thoughts, decoder_of, read_shared
 from softcot_ds.trial import check_model, why_not_fast, why_unsuitable
 
 FAST = (
@@ -76,7 +77,7 @@ def test_assistants_that_are_called_fit_give_the_states_of_inputs_run_alone(fami
         ]
         for item in inputs
     ]
-    for prefix in (SharedPrefix.of(model, inputs), SharedPrefix((), None)):
+    for prefix in (read_shared(model, inputs), NO_PREFIX):
         torch.testing.assert_close(compute_thoughts(model, inputs, prefix), torch.stack(hidden), rtol=1e-4, atol=1e-5)
 
 

@@ -1,16 +1,9 @@
-"""Splits without overlap, batches without loss."""
-
-from collections import Counter
-from itertools import islice
+"""Splits without overlap."""
 
 import pytest
-import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
-from softcot_ds.batches import collate, global_batches, micro_batches, pad
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import ContextLimits, Example, load_splits
+from softcot_ds.examples import ContextLimits, load_splits
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks import Problem
@@ -140,96 +133,3 @@ def test_problems_too_long_for_the_assistant_are_too_long():
 def test_thoughts_wider_than_a_context_are_refused(limits):
     with pytest.raises(SoftCoTError, match=r"thoughts.count 8 does not fit the context .* take fewer thoughts"):
         split(["a"], count=8, limits=limits)
-
-
-# ------------------------------------------------------------------------------------------------------- batches
-
-
-@given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 3))
-def test_an_epoch_brings_every_example_at_most_once_and_leaves_out_less_than_a_batch(lengths, size, seed):
-    if len(lengths) < size:
-        with pytest.raises(SoftCoTError, match=rf"global_batch_size {size} is larger than the {len(lengths)}"):
-            next(global_batches(lengths, size, seed))
-        return
-    per_epoch = len(lengths) // size
-    batches = list(islice(global_batches(lengths, size, seed), 2 * per_epoch))
-    for epoch in (batches[:per_epoch], batches[per_epoch:]):
-        counts = Counter(index for batch in epoch for index in batch)
-        assert all(len(batch) == size for batch in epoch)
-        assert set(counts.values()) == {1}
-        assert len(counts) == per_epoch * size
-
-
-def test_the_longest_example_is_trained_on_too():
-    lengths = [10] * 32 + [99]
-    drawn = Counter(index for batch in islice(global_batches(lengths, 32, 0), 200) for index in batch)
-    assert len(drawn) == 33
-    assert min(drawn.values()) > 180
-
-
-def test_examples_of_a_batch_are_of_like_length():
-    lengths = [(7 * i) % 500 for i in range(1600)]
-    spreads = [
-        max(lengths[i] for i in batch) - min(lengths[i] for i in batch)
-        for batch in islice(global_batches(lengths, 32, 0), 50)
-    ]
-    assert max(spreads) <= 500 / 50 + 10
-
-
-def test_batches_of_a_window_come_in_no_order_of_length():
-    lengths = [(7 * i) % 500 for i in range(1600)]
-    shortest = [min(lengths[i] for i in batch) for batch in islice(global_batches(lengths, 32, 0), 50)]
-    assert shortest != sorted(shortest)
-
-
-def test_the_order_depends_on_the_seed_and_the_epoch():
-    def draw(seed, start):
-        return list(islice(global_batches([1] * 64, 4, seed), start, start + 16))
-
-    assert draw(0, 0) == draw(0, 0)
-    assert draw(0, 0) != draw(1, 0)
-    assert draw(0, 0) != draw(0, 16)
-
-
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 40))
-def test_micro_batches_share_a_batch_out_evenly(world_size, accumulation, extra):
-    batch = list(range(100, 100 + world_size * accumulation + extra))
-    parts = [part for rank in range(world_size) for part in micro_batches(batch, rank, world_size, accumulation)]
-    assert len(parts) == world_size * accumulation
-    assert sorted(index for part in parts for index in part) == batch
-    sizes = [len(part) for part in parts]
-    assert min(sizes) >= 1
-    assert max(sizes) - min(sizes) <= 1
-    assert all(part == list(range(part[0], part[0] + len(part))) for part in parts)
-
-
-# ------------------------------------------------------------------------------------------------------- padding
-
-
-rows = st.lists(st.lists(st.integers(0, 9), max_size=6), min_size=1, max_size=5)
-
-
-@given(rows, st.sampled_from(["left", "right"]))
-def test_padding_hides_nothing_and_adds_nothing(rows, side):
-    ids, mask = pad(rows, 77, side)
-    assert ids.dtype == torch.int64
-    assert ids.shape == mask.shape == (len(rows), max(len(row) for row in rows))
-    for row, found, shown in zip(rows, ids.tolist(), mask.tolist(), strict=True):
-        fill = len(found) - len(row)
-        assert found == ([77] * fill + row if side == "left" else row + [77] * fill)
-        assert shown == ([False] * fill + [True] * len(row) if side == "left" else [True] * len(row) + [False] * fill)
-
-
-def test_a_batch_counts_its_real_tokens():
-    assistant = AssistantInput("id", [5, 0, 0], [1, 2])
-    problem = Problem("q", "r", "1")
-    examples = [Example(problem, assistant, [1, 2, 3], [4], [5, 6]), Example(problem, assistant, [], [], [7])]
-    batch = collate(examples, 0)
-    assert batch.num_tokens == 7
-    assert [example.length for example in examples] == [8, 3]
-    assert batch.prefix_ids.tolist() == [[1, 2, 3], [0, 0, 0]]
-    assert batch.suffix_ids.tolist() == [[4, 5, 6], [7, 0, 0]]
-    assert batch.assistant == [assistant, assistant]
-    moved = batch.to(torch.device("cpu"))
-    assert torch.equal(moved.suffix_ids, batch.suffix_ids)
-    assert moved.thoughts is None
