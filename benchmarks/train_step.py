@@ -48,6 +48,7 @@ from softcot_ds.examples import Example, make_example
 from softcot_ds.loss import IGNORE
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.metrics import peak_memory_gib
+from softcot_ds.operations import peak_flops
 from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.shared_prefix import common_prefix
@@ -96,8 +97,6 @@ SMALL_1B = {
     "vocab_size": 1503,
     "tie_word_embeddings": True,
 }
-PEAK_FLOPS = {"H100": 989e12, "H200": 989e12, "A100": 312e12, "B200": 2250e12}
-"""Dense bf16, by a part of the GPU's name."""
 
 
 def record_lengths(tokenizer_name: str, data: str, sample: int = 2048) -> None:
@@ -370,9 +369,8 @@ def main() -> None:
         "peak_gib_beyond_weights": peaks,
         "positions": {"arrival_order": positions(arrival), "grouped": positions(grouped)},
     }
-    known = [peak for part, peak in PEAK_FLOPS.items() if part in str(result["gpu"])]
-    if known:
-        result["mfu"] = {name: flops[name] / wall[name] / known[0] for name in ("fast", "full")}
+    if peak := peak_flops(str(result["gpu"]), "bfloat16"):
+        result["mfu"] = {name: flops[name] / wall[name] / peak for name in ("fast", "full")}
     write_result(result, args.out)
 
 

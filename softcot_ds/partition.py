@@ -123,6 +123,11 @@ def is_partitioned(*parameters: nn.Parameter) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
+def whole_size(parameter: nn.Parameter) -> int:
+    """Elements of a weight on all ranks together, held whole or in parts."""
+    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
+
+
 def needs_all_ranks(model: nn.Module) -> bool:
     """Whether each forward pass needs all ranks: one that is done must run along with the others."""
     return world_size() > 1 and is_partitioned(*model.parameters())

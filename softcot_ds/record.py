@@ -15,6 +15,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
 from softcot_ds.files import parse_json, write_atomically
 from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.operations import peak_flops
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
 
@@ -35,7 +36,8 @@ class Record:
         self._board.text("recipe", recipe.to_yaml(), start + 1)
         self._history = History(recipe, start)
         self.timer = PhaseTimer(device())
-        self.window = Window()
+        on_gpu = device().type == "cuda"
+        self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
         self._progress = Progress(recipe.training.steps - start, "steps")
 
     def report(
@@ -59,7 +61,7 @@ class Record:
         if skipped:
             report_skip(name_step(step, batch, self._examples), self._history, last_saved)
         if line := self._progress.line(step - self._start):
-            say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {line}")
+            say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {rates(throughput)}  {line}")
 
     def report_validation(self, step: int, points: dict[str, float], samples: str) -> None:
         self._board.scalars(points, step)
@@ -83,12 +85,15 @@ class Record:
 
 
 class Window:
-    """Losses and token counts since the last look; looking is the only thing that waits for the GPU."""
+    """Losses and work since the last look; looking is the only thing that waits for the GPU."""
 
-    def __init__(self) -> None:
+    def __init__(self, peak_flops: float | None) -> None:
+        """``peak_flops``: what the GPU of a rank does at most per second, or None: then its utilisation is not told."""
+        self._peak_flops = peak_flops
         self._losses: dict[int, torch.Tensor] = {}
         self._batches: dict[int, list[int]] = {}
         self._tokens = 0
+        self._operations = 0
         self._seconds = 0.0
         self._all_samples = 0
         self.restart_clock()
@@ -102,11 +107,12 @@ class Window:
         """What happened since the last step was no training."""
         self._began = time.perf_counter()
 
-    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: int) -> None:
+    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: int, operations: int) -> None:
         """Add this rank's share of the loss of ``step``, whose global batch is ``batch``."""
         self._losses[step] = loss
         self._batches[step] = batch
         self._tokens += num_tokens
+        self._operations += operations
 
     def read(self, examples: Sequence[Example], last_saved: Path | None) -> tuple[dict[int, float], dict[str, float]]:
         """Loss per step since the last reading, nats per supervised token, and throughput over all ranks.
@@ -115,8 +121,9 @@ class Window:
             SoftCoTError: a loss is not finite; names the step and its problems. Nothing has been saved since.
         """
         values = torch.stack(list(self._losses.values())).double()
-        totals = sum_over_ranks(torch.cat([values, values.new_tensor([float(self._tokens)])])).tolist()
-        losses = dict(zip(self._losses, totals, strict=False))
+        work = values.new_tensor([float(self._tokens), float(self._operations)])
+        *totals, tokens, operations = sum_over_ranks(torch.cat([values, work])).tolist()
+        losses = dict(zip(self._losses, totals, strict=True))
         for step, loss in losses.items():
             if not math.isfinite(loss):
                 where = name_step(step, self._batches[step], examples)
@@ -124,14 +131,25 @@ class Window:
         seconds = time.perf_counter() - self._began
         samples = sum(len(batch) for batch in self._batches.values())
         throughput = {
-            "throughput/tokens_per_second": totals[-1] / seconds,
+            "throughput/tokens_per_second": tokens / seconds,
+            "throughput/tokens_per_second_per_rank": tokens / seconds / world_size(),
             "throughput/samples_per_second": samples / seconds,
         }
+        if self._peak_flops and operations:
+            throughput["throughput/mfu"] = operations / seconds / world_size() / self._peak_flops
         self._seconds += seconds
         self._all_samples += samples
-        self._losses, self._batches, self._tokens = {}, {}, 0
+        self._losses, self._batches, self._tokens, self._operations = {}, {}, 0, 0
         self.restart_clock()
         return losses, throughput
+
+
+def rates(throughput: dict[str, float]) -> str:
+    """What a rank, which has one GPU where there are any, gets done: for a line of the log."""
+    owner = "GPU" if device().type == "cuda" else "rank"
+    text = f"{throughput['throughput/tokens_per_second_per_rank']:,.0f} tokens/s per {owner}"
+    mfu = throughput.get("throughput/mfu")
+    return text if mfu is None else f"{text}  MFU {mfu:.1%}"
 
 
 def scalars(

@@ -25,6 +25,7 @@ from softcot_ds.distributed import is_main
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.loss import cross_entropy
 from softcot_ds.methods.base import Projection
+from softcot_ds.operations import Decoder
 from softcot_ds.partition import is_partitioned
 from softcot_ds.prompts import AssistantInput
 from softcot_ds.shared_prefix import SharedPrefix
@@ -65,6 +66,7 @@ class SoftCoT(nn.Module):
         self._shared_ids = tuple(shared_ids)
         self._assistant_inputs = assistant_inputs
         self._assistant_prefix: SharedPrefix | None = None
+        self._decoders = [Decoder.of(model) for model in (base, assistant) if model is not None]
         self._checkpointing = activation_checkpointing
         self.prefixed: FrozenPrefix | None = None
         reason = why_unsupported(base) if step == "fast" else None
@@ -120,6 +122,27 @@ class SoftCoT(nn.Module):
         num_thoughts = embeds.shape[1] - prefix_length - batch.suffix_ids.shape[1]
         mask, positions = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
         return self.prefixed.loss(embeds, mask, positions, prefix_length, batch.predict_at, batch.targets, self._shared)
+
+    def operations(self, batch: Batch) -> int:
+        """Floating-point operations of the forward and backward pass over a batch, padding included; 0 where they are
+        not known. What a run reads once and what activation checkpointing computes again do not count."""
+        if None in self._decoders:
+            return 0
+        base, *assistant = self._decoders
+        batch_size, prefix_length = batch.prefix_ids.shape
+        num_thoughts = len(batch.assistant[0].positions)
+        total = self.projection.operations(batch_size, num_thoughts)
+        if self.prefixed is None:
+            total += base.train(batch_size, batch.longest, batch.longest) + base.train_head(batch_size * batch.longest)
+        else:
+            before, rest = self.num_shared + prefix_length, num_thoughts + batch.suffix_ids.shape[1]
+            total += base.run(batch_size, prefix_length, before) + base.train(batch_size, rest, before + rest)
+            total += base.train_head(len(batch.targets))
+        if assistant and batch.thoughts is None:
+            keys = max(item.positions[-1] + 1 for item in batch.assistant)
+            skipped = len(self._assistant_prefix.ids) if self._assistant_prefix else 0
+            total += assistant[0].run(batch_size, keys - skipped, keys)
+        return total
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts."""

@@ -69,8 +69,8 @@ def _train(recipe: Recipe) -> None:
     for step, (batch, micro_batches) in enumerate(islice(batches, config.steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
         num_labels = sum(len(splits.train[index].target_ids) for index in batch)
-        loss, num_tokens = _take_step(engine, micro_batches, learning_rate, num_labels, record.timer)
-        record.window.add(step, batch, loss, num_tokens)
+        loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, record.timer)
+        record.window.add(step, batch, loss, *work)
 
         # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
         skipped = not engine.was_step_applied()
@@ -117,8 +117,8 @@ def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path
 
 def _take_step(
     engine: Any, micro_batches: Iterator[Batch], learning_rate: float, num_labels: int, timer: PhaseTimer
-) -> tuple[torch.Tensor, int]:
-    """One optimizer step; returns this rank's share of the loss, and how many tokens it read.
+) -> tuple[torch.Tensor, int, int]:
+    """One optimizer step; returns this rank's share of the loss, its tokens, and its floating-point operations.
 
     The loss is the mean over the ``num_labels`` supervised tokens of the whole global batch, wherever they are
     computed. DeepSpeed divides by ranks and micro-batches, which hold different numbers of tokens: undo that here.
@@ -126,11 +126,12 @@ def _take_step(
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     accumulation = engine.gradient_accumulation_steps()
-    losses, num_tokens = [], 0
+    losses, num_tokens, operations = [], 0, 0
     for _ in range(accumulation):
         with timer.phase("data"):
             micro = next(micro_batches)
             num_tokens += micro.num_tokens
+            operations += engine.module.operations(micro)
             micro = micro.to(device())
         with timer.phase("forward"):
             loss = engine(micro) / num_labels
@@ -140,7 +141,7 @@ def _take_step(
         with timer.phase("optimizer"):
             engine.step()  # the optimizer moves on the last one
         losses.append(loss.detach())
-    return sum(losses[1:], start=losses[0]), num_tokens
+    return sum(losses[1:], start=losses[0]), num_tokens, operations
 
 
 def _stop(recipe: Recipe, signal: Signals, step: int, saved: Path) -> None:

@@ -4,16 +4,18 @@ from collections import Counter
 from pathlib import Path
 
 import pytest
+import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
+from softcot_ds import record
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.metrics import TensorBoard
 from softcot_ds.recipe import load_recipe
-from softcot_ds.record import History
+from softcot_ds.record import History, Window, rates
 
 ROOT = Path(__file__).parents[1]
 
@@ -116,3 +118,35 @@ def test_losses_that_cannot_be_read_are_named(tmp_path):
     (recipe.run_dir / "losses.jsonl").mkdir(parents=True)
     with pytest.raises(SoftCoTError, match=r"cannot read .*losses.jsonl: Is a directory\. .* move it away"):
         History(recipe, start=3)
+
+
+@pytest.mark.parametrize("ranks", [1, 4])
+def test_rates_are_of_all_steps_since_the_last_look_and_of_one_rank(monkeypatch, ranks):
+    """Two steps in half a second, 300 tokens and 40 TFLOP on each rank, of a GPU with at most 200 TFLOP/s."""
+    clock = iter([10.0, 10.5, 10.5, 12.5, 12.5])
+    monkeypatch.setattr(record.time, "perf_counter", lambda: next(clock))
+    monkeypatch.setattr(record, "world_size", lambda: ranks)
+    monkeypatch.setattr(record, "sum_over_ranks", lambda values: values * ranks)
+    window = Window(200e12)
+    window.add(1, [0, 1], torch.tensor(1.0), 100, int(15e12))
+    window.add(2, [2, 3], torch.tensor(2.0), 200, int(25e12))
+    losses, throughput = window.read([], None)
+    assert losses == {1: 1.0 * ranks, 2: 2.0 * ranks}
+    assert throughput == {
+        "throughput/tokens_per_second": pytest.approx(600 * ranks),
+        "throughput/tokens_per_second_per_rank": pytest.approx(600),
+        "throughput/samples_per_second": pytest.approx(8),
+        "throughput/mfu": pytest.approx(0.4),
+    }
+    assert rates(throughput) == "600 tokens/s per rank  MFU 40.0%"
+    window.add(3, [0, 1], torch.tensor(1.0), 100, 0)  # a base whose operations are not known
+    _, throughput = window.read([], None)
+    assert throughput["throughput/tokens_per_second_per_rank"] == pytest.approx(50)
+    assert rates(throughput) == "50 tokens/s per rank"
+
+
+def test_utilisation_of_an_unknown_device_is_not_told():
+    window = Window(None)
+    window.add(1, [0], torch.tensor(1.0), 100, int(1e12))
+    _, throughput = window.read([], None)
+    assert "throughput/mfu" not in throughput

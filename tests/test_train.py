@@ -322,6 +322,7 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
         "optimizer/learning_rate",
         "optimizer/gradient_norm",
         "throughput/tokens_per_second",
+        "throughput/tokens_per_second_per_rank",
         "throughput/samples_per_second",
         "step_time_ms/data",
         "step_time_ms/forward",

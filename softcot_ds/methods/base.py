@@ -51,6 +51,11 @@ class Projection(nn.Module):
         """
         return None
 
+    def operations(self, batch_size: int, num_thoughts: int) -> int:
+        """Floating-point operations of the products that ``forward`` and its weights' gradients take, if there are any:
+        two for each pair of factors."""
+        return 0
+
 
 def projection_class(kind: str) -> type[Projection]:
     """The class of a ``projection.kind``."""

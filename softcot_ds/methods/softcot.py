@@ -12,6 +12,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds.embedding import table_scale
 from softcot_ds.methods.base import Projection
+from softcot_ds.partition import whole_size
 from softcot_ds.recipe import Recipe
 
 
@@ -41,6 +42,9 @@ class LinearProjection(Projection):
     def fused_with(self, embedding: nn.Module) -> "ThoughtEmbedding | None":
         scale = table_scale(embedding)
         return None if scale is None else ThoughtEmbedding(self, embedding, scale)
+
+    def operations(self, batch_size: int, num_thoughts: int) -> int:
+        return 4 * batch_size * num_thoughts * whole_size(self.weight)
 
 
 class ThoughtEmbedding(nn.Module):
