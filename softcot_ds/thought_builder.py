@@ -320,7 +320,7 @@ class _Saver:
 
     def put(self, batch: list[AssistantInput], thoughts: torch.Tensor) -> None:
         """Queue thoughts (B, T, P); waits while the disk lags behind. Raises what the thread ran into."""
-        if self.failed:
+        if self._error is not None:
             raise self._error
         self._queue.put((batch, thoughts))
 
