@@ -140,7 +140,7 @@ class SoftCoT(nn.Module):
             total += base.train_head(len(batch.targets))
         if assistant and batch.thoughts is None:
             keys = max(item.positions[-1] + 1 for item in batch.assistant)
-            skipped = len(self._assistant_prefix.ids) if self._assistant_prefix else 0
+            skipped = self._assistant_prefix.length if self._assistant_prefix else 0
             total += assistant[0].run(batch_size, keys - skipped, keys)
         return total
 

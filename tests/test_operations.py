@@ -10,6 +10,7 @@ from toy_models import make_toy
 
 from softcot_ds.methods.prompt_tuning import StaticThoughts
 from softcot_ds.operations import Decoder, peak_flops
+from softcot_ds.prompts import AssistantInput
 from softcot_ds.step import SoftCoT
 
 
@@ -61,10 +62,16 @@ def test_the_fast_step_does_less_and_static_thoughts_take_no_product():
 def test_the_assistant_counts_where_it_runs_in_the_step():
     base, assistant = make_model("llama eager"), make_model("qwen2", hidden_size=P, attn_implementation="eager")
     batch = make_batch(examples_of([(9, 2, 5), (4, 1, 7)]), torch.float32)
-    step = SoftCoT(base, make_projection(), assistant)
-    assert step.operations(batch) == counted(step, batch), "states from a cache"
+    batch.assistant = [  # five tokens are shared, four and two more stand before the thoughts
+        AssistantInput("a", [5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 0, 0, 14], [9, 10, 11]),
+        AssistantInput("b", [5, 6, 7, 8, 9, 15, 16, 0, 0, 0], [7, 8, 9]),
+    ]
+    step = SoftCoT(base, make_projection(), assistant, assistant_inputs=batch.assistant)
+    from_cache = step.operations(batch)
+    assert from_cache == counted(step, batch)
     batch.thoughts = None
-    assert step.operations(batch) == counted(step, batch), "online"
+    online = counted(step, batch)
+    assert step.operations(batch) == online > from_cache
 
 
 @pytest.mark.parametrize(
