@@ -314,6 +314,9 @@ class TrainingConfig(Section):
     """Recompute the layers in the backward pass instead of keeping their activations."""
     log_every: Annotated[Count, FREE] = 10
     """Steps between two points of the TensorBoard curves; the only place where a step waits for the GPU."""
+    profile_steps: Annotated[tuple[Count, Count] | None, Field(strict=False), FREE] = None
+    """The first and the last step of a window that is profiled, such as [10, 12]; the trace goes to profile/ in the
+    run's directory. Profiled steps are slower."""
     validate_every: Annotated[Count, FREE] = 100
     """Steps between two validations, with sample generations."""
     save_every: Annotated[Count, FREE] = 100
@@ -333,6 +336,16 @@ class TrainingConfig(Section):
     def _warmup_ends(cls, value: int, info: ValidationInfo) -> int:
         if value >= info.data.get("steps", value + 1):
             raise ValueError(f"{value} steps of warm-up do not fit into training.steps={info.data['steps']}")
+        return value
+
+    @field_validator("profile_steps")
+    @classmethod
+    def _profiled_steps_are_taken(cls, value: tuple[int, int] | None, info: ValidationInfo) -> tuple[int, int] | None:
+        first, last = value or (0, 0)
+        if first > last:
+            raise ValueError(f"[{first}, {last}] ends before it begins; write the first and the last step")
+        if last > info.data.get("steps", last):
+            raise ValueError(f"[{first}, {last}] goes beyond training.steps={info.data['steps']}")
         return value
 
     @field_validator("micro_batch_size")

@@ -19,6 +19,7 @@ from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
 from softcot_ds.metrics import PhaseTimer
+from softcot_ds.profiling import StepProfiler
 from softcot_ds.recipe import Recipe
 from softcot_ds.record import Record
 from softcot_ds.resume import agreed_start, sole_trainer
@@ -65,11 +66,13 @@ def _train(recipe: Recipe) -> None:
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
     record = Record(recipe, splits.train, start)
+    profiler = StepProfiler(recipe)
 
     for step, (batch, micro_batches) in enumerate(islice(batches, config.steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
         num_labels = sum(len(splits.train[index].target_ids) for index in batch)
-        loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, record.timer)
+        with profiler.step(step):
+            loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, record.timer)
         record.window.add(step, batch, loss, *work)
 
         # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.

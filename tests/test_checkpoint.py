@@ -58,6 +58,7 @@ FREE_SETTINGS = {
     "training.micro_batch_size",
     "training.activation_checkpointing",
     "training.log_every",
+    "training.profile_steps",
     "training.validate_every",
     "training.save_every",
     "training.keep_checkpoints",

@@ -208,6 +208,20 @@ def test_all_mistakes_are_reported_together(write):
             "training.warmup_steps: 5 steps of warm-up do not fit into t",
         ),
         (["training.micro_batch_size=33"], "training.micro_batch_size: 33 is more than training.global_batch_size=32"),
+        (
+            ["training.profile_steps=[12,10]"],
+            "training.profile_steps: [12, 10] ends before it begins; write the",
+        ),
+        (
+            ["training.profile_steps=[10,12]", "training.steps=11"],
+            "training.profile_steps: [10, 12] goes beyond training.steps=11",
+        ),
+        (["training.profile_steps=10-12"], "training.profile_steps: a list of two numbers, found '10-12'"),
+        (
+            ["training.profile_steps=[0,2]"],
+            "training.profile_steps.0: input should be greater than or equal to 1",
+        ),
+        (["training.profile_steps=[3]"], "training.profile_steps.1: missing"),
         (["evaluation.temperature=1e-300"], "evaluation.temperature: 1e-300 is too small: logits are divided by it"),
         (["evaluation.conditions=[]"], "evaluation.conditions: empty; name what is to stand in for the thoughts"),
         (["evaluation.conditions=[none,zero,none]"], "evaluation.conditions: none stands there more than once"),

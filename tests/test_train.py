@@ -1,11 +1,13 @@
 """Training on several ranks, with the embedded pair: same gradient, same curve, clear ends."""
 
+import gzip
 import json
 import os
 import re
 import signal
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
@@ -268,9 +270,9 @@ def test_loss_fused_with_a_partitioned_head_gives_the_gradient_in_float64(tmp_pa
 
 @pytest.fixture(scope="module")
 def straight_run(tmp_path_factory):
-    """Twelve steps on two ZeRO-3 ranks without interruption."""
-    folder = tmp_path_factory.mktemp("straight")
-    done = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={folder}", *LONG))
+    """Twelve steps on two ZeRO-3 ranks without interruption, two of them profiled."""
+    folder, profiled = tmp_path_factory.mktemp("straight"), "training.profile_steps=[5,6]"
+    done = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={folder}", *LONG, profiled))
     return folder / "demo", done.stdout
 
 
@@ -341,6 +343,17 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
     (norm, *_) = (event.value for event in events.Scalars("thoughts/token_embedding_norm"))
     assert norm == pytest.approx(table.norm(dim=1).mean().item(), rel=1e-5)
     assert {"recipe/text_summary", "samples/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_profiled_steps_are_a_trace_of_rank_0(straight_run):
+    run_dir, output = straight_run
+    (path,) = (run_dir / "profile").iterdir()
+    assert f"profile of the steps 5 to 6: {path}" in output
+    events = json.loads(gzip.decompress(path.read_bytes()))["traceEvents"]
+    found = Counter(event["name"] for event in events if event.get("cat") == "user_annotation")
+    assert {name: found[name] for name in ("data", "forward", "backward", "optimizer")} == dict.fromkeys(
+        ("data", "forward", "backward", "optimizer"), 2
+    )
 
 
 def test_finished_run_is_not_trained_again(straight_run):
