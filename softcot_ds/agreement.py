@@ -21,7 +21,6 @@ from softcot_ds.distributed import from_all_ranks, rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import digest
 from softcot_ds.experiment import Experiment
-from softcot_ds.metrics import flatten
 
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 _PACKAGES = ("softcot_ds", "softcot_kernels")
@@ -59,7 +58,7 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
     recipe = experiment.recipe
     splits = experiment.splits
     facts = {
-        **flatten(recipe.model_dump(mode="json")),
+        **recipe.flat(),
         f"the content of {recipe.backbone.deepspeed_path()}": _short(str(recipe.backbone.deepspeed_config()).encode()),
         "the training data": digest(splits.train)[:12],
         "the validation data": digest(splits.validation)[:12],

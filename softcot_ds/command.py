@@ -10,16 +10,13 @@ import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from softcot_ds.errors import Interrupted, LostRank, SoftCoTError, Stopped
+from softcot_ds.errors import STOP_SIGNALS, Interrupted, LostRank, SoftCoTError, Stopped
 from softcot_ds.recipe import load_recipe
 
 EXIT_MISTAKE = 2
 """Exit code after something that the user can mend."""
 EXIT_LOST_RANK = 3
 """Exit code when another rank has died or does not answer."""
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask to stop: Ctrl-C; cancelled, or preempted; and SLURM's notice before a time limit."""
-
 OVERRIDES_HELP = "replace a value of the recipe, such as training.steps=200"
 
 

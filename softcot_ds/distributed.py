@@ -13,7 +13,7 @@ import torch
 import torch.distributed as dist
 
 from softcot_ds.errors import LostRank, SoftCoTError
-from softcot_ds.ranks import alone_of
+from softcot_ds.launchers import alone_of
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)

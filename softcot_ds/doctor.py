@@ -35,9 +35,9 @@ from softcot_ds.command import recipe_command
 from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.launchers import alone_of
 from softcot_ds.methods.base import projection_class
 from softcot_ds.model_files import is_here
-from softcot_ds.ranks import alone_of
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.trial import Role, Untried, why_unsuitable_ahead
 

@@ -1,4 +1,9 @@
-"""The exceptions that a user is meant to read."""
+"""The exceptions that a user is meant to read, and the signals that bring some of them."""
+
+import signal
+
+STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
+"""Signals that ask to stop: Ctrl-C; cancelled, or preempted; and SLURM's notice before a time limit."""
 
 
 class SoftCoTError(Exception):

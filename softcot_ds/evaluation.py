@@ -14,7 +14,6 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import projection_class
-from softcot_ds.metrics import flatten
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.recipe import Condition, Recipe
 from softcot_ds.report import Record, make_report, table, write_results
@@ -28,7 +27,7 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
             model is loaded.
     """
     init_distributed(recipe.training.timeout_minutes)
-    agree({"the adapter": adapter, **flatten(recipe.model_dump(mode="json"))})
+    agree({"the adapter": adapter, **recipe.flat()})
     config = AdapterConfig.load(adapter)
     config.check_models(recipe, assistant=projection_class(config.projection).needs_states)
     if config.projection != recipe.projection.kind:

@@ -132,14 +132,3 @@ def _forget_after(step: int, folder: Path) -> None:
             write_atomically(path, content.getvalue())
         elif removed:
             path.unlink()
-
-
-def flatten(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Nested sections as ``section.key``."""
-    flat = {}
-    for key, value in values.items():
-        if isinstance(value, dict):
-            flat |= flatten(value, f"{prefix}{key}.")
-        else:
-            flat[prefix + key] = value
-    return flat

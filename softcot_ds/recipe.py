@@ -443,6 +443,10 @@ class Recipe(Section):
         """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
 
+    def flat(self) -> dict[str, Any]:
+        """Every setting as ``section.key``, JSON values."""
+        return _flattened(self.model_dump(mode="json"))
+
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None) -> Recipe:
     """Read a recipe, apply ``key.sub=value`` overrides, validate.
@@ -568,6 +572,13 @@ def fixed_settings(values: Mapping[str, Any], section: type[BaseModel] = Recipe,
         else:
             fixed[prefix + name] = value
     return fixed
+
+
+def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat = {}
+    for key, value in values.items():
+        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
+    return flat
 
 
 def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:

@@ -14,7 +14,7 @@ from softcot_ds.distributed import device, is_main, on_main, say, sum_over_ranks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
 from softcot_ds.files import parse_json, write_atomically
-from softcot_ds.metrics import PhaseTimer, TensorBoard, flatten, peak_memory_gib
+from softcot_ds.metrics import PhaseTimer, TensorBoard, peak_memory_gib
 from softcot_ds.operations import peak_flops
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
@@ -77,7 +77,7 @@ class Record:
         """Say how the run ended."""
         first, last = summary["first_loss"], summary["last_loss"]
         steps = self._recipe.training.steps
-        self._board.hyperparameters(flatten(self._recipe.model_dump(mode="json")), {"loss/train": last}, steps)
+        self._board.hyperparameters(self._recipe.flat(), {"loss/train": last}, steps)
         self._board.close()
         say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
         if skipped := sorted(self._history.skipped):

@@ -4,8 +4,8 @@ import os
 import signal
 from typing import Any
 
-from softcot_ds.command import STOP_SIGNALS
 from softcot_ds.distributed import max_over_ranks
+from softcot_ds.errors import STOP_SIGNALS
 
 
 class StopRequest:

@@ -16,7 +16,6 @@ from softcot_ds.adapter import load_adapter
 from softcot_ds.checkpoint import FILES
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.metrics import flatten
 from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
 from softcot_ds.resume import refuse_other_run
 from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
@@ -94,8 +93,9 @@ def refusal(recipe: Recipe, folder: Path, experiment: Experiment | None = None) 
 
 
 def test_every_setting_is_compared_but_the_free_ones():
-    whole = load_recipe(RECIPE, SMALL).model_dump(mode="json")
-    every = {key for key in flatten(whole) if key.partition(".")[0] not in ("backbone", "evaluation")}
+    recipe = load_recipe(RECIPE, SMALL)
+    whole = recipe.model_dump(mode="json")
+    every = {key for key in recipe.flat() if key.partition(".")[0] not in ("backbone", "evaluation")}
     every = {key.replace("template_kwargs.date_string", "template_kwargs") for key in every}
     assert fixed_settings(whole).keys() == every - FREE_SETTINGS
 

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from softcot_ds import __version__, cli
-from softcot_ds.command import EXIT_MISTAKE, STOP_SIGNALS, recipe_command, run_command
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.command import EXIT_MISTAKE, recipe_command, run_command
+from softcot_ds.errors import STOP_SIGNALS, SoftCoTError
 
 ROOT = Path(__file__).parents[1]
 

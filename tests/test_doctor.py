@@ -15,11 +15,11 @@ import torch
 from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import save_file
 
-from softcot_ds import diagnosis, distributed, doctor, ranks, toy, trial
+from softcot_ds import diagnosis, distributed, doctor, launchers, toy, trial
 from softcot_ds.backbone import load_config
 from softcot_ds.diagnosis import Facts, Finding, Folder, Model
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.ranks import alone_of
+from softcot_ds.launchers import alone_of
 from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -300,7 +300,7 @@ def test_room_for_checkpoints_is_what_they_take(tmp_path):
 
 
 def test_a_process_that_a_launcher_started_among_others_but_did_not_tell_of_them(monkeypatch):
-    for name in (*ranks.MPI_SIZE_VARIABLES, *ranks._RANK_VARIABLES, "RANK"):
+    for name in (*launchers.MPI_SIZE_VARIABLES, *launchers._RANK_VARIABLES, "RANK"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("PMI_SIZE", "1")
     assert alone_of() == ""

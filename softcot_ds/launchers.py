@@ -1,0 +1,25 @@
+"""What launchers tell the processes that they start, in the environment."""
+
+import os
+
+# Each launcher tells a process in one of these how many there are.
+MPI_SIZE_VARIABLES = (
+    "OMPI_COMM_WORLD_SIZE",
+    "PMI_SIZE",
+    "MPI_LOCALNRANKS",
+    "MV2_COMM_WORLD_SIZE",
+    "SLURM_STEP_NUM_TASKS",
+)
+_RANK_VARIABLES = ("OMPI_COMM_WORLD_RANK", "PMI_RANK", "PMIX_RANK", "SLURM_PROCID")
+"""And its own number among them, from 0."""
+
+
+def alone_of() -> str:
+    """What says that a launcher started this process as one of several, of which torch's variables say nothing:
+    ``SLURM_STEP_NUM_TASKS=4``, or an empty text. Such processes would each do all of the work."""
+    environ = os.environ
+    if "RANK" in environ:
+        return ""
+    several = [f"{name}={environ[name]}" for name in MPI_SIZE_VARIABLES if environ.get(name, "") not in ("", "1")]
+    later = [f"{name}={environ[name]}" for name in _RANK_VARIABLES if environ.get(name, "") not in ("", "0")]
+    return (several + later + [""])[0]
