@@ -7,19 +7,26 @@ import importlib
 from collections.abc import Callable
 from typing import Any
 
+from pydantic_core import PydanticKnownError
+
 PROJECTIONS = {
     "linear": "softcot_ds.methods.softcot:LinearProjection",
     "static": "softcot_ds.methods.prompt_tuning:StaticThoughts",
 }
 """``projection.kind``: a ``methods.base.Projection``."""
+TASKS = {
+    "gsm8k": "softcot_ds.tasks.gsm8k:GSM8K",
+    "word_problems": "softcot_ds.tasks.word_problems:WordProblems",
+}
+"""``task.name``: a ``tasks.base.Task``. Its wording is NAME.yaml in tasks/."""
 
 
 def one_of(choices: dict[str, str]) -> Callable[[str], str]:
-    """A validator of names. It raises ValueError for any other."""
+    """A validator of names. Any other is a mistake as of a ``Literal``, with what would be right."""
 
     def check(name: str) -> str:
         if name not in choices:
-            raise ValueError(f"Input should be {' or '.join(map(repr, choices))}")
+            raise PydanticKnownError("literal_error", {"expected": " or ".join(map(repr, choices))})
         return name
 
     return check

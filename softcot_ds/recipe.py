@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from softcot_ds.choices import PROJECTIONS, one_of
+from softcot_ds.choices import PROJECTIONS, TASKS, chosen, one_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 
@@ -34,9 +34,6 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Partition = Literal["none", "zero3"]
 Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
 
-MOST_GENERATED = 100_000
-"""Problems that a generated task makes, at most: they take a second for some thousands, and there are not endlessly
-many different ones."""
 PACKAGE_SCHEME = "package:"
 """``package:pair/base`` names a folder that is shipped inside the installed package."""
 
@@ -130,7 +127,7 @@ class Section(BaseModel):
 class TaskConfig(Section):
     """What the models are asked, and from which data."""
 
-    name: Literal["gsm8k", "word_problems"]
+    name: Annotated[str, AfterValidator(one_of(TASKS))]
     """Which task class reads and grades the problems."""
     train: DataName | None = None
     """Training data: a JSON-lines file or a hub name. Generated tasks have none."""
@@ -150,19 +147,20 @@ class TaskConfig(Section):
 
     @field_validator("train", "test")
     @classmethod
-    def _gsm8k_is_read(cls, value: str | None, info: ValidationInfo) -> str | None:
-        if value is None and info.data.get("name") == "gsm8k":
+    def _some_tasks_read_data(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is None and "name" in info.data and chosen(TASKS, info.data["name"]).most_generated is None:
             raise ValueError("missing; name a JSON-lines file or a hub name (owner/name)")
         return value
 
     @field_validator("train_problems", "test_problems")
     @classmethod
-    def _word_problems_are_generated(cls, value: int | None, info: ValidationInfo) -> int | None:
-        if info.data.get("name") == "word_problems":
+    def _some_tasks_generate(cls, value: int | None, info: ValidationInfo) -> int | None:
+        most = chosen(TASKS, info.data["name"]).most_generated if "name" in info.data else None
+        if most is not None:
             if value is None:
                 raise ValueError("missing; this task's problems are generated, say how many")
-            if value > MOST_GENERATED:
-                raise ValueError(f"{value:,} are more than the {MOST_GENERATED:,} that this task generates")
+            if value > most:
+                raise ValueError(f"{value:,} are more than the {most:,} that this task generates")
         return value
 
 

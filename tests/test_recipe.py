@@ -228,6 +228,8 @@ def test_all_mistakes_are_reported_together(write):
         ([f"seed={2**64}"], f"seed: input should be less than or equal to {2**64 - 1}, found {2**64}"),
         (["evaluation.conditions=[static]"], "evaluation.static_adapter: missing; the condition static needs"),
         (["task.test=null"], "task.test: missing; name a JSON-lines file or a hub name"),
+        (["task.name=gsm"], "task.name: input should be 'gsm8k' or 'word_problems', found 'gsm'"),
+        (["projection.kind=lora"], "projection.kind: input should be 'linear' or 'static', found 'lora'"),
         (["name=a/b"], "name: string should match pattern"),
         (["name=."], "name: string should match pattern"),
         (["name=.."], "name: string should match pattern"),

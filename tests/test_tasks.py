@@ -2,16 +2,20 @@
 
 import json
 import re
+import shutil
 from fractions import Fraction
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import ROOT
 
+from softcot_ds.choices import TASKS
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.pair import world
 from softcot_ds.prompts import PromptFile
-from softcot_ds.recipe import TaskConfig
+from softcot_ds.recipe import TaskConfig, load_recipe
 from softcot_ds.tasks import Problem, make_task
 from softcot_ds.tasks.records import read_json_lines, read_records
 
@@ -394,8 +398,59 @@ def test_a_digit_repeated_for_ever_is_wrong_not_an_error(words):
     assert not words.is_correct(words.extract("answer " + "9 " * 6000), Problem("q", "r", "9"))
 
 
-@pytest.mark.parametrize("name", ["gsm8k", "word_problems"])
+@pytest.mark.parametrize("name", TASKS)
 def test_every_shipped_prompt_file_is_complete(name):
     config = {"train": "a/b", "test": "a/b", "train_problems": 1, "test_problems": 1}
     prompts = PromptFile.load(make_task(TaskConfig(name=name, **config)).prompt_file)
     assert "{question}" in prompts.base_without_thoughts[0]["content"]
+
+
+# --------------------------------------------------------------------------------------------------- one more task
+
+ODD = """
+from softcot_ds.tasks.base import Problem, Task
+from softcot_ds.tasks.records import read_records
+
+
+class Odd(Task):
+    kind_of_answer = "yes or no"
+
+    def read(self, split):
+        problems = []
+        for where, record in read_records(getattr(self.config, split), split, {"text": str, "odd": bool}):
+            problems.append(Problem(record["text"], "so", "yes" if record["odd"] else "no"))
+            self.check(problems[-1], where)
+        return problems
+
+    def target(self, problem):
+        return f"{problem.reasoning} {problem.answer}"
+
+    def extract(self, output, cut=False):
+        last = output.split()[-1:]
+        return last[0] if last in (["yes"], ["no"]) and not cut else None
+"""
+
+
+def test_a_new_task_is_one_module_one_prompt_file_and_one_line(tmp_path, monkeypatch):
+    (tmp_path / "odd.py").write_text(ODD)
+    shutil.copyfile(ROOT / "softcot_ds/tasks/word_problems.yaml", tmp_path / "odd.yaml")
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setitem(TASKS, "odd", "odd:Odd")
+    for name, numbers in (("train", range(8)), ("test", [9])):
+        records = [{"text": f"tom has {number} coins .", "odd": number % 2 == 1} for number in numbers]
+        (tmp_path / name).write_text("".join(json.dumps(record) + "\n" for record in records))
+    given = {"train_problems": None, "validation_problems": 2, "test_problems": None}
+
+    def recipe(**task):
+        overrides = [f"task.{key}={json.dumps(value)}" for key, value in (given | {"name": "odd"} | task).items()]
+        return load_recipe(ROOT / "recipes/word_problems.yaml", overrides)
+
+    with pytest.raises(SoftCoTError, match=r"task.test: missing; name a JSON-lines file"):
+        recipe(train=str(tmp_path / "train"))
+    experiment = Experiment(recipe(train=str(tmp_path / "train"), test=str(tmp_path / "test")))
+    (example,) = experiment.splits.test
+    assert len(experiment.splits.train) == 6
+    written = experiment.base_tokenizer.decode(example.target_ids[:-1])
+    assert experiment.task.is_correct(experiment.task.extract(written), example.problem)
+    assert not experiment.task.is_correct(experiment.task.extract("9 no"), example.problem)
+    assert not experiment.task.is_correct(experiment.task.extract("9"), example.problem)

@@ -1,10 +1,11 @@
 """What a task is."""
 
 import hashlib
+import inspect
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import ClassVar, Literal
 
 from softcot_ds.answers import extract_number
 from softcot_ds.errors import SoftCoTError
@@ -30,8 +31,13 @@ class Problem:
 class Task(ABC):
     """Records, target text, answer extraction, grading and wording.
 
-    A subclass names its prompt file and reads its records; the arithmetic tasks share the rest.
+    A subclass reads its records and says what is to be written; tasks whose answer is a number share the rest.
     """
+
+    most_generated: ClassVar[int | None] = None
+    """How many problems of a split it makes at most, where it makes them; None where they are read from data."""
+    kind_of_answer: ClassVar[str] = "number"
+    """What ``extract`` finds, in a word for messages."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -39,7 +45,7 @@ class Task(ABC):
     @property
     def prompt_file(self) -> Path:
         """The user's prompt file, or the one beside the task's module, of the same name."""
-        return self.config.prompts or Path(__file__).parent / f"{self.config.name}.yaml"
+        return self.config.prompts or Path(inspect.getfile(type(self))).with_suffix(".yaml")
 
     @abstractmethod
     def read(self, split: Literal["train", "test"]) -> list[Problem]:
@@ -65,23 +71,27 @@ class Task(ABC):
         return None if number is None else str(number)
 
     def is_correct(self, answer: str | None, problem: Problem) -> bool:
-        """Whether an extracted answer equals the reference. An unparsed answer is wrong."""
-        return answer is not None and answer == self.extract(problem.answer)
+        """Whether an extracted answer is the reference's: what is read in the text that the base is trained to write.
+        An unparsed answer is wrong."""
+        return answer is not None and answer == self.extract(self.target(problem))
 
-    def refuse_misread(self, problem: Problem, where: str) -> None:
-        """One rule for references and outputs: what the base is trained to write must be graded as right.
+    def check(self, problem: Problem, where: str) -> None:
+        """For problems from data: there is a question, and what the base is trained to write is graded as right.
 
         Raises:
-            SoftCoTError: the answer alone, and the text that ends in it, are not read as the same number.
+            SoftCoTError: the answer alone, and the text that ends in it, are not read as the same.
         """
+        if not problem.question:
+            raise SoftCoTError(f"{where}: 'question' is empty")
+        kind = self.kind_of_answer
         reference, written = self.extract(problem.answer), self.extract(self.target(problem))
         if reference is None:
-            raise SoftCoTError(f"{where}: the answer {_shown(problem.answer)} is not a number; write one number")
+            raise SoftCoTError(f"{where}: the answer {_shown(problem.answer)} is not a {kind}; write one {kind}")
         if written != reference:
-            found = "no number" if written is None else _shown(written)
+            found = f"no {kind}" if written is None else _shown(written)
             raise SoftCoTError(
                 f"{where}: the answer {_shown(problem.answer)} is read as {_shown(reference)}, but the solution that "
-                f"ends in it as {found}; write one number as the answer and announce none before it"
+                f"ends in it as {found}; write one {kind} as the answer and announce none before it"
             )
 
 

@@ -21,12 +21,10 @@ class GSM8K(Task):
             match = _ANSWER.search(record["answer"])
             if match is None:
                 raise SoftCoTError(f"{where}: 'answer' does not end in a line '#### NUMBER'")
-            if not record["question"].strip():
-                raise SoftCoTError(f"{where}: 'question' is empty")
             # The <<3*4=12>> annotations were made for a calculator that our models do not have.
             reasoning = _CALCULATOR.sub("", record["answer"][: match.start()]).strip()
             problem = Problem(record["question"].strip(), reasoning, match["answer"].strip())
-            self.refuse_misread(problem, where)
+            self.check(problem, where)
             problems.append(problem)
         return problems
 
