@@ -1,4 +1,4 @@
-"""What a recipe can name, and the class behind each name: the only lists.
+"""What a recipe can name, and the class or function behind each name: the only lists.
 
 To add one: a module, and a line here. The module is imported when it is chosen.
 """
@@ -19,6 +19,10 @@ TASKS = {
     "word_problems": "softcot_ds.tasks.word_problems:WordProblems",
 }
 """``task.name``: a ``tasks.base.Task``. Its wording is NAME.yaml in tasks/."""
+STRATEGIES = {
+    "single": "softcot_ds.strategies:single",
+}
+"""``evaluation.strategy``: a function like ``strategies.single``."""
 
 
 def one_of(choices: dict[str, str]) -> Callable[[str], str]:
@@ -33,6 +37,6 @@ def one_of(choices: dict[str, str]) -> Callable[[str], str]:
 
 
 def chosen(choices: dict[str, str], name: str) -> Any:
-    """The class of a name."""
+    """The class or function of a name."""
     module, _, attribute = choices[name].partition(":")
     return getattr(importlib.import_module(module), attribute)

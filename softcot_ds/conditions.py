@@ -12,6 +12,7 @@ static     a learned prompt of free vectors, from the adapter of a projection.ki
 import hashlib
 import random
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from functools import cache, cached_property
 from pathlib import Path
 
@@ -31,6 +32,20 @@ from softcot_ds.recipe import Condition, Recipe
 from softcot_ds.report import Record
 from softcot_ds.thought_reader import read_all_thoughts, states_dtype
 
+_Given = tuple[list[BasePrompt], Thoughts | None]
+"""What the base is given under a condition: its prompts, and what stands for the thoughts."""
+
+
+@dataclass(frozen=True)
+class Posed:
+    """The problems as they are put to the base under one condition."""
+
+    name: str
+    """Of the condition, for messages."""
+    prompts: list[BasePrompt]
+    thoughts: Thoughts | None
+    """None where the prompts have no room for any."""
+
 
 class Conditions:
     """Prompts and thoughts of each condition."""
@@ -42,26 +57,51 @@ class Conditions:
         self._projection = load_adapter(adapter, experiment)
         self.words: list[str] = []
 
-    def of(self, condition: Condition) -> tuple[list[BasePrompt], Thoughts | None]:
+    def of(self, condition: Condition) -> Posed:
         """Raises SoftCoTError when the condition cannot be met. No model is loaded for it, nor states read."""
-        prompts = self._experiment.base_prompts
-        questions = [example.problem.question for example in self._examples]
-        if condition == "none":
-            return [prompts.without_thoughts(question) for question in questions], None
-        if condition == "text":
-            return [prompts.with_words(*pair) for pair in zip(questions, self.words, strict=True)], None
-        thoughts: dict[str, Callable[[], Thoughts]] = {
-            "learned": lambda: self._projected(range(len(questions))),
-            "shuffled": lambda: self._projected(others([e.assistant for e in self._examples], self._recipe.seed)),
-            "mean": self._mean,
-            "zero": self._zero,
-            "static": self._static,
-        }
-        return [BasePrompt(example.prefix_ids, example.suffix_ids) for example in self._examples], thoughts[condition]()
+        return Posed(condition, *CONDITIONS[condition](self))
 
     def read_states(self) -> torch.Tensor:
         """(problems, T, P) assistant states, read once; without a cache of them the assistant is loaded for it."""
         return self._hidden
+
+    def _learned(self) -> _Given:
+        return self._room(), self._projected(range(len(self._examples)))
+
+    def _shuffled(self) -> _Given:
+        return self._room(), self._projected(others([e.assistant for e in self._examples], self._recipe.seed))
+
+    def _mean(self) -> _Given:
+        return self._room(), self._mean_thoughts()
+
+    def _zero(self) -> _Given:
+        shape = self._recipe.thoughts.count, width(self._experiment.base_config)
+        zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
+        return self._room(), zeros
+
+    def _none(self) -> _Given:
+        prompts = self._experiment.base_prompts
+        return [prompts.without_thoughts(example.problem.question) for example in self._examples], None
+
+    def _text(self) -> _Given:
+        pairs = zip(self._examples, self.words, strict=True)
+        prompts = self._experiment.base_prompts
+        return [prompts.with_words(example.problem.question, words) for example, words in pairs], None
+
+    def _static(self) -> _Given:
+        folder = self._recipe.evaluation.static_adapter
+        try:
+            config = AdapterConfig.load(folder)
+            config.check_models(self._recipe, assistant=False)
+            if config.projection != "static":
+                raise SoftCoTError(f"{folder} is a {config.projection} projection, not static")
+            return self._room(), _repeated(load_adapter(folder, self._experiment))
+        except SoftCoTError as error:
+            raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
+
+    def _room(self) -> list[BasePrompt]:
+        """The prompts with room for thoughts."""
+        return [BasePrompt(example.prefix_ids, example.suffix_ids) for example in self._examples]
 
     @cached_property
     def _hidden(self) -> torch.Tensor:
@@ -79,7 +119,7 @@ class Conditions:
 
         return Thoughts(of, self._projection_of(whose), need_states=True)
 
-    def _mean(self) -> Thoughts:
+    def _mean_thoughts(self) -> Thoughts:
         projection = self._projection
         if not projection.needs_states:
             return _repeated(projection)
@@ -118,20 +158,16 @@ class Conditions:
     def _assistant_fingerprint(self) -> str:
         return weights_fingerprint(self._recipe.assistant)
 
-    def _zero(self) -> Thoughts:
-        shape = self._recipe.thoughts.count, width(self._experiment.base_config)
-        return Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
 
-    def _static(self) -> Thoughts:
-        folder = self._recipe.evaluation.static_adapter
-        try:
-            config = AdapterConfig.load(folder)
-            config.check_models(self._recipe, assistant=False)
-            if config.projection != "static":
-                raise SoftCoTError(f"{folder} is a {config.projection} projection, not static")
-            return _repeated(load_adapter(folder, self._experiment))
-        except SoftCoTError as error:
-            raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
+CONDITIONS: dict[Condition, Callable[[Conditions], _Given]] = {
+    "learned": Conditions._learned,
+    "shuffled": Conditions._shuffled,
+    "mean": Conditions._mean,
+    "zero": Conditions._zero,
+    "none": Conditions._none,
+    "text": Conditions._text,
+    "static": Conditions._static,
+}
 
 
 def _repeated(projection: Projection) -> Thoughts:

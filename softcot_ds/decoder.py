@@ -47,20 +47,31 @@ class Thoughts:
 
 
 class Job:
-    """What is to be decoded under one condition, cut into batches; on disk, what has been.
+    """What is to be decoded in one round, cut into batches; on disk, what has been.
 
     A batch is one line of a ``*.part`` file, behind a checksum over it and all that decides the outputs. So what was
     damaged, cut short or written for something else is found, and done again.
     """
 
+    outputs: list[Output] | None = None
+    """Of all prompts, in their order, once all are done."""
+
     def __init__(
-        self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, settings: Record, folder: Path
+        self,
+        name: str,
+        prompts: Sequence[BasePrompt],
+        thoughts: Thoughts | None,
+        sampling: Sampling,
+        draw: int,
+        settings: Record,
+        folder: Path,
     ) -> None:
         """Raises SoftCoTError when the folder cannot be written to."""
         self.name = name
         self.prompts = prompts
         self.thoughts = thoughts
-        self.max_new_tokens: int = settings["max_new_tokens"]
+        self.sampling = sampling
+        self.draw = draw
         # The batches depend on the problems alone, so that the outputs do not depend on the number of ranks or on
         # where an earlier evaluation was interrupted.
         order = sorted(range(len(prompts)), key=lambda i: len(prompts[i].prefix_ids) + len(prompts[i].suffix_ids))
@@ -116,16 +127,41 @@ class Decoder:
         self._stop_ids = stop_ids
         self._context = context
         self._partition = recipe.evaluation.partition or recipe.backbone.partition
+        self._jobs: dict[str, Job] = {}
 
-    def job(self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, max_new_tokens: int) -> Job:
-        """Everything that decides the outputs is a setting of the job. What is not: the number of ranks, the partition
+    def job(
+        self,
+        name: str,
+        prompts: Sequence[BasePrompt],
+        thoughts: Thoughts | None,
+        sampling: Sampling,
+        draw: int = 0,
+    ) -> Job:
+        """What is to be decoded; the same job for what was asked before, under whatever name.
+
+        Everything that decides the outputs is a setting of the job. What is not: the number of ranks, the partition
         and the kind of processor, which change how a sum is rounded at most; the text of a question or of its answer.
+
+        Args:
+            name: for messages.
+            draw: tells rounds apart that are sampled from the same prompts: each has random numbers of its own.
 
         Raises:
             SoftCoTError: a prompt fills the model's context, the outputs cannot be kept on disk, or another rank would
                 decode something else, because it sees other files.
         """
-        evaluation = self._recipe.evaluation
+        settings = self._settings(prompts, thoughts, sampling, draw)
+        key = content_digest(settings)
+        if key not in self._jobs:
+            self._check_room(name, prompts, thoughts, sampling.max_new_tokens)
+            agree({f"{name}: {key}": value for key, value in settings.items()})
+            folder = self._recipe.run_dir / "outputs"
+            self._jobs[key] = Job(name, prompts, thoughts, sampling, draw, settings, folder)
+        return self._jobs[key]
+
+    def _check_room(
+        self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, max_new_tokens: int
+    ) -> None:
         longest = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts)
         longest += self._recipe.thoughts.count if thoughts is not None else 0
         room = self._context - longest
@@ -136,8 +172,15 @@ class Decoder:
             )
         if room < max_new_tokens:
             say(f"{name}: the longest prompt leaves room for {room} tokens; its output is cut there")
-        sampling = {"temperature": evaluation.temperature, "top_p": evaluation.top_p, "seed": self._recipe.seed}
-        settings = {
+
+    def _settings(
+        self, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, sampling: Sampling, draw: int
+    ) -> Record:
+        """JSON values, which the key of a job is the hash of."""
+        drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": self._recipe.seed}
+        if draw:  # the first keeps the key that it had when there was no other
+            drawn["draw"] = draw
+        return {
             "model": self._fingerprint,
             "dtype": self._model_config.dtype,
             "attention": self._model_config.attention,
@@ -146,15 +189,13 @@ class Decoder:
             "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
             "stop_ids": self._stop_ids,
-            "max_new_tokens": max_new_tokens,
-            "sampling": sampling if evaluation.temperature else "greedy",
+            "max_new_tokens": sampling.max_new_tokens,
+            "sampling": drawn if sampling.temperature else "greedy",
             # It decides the padding, and so the rounding; and what is sampled together.
-            "batch_size": evaluation.batch_size,
+            "batch_size": self._recipe.evaluation.batch_size,
             # They hold the code that turns all this into tokens.
             "versions": {"softcot_ds": __version__, "transformers": transformers.__version__},
         }
-        agree({f"{name}: {key}": value for key, value in settings.items()})
-        return Job(name, prompts, thoughts, settings, self._recipe.run_dir / "outputs")
 
     @cached_property
     def _model(self) -> PreTrainedModel:
@@ -164,6 +205,8 @@ class Decoder:
 
     def run(self, job: Job) -> list[Output]:
         """The outputs of all prompts, in their order, on every rank."""
+        if job.outputs is not None:
+            return job.outputs
         if job.done:
             say(f"{job.name}: {len(job.done)} of {len(job.batches)} batches were done before")
         progress = Progress(len(job.todo), "batches")
@@ -186,21 +229,21 @@ class Decoder:
             for number, batch in enumerate(job.batches)
             for index, output in zip(batch, everything[number], strict=True)
         }
-        return [by_index[index] for index in range(len(job.prompts))]
+        job.outputs = [by_index[index] for index in range(len(job.prompts))]
+        return job.outputs
 
     def _decode(self, job: Job, number: int) -> list[Output]:
-        evaluation = self._recipe.evaluation
         batch = job.batches[number]
         model, prompts = self._model, [job.prompts[index] for index in batch]
         thoughts = None if job.thoughts is None else job.thoughts(batch)
-        sampling = Sampling(job.max_new_tokens, evaluation.temperature, evaluation.top_p)
-        torch.manual_seed(batch_seed(self._recipe.seed, number))
-        return decode(model, prompts, thoughts, self._stop_ids, sampling)
+        torch.manual_seed(batch_seed(self._recipe.seed, number, job.draw))
+        return decode(model, prompts, thoughts, self._stop_ids, job.sampling)
 
 
-def batch_seed(seed: int, number: int) -> int:
-    """A seed of 64 bits for a batch: the same on any rank, another for every batch, whatever the recipe's seed."""
-    return int.from_bytes(hashlib.sha256(f"{seed}/{number}".encode()).digest()[:8])
+def batch_seed(seed: int, number: int, draw: int = 0) -> int:
+    """A seed of 64 bits for a batch: the same on any rank, another for every batch and draw, whatever the recipe's."""
+    text = f"{seed}/{number}/{draw}" if draw else f"{seed}/{number}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])
 
 
 def content_digest(value: Any) -> str:

@@ -14,6 +14,7 @@ import math
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
+from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
@@ -26,6 +27,7 @@ from softcot_ds.distributed import max_over_ranks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.partition import needs_all_ranks
 from softcot_ds.prompts import BasePrompt
+from softcot_ds.recipe import EvaluationConfig
 
 _TRIAL_LENGTHS = (4, 40)
 """Tokens of the trial's two prompts: far apart, so that padding which is not hidden shows."""
@@ -44,6 +46,11 @@ class Sampling:
     temperature: float = 0.0
     """0 takes the most likely token."""
     top_p: float = 1.0
+
+    @classmethod
+    def of(cls, settings: EvaluationConfig) -> Self:
+        """As the recipe says it for the base's answers."""
+        return cls(settings.max_new_tokens, settings.temperature, settings.top_p)
 
 
 @dataclass(frozen=True)

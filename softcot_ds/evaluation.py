@@ -1,14 +1,17 @@
 """The story of an evaluation: every condition is decoded on the same problems with the same settings."""
 
+import contextlib
 from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 
 from softcot_ds.adapter import AdapterConfig, train_summary
 from softcot_ds.agreement import agree
 from softcot_ds.backbone import context_length, weights_fingerprint
-from softcot_ds.conditions import Conditions
-from softcot_ds.decoder import Decoder, Job, content_digest
-from softcot_ds.decoding import Output
+from softcot_ds.choices import STRATEGIES, chosen
+from softcot_ds.conditions import Conditions, Posed
+from softcot_ds.decoder import Decoder, Job, Thoughts, content_digest
+from softcot_ds.decoding import Sampling
 from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
@@ -17,6 +20,7 @@ from softcot_ds.methods.base import projection_class
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.recipe import Condition, Recipe
 from softcot_ds.report import Record, make_report, table, write_results
+from softcot_ds.strategies import Answer, Reply
 
 
 def evaluate(recipe: Recipe, adapter: Path) -> Record:
@@ -44,8 +48,8 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
         say(f"data: {note}")
     say(f"evaluating {adapter} on {len(examples)} problems")
 
-    inputs = Conditions(recipe, experiment, examples, adapter)
-    names, limit = recipe.evaluation.conditions, recipe.evaluation.max_new_tokens
+    conditions = Conditions(recipe, experiment, examples, adapter)
+    names = recipe.evaluation.conditions
     decoder = Decoder(
         recipe,
         recipe.base,
@@ -53,22 +57,73 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
         experiment.base_prompts.stop_ids,
         context_length(experiment.base_config),
     )
-    jobs = {name: decoder.job(name, *inputs.of(name), limit) for name in names if name != "text"}
+    inquiries = {name: _Inquiry(conditions.of(name), decoder, experiment) for name in names if name != "text"}
     if "text" in names:  # last, as it may run the assistant: all the others have been checked then
-        inputs.words = _assistant_words(recipe, experiment, examples)
-        jobs["text"] = decoder.job("text", *inputs.of("text"), limit)
-    if any(job.todo and job.thoughts is not None and job.thoughts.need_states for job in jobs.values()):
-        inputs.read_states()  # now, as it may load the assistant: not beside the base
-    outputs: dict[str, list[Output]] = {}
-    for job in jobs.values():
-        if job.key not in outputs:  # of free vectors, learned and shuffled are the same
-            outputs[job.key] = decoder.run(job)
-    records = {name: _grade(outputs[jobs[name].key], jobs[name], examples, experiment) for name in names}
+        conditions.words = _assistant_words(recipe, experiment, examples)
+        inquiries["text"] = _Inquiry(conditions.of("text"), decoder, experiment)
+    if any(inquiry.needs_states for inquiry in inquiries.values()):
+        conditions.read_states()  # now, as it may load the assistant: not beside the base
+    answers = {name: inquiry.answers() for name, inquiry in inquiries.items()}
+    records = {name: _grade(answers[name], inquiries[name].problems, examples, experiment) for name in names}
     report = make_report(recipe, adapter, config, trained, records)
-    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{_evaluation_hash(recipe, jobs, examples)}"
+    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{_evaluation_hash(recipe, inquiries, examples)}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
     say(f"{table(report)}\n{written}")
     return report
+
+
+class _Undecoded(Exception):
+    """Raised in place of replies that are not there yet."""
+
+
+class _Inquiry:
+    """The recipe's strategy at work under one condition."""
+
+    def __init__(self, problems: Posed, decoder: Decoder, experiment: Experiment) -> None:
+        """Goes through the rounds that are on disk already; no model is loaded for it.
+
+        Raises:
+            SoftCoTError: what comes next cannot be asked.
+        """
+        self.problems = problems
+        self._decoder = decoder
+        self._experiment = experiment
+        self._decoding = False
+        self._jobs: dict[str, Job] = {}
+        with contextlib.suppress(_Undecoded):
+            self.answers()
+        self._decoding = True
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether thoughts have to be made of the assistant's states for it."""
+        return any(job.todo and job.thoughts is not None and job.thoughts.need_states for job in self._jobs.values())
+
+    @property
+    def key(self) -> str:
+        """Of all that was asked."""
+        return "+".join(self._jobs)
+
+    def answers(self) -> list[Answer]:
+        """One per problem. All ranks call it together."""
+        settings = self._experiment.recipe.evaluation
+        return chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, self._experiment.task, settings)
+
+    def _ask(
+        self,
+        name: str,
+        prompts: Sequence[BasePrompt],
+        thoughts: Thoughts | None,
+        sampling: Sampling,
+        draw: int = 0,
+    ) -> list[Reply]:
+        """See ``strategies.Ask``."""
+        job = self._decoder.job(name, prompts, thoughts, sampling, draw)
+        self._jobs[job.key] = job
+        if job.todo and not self._decoding:
+            raise _Undecoded
+        decode = self._experiment.base_tokenizer.decode
+        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.run(job)]
 
 
 def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
@@ -82,32 +137,32 @@ def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[
         context_length(experiment.assistant_config),
     )
     inputs = [BasePrompt(prompts.words_prompt(example.problem.question), []) for example in examples]
-    outputs = decoder.run(decoder.job("assistant", inputs, None, recipe.evaluation.text_max_tokens))
+    sampling = replace(Sampling.of(recipe.evaluation), max_new_tokens=recipe.evaluation.text_max_tokens)
+    outputs = decoder.run(decoder.job("assistant", inputs, None, sampling))
     return [experiment.assistant_tokenizer.decode(output.token_ids) for output in outputs]
 
 
-def _grade(outputs: Sequence[Output], job: Job, examples: Sequence[Example], experiment: Experiment) -> list[Record]:
-    tokenizer, task = experiment.base_tokenizer, experiment.task
-    marker = "" if job.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
-    records = []
-    for output, prompt, example in zip(outputs, job.prompts, examples, strict=True):
-        text = tokenizer.decode(output.token_ids)
-        answer = task.extract(text, output.cut)
-        records.append(
-            {
-                "id": example.problem.id,
-                "prompt": tokenizer.decode(prompt.prefix_ids) + marker + tokenizer.decode(prompt.suffix_ids),
-                "output": text,
-                "cut": output.cut,
-                "answer": answer,
-                "reference": example.problem.answer,
-                "correct": task.is_correct(answer, example.problem),
-            }
-        )
-    return records
+def _grade(
+    answers: Sequence[Answer], problems: Posed, examples: Sequence[Example], experiment: Experiment
+) -> list[Record]:
+    decode, task = experiment.base_tokenizer.decode, experiment.task
+    marker = "" if problems.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
+    return [
+        {
+            "id": example.problem.id,
+            "prompt": decode(prompt.prefix_ids) + marker + decode(prompt.suffix_ids),
+            "output": answer.reply.text,
+            "cut": answer.reply.cut,
+            "answer": answer.value,
+            "reference": example.problem.answer,
+            "correct": task.is_correct(answer.value, example.problem),
+        }
+        for answer, prompt, example in zip(answers, problems.prompts, examples, strict=True)
+    ]
 
 
-def _evaluation_hash(recipe: Recipe, jobs: dict[Condition, Job], examples: Sequence[Example]) -> str:
+def _evaluation_hash(recipe: Recipe, inquiries: dict[Condition, _Inquiry], examples: Sequence[Example]) -> str:
     """Of all that decides a report, the references too: none is ever overwritten by another."""
     problems = [[example.problem.question, example.problem.answer] for example in examples]
-    return content_digest([recipe.task.name, {name: job.key for name, job in jobs.items()}, problems])[:8]
+    keys = {name: inquiry.key for name, inquiry in inquiries.items()}
+    return content_digest([recipe.task.name, keys, problems, *recipe.evaluation.other_strategy.values()])[:8]

@@ -25,7 +25,7 @@ from pydantic import (
 )
 from pydantic_core import to_jsonable_python
 
-from softcot_ds.choices import PROJECTIONS, TASKS, chosen, one_of
+from softcot_ds.choices import PROJECTIONS, STRATEGIES, TASKS, chosen, one_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 
@@ -359,6 +359,8 @@ class EvaluationConfig(Section):
 
     conditions: list[Condition] = ["learned", "shuffled", "mean", "zero", "none"]
     """What stands in for the thoughts; see the README."""
+    strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
+    """How an answer is reached, under every condition: ``single`` takes what is written after the prompt."""
     batch_size: Count = 16
     """Problems decoded together on a rank."""
     max_new_tokens: Count = 512
@@ -371,6 +373,11 @@ class EvaluationConfig(Section):
     """How the base is held while decoding. Default: backbone.partition."""
     static_adapter: AnyPath | None = None
     """Adapter directory of a projection.kind=static run, for the condition static."""
+
+    @property
+    def other_strategy(self) -> dict[str, str]:
+        """The strategy where it is not the default: reports of the default do not name it, as there was no other."""
+        return self.model_dump(include={"strategy"}, exclude_defaults=True)
 
     @field_validator("conditions")
     @classmethod

@@ -51,6 +51,7 @@ def make_report(
         "step": config.step,
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
+        **evaluation.other_strategy,
         "train": trained,
         "conditions": conditions,
         "comparisons": comparisons,

@@ -5,6 +5,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from typing import get_args
 
 import pytest
 import torch
@@ -13,20 +14,21 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
+from scribe import Scribe, replace_decoding
 
 from softcot_ds import agreement, backbone, thought_reader
 from softcot_ds import decoder as decoder_module
 from softcot_ds.backbone import load_tokenizer
-from softcot_ds.conditions import Conditions, others
+from softcot_ds.conditions import CONDITIONS, Conditions, others
 from softcot_ds.decoder import Decoder, Job, Thoughts
-from softcot_ds.decoding import Output
+from softcot_ds.decoding import Output, Sampling
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
 from softcot_ds.partition import decoding_config
 from softcot_ds.prompts import AssistantInput, BasePrompt
-from softcot_ds.recipe import load_recipe, resolve_location
+from softcot_ds.recipe import Condition, load_recipe, resolve_location
 from softcot_ds.report import table, what_it_says_more
 from softcot_ds.run_dir import recipe_and_adapter
 
@@ -84,64 +86,30 @@ def test_conditions_are_what_they_say(recipe, adapter):
     examples = experiment.splits.test
     inputs = Conditions(recipe, experiment, examples, adapter)
     everything = list(range(len(examples)))
-    learned = inputs.of("learned")[1](everything)
+    learned = inputs.of("learned").thoughts(everything)
 
     weights = load_file(adapter / "projection.safetensors")
     truth = inputs._hidden.double() @ weights["weight"].double().T + weights["bias"].double()
     assert torch.allclose(learned.double(), truth, rtol=1e-5, atol=1e-6)
 
-    shuffled = inputs.of("shuffled")[1](everything)
+    shuffled = inputs.of("shuffled").thoughts(everything)
     owner = [int((learned - thoughts).abs().sum(dim=(1, 2)).argmin()) for thoughts in shuffled]
     assert sorted(owner) == everything, "each question's thoughts are used once"
     assert all(index != own for index, own in enumerate(owner)), "nobody keeps their own"
 
-    mean = inputs.of("mean")[1](everything)
+    mean = inputs.of("mean").thoughts(everything)
     assert torch.allclose(mean.double(), truth.mean(dim=0).expand_as(mean).double(), rtol=1e-5, atol=1e-6)
-    assert not inputs.of("zero")[1](everything).any()
+    assert not inputs.of("zero").thoughts(everything).any()
 
-    prompts, thoughts = inputs.of("none")
-    assert thoughts is None
-    assert "plan" not in experiment.base_tokenizer.decode(prompts[0].prefix_ids + prompts[0].suffix_ids)
+    none = inputs.of("none")
+    assert none.thoughts is None
+    assert "plan" not in experiment.base_tokenizer.decode(none.prompts[0].prefix_ids + none.prompts[0].suffix_ids)
 
     inputs.words = [f"word {index}" for index in everything]
-    prompts, thoughts = inputs.of("text")
-    assert thoughts is None
-    assert "plan :\nword 3" in experiment.base_tokenizer.decode(prompts[3].prefix_ids)
-
-
-class Scribe:
-    """Stands in for decoding: writes what depends on the prompt, the thoughts and the random state, and notes it."""
-
-    ENDINGS = (("answer 7", False), ("answer 7 .", True), ("answer 7", True), ("so it is", False), ("so", True))
-
-    def __init__(self, tokenizer):
-        self.tokenizer = tokenizer
-        self.batches = []
-        self.seeds = []
-
-    @property
-    def num_prompts(self):
-        return sum(len(batch) for batch in self.batches)
-
-    def ending(self, prompt):
-        return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
-
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling):
-        self.batches.append(list(prompts))
-        self.seeds.append(torch.initial_seed())
-        outputs = []
-        for index, prompt in enumerate(prompts):
-            text, cut = self.ending(prompt)
-            told = 0.0 if thoughts is None else float(thoughts[index].double().sum())
-            chance = int(torch.randint(10**6, ())) if sampling.temperature else 0
-            outputs.append(Output(self.tokenizer.encode(f"{told:.3f} {chance} {text}", add_special_tokens=False), cut))
-        return outputs
-
-
-def replace_decoding(monkeypatch, scribe):
-    monkeypatch.setattr(decoder_module, "decode", scribe)
-    for name in ("load_to_run", "try_decoding"):
-        monkeypatch.setattr(decoder_module, name, lambda *_: None)
+    text = inputs.of("text")
+    assert text.thoughts is None
+    assert "plan :\nword 3" in experiment.base_tokenizer.decode(text.prompts[3].prefix_ids)
+    assert set(CONDITIONS) == set(get_args(Condition))
 
 
 @pytest.fixture
@@ -213,7 +181,7 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 THOUGHTS = {"learned", "shuffled", "mean"}
-CONDITIONS = THOUGHTS | {"zero", "none", "text", "static"}
+EVERY = THOUGHTS | {"zero", "none", "text", "static"}
 WORDS = {"assistant"}
 
 
@@ -253,7 +221,7 @@ def recipe_in(folder, *overrides):
         f"base.model={folder}/base",
         f"assistant.model={folder}/assistant",
         "thoughts.source=online",
-        f"evaluation.conditions=[{','.join(sorted(CONDITIONS))}]",
+        f"evaluation.conditions=[{','.join(sorted(EVERY))}]",
         f"evaluation.static_adapter={folder}/static",
     ]
     return load_recipe(RECIPE, [*settings, *DECODE, *overrides])
@@ -290,22 +258,22 @@ def edit(path, old, new):
             id="assistant's template",
         ),
         pytest.param(
-            CONDITIONS, [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"), id="base's template"
+            EVERY, [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"), id="base's template"
         ),
         pytest.param(
-            CONDITIONS,
+            EVERY,
             [],
             lambda f: edit(f / "base/generation_config.json", '"eos_token_id": 2', '"eos_token_id": [2, 9]'),
             id="one more token that ends an answer",
         ),
-        pytest.param(CONDITIONS, ["base.dtype=bfloat16"], None, id="dtype"),
-        pytest.param(CONDITIONS, ["base.attention=eager"], None, id="attention"),
-        pytest.param(CONDITIONS, ["evaluation.max_new_tokens=9"], None, id="length"),
-        pytest.param(CONDITIONS | WORDS, ["evaluation.batch_size=4"], None, id="batch size"),
-        pytest.param(CONDITIONS | WORDS, ["evaluation.temperature=1"], None, id="temperature"),
-        pytest.param(CONDITIONS | WORDS, ["task.test_problems=6"], None, id="fewer questions"),
+        pytest.param(EVERY, ["base.dtype=bfloat16"], None, id="dtype"),
+        pytest.param(EVERY, ["base.attention=eager"], None, id="attention"),
+        pytest.param(EVERY, ["evaluation.max_new_tokens=9"], None, id="length"),
+        pytest.param(EVERY | WORDS, ["evaluation.batch_size=4"], None, id="batch size"),
+        pytest.param(EVERY | WORDS, ["evaluation.temperature=1"], None, id="temperature"),
+        pytest.param(EVERY | WORDS, ["task.test_problems=6"], None, id="fewer questions"),
         pytest.param(
-            CONDITIONS | WORDS, [], lambda f: write_questions(f / "test.jsonl", first="kim"), id="one other question"
+            EVERY | WORDS, [], lambda f: write_questions(f / "test.jsonl", first="kim"), id="one other question"
         ),
     ],
 )
@@ -319,7 +287,7 @@ def test_what_decides_an_output_is_compared_by_content(
     report = evaluate(recipe, folder / "adapter")
     lines = capsys.readouterr().out.splitlines()
     reused = {line.partition(":")[0] for line in lines if line.endswith("2 of 2 batches were done before")}
-    assert (CONDITIONS | WORDS) - reused == anew
+    assert (EVERY | WORDS) - reused == anew
     assert scribe.num_prompts == len(anew) * report["num_problems"]
     # The report is of the references as they are now, and the first one is still there.
     references = {json.loads(line)["answer"].split()[-1] for line in (folder / "test.jsonl").read_text().splitlines()}
@@ -336,7 +304,7 @@ OUTPUTS = {0: [Output([7, 12], False), Output([], True)], 1: [Output([10**4], Tr
 
 
 def job(folder, **changes):
-    return Job("learned", PROMPTS, None, SETTINGS | changes, folder)
+    return Job("learned", PROMPTS, None, Sampling(5), 0, SETTINGS | changes, folder)
 
 
 def written_job(folder):
@@ -411,8 +379,8 @@ class Asked(Exception):
     """Raised where a rank would ask the others for their outputs."""
 
 
-@pytest.mark.parametrize("seed", [0, 3, 2**31, 2**63, 2**64 - 1])
-def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed):
+@pytest.mark.parametrize(("seed", "draw"), [(0, 0), (3, 1), (2**31, 0), (2**63, 9), (2**64 - 1, 0)])
+def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed, draw):
     recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
     prompts = [BasePrompt([index], []) for index in range(7)]
     decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
@@ -428,7 +396,7 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
 
             for rank in range(ranks):
                 scribe.seeds.clear()
-                work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, 9)
+                work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, Sampling(9, temperature=1), draw)
                 work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
                 with monkeypatch.context() as patch:
                     patch.setattr(decoder_module, "world_size", lambda ranks=ranks: ranks)
@@ -534,7 +502,7 @@ def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
 )
 def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, said):
     recipe = make_recipe(tmp_path)
-    Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, 6)
+    Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, Sampling(6))
     printed = capsys.readouterr().out
     assert said in printed
     assert bool(said) == bool(printed)
@@ -546,10 +514,10 @@ def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
     with pytest.raises(
         SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
     ):
-        decoder.job("none", PROMPTS, None, 6)
+        decoder.job("none", PROMPTS, None, Sampling(6))
     thoughts = Thoughts(lambda _: None, {})
     with pytest.raises(SoftCoTError, match="the longest prompt has 10 tokens"):
-        decoder.job("learned", PROMPTS, thoughts, 6)
+        decoder.job("learned", PROMPTS, thoughts, Sampling(6))
 
 
 def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evaluation, tmp_path, monkeypatch):
@@ -558,7 +526,7 @@ def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evalu
     before = {path: path.read_bytes() for path in folder.glob("demo/evaluation/*/*.jsonl")}
     evaluate(recipe_in(folder), folder / "adapter")
     assert {path: path.read_bytes() for path in folder.glob("demo/evaluation/*/*.jsonl")} == before
-    assert len(before) == len(CONDITIONS)
+    assert len(before) == len(EVERY)
 
 
 def test_states_that_are_computed_for_want_of_a_cache_are_as_precise_as_its_own(tmp_path):
@@ -583,7 +551,7 @@ def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_pat
     folder = shutil.copytree(first_evaluation, tmp_path / "copy")
     monkeypatch.setattr(decoder_module, "__version__", "99")
     evaluate(recipe_in(folder), folder / "adapter")
-    assert scribe.num_prompts == len(CONDITIONS | WORDS) * 7
+    assert scribe.num_prompts == len(EVERY | WORDS) * 7
 
 
 def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
@@ -595,7 +563,7 @@ def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
         for file in (ROOT / "ds_configs/zero3.json", tmp_path / "quantized.json"):
             recipe = make_recipe(tmp_path, f"evaluation.partition={partition}", f"backbone.deepspeed={file}")
             decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
-            keys[partition, file.stem] = decoder.job("none", PROMPTS, None, 5).key
+            keys[partition, file.stem] = decoder.job("none", PROMPTS, None, Sampling(5)).key
     assert keys["none", "zero3"] == keys["none", "quantized"] == keys["zero3", "zero3"] != keys["zero3", "quantized"]
 
 

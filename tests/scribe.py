@@ -1,0 +1,41 @@
+"""What stands in for decoding where the model does not matter."""
+
+import torch
+
+from softcot_ds import decoder as decoder_module
+from softcot_ds.decoding import Output
+
+
+class Scribe:
+    """Stands in for decoding: writes what depends on the prompt, the thoughts and the random state, and notes it."""
+
+    ENDINGS = (("answer 7", False), ("answer 7 .", True), ("answer 7", True), ("so it is", False), ("so", True))
+
+    def __init__(self, tokenizer):
+        self.tokenizer = tokenizer
+        self.batches = []
+        self.seeds = []
+
+    @property
+    def num_prompts(self):
+        return sum(len(batch) for batch in self.batches)
+
+    def ending(self, prompt):
+        return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
+
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling):
+        self.batches.append(list(prompts))
+        self.seeds.append(torch.initial_seed())
+        outputs = []
+        for index, prompt in enumerate(prompts):
+            text, cut = self.ending(prompt)
+            told = 0.0 if thoughts is None else float(thoughts[index].double().sum())
+            chance = int(torch.randint(10**6, ())) if sampling.temperature else 0
+            outputs.append(Output(self.tokenizer.encode(f"{told:.3f} {chance} {text}", add_special_tokens=False), cut))
+        return outputs
+
+
+def replace_decoding(monkeypatch, scribe):
+    monkeypatch.setattr(decoder_module, "decode", scribe)
+    for name in ("load_to_run", "try_decoding"):
+        monkeypatch.setattr(decoder_module, name, lambda *_: None)

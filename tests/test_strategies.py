@@ -1,0 +1,145 @@
+"""How an answer is reached: a strategy is one function, whose rounds are kept, told apart and gone on with."""
+
+import hashlib
+import json
+from collections import Counter
+
+import pytest
+import torch
+from adapters import make_adapter
+from launch import ROOT
+from scribe import Scribe, replace_decoding
+
+from softcot_ds.backbone import load_tokenizer
+from softcot_ds.choices import STRATEGIES
+from softcot_ds.decoder import Decoder, batch_seed
+from softcot_ds.decoding import Output, Sampling
+from softcot_ds.evaluation import evaluate
+from softcot_ds.prompts import BasePrompt
+from softcot_ds.recipe import load_recipe
+from softcot_ds.strategies import Answer
+
+RECIPE = ROOT / "recipes" / "word_problems.yaml"
+SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", "thoughts.source=online"]
+DECODE = ["evaluation.batch_size=5", "evaluation.temperature=0.8", "evaluation.conditions=[learned,none]"]
+DRAWS = 3
+
+
+def vote(ask, problems, task, settings):
+    """A strategy of one's own: what most of three samples say; of several, the first."""
+    draws = [
+        ask(f"{problems.name} {draw}", problems.prompts, problems.thoughts, Sampling.of(settings), draw)
+        for draw in range(DRAWS)
+    ]
+    answers = []
+    for replies in zip(*draws, strict=True):
+        values = [task.extract(reply.text, reply.cut) for reply in replies]
+        value, _ = Counter(values).most_common(1)[0]
+        answers.append(Answer(value, replies[values.index(value)]))
+    return answers
+
+
+class Guesser(Scribe):
+    """Writes one of three answers by chance, and notes it; is killed when it has filled ``patience`` batches."""
+
+    def __init__(self, tokenizer, patience=None):
+        super().__init__(tokenizer)
+        self.patience = patience
+        self.said = {}
+
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling):
+        if len(self.batches) == self.patience:
+            raise KeyboardInterrupt
+        self.batches.append(list(prompts))
+        numbers = torch.randint(3, (len(prompts),)).tolist()
+        for prompt, number in zip(prompts, numbers, strict=True):
+            text = self.tokenizer.decode(prompt.prefix_ids) + "{}" + self.tokenizer.decode(prompt.suffix_ids)
+            self.said.setdefault(text.format("" if thoughts is None else "[4 thoughts]"), []).append(number)
+        return [Output(self.tokenizer.encode(f"answer {n}", add_special_tokens=False), False) for n in numbers]
+
+
+def recipe_in(tmp_path, strategy, *overrides):
+    settings = [f"output_dir={tmp_path}", f"evaluation.strategy={strategy}", *SMALL, *DECODE, *overrides]
+    return load_recipe(RECIPE, settings)
+
+
+def records(recipe):
+    """By folder of the evaluation and condition."""
+    return {
+        (path.parent.name, path.stem): [json.loads(line) for line in path.read_text().splitlines()]
+        for path in recipe.run_dir.glob("evaluation/*/*.jsonl")
+    }
+
+
+@pytest.fixture
+def guesser(monkeypatch):
+    guesser = Guesser(load_tokenizer(load_recipe(RECIPE).base))
+    replace_decoding(monkeypatch, guesser)
+    return guesser
+
+
+@pytest.fixture
+def with_vote(monkeypatch):
+    monkeypatch.setitem(STRATEGIES, "vote", "test_strategies:vote")
+
+
+def test_a_strategy_of_ones_own_is_a_function_and_a_line(tmp_path, guesser, with_vote):
+    recipe = recipe_in(tmp_path, "vote")
+    report = evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
+    assert report["strategy"] == "vote"
+    assert guesser.num_prompts == 2 * DRAWS * 12
+    different = 0
+    for (_, condition), rows in records(recipe).items():
+        for row in rows:
+            said = guesser.said[row["prompt"]]
+            assert len(said) == DRAWS, condition
+            most = max(said, key=said.count)  # of several the first
+            assert row["answer"] == str(most)
+            assert row["output"] == f"answer {most}"
+            assert row["correct"] == (row["answer"] == row["reference"])
+            different += len(set(said)) > 1
+        assert report["conditions"][condition]["correct"] == sum(row["correct"] for row in rows)
+    assert different > 6, "each draw has random numbers of its own"
+
+
+def test_rounds_go_on_where_they_were_interrupted(tmp_path, guesser, with_vote, monkeypatch):
+    recipe = recipe_in(tmp_path / "once", "vote")
+    adapter = make_adapter(tmp_path / "adapter", recipe)
+    evaluate(recipe, adapter)
+    again = recipe_in(tmp_path / "again", "vote")
+    for patience in (4, 7, None):  # killed in the second round of learned, and in the first of none
+        killed = Guesser(guesser.tokenizer, patience)
+        replace_decoding(monkeypatch, killed)
+        if patience is None:
+            evaluate(again, adapter)
+        else:
+            with pytest.raises(KeyboardInterrupt):
+                evaluate(again, adapter)
+    assert len(killed.batches) == len(guesser.batches) - 4 - 7
+    assert records(again) == records(recipe)
+
+
+def test_what_one_strategy_has_asked_is_there_for_another_and_each_has_a_report(tmp_path, guesser, with_vote):
+    single, voted = recipe_in(tmp_path, "single"), recipe_in(tmp_path, "vote")
+    adapter = make_adapter(tmp_path / "adapter", single)
+    assert "strategy" not in evaluate(single, adapter)
+    assert guesser.num_prompts == 2 * 12
+    evaluate(voted, adapter)
+    assert guesser.num_prompts == 2 * DRAWS * 12, "the first draw is that of single"
+    assert len({folder for folder, _ in records(single)}) == 2
+
+
+def test_a_draw_is_another_only_where_it_is_sampled_and_the_first_is_as_it_was_without(tmp_path):
+    recipe = recipe_in(tmp_path, "single")
+    decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
+    prompts = [BasePrompt([1, 2], [3])]
+    sampled = [decoder.job("x", prompts, None, Sampling(5, 0.7, 0.9), draw).key for draw in (0, 1, 2)]
+    greedy = [decoder.job("x", prompts, None, Sampling(5), draw).key for draw in (0, 1, 2)]
+    assert len({*sampled, *greedy}) == 4
+    assert len(set(greedy)) == 1
+    kept = [json.loads(path.read_text())["sampling"] for path in recipe.run_dir.glob("outputs/*/settings.json")]
+    first = {"temperature": 0.7, "top_p": 0.9, "seed": recipe.seed}
+    assert all(sampling in kept for sampling in ("greedy", first, {**first, "draw": 1}, {**first, "draw": 2}))
+    assert batch_seed(5, 3) == batch_seed(5, 3, 0) == int.from_bytes(hashlib.sha256(b"5/3").digest()[:8])
+    seeds = {batch_seed(5, number, draw) for number in range(20) for draw in range(20)}
+    assert len(seeds) == 400
