@@ -14,6 +14,10 @@ class SoftCoTError(Exception):
     """
 
 
+class OtherRankFailed(SoftCoTError):
+    """Another rank of a cache's build gave up, and says why."""
+
+
 class LostRank(SoftCoTError):
     """Another rank has died, does not answer, or was never found. The command line exits with 3: another try may do."""
 

@@ -11,20 +11,18 @@ import os
 import socket
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any, Protocol
 
 import torch.distributed as dist
 
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.errors import OtherRankFailed, SoftCoTError
 from softcot_ds.launchers import MPI_SIZE_VARIABLES
 
+_HAND_OUTS = ("shard", "batch")
+"""Counters by which ranks share out work."""
 _STOP = 1 << 40
 """Added to a hand-out counter, it puts it past the end of any work."""
-
-
-class OtherRankFailed(SoftCoTError):
-    """Another rank gave up, and says why."""
 
 
 class Board(Protocol):
@@ -103,10 +101,10 @@ class Ranks:
         """Whether any rank has failed."""
         return self.count("failed") > 0
 
-    def fail(self, counters: Sequence[str]) -> None:
-        """Tell the others that this rank gives up, and end the hand-out of work by these counters."""
+    def fail(self) -> None:
+        """Tell the others that this rank gives up, and end the hand-out of work."""
         self.count("failed", 1)
-        for counter in counters:
+        for counter in _HAND_OUTS:
             self.count(counter, _STOP)
 
     def export_environment(self) -> None:

@@ -22,10 +22,10 @@ import torch
 
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.errors import OtherRankFailed, SoftCoTError
 from softcot_ds.lock import sole_owner
 from softcot_ds.progress import duration, size
-from softcot_ds.ranks import OtherRankFailed, Ranks
+from softcot_ds.ranks import Ranks
 from softcot_ds.thought_manifest import DamagedShard, Manifest, ShardRecord, StoreIdentity
 from softcot_ds.thought_reader import input_key
 from softcot_ds.thought_store import StoreWriter, ThoughtStore
@@ -40,8 +40,6 @@ LOCK_NAME = "builder.lock"
 PROGRESS_SECONDS = 5.0
 _MANIFEST_SECONDS = 0.5
 _FAILURE_GRACE_SECONDS = 30.0
-HAND_OUTS = ("shard", "batch")
-"""Counters by which ranks share out work."""
 _BATCHES_IN_FLIGHT = 2
 """Batches of thoughts that wait for the disk, at most; then computing waits too."""
 
@@ -96,7 +94,7 @@ def fill(
             if batches := ranks.fetch("batches"):
                 _compute(folder, identity, inputs, batches, load, ranks, shard_mib, in_step)
     except BaseException:
-        ranks.fail(HAND_OUTS)
+        ranks.fail()
         raise
 
 
@@ -279,7 +277,7 @@ def _compute(
         if ranks.failed:
             raise OtherRankFailed("another rank failed")
     except BaseException:
-        ranks.fail(HAND_OUTS)  # before "finished": rank 0 looks whether any rank failed once all have finished
+        ranks.fail()  # before "finished": rank 0 looks whether any rank failed once all have finished
         raise
     finally:
         ranks.count("finished", 1)
@@ -346,7 +344,7 @@ class _Saver:
                     self._save(*item)
         except BaseException as error:  # handed to the computing thread, whatever it is
             self._error = error
-            self._ranks.fail(HAND_OUTS)
+            self._ranks.fail()
             while self._queue.get() is not None:
                 pass  # so that ``put`` never blocks
 
@@ -418,7 +416,7 @@ class _ManifestKeeper:
             self._list_new_shards()
         except BaseException as error:  # a full disk, most likely; raised on leaving
             self._error = error
-            self._ranks.fail(HAND_OUTS)
+            self._ranks.fail()
 
     def _list_new_shards(self) -> None:
         new = []

@@ -23,16 +23,16 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from softcot_ds import cache, thought_builder, trial
+from softcot_ds import cache, thought_builder, thought_computing, trial
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.batches import collate
 from softcot_ds.engine import build_model
-from softcot_ds.errors import SoftCoTError
+from softcot_ds.errors import OtherRankFailed, SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import TEMPORARY_SUFFIX
 from softcot_ds.prompts import AssistantInput
-from softcot_ds.ranks import OtherRankFailed, Ranks
+from softcot_ds.ranks import Ranks
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thought_manifest import StoreIdentity
 from softcot_ds.thought_reader import cache_identity, input_key, open_cache
@@ -463,7 +463,7 @@ def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
     recipe = load_recipe(recipe_file, ["thoughts.source=online"])
     experiment = Experiment(recipe)
     inputs = experiment.splits.assistant_inputs()
-    compute = cache.load_assistant(recipe, inputs, alone())
+    compute = thought_computing.load_assistant(recipe, inputs, alone())
     identity = cache_identity(recipe)
     store = fill(recipe.cache.path / identity.folder_name, inputs, compute, identity=identity, tokens_per_batch=10**6)
     examples = experiment.splits.train

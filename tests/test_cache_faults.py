@@ -20,7 +20,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from softcot_ds import cache, thought_builder
+from softcot_ds import cache, thought_builder, thought_inspection
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
@@ -340,9 +340,9 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
         folder / tm.MANIFEST_NAME: [
             lambda: build(folder, log, seconds_per_batch=0, count=80),
             lambda: ThoughtStore.open(folder, IDENTITY),
-            lambda: cache.info(folder),
-            lambda: cache.verify(folder),
-            lambda: cache.prune(folder),
+            lambda: thought_inspection.info(folder),
+            lambda: thought_inspection.verify(folder),
+            lambda: thought_inspection.prune(folder),
         ],
     }.items():
         fault(victim, number, step)
@@ -354,7 +354,7 @@ def test_a_file_that_cannot_be_read_is_no_damage_and_is_left_alone(tmp_path, fau
         fault.mend()
     fault(shard, number, step)
     with pytest.raises(SoftCoTError, match=r"1 of 3 shards of .* cannot be read, 0 are damaged"):
-        cache.verify(folder)
+        thought_inspection.verify(folder)
     fault.mend()
     assert computed(log) == []
     assert "damaged" not in capfd.readouterr().out

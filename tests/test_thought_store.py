@@ -14,7 +14,7 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from softcot_ds import cache
+from softcot_ds import thought_inspection
 from softcot_ds import thought_manifest as tm
 from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
@@ -390,7 +390,7 @@ def test_a_manifest_that_says_what_cannot_be_is_refused(tmp_path, change):
     for attempt in (
         lambda: ThoughtStore.open(folder).read(keys),
         lambda: ThoughtStore.open(folder, identity).read(keys),
-        lambda: cache.verify(folder),
+        lambda: thought_inspection.verify(folder),
     ):
         with pytest.raises(SoftCoTError):
             attempt()
