@@ -196,7 +196,7 @@ def _devices(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     )
     any_gpu = any(facts.gpus for facts in everyone)
     ranks_on = Counter(facts.node for facts in everyone)
-    needed = {facts.rank: max(any_gpu * ranks_on[facts.node], facts.gpus_allotted) for facts in everyone}
+    needed = {facts.rank: max(ranks_on[facts.node] if any_gpu else 0, facts.gpus_allotted) for facts in everyone}
     few = [facts for facts in everyone if facts.gpus < needed[facts.rank]]
     for (gpus, need), where in _groups(few, lambda facts: (facts.gpus, needed[facts.rank])).items():
         yield (
@@ -216,7 +216,9 @@ def _devices(everyone: Sequence[Facts]) -> Iterator[Verdict]:
         )
     text = f"{len(everyone)} x {with_gpu[0].gpu}" if with_gpu else "no GPU: CPU ranks over gloo"
     text += f"; a matrix product is right to {max(facts.matmul_error for facts in everyone):.0e}"
-    yield OK, text + any_gpu * f", the Triton kernel to {max(facts.kernel_error for facts in everyone):.0e}"
+    if any_gpu:
+        text += f", the Triton kernel to {max(facts.kernel_error for facts in everyone):.0e}"
+    yield OK, text
 
 
 def _communication(everyone: Sequence[Facts]) -> Iterator[Verdict]:
@@ -224,12 +226,13 @@ def _communication(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     on_gpu = all(facts.has_gpu for facts in everyone)
     nodes = {facts.node for facts in everyone}
     backend = "NCCL" if on_gpu else "gloo"
+    more = "; NCCL_DEBUG=INFO shows what NCCL tries, NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 finds a bad link"
     yield from _failing(
         f"all-reduce over {backend} fails",
         everyone,
         lambda facts: facts.exchange_failure,
         f"name the interface that the nodes share in {backend.upper()}_SOCKET_IFNAME; leave out a node that sums wrong"
-        + on_gpu * "; NCCL_DEBUG=INFO shows what NCCL tries, NCCL_P2P_DISABLE=1 or NCCL_IB_DISABLE=1 finds a bad link",
+        + (more if on_gpu else ""),
     )
     slowest = min(facts.bus_gb_per_s for facts in everyone)
     speed = f"bus bandwidth {slowest:.2f} GB/s (algorithm bandwidth x 2(n-1)/n, {_size(MESSAGE_BYTES)})"
