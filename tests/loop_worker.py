@@ -7,18 +7,19 @@ import os
 import signal
 import sys
 import time
+from typing import Any
 
 import torch
 
-from softcot_ds.distributed import is_main, rank, shut_down
-from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import load_recipe
+import softcot_ds.train as loop
+from softcot_ds import command, distributed
+from softcot_ds.distributed import is_main, rank
 from softcot_ds.step import SoftCoT
-from softcot_ds.train import train
 from softcot_ds.validation import Validator
 
 ACCUMULATION = 2
-forward, samples = SoftCoT.forward, Validator._samples
+forward, samples, save = SoftCoT.forward, Validator._samples, loop.save_checkpoint
+StopRequest, Record, shut_down = loop.StopRequest, loop.Record, distributed.shut_down
 fault, passes, began_to_wait = "", 0, 0.0
 
 
@@ -33,9 +34,9 @@ def disturbed_forward(model: SoftCoT, batch: object) -> torch.Tensor:
         loss.register_hook(lambda gradient: gradient * float("nan"))
     elif fault.startswith("inf") and step == 3 and rank() == 0 and not last_micro_batch:
         loss = loss + (float("inf") - loss.detach())  # its gradient is finite
-    elif fault == "stop" and step == 2 and rank() == 1:
+    elif fault.startswith("stop") and step == 2 and rank() == 1:
         os.kill(os.getpid(), signal.SIGUSR1)
-    elif fault == "hang" and step == 3:
+    elif fault == "hang" and step == 4:
         began_to_wait = time.monotonic()
         time.sleep(15 * rank())
     return loss
@@ -47,16 +48,45 @@ def disturbed_samples(validator: Validator) -> str:
     return samples(validator)
 
 
+def late_request() -> StopRequest:
+    if fault == "stop" and rank() == 1:
+        time.sleep(0.5)
+        print(f"rank 1 listens from {time.monotonic()}", flush=True)
+    return StopRequest()
+
+
+def visible_record(*arguments: Any) -> Record:
+    """What a run writes first, and what others look for to know that it has begun."""
+    if fault == "stop" and is_main():
+        print(f"the run begins at {time.monotonic()}", flush=True)
+    return Record(*arguments)
+
+
+def slow_save(engine: Any, recipe: Any, adapter: Any, *rest: Any) -> Any:
+    if fault == "hang" and adapter.step == 2 and is_main():
+        time.sleep(7)  # longer than a step may take
+    return save(engine, recipe, adapter, *rest)
+
+
+def report(message: str) -> None:
+    if is_main():
+        print(f"{fault} ended after step {passes // ACCUMULATION}: {message}", flush=True)
+
+
 SoftCoT.forward, Validator._samples = disturbed_forward, disturbed_samples
+loop.StopRequest, loop.Record, loop.save_checkpoint = late_request, visible_record, slow_save
+# The ranks stay together from one training to the next, and only one of them speaks.
+distributed.shut_down, command._report = lambda *_: None, report
 recipe, *trainings = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 for name, overrides in zip(trainings[::2], trainings[1::2], strict=True):
     fault, passes = name, 0
     try:
-        train(load_recipe(recipe, [f"name={name}", *overrides.split()]))
-    except (SoftCoTError, RuntimeError) as error:
-        if is_main():
-            print(f"{name} ended after step {passes // ACCUMULATION}: {error}", flush=True)
-        if name == "hang":
-            print(f"rank {rank()} waited {time.monotonic() - began_to_wait:.1f} s", flush=True)
-            shut_down(0, midway=True)
+        code = loop.main([recipe, f"name={name}", *overrides.split()])
+    except RuntimeError as error:
+        report(str(error))
+        code = 1
+    print(f"{name}: rank {rank()} exits with {code}", flush=True)
+    if name == "hang":
+        print(f"rank {rank()} waited {time.monotonic() - began_to_wait:.1f} s", flush=True)
+        shut_down(0, midway=True)
 shut_down()

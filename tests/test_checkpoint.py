@@ -4,6 +4,7 @@ import json
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -12,8 +13,8 @@ from launch import ROOT
 from safetensors.torch import load_file, save_file
 
 from softcot_ds import checkpoint, resume
-from softcot_ds.adapter import load_adapter
-from softcot_ds.checkpoint import FILES
+from softcot_ds.adapter import adapter_config, load_adapter
+from softcot_ds.checkpoint import FILES, read_training_state, save_checkpoint
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
@@ -42,6 +43,50 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_warning_and_looks_whole_to_n
     assert [path.name for path in checkpoints(tmp_path)] == ["step-10", "step-20"]
     assert not (tmp_path / "checkpoints/step-4").exists()
     assert "step-2 cannot be removed" in capsys.readouterr().out
+
+
+@pytest.fixture
+def engine(monkeypatch) -> SimpleNamespace:
+    """A DeepSpeed engine as far as a checkpoint asks: a projection, and AdamW's moments in ``state`` by their names."""
+    projection = torch.nn.Linear(3, 2)
+    names = {id(p): name for name, p in projection.named_parameters()}
+    state = {f"{m}.{name}": p.detach() ** 2 for name, p in projection.named_parameters() for m in checkpoint._MOMENTS}
+    monkeypatch.setattr(checkpoint, "safe_get_full_fp32_param", torch.Tensor.detach)
+    monkeypatch.setattr(
+        checkpoint, "safe_get_full_optimizer_state", lambda p, moment: state[f"{moment}.{names[id(p)]}"]
+    )
+    inner = SimpleNamespace(state={0: {"step": torch.tensor(60.0)}})
+    return SimpleNamespace(
+        module=SimpleNamespace(projection=projection), state=state, optimizer=SimpleNamespace(optimizer=inner)
+    )
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+@pytest.mark.parametrize("wrong", ["weight", "bias", "exp_avg.weight", "exp_avg_sq.bias"])
+def test_values_that_are_not_finite_are_never_saved(saved, engine, wrong, value):
+    """One of them, the last, among good ones. The run is left as it was, and can be saved once it is finite."""
+    recipe, older = saved
+    experiment = Experiment(recipe)
+    before = {path.name: path.read_bytes() for path in older.iterdir()}
+
+    def save() -> Path:
+        config = adapter_config(experiment).at_step(60)
+        return save_checkpoint(engine, recipe, config, experiment.task.prompt_file, {"steps": 60})
+
+    tensor = engine.state[wrong] if "." in wrong else getattr(engine.module.projection, wrong).detach()
+    good, tensor.view(-1)[-1] = tensor.view(-1)[-1].item(), value
+    with pytest.raises(
+        SoftCoTError, match=r"not finite after step 60: not saved\. The newest checkpoint is step-50; lower"
+    ):
+        save()
+    assert {path.name: path.read_bytes() for path in older.iterdir()} == before
+    assert [path.name for path in older.parent.iterdir()] == ["step-50"]
+
+    tensor.view(-1)[-1] = good
+    weights, moments, trainer = read_training_state(save())
+    assert all(torch.equal(weights[name], p) for name, p in engine.module.projection.named_parameters())
+    assert all(torch.equal(moments[name], engine.state[name]) for name in engine.state)
+    assert trainer.optimizer_steps == 60
 
 
 SMALL = ["task.train_problems=12", "task.validation_problems=1", "task.test_problems=1", "training.steps=100"]

@@ -400,6 +400,7 @@ def trainings(tmp_path_factory, random_pair):
     common = [*TRAINING, *random_pair, f"output_dir={folder}", f"projection.init_from={folder}/start.safetensors"]
     clipped, free = f"training.gradient_clipping={CLIP}", "training.gradient_clipping=0"
     zero3, whole, bf16 = "backbone.partition=zero3", "backbone.partition=none", "base.dtype=bfloat16"
+    stop = ["training.validate_every=1", "training.save_every=99"]
     variants = {
         "clipped-zero3": [clipped, zero3],
         "clipped-none": [clipped, whole],
@@ -412,7 +413,8 @@ def trainings(tmp_path_factory, random_pair):
         "inf-zero3": [clipped, zero3, "training.log_every=4", "training.save_every=2"],
         "inf-none": [clipped, whole, "training.log_every=4", "training.save_every=2"],
         "crash": [clipped, whole, "training.validate_every=2"],
-        "stop": [clipped, whole, "training.validate_every=1", "training.save_every=99"],
+        "stop": [clipped, whole, *stop],
+        "stop-last": [clipped, whole, *stop, "training.steps=2", "training.warmup_steps=1"],
         "hang": [clipped, whole, "training.step_timeout_minutes=0.1"],
     }
     arguments = [text for name, special in variants.items() for text in (name, " ".join([*common, *special]))]
@@ -487,6 +489,11 @@ def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
     return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
 
 
+def exit_codes(output: str, variant: str) -> dict[int, int]:
+    """Of the ranks, as the command would give them."""
+    return {int(rank): int(code) for rank, code in re.findall(rf"{variant}: rank (\d) exits with (\d+)", output)}
+
+
 @pytest.mark.parametrize("variant", ["nan-zero3", "nan-none", "nan-bf16"])
 def test_steps_whose_gradient_is_not_finite_are_skipped_said_counted_and_end_the_run(trainings, naive, variant):
     """Of one micro-batch on one rank, in the steps 2, 4, 5 and 6; the loss is finite."""
@@ -508,9 +515,10 @@ def test_steps_whose_gradient_is_not_finite_are_skipped_said_counted_and_end_the
     batches = [", ".join(naive.examples[index].problem.id for index in batch) for batch in islice(naive.batches(), 6)]
     for step in (2, 4, 5):
         assert f"not finite at step {step}, whose global batch holds the problems {batches[step - 1]}: skip" in output
-    end = f"{variant} ended after step 6: the gradient was not finite in 3 steps in a row, the last of them step 6, "
-    assert end + f"whose global batch holds the problems {batches[5]}. The last good checkpoint is " in output
+    end = f"{variant} ended after step 6: error: the gradient was not finite in 3 steps in a row, the last of them "
+    assert end + f"step 6, whose global batch holds the problems {batches[5]}. The last good checkpoint is " in output
     assert f"{run_dir}/checkpoints/step-5;" in output
+    assert exit_codes(output, variant) == {0: 2, 1: 2}
 
 
 @pytest.mark.parametrize("variant", ["inf-zero3", "inf-none"])
@@ -519,9 +527,10 @@ def test_loss_that_is_not_finite_ends_the_run_before_the_optimizer_moves(trainin
     folder, _, output = trainings
     *_, batch = islice(naive.batches(), 3)
     problems = ", ".join(naive.examples[index].problem.id for index in batch)
-    end = f"{variant} ended after step 3: the loss is inf at step 3, whose global batch holds the problems {problems}. "
-    assert end + f"The last good checkpoint is {folder / variant}/checkpoints/step-2;" in output
+    end = f"{variant} ended after step 3: error: the loss is inf at step 3, whose global batch holds the problems "
+    assert end + f"{problems}. The last good checkpoint is {folder / variant}/checkpoints/step-2;" in output
     assert [path.name for path in (folder / variant / "checkpoints").iterdir()] == ["step-2"]
+    assert exit_codes(output, variant) == {0: 2, 1: 2}
 
 
 def test_checkpoint_comes_before_the_validation_that_fails(trainings):
@@ -535,13 +544,37 @@ def test_run_that_is_being_stopped_saves_and_does_not_validate(trainings):
     assert "stop ended after step 2: stopped by SIGUSR1 after step 2" in output
     assert [path.name for path in (folder / "stop/checkpoints").iterdir()] == ["step-2"]
     assert scalars(folder / "stop", "loss/validation").keys() == {1}
+    assert exit_codes(output, "stop") == {0: 138, 1: 138}
+
+
+def test_run_that_is_being_stopped_in_its_last_step_saves_and_does_not_validate(trainings):
+    folder, _, output = trainings
+    assert exit_codes(output, "stop-last") == {0: 0, 1: 0}
+    assert (folder / "stop-last/checkpoints/step-2/COMPLETE").exists()
+    assert scalars(folder / "stop-last", "loss/validation").keys() == {1}
+
+
+def test_run_begins_when_every_rank_listens_to_signals(trainings):
+    """Rank 1 begins to listen half a second late."""
+    _, _, output = trainings
+    listens, begins = (float(re.search(rf"{said} ([\d.]+)", output)[1]) for said in ("listens from", "begins at"))
+    assert listens < begins
 
 
 def test_rank_that_hangs_in_a_step_is_given_up_after_the_timeout_of_a_step(trainings):
-    """Six seconds; what else ranks do together may take half an hour."""
+    """Six seconds."""
     _, _, output = trainings
     assert 5.5 < float(re.search(r"rank 0 waited ([\d.]+) s", output)[1]) < 13
-    assert re.search("hang ended .*Timed out", output)
+    assert "hang ended after step 4: error: another rank has died, or has not answered in time" in output
+    assert exit_codes(output, "hang")[0] == 3
+
+
+def test_checkpoint_may_take_longer_than_a_step_and_is_no_part_of_its_time(trainings):
+    """Seven seconds, after step 2."""
+    folder, _, _ = trainings
+    assert (folder / "hang/checkpoints/step-3/COMPLETE").exists()
+    samples_per_second = scalars(folder / "hang", "throughput/samples_per_second")
+    assert 10 / samples_per_second[3] < 6
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
