@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.backbone import weights_fingerprint
-from softcot_ds.diagnosis import difference
+from softcot_ds.differences import difference
 from softcot_ds.distributed import from_all_ranks, rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import digest

@@ -3,11 +3,11 @@
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any
 
 from packaging.specifiers import SpecifierSet
 
 from softcot_ds import __version__
+from softcot_ds.differences import by_value, difference, enumerate_some, name_ranks
 
 GIB = 2**30
 MESSAGE_BYTES = 64 * 2**20
@@ -152,11 +152,11 @@ def _versions(everyone: Sequence[Facts]) -> Iterator[Verdict]:
                 "let all nodes use one environment on a shared file system, or install the same version there",
             )
         specifier = (declared or {}).get(name, "")
-        for version, where in _groups(everyone, lambda facts, name=name: facts.versions.get(name)).items():
+        for version, where in by_value(everyone, lambda facts, name=name: facts.versions.get(name)).items():
             if wrong := _wrong_with(name, version, specifier):
                 yield (
                     PROBLEM,
-                    f"{name} {version or '(not installed)'} on {_where(where, everyone)}: {'; '.join(wrong)}",
+                    f"{name} {version or '(not installed)'} on {name_ranks(where, everyone)}: {'; '.join(wrong)}",
                     f"pip install '{name}{specifier}'" if name != "python" else f"make one with Python {specifier}",
                 )
     if sources := difference(everyone, lambda facts: facts.source):
@@ -198,10 +198,10 @@ def _devices(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     ranks_on = Counter(facts.node for facts in everyone)
     needed = {facts.rank: max(ranks_on[facts.node] if any_gpu else 0, facts.gpus_allotted) for facts in everyone}
     few = [facts for facts in everyone if facts.gpus < needed[facts.rank]]
-    for (gpus, need), where in _groups(few, lambda facts: (facts.gpus, needed[facts.rank])).items():
+    for (gpus, need), where in by_value(few, lambda facts: (facts.gpus, needed[facts.rank])).items():
         yield (
             PROBLEM,
-            f"{gpus} of {need} GPUs are seen by {_where(where, everyone)}: a node needs one for each rank, and "
+            f"{gpus} of {need} GPUs are seen by {name_ranks(where, everyone)}: a node needs one for each rank, and "
             "all that SLURM gave to the job",
             "look at nvidia-smi, CUDA_VISIBLE_DEVICES, torch's CUDA build and --gpus-per-node; start as many ranks per "
             "node as it has GPUs (deepspeed --num_gpus); srun must show them all to each task (no --gpu-bind, no "
@@ -247,7 +247,7 @@ def _communication(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     if small and on_gpu and len(everyone) > len(nodes):
         yield (
             WARNING,
-            f"/dev/shm has {_size(small[0].shm_bytes)} on {_where(small, everyone)}: NCCL and data loaders need it",
+            f"/dev/shm has {_size(small[0].shm_bytes)} on {name_ranks(small, everyone)}: NCCL and data loaders need it",
             "start the container with --shm-size=1g or --ipc=host",
         )
     several = f"{len(everyone)} ranks over {backend}, the sum is right, {speed}"
@@ -269,7 +269,7 @@ def _folders(everyone: Sequence[Facts]) -> Iterator[Verdict]:
             texts = [f"{reader} does not see what {writer} wrote" for reader, writer in pairs]
             yield (
                 PROBLEM,
-                f"{name} {folder.path} is not shared: {_list(texts, '; ')}",
+                f"{name} {folder.path} is not shared: {enumerate_some(texts, '; ')}",
                 f"put it on a file system that all nodes mount, and name it in {name} by a path that holds on "
                 "all of them",
             )
@@ -292,7 +292,8 @@ def _disks(everyone: Sequence[Facts]) -> Iterator[Verdict]:
             reason = "the checkpoints to keep take it" if needed > DISK_FLOOR_BYTES else "less does not last"
             yield (
                 PROBLEM if folder.shared else WARNING,
-                f"{name} {folder.path} has {least} free on {_where(short, known)}, {_size(needed)} needed: {reason}",
+                f"{name} {folder.path} has {least} free on {name_ranks(short, known)}, {_size(needed)} needed: "
+                + reason,
                 "make room, or name another folder",
             )
     yield OK, f"free: {', '.join(texts)}"
@@ -350,44 +351,14 @@ def _launchers(everyone: Sequence[Facts]) -> Iterator[Verdict]:
         )
     for name in everyone[0].launchers:
         if missing := [facts for facts in everyone if not facts.launchers.get(name, True)]:
-            yield WARNING, f"{name} is missing on {_where(missing, everyone)}", "put its folder into PATH there"
+            yield WARNING, f"{name} is missing on {name_ranks(missing, everyone)}", "put its folder into PATH there"
     yield OK, ", ".join(everyone[0].launchers)
 
 
-def difference(ranks: Sequence[Facts], value: Callable[[Facts], Any]) -> str:
-    """Who has which value: ``2.13.0 on node1, node2; 2.12.1 on node3``. Empty where all have the same one."""
-    groups = _groups(ranks, value)
-    most_frequent_first = sorted(groups.items(), key=lambda item: -len(item[1]))
-    texts = [f"{value or 'none'} on {_where(some, ranks)}" for value, some in most_frequent_first]
-    return _list(texts, "; ") if len(groups) > 1 else ""
-
-
-def _groups(ranks: Sequence[Facts], value: Callable[[Facts], Any]) -> dict[Any, list[Facts]]:
-    """The ranks by value, in the order in which values first appear."""
-    groups: dict[Any, list[Facts]] = {}
-    for facts in ranks:
-        groups.setdefault(value(facts), []).append(facts)
-    return groups
-
-
 def _failing(what: str, ranks: Sequence[Facts], failure: Callable[[Facts], str], remedy: str) -> Iterator[Verdict]:
-    for reason, some in _groups(ranks, failure).items():
+    for reason, some in by_value(ranks, failure).items():
         if reason:
-            yield PROBLEM, f"{what} on {_where(some, ranks)}: {reason}", remedy
-
-
-def _where(some: Sequence[Facts], ranks: Sequence[Facts]) -> str:
-    """Nodes by name; single ranks where others of ``ranks`` on their node do not belong to ``some``."""
-    names: list[str] = []
-    for node, members in _groups(some, lambda facts: facts.node).items():
-        whole = len(members) == sum(facts.node == node for facts in ranks)
-        names += [node] if whole else [f"rank {facts.rank} ({node})" for facts in members]
-    return _list(names)
-
-
-def _list(names: Sequence[str], separator: str = ", ", most: int = 6) -> str:
-    more = f"{separator}and {len(names) - most} more" if len(names) > most else ""
-    return separator.join(names[:most]) + more
+            yield PROBLEM, f"{what} on {name_ranks(some, ranks)}: {reason}", remedy
 
 
 def _size(number: int) -> str:

@@ -33,6 +33,7 @@ from softcot_kernels import reference
 from softcot_ds import backbone, diagnosis, distributed
 from softcot_ds.command import recipe_command
 from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
+from softcot_ds.differences import difference
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import alone_of
@@ -74,7 +75,7 @@ def doctor(recipe: Recipe | None) -> None:
 
     facts = collect(recipe, distributed.rank(), several)
     everyone = gather(facts)
-    if recipes := diagnosis.difference(everyone, lambda facts: facts.recipe):
+    if recipes := difference(everyone, lambda facts: facts.recipe):
         # With other folders and models in them, nothing else can be compared.
         raise SoftCoTError(f"the recipe differs (hash {recipes}); give all nodes the same file")
     exchange(facts, on_gpu=all(other.has_gpu for other in everyone))
