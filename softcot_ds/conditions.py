@@ -14,7 +14,6 @@ import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
-from pathlib import Path
 
 import torch
 from torch import nn
@@ -25,10 +24,10 @@ from softcot_ds.decoder import Thoughts, content_digest
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
-from softcot_ds.experiment import Experiment
+from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Projection
 from softcot_ds.prompts import AssistantInput, BasePrompt
-from softcot_ds.recipe import Condition, Recipe
+from softcot_ds.recipe import Condition
 from softcot_ds.report import Record
 from softcot_ds.thought_reader import read_all_thoughts, states_dtype
 
@@ -50,11 +49,12 @@ class Posed:
 class Conditions:
     """Prompts and thoughts of each condition."""
 
-    def __init__(self, recipe: Recipe, experiment: Experiment, examples: Sequence[Example], adapter: Path) -> None:
-        self._recipe = recipe
-        self._experiment = experiment
+    def __init__(self, adapter: Adapter, examples: Sequence[Example]) -> None:
+        """Raises SoftCoTError when the adapter is damaged."""
+        self._recipe = adapter.recipe
+        self._experiment = adapter.experiment
         self._examples = examples
-        self._projection = load_adapter(adapter, experiment)
+        self._projection = adapter.projection
         self.words: list[str] = []
 
     def of(self, condition: Condition) -> Posed:

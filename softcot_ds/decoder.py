@@ -19,8 +19,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds import __version__
 from softcot_ds.agreement import agree
-from softcot_ds.backbone import load_to_run
-from softcot_ds.decoding import Output, Sampling, decode, try_decoding
+from softcot_ds.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.distributed import from_all_ranks, on_main, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, write_atomically
@@ -199,9 +198,7 @@ class Decoder:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        model = load_to_run(self._model_config, self._recipe, self._partition)
-        try_decoding(model)
-        return model
+        return load_to_decode(self._model_config, self._recipe, self._partition)
 
     def run(self, job: Job) -> list[Output]:
         """The outputs of all prompts, in their order, on every rank."""

@@ -22,12 +22,12 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
-from softcot_ds.backbone import context_length
+from softcot_ds.backbone import context_length, load_to_run
 from softcot_ds.distributed import max_over_ranks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.partition import needs_all_ranks
 from softcot_ds.prompts import BasePrompt
-from softcot_ds.recipe import EvaluationConfig
+from softcot_ds.recipe import EvaluationConfig, ModelConfig, Partition, Recipe
 
 _TRIAL_LENGTHS = (4, 40)
 """Tokens of the trial's two prompts: far apart, so that padding which is not hidden shows."""
@@ -117,6 +117,17 @@ def decode(
 def _until_stop(row: list[int], stops: set[int]) -> Output:
     end = next((i for i, token in enumerate(row) if token in stops), None)
     return Output(row[:end], cut=end is None)
+
+
+def load_to_decode(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:
+    """One of the recipe's models, loaded and tried. All ranks call it together.
+
+    Raises:
+        SoftCoTError: it cannot be loaded, or cannot decode with thoughts in its prompt.
+    """
+    model = load_to_run(config, recipe, partition)
+    try_decoding(model)
+    return model
 
 
 @torch.no_grad()

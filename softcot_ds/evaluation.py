@@ -5,7 +5,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from softcot_ds.adapter import AdapterConfig, train_summary
+from softcot_ds.adapter import train_summary
 from softcot_ds.agreement import agree
 from softcot_ds.backbone import context_length, weights_fingerprint
 from softcot_ds.choices import STRATEGIES, chosen
@@ -16,7 +16,7 @@ from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.examples import Example
 from softcot_ds.experiment import Experiment
-from softcot_ds.methods.base import projection_class
+from softcot_ds.inference import Adapter
 from softcot_ds.prompts import BasePrompt
 from softcot_ds.recipe import Condition, Recipe
 from softcot_ds.report import Record, make_report, table, write_results
@@ -32,15 +32,14 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
     """
     init_distributed(recipe.training.timeout_minutes)
     agree({"the adapter": adapter, **recipe.flat()})
-    config = AdapterConfig.load(adapter)
-    config.check_models(recipe, assistant=projection_class(config.projection).needs_states)
+    opened = Adapter(recipe, adapter)
+    config, experiment = opened.config, opened.experiment
     if config.projection != recipe.projection.kind:
         raise SoftCoTError(
             f"{adapter} is a {config.projection} projection and projection.kind is {recipe.projection.kind}; "
             f"set it to {config.projection}"
         )
     trained = train_summary(adapter)
-    experiment = Experiment(recipe)
     examples = experiment.splits.test
     if not examples:
         raise SoftCoTError("there is no test problem to evaluate on; check task.test and task.max_tokens")
@@ -48,7 +47,7 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
         say(f"data: {note}")
     say(f"evaluating {adapter} on {len(examples)} problems")
 
-    conditions = Conditions(recipe, experiment, examples, adapter)
+    conditions = Conditions(opened, examples)
     names = recipe.evaluation.conditions
     decoder = Decoder(
         recipe,

@@ -23,3 +23,8 @@ def alone_of() -> str:
     several = [f"{name}={environ[name]}" for name in MPI_SIZE_VARIABLES if environ.get(name, "") not in ("", "1")]
     later = [f"{name}={environ[name]}" for name in _RANK_VARIABLES if environ.get(name, "") not in ("", "0")]
     return (several + later + [""])[0]
+
+
+def launched_ranks() -> int:
+    """How many ranks torch's variables speak of, whether or not they have met; 1 alone."""
+    return int(os.environ.get("WORLD_SIZE", "1"))

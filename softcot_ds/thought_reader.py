@@ -128,11 +128,10 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
 
     Without a cache of them the assistant is loaded, and let go again.
     """
-    from softcot_ds import backbone
     from softcot_ds.distributed import device, say
     from softcot_ds.methods.base import projection_class
     from softcot_ds.thoughts import compute_thoughts, read_shared
-    from softcot_ds.trial import check_model
+    from softcot_ds.trial import load_assistant
 
     recipe = experiment.recipe
     if not projection_class(recipe.projection.kind).needs_states:
@@ -142,8 +141,7 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
             return ThoughtReader.open(recipe, examples).read(examples).to(device())
         except SoftCoTError as error:
             say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
-    assistant = backbone.load_frozen(recipe.assistant, "none", device())
-    check_model(assistant, "assistant", recipe.assistant.model)
+    assistant = load_assistant(recipe)
     size = recipe.evaluation.batch_size
     prefix = read_shared(assistant, experiment.splits.assistant_inputs())
     inputs = [example.assistant for example in examples]

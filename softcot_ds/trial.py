@@ -17,6 +17,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from softcot_ds.backbone import load_config, load_frozen, weight_bytes
 from softcot_ds.batches import pad
 from softcot_ds.decoding import try_decoding
+from softcot_ds.distributed import device as own_device
 from softcot_ds.distributed import from_all_ranks, lost_rank
 from softcot_ds.embedding import device_of
 from softcot_ds.errors import SoftCoTError
@@ -24,7 +25,7 @@ from softcot_ds.frozen_prefix import FrozenPrefix
 from softcot_ds.loss import cross_entropy
 from softcot_ds.model_files import is_here
 from softcot_ds.prompts import AssistantInput
-from softcot_ds.recipe import ModelConfig
+from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.step import full_logits, mask_and_positions
 from softcot_ds.thoughts import compute_thoughts, decoder_of, read_shared
 from softcot_ds.toy import make_toy, toy_config
@@ -48,6 +49,17 @@ def check_model(model: PreTrainedModel, role: Role, name: str) -> None:
     reason = agreed(why_unsuitable(model, role))
     if reason is not None:
         raise _unsuitable(name, model.config.model_type, role, reason)
+
+
+def load_assistant(recipe: Recipe) -> PreTrainedModel:
+    """The assistant, whole on this process's device, and tried. All ranks call it together.
+
+    Raises:
+        SoftCoTError: it cannot be loaded, or cannot be an assistant.
+    """
+    assistant = load_frozen(recipe.assistant, "none", own_device())
+    check_model(assistant, "assistant", recipe.assistant.model)
+    return assistant
 
 
 def check_ahead(config: ModelConfig, role: Role) -> None:

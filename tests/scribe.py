@@ -37,5 +37,4 @@ class Scribe:
 
 def replace_decoding(monkeypatch, scribe):
     monkeypatch.setattr(decoder_module, "decode", scribe)
-    for name in ("load_to_run", "try_decoding"):
-        monkeypatch.setattr(decoder_module, name, lambda *_: None)
+    monkeypatch.setattr(decoder_module, "load_to_decode", lambda *_: None)

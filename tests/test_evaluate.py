@@ -16,7 +16,7 @@ from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
 from scribe import Scribe, replace_decoding
 
-from softcot_ds import agreement, backbone, thought_reader
+from softcot_ds import agreement, backbone, thought_reader, trial
 from softcot_ds import decoder as decoder_module
 from softcot_ds.backbone import load_tokenizer
 from softcot_ds.conditions import CONDITIONS, Conditions, others
@@ -26,6 +26,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
+from softcot_ds.inference import Adapter
 from softcot_ds.partition import decoding_config
 from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import Condition, load_recipe, resolve_location
@@ -82,9 +83,10 @@ def test_report_agrees_with_the_outputs(recipe, adapter):
 
 
 def test_conditions_are_what_they_say(recipe, adapter):
-    experiment = Experiment(recipe)
+    opened = Adapter(recipe, adapter)
+    experiment = opened.experiment
     examples = experiment.splits.test
-    inputs = Conditions(recipe, experiment, examples, adapter)
+    inputs = Conditions(opened, examples)
     everything = list(range(len(examples)))
     learned = inputs.of("learned").thoughts(everything)
 
@@ -438,7 +440,8 @@ def of_another_base(path):
 
 
 def forbid_models(monkeypatch):
-    monkeypatch.setattr(backbone, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
+    for module in (backbone, trial):
+        monkeypatch.setattr(module, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
 
 
 @pytest.mark.parametrize(
@@ -539,9 +542,9 @@ def test_states_that_are_computed_for_want_of_a_cache_are_as_precise_as_its_own(
 
 def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monkeypatch):
     loads = []
-    load = backbone.load_frozen
-    monkeypatch.setattr(backbone, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
-    monkeypatch.setattr(decoder_module, "load_to_run", lambda config, *_: loads.append(config.model))
+    load = trial.load_frozen
+    monkeypatch.setattr(trial, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
+    monkeypatch.setattr(decoder_module, "load_to_decode", lambda config, *_: loads.append(config.model))
     recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
     assert loads == ["assistant", "package:pair/base"]

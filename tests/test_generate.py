@@ -9,7 +9,8 @@ import pytest
 from adapters import make_adapter
 from launch import ROOT
 
-from softcot_ds import generate as generate_module
+import softcot_ds
+from softcot_ds import backbone, inference, trial
 from softcot_ds.backbone import load_frozen
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import evaluate
@@ -42,7 +43,8 @@ def loaded(monkeypatch):
         loaded.append(config.model.rpartition("/")[2])
         return load_frozen(config, *rest)
 
-    monkeypatch.setattr(generate_module, "load_frozen", load)
+    for module in (trial, backbone):  # where the assistant is loaded, and the base
+        monkeypatch.setattr(module, "load_frozen", load)
     return loaded
 
 
@@ -62,6 +64,7 @@ def test_it_says_what_evaluation_decodes_and_loads_what_it_needs(
     (path,) = recipe.run_dir.glob(f"evaluation/*/{condition}.jsonl")
     records = [json.loads(line) for line in path.read_text().splitlines()]
     questions = [example.problem.question for example in Experiment(recipe).splits.test]
+    loaded.clear()
     capsys.readouterr()
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n\n".join(questions) + "\n"))
     assert main([str(folder / adapter), *arguments]) == 0
@@ -110,14 +113,14 @@ def test_an_answer_ends_where_the_context_does(folder, loaded, capsys):
 
 
 def test_a_prompt_that_fills_the_context_leaves_no_room(folder, monkeypatch):
-    experiment = Experiment(load_recipe(folder / "adapter/recipe.yaml"))
-    prompt = experiment.base_prompts.with_thoughts("tom has 2 coins .")
+    adapter = softcot_ds.load(folder / "adapter")
+    prompt = adapter.experiment.base_prompts.with_thoughts("tom has 2 coins .")
     length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + 4
-    monkeypatch.setattr(generate_module, "context_length", lambda config: length + 1)
-    assert generate_module._Input.of("tom has 2 coins .", experiment, True, False).prompt == prompt
-    monkeypatch.setattr(generate_module, "context_length", lambda config: length)
+    monkeypatch.setattr(inference, "context_length", lambda config: length + 1)
+    assert adapter.question("tom has 2 coins .").prompt == prompt
+    monkeypatch.setattr(inference, "context_length", lambda config: length)
     with pytest.raises(SoftCoTError, match=f"makes {length} tokens, which leaves no room"):
-        generate_module._Input.of("tom has 2 coins .", experiment, True, False)
+        adapter.question("tom has 2 coins .")
 
 
 def test_sampled_answers_are_repeated_by_the_seed(folder, capsys):

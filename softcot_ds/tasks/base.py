@@ -28,6 +28,18 @@ class Problem:
         return hashlib.sha256(self.question.encode()).hexdigest()[:16]
 
 
+def check_question(question: str) -> None:
+    """Raises SoftCoTError when there is nothing to answer, or what is no text."""
+    if not question.strip():
+        raise SoftCoTError("the question is empty; write one")
+    if "\0" in question:
+        raise SoftCoTError(f"the question {question!r} holds a NUL character; write text")
+    try:
+        question.encode()
+    except UnicodeEncodeError as error:
+        raise SoftCoTError(f"the question {question!r} is not UTF-8 text: {error.reason}") from error
+
+
 class Task(ABC):
     """Records, target text, answer extraction, grading and wording.
 

@@ -1,0 +1,184 @@
+"""An adapter with its two models, opened by ``softcot_ds.load``: questions in; answers, thoughts or embeddings out.
+
+B questions, T thoughts, S positions of a prompt, P assistant width, D base width.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.adapter import AdapterConfig, load_adapter
+from softcot_ds.backbone import context_length, width
+from softcot_ds.decoding import Output, Sampling, decode, load_to_decode
+from softcot_ds.distributed import device, init_distributed
+from softcot_ds.embedding import whole_embedding
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.launchers import launched_ranks
+from softcot_ds.methods.base import Projection, projection_class
+from softcot_ds.prompts import AssistantInput, BasePrompt
+from softcot_ds.recipe import Recipe
+from softcot_ds.tasks.base import check_question
+from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.trial import load_assistant
+
+
+@dataclass(frozen=True)
+class Question:
+    """What the models read for one question."""
+
+    prompt: BasePrompt
+    has_thoughts: bool
+    assistant: AssistantInput | None
+    """None where the thoughts do not come from it, or there are none."""
+
+
+@dataclass(frozen=True)
+class PromptEmbeddings:
+    """What the base reads for one question, without padding: so there is no mask."""
+
+    embeddings: torch.Tensor
+    """(S, D) in the base's dtype, on this process's device: what its embedding module gives, with the thoughts."""
+    token_ids: torch.Tensor
+    """(S,) int64 on the CPU; 0 at a thought."""
+    is_thought: torch.Tensor
+    """(S,) bool on the CPU: the positions where the thoughts stand."""
+
+
+class Adapter:
+    """An adapter, opened. A model is loaded when it is first needed: thoughts want no base, answers both.
+
+    Ranks that a launcher has started open it together, and call each method together with the same arguments; all have
+    the result. They hold the base as evaluation does, so that one which fits no GPU can answer. A process that is alone
+    holds it whole, unless evaluation.partition says otherwise.
+
+    Sampled answers follow torch's random numbers: on several ranks, ``torch.manual_seed`` the same on each.
+    """
+
+    def __init__(self, recipe: Recipe, folder: Path) -> None:
+        """
+        Raises:
+            SoftCoTError: the adapter is incomplete, or of other models; their tokenizers or templates cannot be used.
+            LostRank: the ranks do not find each other.
+        """
+        several = launched_ranks() > 1
+        self._partition = recipe.evaluation.partition or (recipe.backbone.partition if several else "none")
+        if several or self._partition == "zero3":
+            init_distributed(recipe.training.timeout_minutes)
+        self.recipe = recipe
+        self.folder = folder
+        self.config = AdapterConfig.load(folder)
+        self._needs_states = projection_class(self.config.projection).needs_states
+        self.config.check_models(recipe, assistant=self._needs_states)
+        self.experiment = Experiment(recipe)
+
+    @cached_property
+    def projection(self) -> Projection:
+        """The trained weights, float32. Raises SoftCoTError when they are damaged or do not fit the recipe."""
+        return load_adapter(self.folder, self.experiment)
+
+    @cached_property
+    def assistant(self) -> PreTrainedModel:
+        """Raises SoftCoTError when it cannot be loaded, or does not do what an assistant must."""
+        return load_assistant(self.recipe)
+
+    @cached_property
+    def base(self) -> PreTrainedModel:
+        """Raises SoftCoTError when it cannot be loaded, or cannot decode with thoughts in its prompt."""
+        return load_to_decode(self.recipe.base, self.recipe, self._partition)
+
+    def answer(self, questions: Sequence[str], with_thoughts: bool = True) -> list[str]:
+        """The base's answer to each question, decoded as the recipe's ``evaluation`` says.
+
+        Args:
+            with_thoughts: False for what the base says without them.
+
+        Raises:
+            SoftCoTError: a question is no text, or too long for a model; said before anything is answered.
+        """
+        asked = [self.question(text, with_thoughts) for text in questions]
+        size = self.recipe.evaluation.batch_size
+        batches = [asked[start : start + size] for start in range(0, len(asked), size)]
+        outputs = [output for batch in batches for output in self.outputs(batch)]
+        return [self.experiment.base_tokenizer.decode(output.token_ids) for output in outputs]
+
+    def thoughts(self, questions: Sequence[str]) -> torch.Tensor:
+        """(B, T, D) float32 on this process's device: what the base reads in place of the placeholders.
+
+        Raises:
+            SoftCoTError: see ``answer``.
+        """
+        asked = [self.question(text) for text in questions]
+        size = self.recipe.evaluation.batch_size
+        parts = [self._thoughts(asked[start : start + size]) for start in range(0, len(asked), size)]
+        none = torch.empty(0, self.recipe.thoughts.count, width(self.experiment.base_config), device=device())
+        return torch.cat([none, *parts])
+
+    @torch.no_grad()
+    def prompt_embeddings(self, questions: Sequence[str]) -> list[PromptEmbeddings]:
+        """What the base reads for each question, for whoever runs it: ``inputs_embeds`` of transformers, after [None];
+        ``prompt_embeds`` of vLLM.
+
+        Raises:
+            SoftCoTError: see ``answer``.
+        """
+        prompts = [self.question(text).prompt for text in questions]
+        thoughts_BTD = self.thoughts(questions)
+        count = thoughts_BTD.shape[1]
+        found = []
+        with whole_embedding(self.base.get_input_embeddings()) as embed:
+            for prompt, thoughts_TD in zip(prompts, thoughts_BTD, strict=True):
+                start = len(prompt.prefix_ids)
+                ids_S = torch.tensor([*prompt.prefix_ids, *[0] * count, *prompt.suffix_ids])
+                is_thought_S = torch.zeros(len(ids_S), dtype=torch.bool)
+                is_thought_S[start : start + count] = True
+                embeds_SD = embed(ids_S[None].to(device()))[0].clone()
+                embeds_SD[start : start + count] = thoughts_TD.to(embeds_SD)
+                found.append(PromptEmbeddings(embeds_SD, ids_S, is_thought_S))
+        return found
+
+    def question(self, text: str, with_thoughts: bool = True) -> Question:
+        """A question as the models read it. Raises SoftCoTError when it is no text, or too long for a model."""
+        check_question(text)
+        prompts = self.experiment.base_prompts
+        prompt = prompts.with_thoughts(text) if with_thoughts else prompts.without_thoughts(text)
+        length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (self.recipe.thoughts.count if with_thoughts else 0)
+        context = context_length(self.experiment.base_config)
+        if length >= context:
+            raise SoftCoTError(f"the question makes {length} tokens, which leaves no room in the base's {context}")
+        if not with_thoughts or not self._needs_states:
+            return Question(prompt, with_thoughts, None)
+        asked = self.experiment.assistant_prompts.thoughts_input("question", text)
+        context = context_length(self.experiment.assistant_config)
+        if len(asked.token_ids) > context:
+            raise SoftCoTError(f"the question makes {len(asked.token_ids)} tokens, more than the assistant's {context}")
+        return Question(prompt, with_thoughts, asked)
+
+    def load_models(self, with_thoughts: bool = True) -> None:
+        """Load now what answers need, instead of with the first. Raises SoftCoTError; see the properties."""
+        if with_thoughts:
+            _ = self.projection
+            if self._needs_states:
+                _ = self.assistant
+        _ = self.base
+
+    def outputs(self, questions: Sequence[Question]) -> list[Output]:
+        """What the base writes for each question of one batch, all of them with thoughts or all without."""
+        has_thoughts = questions[0].has_thoughts
+        self.load_models(has_thoughts)
+        thoughts = self._thoughts(questions) if has_thoughts else None
+        prompts = [question.prompt for question in questions]
+        sampling = Sampling.of(self.recipe.evaluation)
+        return decode(self.base, prompts, thoughts, self.experiment.base_prompts.stop_ids, sampling)
+
+    @torch.no_grad()
+    def _thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
+        """(B, T, D) of one batch."""
+        projection = self.projection
+        inputs = [question.assistant for question in questions if question.assistant is not None]
+        states = compute_thoughts(self.assistant, inputs).float() if projection.needs_states else None
+        return projection(states, len(questions))
