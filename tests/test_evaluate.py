@@ -717,22 +717,38 @@ def test_a_recipe_means_its_newest_checkpoint_and_the_wording_it_was_trained_wit
     ("partition", "temperature", "conditions"),
     [("none", 0.7, ["learned", "shuffled", "mean", "zero", "none", "text"]), ("zero3", 0, ["learned", "none", "text"])],
 )
-def test_two_ranks_write_the_outputs_of_one(recipe, adapter, partition, temperature, conditions):
+def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition, temperature, conditions):
     chosen = {"temperature": temperature, "conditions": conditions}
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=chosen)})
     evaluate(recipe, adapter)
     name = f"two-{partition}"
-    run(
-        deepspeed_command(
-            2,
-            "softcot_ds.evaluate",
-            adapter,
-            f"name={name}",
-            f"evaluation.partition={partition}",
-            f"evaluation.temperature={temperature}",
-            f"evaluation.conditions=[{','.join(conditions)}]",
-        )
-    )
+    overrides = [
+        f"name={name}",
+        f"evaluation.partition={partition}",
+        f"evaluation.temperature={temperature}",
+        f"evaluation.conditions=[{','.join(conditions)}]",
+    ]
+    if partition == "none":
+        run(deepspeed_command(2, "softcot_ds.evaluate", adapter, *overrides))
+    else:
+        worker = deepspeed_command(2, "evaluation_worker", adapter, tmp_path / "door", *overrides)
+        done = run(worker, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}")
+        check_what_ranks_are_given(recipe, adapter, tmp_path, done.stdout)
     two = recipe.model_copy(update={"name": name})
     for condition in conditions:
         assert records(two, condition) == records(recipe, condition), condition
+
+
+def check_what_ranks_are_given(recipe, adapter, folder, printed):
+    """Through the Python door, by a base that is split over both of them: what a process has that is alone."""
+    outputs = [record["output"] for record in records(recipe, "learned")]
+    alone = Adapter(recipe, adapter)
+    questions = [example.problem.question for example in alone.experiment.splits.test]
+    embedded = alone.prompt_embeddings(questions)
+    for rank in (0, 1):
+        assert json.loads((folder / f"door.{rank}.json").read_text()) == outputs
+        given = load_file(folder / f"door.{rank}")
+        torch.testing.assert_close(given.pop("thoughts"), alone.thoughts(questions))
+        for number, prompt in enumerate(embedded):
+            torch.testing.assert_close(given[str(number)], prompt.embeddings)
+    assert printed.splitlines().count(outputs[0]) == 1, "softcot-ds generate: rank 0 prints it, for both"
