@@ -13,10 +13,13 @@ import softcot_ds
 from softcot_ds.distributed import rank
 from softcot_ds.evaluation import evaluate
 from softcot_ds.generate import main as generate_main
+from softcot_ds.partition import needs_all_ranks
+from softcot_ds.run_dir import recipe_and_adapter
 
 folder, output, *overrides = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
-adapter = softcot_ds.load(folder, *overrides)
-evaluate(adapter.recipe, adapter.folder)
+evaluate(*recipe_and_adapter(folder, overrides))
+adapter = softcot_ds.load(folder, *overrides, "evaluation.partition=null")  # then as in training
+assert needs_all_ranks(adapter.base), "the base is split"
 questions = [example.problem.question for example in adapter.experiment.splits.test]
 embedded = adapter.prompt_embeddings(questions)
 tensors = {str(number): prompt.embeddings for number, prompt in enumerate(embedded)}

@@ -16,6 +16,7 @@ from softcot_ds import backbone, trial
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_yaml
 from softcot_ds.generate import main as generate_main
+from softcot_ds.partition import is_partitioned
 from softcot_ds.recipe import load_recipe, resolve_location
 
 COUNT = 4
@@ -135,6 +136,13 @@ def test_a_model_is_loaded_when_it_is_needed(folder, loaded, tmp_path):
     assert torch.equal(thoughts, load_file(static.folder / "projection.safetensors")["weight"].expand(3, -1, -1))
     static.answer(QUESTIONS)
     assert loaded == names[1:]
+
+
+@pytest.mark.parametrize(("partition", "split"), [("null", False), ("none", False), ("zero3", True)])
+def test_a_process_that_is_alone_holds_the_base_whole_unless_evaluation_says_otherwise(folder, partition, split):
+    adapter = softcot_ds.load(folder / "word_problems", f"evaluation.partition={partition}")
+    assert adapter.recipe.backbone.partition == "zero3"
+    assert is_partitioned(*adapter.base.parameters()) == split
 
 
 def test_no_questions_have_no_answers(adapter):
