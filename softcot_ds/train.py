@@ -18,6 +18,7 @@ from softcot_ds.distributed import barrier, device, init_distributed, on_main, s
 from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
+from softcot_ds.memory import expected_memory
 from softcot_ds.metrics import PhaseTimer
 from softcot_ds.profiling import StepProfiler
 from softcot_ds.recipe import Recipe
@@ -112,9 +113,16 @@ def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path
     say(
         f"{recipe.name}: {len(splits.train)} training and {len(splits.validation)} validation problems, "
         f"{num_trained:,} trained parameters, {world_size()} ranks ({device().type}), ZeRO stage "
-        f"{engine.zero_optimization_stage()}, global batch {recipe.training.global_batch_size}, {accumulation} "
-        "micro-batches per rank and step"
+        f"{engine.zero_optimization_stage()}, global batch {recipe.training.global_batch_size}"
     )
+    read_once = engine.module.num_shared
+    tokens = sum(example.length - recipe.thoughts.count - read_once for example in splits.train) / len(splits.train)
+    per_rank = tokens * recipe.training.global_batch_size / world_size()
+    say(
+        f"per rank and step: {accumulation} micro-batches, {per_rank:,.0f} tokens on average, without padding, "
+        f"thoughts and the {read_once} tokens of each prompt that are read once"
+    )
+    say(f"memory expected per rank: {expected_memory(engine)}; activations and buffers come on top")
     return engine
 
 

@@ -4,6 +4,7 @@ import json
 import sys
 import threading
 import time
+from dataclasses import asdict
 from pathlib import Path
 
 import torch
@@ -12,6 +13,7 @@ from softcot_ds.backbone import load_frozen
 from softcot_ds.batches import Batch
 from softcot_ds.distributed import device, init_distributed, rank, shut_down
 from softcot_ds.engine import build_engine
+from softcot_ds.memory import expected_memory
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.partition import engine_config
 from softcot_ds.recipe import load_recipe
@@ -47,9 +49,11 @@ engine = build_engine(SoftCoT(base, projection), recipe, 1)
 ids = torch.arange(8)[None]
 mask = torch.ones(1, 8, dtype=torch.bool)
 batch = Batch(ids, mask, ids, mask, torch.arange(2, 9), ids[0, :7], [], 18, thoughts=torch.randn(1, 2, 16))
-engine.backward(engine(batch))
-engine.step()
+expected = expected_memory(engine)
+for _ in range(3):  # from the second on, DeepSpeed knows what comes next and keeps or fetches it
+    engine.backward(engine(batch))
+    engine.step()
 done = True
 watcher.join()
-Path(f"{output}.{rank()}").write_text(json.dumps(peak - before))
+Path(f"{output}.{rank()}").write_text(json.dumps({"peak": peak - before, "expected": asdict(expected)}))
 shut_down()

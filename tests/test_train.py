@@ -345,6 +345,20 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
     assert {"recipe/text_summary", "samples/text_summary"} <= set(events.Tags()["tensors"])
 
 
+def test_counts_are_told_before_the_first_step(straight_run):
+    _, output = straight_run
+    splits = Experiment(load_recipe(RECIPE, LONG)).splits
+    examples = splits.train
+    columns = zip(*(example.prefix_ids for example in (*examples, *splits.validation)), strict=False)
+    shared = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
+    tokens = [len(e.prefix_ids) - shared + len(e.suffix_ids) + len(e.target_ids) for e in examples]
+    of_a_rank = sum(tokens) / len(tokens) * 32 / 2
+    assert f"per rank and step: 1 micro-batches, {of_a_rank:,.0f} tokens on average, without padding" in output
+    assert f"and the {shared} tokens of each prompt" in output
+    assert re.search(r"memory expected per rank: [\d.]+ MB \(.* MB frozen weights, ", output)
+    assert output.index("per rank and step") < output.index("validation loss")
+
+
 def test_profiled_steps_are_a_trace_of_rank_0(straight_run):
     run_dir, output = straight_run
     (path,) = (run_dir / "profile").iterdir()
