@@ -1,5 +1,5 @@
 # make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
-# make check   the inner loop: ruff, the type checker, and the tests that start no process; about a minute
+# make check   the inner loop: ruff, the type checker, and the quick tests that start no process; about a minute
 # make test    run the test suite
 
 PYTHON ?= python3
@@ -37,7 +37,7 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu"
+	$(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu and not slow"
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest

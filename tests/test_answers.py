@@ -834,6 +834,7 @@ def test_no_text_of_number_like_characters_crashes_it(text):
     assert number is None or isinstance(number, Fraction)
 
 
+@pytest.mark.slow
 def test_every_gsm8k_reference_is_read_as_its_own_number(shared_data):
     for name in ("train.jsonl", "test.jsonl"):
         for line in (shared_data / "gsm8k" / name).read_text().split("\n"):
@@ -876,6 +877,7 @@ STYLES = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("style", STYLES)
 def test_right_solutions_are_graded_right_in_every_style(shared_data, style):
     lines = [json.loads(line) for line in (shared_data / "gsm8k" / "test.jsonl").read_text().splitlines()[::4]]
@@ -931,6 +933,7 @@ def test_a_number_in_any_notation_in_any_place_is_read_back_exactly(value, sign,
     assert extract_number(place.format(sign + notation(value))) == (-value if sign else value)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "unit",
     [

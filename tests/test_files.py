@@ -140,7 +140,7 @@ def test_what_is_written_as_yaml_is_read_as_the_same(value):
         ("a: *b", "line 1, column 4: found undefined alias 'b'"),
         ("&a [*a]", "nested deeper than 100 levels"),
         ("[" * 101 + "]" * 101, "nested deeper than 100 levels"),
-        ("[" * 100_000, "nested deeper than 100 levels"),
+        ("[\n" * 100_000, "nested deeper than 100 levels"),
         ('"\\ud800"', "half of a surrogate pair"),
         ("a\0b", "unacceptable character #x0000"),
     ],

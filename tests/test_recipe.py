@@ -412,13 +412,13 @@ def paths_in(values: dict, prefix: tuple = ()) -> list[tuple[str, ...]]:
     return [(*prefix, key) for key in values] + below
 
 
-WHOLE = {
+SMALLEST = {
     "name": "run",
     "task": {"name": "gsm8k", "train": "openai/gsm8k", "test": "openai/gsm8k"},
     "assistant": {"model": "owner/assistant", "template_kwargs": {"date_string": "26 Jul 2024"}},
     "base": {"model": "owner/base", "revision": None},
 }
-WHOLE = parse_recipe(WHOLE, [], "test").model_dump(mode="json")
+WHOLE = parse_recipe(SMALLEST, [], "test").model_dump(mode="json")
 
 
 def outcome(path, overrides=()) -> Recipe | str:
@@ -440,13 +440,13 @@ def fuzzed(tmp_path_factory) -> Path:
 @given(path=st.sampled_from(paths_in(WHOLE)), value=VALUES, as_override=st.booleans())
 @settings(max_examples=150)
 def test_any_value_at_any_key_is_a_recipe_or_a_mistake_with_its_name(fuzzed, path, value, as_override):
-    values, overrides = copy.deepcopy(WHOLE), []
+    values, overrides = copy.deepcopy(SMALLEST), []
     if as_override:
         overrides = [f"{'.'.join(path)}={json.dumps(value)}"]
     else:
         section = values
         for key in path[:-1]:
-            section = section[key]
+            section = section.setdefault(key, {})
         section[path[-1]] = value
     fuzzed.write_text(dump_yaml(values), encoding="utf-8")
     result = outcome(fuzzed, overrides)

@@ -3,7 +3,9 @@
 import json
 import re
 import shutil
+import sys
 from fractions import Fraction
+from types import SimpleNamespace
 
 import pytest
 from hypothesis import given
@@ -270,11 +272,17 @@ def test_an_unparsed_output_is_none_so_that_it_can_be_counted(gsm8k):
     assert not task.is_correct(None, task.read("train")[0])
 
 
-def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
+@pytest.fixture
+def hub(monkeypatch):
+    """Takes what is to stand for ``datasets.load_dataset``. The library itself takes seconds to import."""
+    return lambda load: monkeypatch.setitem(sys.modules, "datasets", SimpleNamespace(load_dataset=load))
+
+
+def test_a_hub_that_cannot_be_reached_is_one_clear_line(hub):
     def fail(*_, **__):
         raise ConnectionError("no route to host")
 
-    monkeypatch.setattr("datasets.load_dataset", fail)
+    hub(fail)
     task = make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set"))
     with pytest.raises(SoftCoTError, match=r"task.train: cannot load 'some/set' .*no route to host.*local JSON-lines"):
         task.read("train")
@@ -293,33 +301,34 @@ def test_a_hub_that_cannot_be_reached_is_one_clear_line(monkeypatch):
         ({"answer": "#### 1-2"}, "the answer '1-2' is not a number; write one number"),
     ],
 )
-def test_a_bad_record_is_refused_alike_in_a_file_and_on_the_hub(monkeypatch, gsm8k, record, message):
-    monkeypatch.setattr("datasets.load_dataset", lambda *_, **__: [GOOD, GOOD | record])
+def test_a_bad_record_is_refused_alike_in_a_file_and_on_the_hub(hub, gsm8k, record, message):
+    hub(lambda *_, **__: [GOOD, GOOD | record])
     with pytest.raises(SoftCoTError) as caught:
         make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set")).read("test")
     assert str(caught.value) == f"some/set record 1: {message}"
     assert error_of(gsm8k([GOOD, GOOD | record])) == f"FILE:2: {message}"
 
 
-def test_a_hub_that_fails_midway_is_one_clear_line(monkeypatch):
+def test_a_hub_that_fails_midway_is_one_clear_line(hub):
     def records(*_, **__):
         yield GOOD
         raise ValueError("bad\nparquet")
 
-    monkeypatch.setattr("datasets.load_dataset", records)
+    hub(records)
     with pytest.raises(SoftCoTError, match=r"task.test: cannot load 'some/set' .*ValueError: bad parquet"):
         make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set")).read("test")
 
 
-def test_hub_records_are_read_like_a_local_file(monkeypatch, gsm8k):
+def test_hub_records_are_read_like_a_local_file(hub, gsm8k):
     asked = []
-    monkeypatch.setattr("datasets.load_dataset", lambda *a, **k: asked.append((a, k)) or [GOOD, GOOD | {"answer": "x"}])
+    hub(lambda *a, **k: asked.append((a, k)) or [GOOD, GOOD | {"answer": "x"}])
     task = make_task(TaskConfig(name="gsm8k", train="some/set", test="some/set"))
     with pytest.raises(SoftCoTError, match="some/set record 1: 'answer' does not end in a line"):
         task.read("test")
     assert asked == [(("some/set", "main"), {"split": "test"})]
 
 
+@pytest.mark.slow
 def test_the_real_gsm8k_is_read_whole(shared_data):
     folder = shared_data / "gsm8k"
     task = make_task(TaskConfig(name="gsm8k", train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl")))

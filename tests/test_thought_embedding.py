@@ -280,6 +280,7 @@ def test_arguments_that_do_not_fit_are_refused(changes, message):
         thought_embedding(**make_inputs(2, 3, 8, 9, 4) | changes)
 
 
+@pytest.mark.slow
 def test_the_operators_are_registered_correctly():
     inputs = make_inputs(2, 3, 8, 9, 4)
     hidden, weight, bias, token_ids, table, slot = inputs.values()
@@ -292,6 +293,7 @@ def test_the_operators_are_registered_correctly():
     torch.library.opcheck(module._hidden_grad, (grad, weight.detach(), slot, 3, FP32))
 
 
+@pytest.mark.slow
 def test_torch_compile_keeps_one_graph_over_changing_lengths():
     compiled = torch.compile(thought_embedding, fullgraph=True, dynamic=True, backend="aot_eager")
     for S in (4, 7):

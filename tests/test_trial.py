@@ -8,7 +8,6 @@ from test_step import UNEVEN, P, check, draw_examples, loss_and_gradient, true_l
 from torch import nn
 from toy_models import WIDTH, make_toy
 
-from softcot_ds.backbone import width
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.methods.softcot import LinearProjection
@@ -28,6 +27,12 @@ FULL = (
     *("minimax", "qwen3_next", "rwkv", "recurrent_gemma", "xlstm", "inkling_text", "openai-gpt", "longcat_flash"),
 )
 
+QUICK = {
+    *("llama", "qwen2-sliding", "gemma2", "gemma3", "gpt_oss", "opt", "xglm", "gemma4_text-plain", "opt-projected"),
+    *("gpt2", "bloom", "llama4_text", "mamba", "rwkv", "inkling_text", "openai-gpt", "longcat_flash"),
+}
+"""One of each kind; the others are tried by ``make test``."""
+
 
 def why_no_fast_step(model) -> str | None:
     reason = why_unsupported(model)
@@ -44,18 +49,20 @@ def make_projection(base_width: int) -> LinearProjection:
 
 
 @pytest.mark.filterwarnings("ignore:.*runs the full step")
-@pytest.mark.parametrize("family", [*FAST, *FULL])
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=() if name in QUICK else pytest.mark.slow) for name in (*FAST, *FULL)]
+)
 def test_what_is_called_fit_gives_what_examples_alone_give(family):
     model = make_toy(family)
+    examples, base_width = draw_examples(UNEVEN, thoughts=3, shared=6), model.get_input_embeddings().weight.shape[1]
+    try:
+        truth = true_loss_and_gradient(model, make_projection(base_width), examples)
+    except RuntimeError:  # some parts (experts, a mask) know no float64
+        truth = true_loss_and_gradient(model, make_projection(base_width), examples, torch.float32)
+
     assert why_unsuitable(model, "base") is None
     fast = why_no_fast_step(model) is None
     assert fast == (family in FAST)
-
-    examples, base_width = draw_examples(UNEVEN, thoughts=3, shared=6), width(model.config)
-    try:
-        truth = true_loss_and_gradient(make_toy(family), make_projection(base_width), examples)
-    except RuntimeError:  # some parts (experts, a mask) know no float64
-        truth = true_loss_and_gradient(make_toy(family), make_projection(base_width), examples, torch.float32)
     step = SoftCoT(model, make_projection(base_width), step="fast" if fast else "full", shared_ids=examples[0][0][:6])
     assert step.num_shared == (6 if fast else 0)
     check(loss_and_gradient(step, examples, torch.float32), truth, 3e-6, 1e-4)
