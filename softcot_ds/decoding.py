@@ -67,7 +67,7 @@ class Output:
 def decode(
     model: PreTrainedModel,
     prompts: Sequence[BasePrompt],
-    thoughts: torch.Tensor | None,
+    thoughts_BTD: torch.Tensor | None,
     stop_ids: list[int],
     sampling: Sampling,
 ) -> list[Output]:
@@ -77,7 +77,7 @@ def decode(
 
     Args:
         prompts: B prompts ``prefix ; thoughts ; suffix``.
-        thoughts: (B, T, D), or None to decode without any.
+        thoughts_BTD: in any floating dtype, or None to decode without any.
         stop_ids: tokens that end an output.
 
     Returns:
@@ -86,7 +86,7 @@ def decode(
     Raises:
         SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), or its context has no room.
     """
-    num_thoughts = 0 if thoughts is None else thoughts.shape[1]
+    num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
     lengths = [len(prompt.prefix_ids) + num_thoughts + len(prompt.suffix_ids) for prompt in prompts]
     room = context_length(model.config) - max(lengths)
     if room < 1:
@@ -105,7 +105,7 @@ def decode(
         made = _generate(
             model,
             [prompts[index] for index in group],
-            None if thoughts is None else thoughts[group],
+            None if thoughts_BTD is None else thoughts_BTD[group],
             stop_ids,
             sampling,
         )
@@ -190,9 +190,9 @@ def _trial(model: PreTrainedModel) -> bool:
 def _logits_alone(model: PreTrainedModel, prompt: BasePrompt, thoughts_TD: torch.Tensor, first: int) -> torch.Tensor:
     """(2, V) logits after a prompt, and after the token ``first`` that follows it."""
     ids = torch.tensor([[*prompt.prefix_ids, *prompt.suffix_ids, first]], device=thoughts_TD.device)
-    prefix, rest = model.get_input_embeddings()(ids).tensor_split([len(prompt.prefix_ids)], dim=1)
-    embeds = torch.cat([prefix, thoughts_TD[None].to(prefix.dtype), rest], dim=1)
-    return model(inputs_embeds=embeds, use_cache=False).logits[0, -2:]
+    prefix_1LD, rest_1RD = model.get_input_embeddings()(ids).tensor_split([len(prompt.prefix_ids)], dim=1)
+    embeds_1SD = torch.cat([prefix_1LD, thoughts_TD[None].to(prefix_1LD.dtype), rest_1RD], dim=1)
+    return model(inputs_embeds=embeds_1SD, use_cache=False).logits[0, -2:]
 
 
 def _error(found: torch.Tensor, true: torch.Tensor) -> float:
@@ -213,25 +213,25 @@ def _ordinary_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
 def _generate(
     model: PreTrainedModel,
     prompts: Sequence[BasePrompt],
-    thoughts: torch.Tensor | None,
+    thoughts_BTD: torch.Tensor | None,
     stop_ids: list[int],
     sampling: Sampling,
     logits: bool = False,
 ) -> GenerateOutput:
     """One call of ``generate``: sequences (B, S + new tokens), padded on the left, and each new token's logits."""
-    num_thoughts = 0 if thoughts is None else thoughts.shape[1]
+    num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
     # Token 0, which every table has, stands for thoughts and padding.
     rows = [[*prompt.prefix_ids, *[0] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
     longest = max(len(row) for row in rows)
-    skipped = torch.tensor([longest - len(row) for row in rows])
+    skipped_B = torch.tensor([longest - len(row) for row in rows])
     ids_BS = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
-    mask_BS = (torch.arange(longest) >= skipped[:, None]).long()
-    starts_B = skipped + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
+    mask_BS = (torch.arange(longest) >= skipped_B[:, None]).long()
+    starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     # What a model brings along (Qwen2.5: a repetition penalty) would apply wherever nothing is said below.
     model.generation_config = GenerationConfig()
     device = model.get_input_embeddings().weight.device
-    with _thoughts_in_place(model, longest, starts_B, thoughts):
+    with _thoughts_in_place(model, longest, starts_B, thoughts_BTD):
         return model.generate(
             ids_BS.to(device),
             attention_mask=mask_BS.to(device),

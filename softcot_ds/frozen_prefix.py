@@ -9,6 +9,9 @@ whole sequence (rotary embeddings, positions) and with a stand-in for the cache.
 it does here. Only the attention masks are made here: by position, so that sliding windows stay right where padding
 stands between shared tokens and the rest of a prefix, and without looking at what is in them, which would wait for the
 GPU.
+
+B rows, I shared tokens, L prefix tokens, R suffix tokens (thoughts among them), S = L + R, N = I + S, K kept positions,
+D width, V vocabulary.
 """
 
 import inspect
@@ -59,13 +62,13 @@ class _Call:
     """One pass under way."""
 
     prefix_length: int
-    keep: torch.Tensor
-    targets: torch.Tensor | None
+    keep_K: torch.Tensor
+    targets_K: torch.Tensor | None
     """What should follow, where head and cross entropy are one; None for logits."""
     shared: SharedPrefix | None
     masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
     """What a layer may attend to, by its sliding window."""
-    prefix_hidden: torch.Tensor | None = field(default=None)
+    prefix_BLD: torch.Tensor | None = None
 
 
 class _Recorder:
@@ -123,52 +126,57 @@ class FrozenPrefix:
 
     def loss(
         self,
-        embeds: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
+        embeds_BSD: torch.Tensor,
+        mask_BN: torch.Tensor,
+        positions_BS: torch.Tensor,
         prefix_length: int,
-        keep: torch.Tensor,
-        targets: torch.Tensor,
+        keep_K: torch.Tensor,
+        targets_K: torch.Tensor,
         shared: SharedPrefix | None = None,
     ) -> torch.Tensor:
         """Cross entropy at chosen positions of the suffix, summed.
 
         Args:
-            embeds: (B, L+R, D), L prefix (padded on the left) and R suffix tokens.
-            mask: (B, I+L+R), 0 on padding; I tokens of ``shared`` come first.
-            positions: (B, L+R) position of each token.
+            embeds_BSD: the prefix, padded on the left, and the suffix.
+            mask_BN: int64, 0 on padding; the tokens of ``shared`` come first.
+            positions_BS: int64, the position of each token.
             prefix_length: L.
-            keep: (K,) indices into the flattened (B, R) suffix positions. The head runs on these alone.
-            targets: (K,) tokens that should follow there.
+            keep_K: int64 indices into the flattened (B, R) suffix. The head runs on these alone.
+            targets_K: int64, the tokens that should follow there.
 
         Returns:
-            A scalar as of ``loss.cross_entropy``, with gradient with respect to the suffix part of ``embeds``.
+            A scalar as of ``loss.cross_entropy``, with gradient with respect to the suffix part of ``embeds_BSD``.
         """
         if self.fuses_loss is None:
-            self.fuses_loss = self._head is not None and can_fuse(embeds) and self._head_makes_logits(embeds)
-        call = _Call(prefix_length, keep, targets if self.fuses_loss else None, shared)
-        found = self._run(call, embeds, mask, positions)
-        return found.squeeze() if self.fuses_loss else cross_entropy(found[0], targets)
+            self.fuses_loss = self._head is not None and can_fuse(embeds_BSD) and self._head_makes_logits(embeds_BSD)
+        call = _Call(prefix_length, keep_K, targets_K if self.fuses_loss else None, shared)
+        found_1KV = self._run(call, embeds_BSD, mask_BN, positions_BS)  # with the loss in its place where they are one
+        return found_1KV.squeeze() if self.fuses_loss else cross_entropy(found_1KV[0], targets_K)
 
     def logits(
         self,
-        embeds: torch.Tensor,
-        mask: torch.Tensor,
-        positions: torch.Tensor,
+        embeds_BSD: torch.Tensor,
+        mask_BN: torch.Tensor,
+        positions_BS: torch.Tensor,
         prefix_length: int,
-        keep: torch.Tensor,
+        keep_K: torch.Tensor,
         shared: SharedPrefix | None = None,
     ) -> torch.Tensor:
-        """(K, V) logits at the positions ``keep`` of the suffix; arguments as of ``loss``."""
-        return self._run(_Call(prefix_length, keep, None, shared), embeds, mask, positions)[0]
+        """(K, V) logits at the positions ``keep_K`` of the suffix; arguments as of ``loss``."""
+        return self._run(_Call(prefix_length, keep_K, None, shared), embeds_BSD, mask_BN, positions_BS)[0]
 
-    def _run(self, call: _Call, embeds: torch.Tensor, mask: torch.Tensor, positions: torch.Tensor) -> torch.Tensor:
-        call.masks = self._masks(mask, positions, embeds.dtype)
+    def _run(
+        self, call: _Call, embeds_BSD: torch.Tensor, mask_BN: torch.Tensor, positions_BS: torch.Tensor
+    ) -> torch.Tensor:
+        call.masks = self._masks(mask_BN, positions_BS, embeds_BSD.dtype)
         self._call = call
         try:
             # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
             return self._model(
-                inputs_embeds=embeds, attention_mask=mask[:, None, None], position_ids=positions, use_cache=False
+                inputs_embeds=embeds_BSD,
+                attention_mask=mask_BN[:, None, None],
+                position_ids=positions_BS,
+                use_cache=False,
             ).logits
         finally:
             self._call = None
@@ -179,48 +187,52 @@ class FrozenPrefix:
         return SharedPrefix.read(self._model.get_decoder(), ids_I, DynamicCache())
 
     @torch.no_grad()
-    def _head_makes_logits(self, embeds: torch.Tensor) -> bool:
+    def _head_makes_logits(self, embeds_BSD: torch.Tensor) -> bool:
         """Whether logits are a plain product with the head's weight, which families that scale or cap them change.
 
         No list of families: the model is given logits in the head's place, and must return them as they are.
         """
-        trial = torch.linspace(-1000, 1000, self._head.out_features, dtype=embeds.dtype, device=embeds.device)
-        self._trial = trial[None, None]
+        trial_V = torch.linspace(-1000, 1000, self._head.out_features, dtype=embeds_BSD.dtype, device=embeds_BSD.device)
+        self._trial = trial_V[None, None]
         try:
-            logits = self._model(inputs_embeds=embeds[:1, :1], use_cache=False).logits
-            return torch.equal(logits.to(trial.dtype), self._trial)
+            logits = self._model(inputs_embeds=embeds_BSD[:1, :1], use_cache=False).logits
+            return torch.equal(logits.to(trial_V.dtype), self._trial)
         finally:
             self._trial = None
 
-    def _run_head(self, forward: Callable[..., torch.Tensor], states: torch.Tensor) -> torch.Tensor:
+    def _run_head(self, forward: Callable[..., torch.Tensor], states_1KD: torch.Tensor) -> torch.Tensor:
         if self._trial is not None:
             return self._trial
-        if self._call is None or self._call.targets is None:
-            return forward(states)
+        if self._call is None or self._call.targets_K is None:
+            return forward(states_1KD)
         # Here, inside the head's own forward, because a partitioned weight exists nowhere else.
-        loss = fused_cross_entropy(states[0], self._head.weight, self._call.targets)
+        loss = fused_cross_entropy(states_1KD[0], self._head.weight, self._call.targets_K)
         return loss[None, None, None]  # in the place of logits, and with as many dimensions
 
-    def _masks(self, mask: torch.Tensor, positions: torch.Tensor, dtype: torch.dtype) -> dict[int | None, torch.Tensor]:
-        """Masks by window, (B, 1, L+R, I+L+R), as the attention implementation wants them."""
+    def _masks(
+        self, mask_BN: torch.Tensor, positions_BS: torch.Tensor, dtype: torch.dtype
+    ) -> dict[int | None, torch.Tensor]:
+        """Masks by window, (B, 1, S, N), as the attention implementation wants them."""
         config = self._model.config.get_text_config()
         if is_flash_attention_requested(config):
-            return dict.fromkeys(self._windows, mask)  # the kernels leave padding out and count what remains
-        batch, queries = positions.shape
-        index = torch.arange(mask.shape[1], device=mask.device)
-        shared = len(index) - queries
-        key_positions = torch.cat([index[:shared].expand(batch, -1), positions], dim=1)
-        distance = positions[:, :, None] - key_positions[:, None, :]
+            return dict.fromkeys(self._windows, mask_BN)  # the kernels leave padding out and count what remains
+        batch, queries = positions_BS.shape
+        index_N = torch.arange(mask_BN.shape[1], device=mask_BN.device)
+        shared = len(index_N) - queries
+        keys_BN = torch.cat([index_N[:shared].expand(batch, -1), positions_BS], dim=1)
+        distance_BSN = positions_BS[:, :, None] - keys_BN[:, None, :]
         # Padding sees itself: nobody reads what comes of it, but a softmax over nothing could give NaN, and zero times
         # NaN is NaN.
-        itself = index[None, shared:, None] == index
+        itself_1SN = index_N[None, shared:, None] == index_N
         masks = {}
         for window in set(self._windows):
-            near = distance >= 0 if window is None else (distance >= 0) & (distance < window)
-            allowed = (near & mask.bool()[:, None] | itself)[:, None]
+            near_BSN = distance_BSN >= 0 if window is None else (distance_BSN >= 0) & (distance_BSN < window)
+            allowed_B1SN = (near_BSN & mask_BN.bool()[:, None] | itself_1SN)[:, None]
             if config._attn_implementation == "eager":
-                allowed = torch.zeros_like(allowed, dtype=dtype).masked_fill(~allowed, torch.finfo(dtype).min)
-            masks[window] = allowed
+                allowed_B1SN = torch.zeros_like(allowed_B1SN, dtype=dtype).masked_fill(
+                    ~allowed_B1SN, torch.finfo(dtype).min
+                )
+            masks[window] = allowed_B1SN
         return masks
 
     def _run_layer(
@@ -230,11 +242,11 @@ class FrozenPrefix:
         if call is None:
             return forward(*args, **kwargs)
         kwargs |= zip(names, args, strict=False)  # some families pass masks and positions without their names
-        hidden = kwargs.pop(names[0])
+        hidden = kwargs.pop(names[0])  # (B, S, D) into the first layer, (B, R, D) into the others
         length = call.prefix_length
         if index == 0:
             # Between the layers only the suffix is handed on by the model; the prefix waits in the call.
-            call.prefix_hidden, hidden = hidden[:, :length], hidden[:, length:]
+            call.prefix_BLD, hidden = hidden[:, :length], hidden[:, length:]
         total = length + hidden.shape[1]
         mask = call.masks[self._windows[index]]
         kwargs.pop("attention_mask", None)
@@ -243,8 +255,8 @@ class FrozenPrefix:
         if length:
             recorder = _Recorder(states)
             with torch.no_grad():
-                call.prefix_hidden = forward(
-                    call.prefix_hidden,
+                call.prefix_BLD = forward(
+                    call.prefix_BLD,
                     attention_mask=_rows(mask, 0, length, total),
                     past_key_values=recorder,
                     **_part(kwargs, 0, length, total),
@@ -256,11 +268,11 @@ class FrozenPrefix:
             past_key_values=None if states is None else _Replay(states),
             **_part(kwargs, length, total, total),
         )
-        hidden = checkpoint(run, hidden, use_reentrant=False) if self._checkpointing else run(hidden)
+        hidden_BRD = checkpoint(run, hidden, use_reentrant=False) if self._checkpointing else run(hidden)
         if index == len(self._layers) - 1:
             # What follows, final norm and head, works on each position alone: give it the chosen ones only.
-            hidden = hidden.flatten(0, 1)[call.keep][None]
-        return hidden
+            return hidden_BRD.flatten(0, 1)[call.keep_K][None]
+        return hidden_BRD
 
 
 def _part(values: Any, start: int, stop: int, total: int) -> Any:

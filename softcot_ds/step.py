@@ -1,7 +1,7 @@
 """The training step: from a batch to the loss, with only the work that the projection's gradient needs.
 
-B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and target tokens, K supervised tokens,
-D base width, V vocabulary.
+B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and target tokens, S = L + T + R,
+N = I + S, K supervised tokens, P assistant width, D base width, V vocabulary.
 
 ``step="fast"`` reads the tokens that all prefixes begin with once, runs the rest of the prefix without gradient
 (frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, an oracle and the way of models
@@ -114,14 +114,16 @@ class SoftCoT(nn.Module):
             # In the first pass, and not earlier, the weights of a partitioned model can be gathered.
             ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
             self._shared = self.prefixed.read_shared(ids)
-        embeds = self._embeds(batch)
+        embeds_BSD = self._embeds(batch)
         prefix_length = batch.prefix_ids.shape[1]
         if self.prefixed is None:
-            logits = full_logits(self.base, embeds, batch.prefix_mask, batch.predict_at, batch.longest)
-            return cross_entropy(logits, batch.targets)
-        num_thoughts = embeds.shape[1] - prefix_length - batch.suffix_ids.shape[1]
-        mask, positions = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
-        return self.prefixed.loss(embeds, mask, positions, prefix_length, batch.predict_at, batch.targets, self._shared)
+            logits_KV = full_logits(self.base, embeds_BSD, batch.prefix_mask, batch.predict_at, batch.longest)
+            return cross_entropy(logits_KV, batch.targets)
+        num_thoughts = embeds_BSD.shape[1] - prefix_length - batch.suffix_ids.shape[1]
+        mask_BN, positions_BS = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
+        return self.prefixed.loss(
+            embeds_BSD, mask_BN, positions_BS, prefix_length, batch.predict_at, batch.targets, self._shared
+        )
 
     def operations(self, batch: Batch) -> int:
         """Floating-point operations of the forward and backward pass over a batch, padding included; 0 where they are
@@ -146,8 +148,8 @@ class SoftCoT(nn.Module):
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         """(B, T, D) projected thoughts."""
-        hidden = self._hidden(batch) if self.projection.needs_states else None
-        return self.projection(hidden, len(batch.suffix_ids))
+        hidden_BTP = self._hidden(batch) if self.projection.needs_states else None
+        return self.projection(hidden_BTP, len(batch.suffix_ids))
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
         """(B, T, P) assistant states, from the batch or from the assistant."""
@@ -158,21 +160,25 @@ class SoftCoT(nn.Module):
         return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
 
     def _embeds(self, batch: Batch) -> torch.Tensor:
-        """(B, L+T+R, D) embeddings of the whole sequence, but for the shared tokens.
+        """(B, S, D) embeddings of the whole sequence, but for the shared tokens.
 
         The prefix is padded on the left and the suffix on the right, so that real tokens are adjacent.
         """
         batch_size, prefix_length = batch.prefix_ids.shape
         token_ids = torch.cat([batch.prefix_ids, batch.suffix_ids], dim=1)
         if self.embed is not None:
-            slot = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=token_ids.device)
-            return self.embed(self._hidden(batch), token_ids, slot)
-        prefix, suffix = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
-        return torch.cat([prefix, self.thoughts(batch).to(prefix.dtype), suffix], dim=1)
+            slot_B = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=token_ids.device)
+            return self.embed(self._hidden(batch), token_ids, slot_B)
+        prefix_BLD, suffix_BRD = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
+        return torch.cat([prefix_BLD, self.thoughts(batch).to(prefix_BLD.dtype), suffix_BRD], dim=1)
 
 
 def full_logits(
-    base: PreTrainedModel, embeds: torch.Tensor, prefix_mask: torch.Tensor, predict_at: torch.Tensor, longest: int
+    base: PreTrainedModel,
+    embeds_BSD: torch.Tensor,
+    prefix_mask_BL: torch.Tensor,
+    predict_at_K: torch.Tensor,
+    longest: int,
 ) -> torch.Tensor:
     """(K, V) logits of one pass over whole rows.
 
@@ -180,27 +186,27 @@ def full_logits(
     nothing but embeddings, no mask that it might ignore and no positions that it might count otherwise.
 
     Args:
-        embeds: (B, L+T+R, D), the prefix padded on the left.
-        prefix_mask: (B, L) bool.
-        predict_at: (K,) indices into the flattened (B, T+R) thoughts and suffix.
-        longest: positions of the longest row.
+        embeds_BSD: the prefix padded on the left.
+        prefix_mask_BL: bool, False on padding.
+        predict_at_K: int64 indices into the flattened (B, T+R) thoughts and suffix.
+        longest: X, positions of the longest row.
     """
-    prefix_length, length = prefix_mask.shape[1], embeds.shape[1]
-    padding = prefix_length - prefix_mask.sum(dim=1)
-    order = (torch.arange(longest, device=embeds.device) + padding[:, None]) % length
-    rows = embeds.take_along_dim(order[:, :, None], dim=1)
-    logits = base(inputs_embeds=rows, use_cache=False).logits
-    row, column = predict_at // (length - prefix_length), predict_at % (length - prefix_length)
-    return logits[row, column + prefix_length - padding[row]]
+    prefix_length, length = prefix_mask_BL.shape[1], embeds_BSD.shape[1]
+    padding_B = prefix_length - prefix_mask_BL.sum(dim=1)
+    order_BX = (torch.arange(longest, device=embeds_BSD.device) + padding_B[:, None]) % length
+    rows_BXD = embeds_BSD.take_along_dim(order_BX[:, :, None], dim=1)
+    logits_BXV = base(inputs_embeds=rows_BXD, use_cache=False).logits
+    row_K, column_K = predict_at_K // (length - prefix_length), predict_at_K % (length - prefix_length)
+    return logits_BXV[row_K, column_K + prefix_length - padding_B[row_K]]
 
 
 def mask_and_positions(
-    prefix_mask: torch.Tensor, num_thoughts: int, suffix_mask: torch.Tensor, num_shared: int
+    prefix_mask_BL: torch.Tensor, num_thoughts: int, suffix_mask_BR: torch.Tensor, num_shared: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """The mask (B, I+L+T+R), 0 on padding, and the positions (B, L+T+R) of a batch."""
-    batch_size = len(prefix_mask)
-    shared_mask = prefix_mask.new_ones(batch_size, num_shared)
-    thoughts_mask = prefix_mask.new_ones(batch_size, num_thoughts)
-    mask = torch.cat([shared_mask, prefix_mask, thoughts_mask, suffix_mask], dim=1)
-    positions = (mask.cumsum(dim=1) - 1).clamp(min=0)[:, num_shared:]
-    return mask.long(), positions
+    """The mask (B, N), 0 on padding, and the positions (B, S) of a batch, int64."""
+    batch_size = len(prefix_mask_BL)
+    shared_BI = prefix_mask_BL.new_ones(batch_size, num_shared)
+    thoughts_BT = prefix_mask_BL.new_ones(batch_size, num_thoughts)
+    mask_BN = torch.cat([shared_BI, prefix_mask_BL, thoughts_BT, suffix_mask_BR], dim=1)
+    positions_BS = (mask_BN.cumsum(dim=1) - 1).clamp(min=0)[:, num_shared:]
+    return mask_BN.long(), positions_BS
