@@ -24,12 +24,12 @@ import transformers
 from environment import describe, write_result
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
-from softcot_ds.decoding import try_decoding
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.step import SoftCoT
-from softcot_ds.trial import why_not_fast, why_unsuitable
+from softcot_ds.methods.trial import why_not_fast, why_unsuitable
+from softcot_ds.models.decoding import try_decoding
+from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 
 ROOT = Path(__file__).parent.parent
 sys.path.insert(0, str(ROOT / "tests"))

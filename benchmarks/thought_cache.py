@@ -44,14 +44,14 @@ from environment import describe, write_result
 from torch.utils.data import DataLoader, Dataset
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from softcot_ds import thought_manifest as tm
-from softcot_ds.prompts import AssistantInput
-from softcot_ds.ranks import join_ranks
-from softcot_ds.thought_builder import fill
-from softcot_ds.thought_manifest import StoreIdentity
-from softcot_ds.thought_reader import input_key
-from softcot_ds.thought_store import StoreWriter, ThoughtStore
-from softcot_ds.thoughts import compute_thoughts, read_shared
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.models.assistant import compute_thoughts, read_shared
+from softcot_ds.thoughts import manifest as tm
+from softcot_ds.thoughts.builder import fill
+from softcot_ds.thoughts.manifest import StoreIdentity
+from softcot_ds.thoughts.ranks import join_ranks
+from softcot_ds.thoughts.reader import input_key
+from softcot_ds.thoughts.store import StoreWriter, ThoughtStore
 
 T, P, VOCABULARY, INSTRUCTION = 32, 256, 8192, 69
 BATCH = 32

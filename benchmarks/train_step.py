@@ -43,18 +43,18 @@ from environment import describe, write_result
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
 
-from softcot_ds.batches import Batch, collate, global_batches, order_by_prefix
-from softcot_ds.examples import Example, make_example
-from softcot_ds.loss import IGNORE
+from softcot_ds.data.batches import Batch, collate, global_batches, order_by_prefix
+from softcot_ds.data.examples import Example, make_example
+from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.metrics import peak_memory_gib
-from softcot_ds.operations import peak_flops
-from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.models.assistant import compute_thoughts
+from softcot_ds.models.loss import IGNORE
+from softcot_ds.models.operations import peak_flops
+from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.recipe import TaskConfig
-from softcot_ds.shared_prefix import common_prefix
-from softcot_ds.step import SoftCoT
 from softcot_ds.tasks import Problem, make_task
-from softcot_ds.thoughts import compute_thoughts
+from softcot_ds.training.metrics import peak_memory_gib
 
 LENGTHS = Path(__file__).parent / "gsm8k_lengths.json"
 NUM_THOUGHTS = 32

@@ -32,12 +32,12 @@ from torch import nn
 from torch.multiprocessing import spawn
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
-import softcot_ds.engine
-from softcot_ds.batches import Batch, collate
+import softcot_ds.training.engine
+from softcot_ds.data.batches import Batch, collate
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, world_size
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
 from softcot_ds.recipe import load_recipe, resolve_location
-from softcot_ds.step import SoftCoT, mask_and_positions
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -118,14 +118,14 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
         ],
     )
     experiment = Experiment(recipe)
-    model = softcot_ds.engine.build_model(recipe, experiment, None)
-    make_layers_leaves = softcot_ds.engine.make_layers_leaves
+    model = softcot_ds.training.engine.build_model(recipe, experiment, None)
+    make_layers_leaves = softcot_ds.training.engine.make_layers_leaves
     if variant.startswith("hooks_per_module"):
-        softcot_ds.engine.make_layers_leaves = lambda model: None
+        softcot_ds.training.engine.make_layers_leaves = lambda model: None
     elif variant == "two_passes":
         model.forward = partial(two_passes, model)
-    engine = softcot_ds.engine.build_engine(model, recipe, 1)
-    softcot_ds.engine.make_layers_leaves = make_layers_leaves
+    engine = softcot_ds.training.engine.build_engine(model, recipe, 1)
+    softcot_ds.training.engine.make_layers_leaves = make_layers_leaves
 
     examples = experiment.splits.train
     for step in range(6):

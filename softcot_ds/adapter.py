@@ -19,14 +19,14 @@ from typing import Annotated, Any, Self
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
 
 from softcot_ds import __version__
-from softcot_ds.backbone import weights_fingerprint, width
 from softcot_ds.choices import PROJECTIONS, one_of
+from softcot_ds.data.examples import digest
 from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import digest
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.models.backbone import weights_fingerprint, width
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.run_dir import require_complete
 

@@ -15,12 +15,12 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
-from softcot_ds.backbone import weights_fingerprint
+from softcot_ds.data.examples import digest
 from softcot_ds.differences import difference
 from softcot_ds.distributed import from_all_ranks, rank
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import digest
 from softcot_ds.experiment import Experiment
+from softcot_ds.models.backbone import weights_fingerprint
 
 _LIBRARIES = ("torch", "deepspeed", "transformers")
 _PACKAGES = ("softcot_ds", "softcot_kernels")

@@ -17,7 +17,7 @@ from softcot_ds.errors import Interrupted, OtherRankFailed, SoftCoTError
 from softcot_ds.recipe import load_recipe
 
 if TYPE_CHECKING:
-    from softcot_ds.ranks import Ranks
+    from softcot_ds.thoughts.ranks import Ranks
 
 
 def main(argv: list[str] | None = None) -> int:
@@ -38,14 +38,14 @@ def main(argv: list[str] | None = None) -> int:
         with interrupted_by_signals():
             # They bring torch and transformers, which take seconds: not for --help.
             if args.inspect:
-                from softcot_ds.thought_inspection import inspect
+                from softcot_ds.thoughts.inspection import inspect
 
                 inspect(args.inspect, args.recipe, args.overrides)
                 return 0
-            from softcot_ds.ranks import join_ranks
+            from softcot_ds.thoughts.ranks import join_ranks
 
             ranks = join_ranks()
-            from softcot_ds.thought_computing import build
+            from softcot_ds.thoughts.computing import build
 
             build(load_recipe(args.recipe, args.overrides), ranks)
     except OtherRankFailed:

@@ -20,7 +20,7 @@ TASKS = {
 }
 """``task.name``: a ``tasks.base.Task``. Its wording is NAME.yaml in tasks/."""
 STRATEGIES = {
-    "single": "softcot_ds.strategies:single",
+    "single": "softcot_ds.evaluation.strategies:single",
 }
 """``evaluation.strategy``: a function like ``strategies.single``."""
 

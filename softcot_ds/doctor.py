@@ -30,17 +30,19 @@ import torch.distributed as dist
 from packaging.requirements import Requirement
 from softcot_kernels import reference
 
-from softcot_ds import backbone, diagnosis, distributed
+from softcot_ds import distributed
 from softcot_ds.command import recipe_command
-from softcot_ds.diagnosis import MESSAGE_BYTES, Facts, Folder, Model
+from softcot_ds.diagnosis import judge as diagnosis
+from softcot_ds.diagnosis.judge import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.differences import difference
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import alone_of
 from softcot_ds.methods.base import projection_class
-from softcot_ds.model_files import is_here
+from softcot_ds.methods.trial import Role, Untried, why_unsuitable_ahead
+from softcot_ds.models import backbone
+from softcot_ds.models.model_files import is_here
 from softcot_ds.recipe import ModelConfig, Recipe
-from softcot_ds.trial import Role, Untried, why_unsuitable_ahead
 
 JOIN_MINUTES = 2.0
 """How long the ranks wait for each other at the start."""

@@ -18,7 +18,7 @@ from softcot_ds.run_dir import recipe_and_adapter
 
 
 def _evaluate(recipe: Recipe, adapter: Path) -> None:
-    from softcot_ds.evaluation import evaluate  # brings torch and transformers, which take seconds
+    from softcot_ds.evaluation.run import evaluate  # brings torch and transformers, which take seconds
 
     evaluate(recipe, adapter)
 

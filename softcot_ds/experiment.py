@@ -7,10 +7,10 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
-from softcot_ds.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
+from softcot_ds.data.examples import ContextLimits, Example, Splits, load_splits
+from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import ContextLimits, Example, Splits, load_splits
-from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.models.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import make_task
 

@@ -12,19 +12,19 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.adapter import AdapterConfig, load_adapter
-from softcot_ds.backbone import context_length, width
-from softcot_ds.decoding import Output, Sampling, decode, load_to_decode
+from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.distributed import device, init_distributed
-from softcot_ds.embedding import whole_embedding
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import Projection, projection_class
-from softcot_ds.prompts import AssistantInput, BasePrompt
+from softcot_ds.methods.trial import load_assistant
+from softcot_ds.models.assistant import compute_thoughts
+from softcot_ds.models.backbone import context_length, width
+from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
+from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.recipe import Recipe
 from softcot_ds.tasks.base import check_question
-from softcot_ds.thoughts import compute_thoughts
-from softcot_ds.trial import load_assistant
 
 
 @dataclass(frozen=True)

@@ -69,8 +69,8 @@ def _left_to_do(recipe: Recipe) -> list[str]:
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.experiment import Experiment
     from softcot_ds.methods.base import projection_class
-    from softcot_ds.resume import refuse_other_run
-    from softcot_ds.thought_reader import open_cache
+    from softcot_ds.thoughts.reader import open_cache
+    from softcot_ds.training.resume import refuse_other_run
 
     experiment = Experiment(recipe)
     inputs = experiment.splits.assistant_inputs()

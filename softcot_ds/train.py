@@ -11,25 +11,25 @@ from typing import Any
 import torch
 
 from softcot_ds.adapter import adapter_config
-from softcot_ds.batches import Batch
-from softcot_ds.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.command import recipe_command
+from softcot_ds.data.batches import Batch
 from softcot_ds.distributed import barrier, device, init_distributed, on_main, say, set_timeout, world_size
-from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
-from softcot_ds.memory import expected_memory
-from softcot_ds.metrics import PhaseTimer
-from softcot_ds.profiling import StepProfiler
 from softcot_ds.recipe import Recipe
-from softcot_ds.record import Record
-from softcot_ds.resume import agreed_start, sole_trainer
 from softcot_ds.run_dir import Journal, checkpoint_step
-from softcot_ds.schedule import learning_rate_at
-from softcot_ds.stop import StopRequest
-from softcot_ds.thought_reader import ThoughtReader
-from softcot_ds.training_batches import read_batch, training_batches
-from softcot_ds.validation import Validator
+from softcot_ds.thoughts.reader import ThoughtReader
+from softcot_ds.training.batches import read_batch, training_batches
+from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.training.memory import expected_memory
+from softcot_ds.training.metrics import PhaseTimer
+from softcot_ds.training.profiling import StepProfiler
+from softcot_ds.training.record import Record
+from softcot_ds.training.resume import agreed_start, sole_trainer
+from softcot_ds.training.schedule import learning_rate_at
+from softcot_ds.training.stop import StopRequest
+from softcot_ds.training.validation import Validator
 
 
 def train(recipe: Recipe) -> None:

@@ -13,12 +13,13 @@ from pathlib import Path
 from adapters import make_checkpoint
 from launch import ROOT
 
-from softcot_ds import agreement, resume
+from softcot_ds import agreement
 from softcot_ds.distributed import barrier, init_distributed, rank, shut_down
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import checkpoints
+from softcot_ds.training import resume
 
 folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")))
 init_distributed(5)

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 
 import softcot_ds
 from softcot_ds.distributed import rank
-from softcot_ds.evaluation import evaluate
+from softcot_ds.evaluation.run import evaluate
 from softcot_ds.generate import main as generate_main
-from softcot_ds.partition import needs_all_ranks
+from softcot_ds.models.partition import needs_all_ranks
 from softcot_ds.run_dir import recipe_and_adapter
 
 folder, output, *overrides = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))

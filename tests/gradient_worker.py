@@ -10,12 +10,12 @@ import torch
 from deepspeed.utils import safe_get_full_grad
 from safetensors.torch import save_file
 
-from softcot_ds.batches import collate, global_batches, micro_batches
+from softcot_ds.data.batches import collate, global_batches, micro_batches
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, sum_over_ranks, world_size
-from softcot_ds.engine import accumulation_steps, build_engine, build_model
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe
-from softcot_ds.thought_reader import ThoughtReader
+from softcot_ds.thoughts.reader import ThoughtReader
+from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
 
 recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 init_distributed(5)

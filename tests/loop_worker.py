@@ -14,8 +14,8 @@ import torch
 import softcot_ds.train as loop
 from softcot_ds import command, distributed
 from softcot_ds.distributed import is_main, rank
-from softcot_ds.step import SoftCoT
-from softcot_ds.validation import Validator
+from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.training.validation import Validator
 
 ACCUMULATION = 2
 forward, samples, save = SoftCoT.forward, Validator._samples, loop.save_checkpoint

@@ -9,15 +9,15 @@ from pathlib import Path
 
 import torch
 
-from softcot_ds.backbone import load_frozen
-from softcot_ds.batches import Batch
+from softcot_ds.data.batches import Batch
 from softcot_ds.distributed import device, init_distributed, rank, shut_down
-from softcot_ds.engine import build_engine
-from softcot_ds.memory import expected_memory
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.partition import engine_config
+from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models.partition import engine_config
 from softcot_ds.recipe import load_recipe
-from softcot_ds.step import SoftCoT
+from softcot_ds.training.engine import build_engine
+from softcot_ds.training.memory import expected_memory
 
 recipe_path, output, *overrides = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
 recipe = load_recipe(recipe_path, overrides)

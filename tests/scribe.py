@@ -2,8 +2,8 @@
 
 import torch
 
-from softcot_ds import decoder as decoder_module
-from softcot_ds.decoding import Output
+from softcot_ds.evaluation import decoder as decoder_module
+from softcot_ds.models.decoding import Output
 
 
 class Scribe:

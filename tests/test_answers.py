@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcot_ds.answers import extract_number
+from softcot_ds.tasks.answers import extract_number
 
 
 @pytest.mark.parametrize(

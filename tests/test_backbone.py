@@ -10,10 +10,10 @@ from safetensors.torch import load_file, save_file
 from toy_models import make_config, make_toy
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, CLIPConfig
 
-from softcot_ds import backbone
-from softcot_ds.backbone import generation_stop_ids, load_frozen, load_tokenizer, weights_fingerprint, width
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.models import backbone
+from softcot_ds.models.backbone import generation_stop_ids, load_frozen, load_tokenizer, weights_fingerprint, width
 from softcot_ds.recipe import ModelConfig, load_recipe, resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"

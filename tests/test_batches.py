@@ -8,10 +8,10 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcot_ds.batches import collate, global_batches, micro_batches, pad
+from softcot_ds.data.batches import collate, global_batches, micro_batches, pad
+from softcot_ds.data.examples import Example
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import Example
-from softcot_ds.prompts import AssistantInput
 from softcot_ds.tasks import Problem
 
 

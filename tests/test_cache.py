@@ -23,21 +23,24 @@ from transformers import (
     Qwen3ForCausalLM,
 )
 
-from softcot_ds import cache, thought_builder, thought_computing, trial
-from softcot_ds import thought_manifest as tm
-from softcot_ds import thought_store as ts
-from softcot_ds.batches import collate
-from softcot_ds.engine import build_model
+from softcot_ds import cache
+from softcot_ds.data.batches import collate
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import OtherRankFailed, SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import TEMPORARY_SUFFIX
-from softcot_ds.prompts import AssistantInput
-from softcot_ds.ranks import Ranks
+from softcot_ds.methods import trial
+from softcot_ds.models.assistant import compute_thoughts, read_shared
 from softcot_ds.recipe import load_recipe
-from softcot_ds.thought_manifest import StoreIdentity
-from softcot_ds.thought_reader import cache_identity, input_key, open_cache
-from softcot_ds.thought_store import ThoughtStore
-from softcot_ds.thoughts import compute_thoughts, read_shared
+from softcot_ds.thoughts import builder as thought_builder
+from softcot_ds.thoughts import computing as thought_computing
+from softcot_ds.thoughts import manifest as tm
+from softcot_ds.thoughts import store as ts
+from softcot_ds.thoughts.manifest import StoreIdentity
+from softcot_ds.thoughts.ranks import Ranks
+from softcot_ds.thoughts.reader import cache_identity, input_key, open_cache
+from softcot_ds.thoughts.store import ThoughtStore
+from softcot_ds.training.engine import build_model
 
 T, P, VOCABULARY = 4, 32, 120
 TOY = {

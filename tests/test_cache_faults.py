@@ -20,15 +20,17 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from softcot_ds import cache, thought_builder, thought_inspection
-from softcot_ds import thought_manifest as tm
-from softcot_ds import thought_store as ts
+from softcot_ds import cache
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.prompts import AssistantInput
-from softcot_ds.ranks import Ranks
-from softcot_ds.thought_manifest import StoreIdentity
-from softcot_ds.thought_reader import input_key
-from softcot_ds.thought_store import ThoughtStore
+from softcot_ds.thoughts import builder as thought_builder
+from softcot_ds.thoughts import inspection as thought_inspection
+from softcot_ds.thoughts import manifest as tm
+from softcot_ds.thoughts import store as ts
+from softcot_ds.thoughts.manifest import StoreIdentity
+from softcot_ds.thoughts.ranks import Ranks
+from softcot_ds.thoughts.reader import input_key
+from softcot_ds.thoughts.store import ThoughtStore
 
 KILLS = int(os.environ.get("SOFTCOT_FAULT_KILLS", "60"))
 

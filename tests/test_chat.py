@@ -11,10 +11,10 @@ from hypothesis import strategies as st
 from tokenizers import AddedToken, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from softcot_ds import chat as chat_module
-from softcot_ds.chat import ChatFormat
+from softcot_ds.data import chat as chat_module
+from softcot_ds.data.chat import ChatFormat
+from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, PromptFile
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.prompts import AssistantPrompts, BasePrompts, PromptFile
 
 CORPUS = [
     "Tom has 3 apples; he eats 1 of them. How many are left?\n3 - 1 = 2\nHe has 2 apples left.\n#### 2",

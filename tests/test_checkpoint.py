@@ -12,14 +12,14 @@ from adapters import make_checkpoint
 from launch import ROOT
 from safetensors.torch import load_file, save_file
 
-from softcot_ds import checkpoint, resume
 from softcot_ds.adapter import adapter_config, load_adapter
-from softcot_ds.checkpoint import FILES, read_training_state, save_checkpoint
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
-from softcot_ds.resume import refuse_other_run
 from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
+from softcot_ds.training import checkpoint, resume
+from softcot_ds.training.checkpoint import FILES, read_training_state, save_checkpoint
+from softcot_ds.training.resume import refuse_other_run
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 

@@ -9,10 +9,10 @@ from hypothesis import strategies as st
 from toy_models import make_toy
 from transformers import AutoConfig, AutoModelForCausalLM
 
-from softcot_ds import decoding
-from softcot_ds.decoding import Output, Sampling, decode, try_decoding
+from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.prompts import BasePrompt
+from softcot_ds.models import decoding
+from softcot_ds.models.decoding import Output, Sampling, decode, try_decoding
 
 D, VOCAB, STOP = 16, 40, 2
 LLAMA = {

@@ -15,11 +15,14 @@ import torch
 from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import save_file
 
-from softcot_ds import diagnosis, distributed, doctor, launchers, toy, trial
-from softcot_ds.backbone import load_config
-from softcot_ds.diagnosis import Facts, Finding, Folder, Model
+from softcot_ds import distributed, doctor, launchers
+from softcot_ds.diagnosis import judge as diagnosis
+from softcot_ds.diagnosis.judge import Facts, Finding, Folder, Model
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.launchers import alone_of
+from softcot_ds.methods import trial
+from softcot_ds.models import toy
+from softcot_ds.models.backbone import load_config
 from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"

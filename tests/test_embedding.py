@@ -9,11 +9,11 @@ from test_step import UNEVEN, P, check, draw_examples, loss_and_gradient, make_b
 from torch import nn
 from toy_models import WIDTH, make_toy
 
-from softcot_ds import embedding
-from softcot_ds.embedding import table_scale, whole_embedding
 from softcot_ds.methods.prompt_tuning import _random_token_embeddings
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.step import SoftCoT
+from softcot_ds.models import embedding
+from softcot_ds.models.embedding import table_scale, whole_embedding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
 

@@ -6,7 +6,7 @@ import pytest
 from launch import ROOT
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.partition import engine_config
+from softcot_ds.models.partition import engine_config
 from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes/word_problems.yaml"

@@ -16,22 +16,25 @@ from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file, save_file
 from scribe import Scribe, replace_decoding
 
-from softcot_ds import agreement, backbone, thought_reader, trial
-from softcot_ds import decoder as decoder_module
-from softcot_ds.backbone import load_tokenizer
-from softcot_ds.conditions import CONDITIONS, Conditions, others
-from softcot_ds.decoder import Decoder, Job, Thoughts
-from softcot_ds.decoding import Output, Sampling
+from softcot_ds import agreement
+from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation import evaluate
+from softcot_ds.evaluation import decoder as decoder_module
+from softcot_ds.evaluation.conditions import CONDITIONS, Conditions, others
+from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts
+from softcot_ds.evaluation.report import table, what_it_says_more
+from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
 from softcot_ds.inference import Adapter
-from softcot_ds.partition import decoding_config
-from softcot_ds.prompts import AssistantInput, BasePrompt
+from softcot_ds.methods import trial
+from softcot_ds.models import backbone
+from softcot_ds.models.backbone import load_tokenizer
+from softcot_ds.models.decoding import Output, Sampling
+from softcot_ds.models.partition import decoding_config
 from softcot_ds.recipe import Condition, load_recipe, resolve_location
-from softcot_ds.report import table, what_it_says_more
 from softcot_ds.run_dir import recipe_and_adapter
+from softcot_ds.thoughts import reader as thought_reader
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]

@@ -2,9 +2,9 @@
 
 import pytest
 
+from softcot_ds.data.examples import ContextLimits, load_splits
+from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import ContextLimits, load_splits
-from softcot_ds.prompts import AssistantInput, BasePrompt
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks import Problem
 

@@ -10,12 +10,14 @@ from adapters import make_adapter
 from launch import ROOT
 
 import softcot_ds
-from softcot_ds import backbone, inference, trial
-from softcot_ds.backbone import load_frozen
+from softcot_ds import inference
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation import evaluate
+from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main
+from softcot_ds.methods import trial
+from softcot_ds.models import backbone
+from softcot_ds.models.backbone import load_frozen
 from softcot_ds.recipe import load_recipe, resolve_location
 
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=3", "thoughts.source=online"]

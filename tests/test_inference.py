@@ -12,11 +12,12 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import softcot_ds
-from softcot_ds import backbone, trial
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_yaml
 from softcot_ds.generate import main as generate_main
-from softcot_ds.partition import is_partitioned
+from softcot_ds.methods import trial
+from softcot_ds.models import backbone
+from softcot_ds.models.partition import is_partitioned
 from softcot_ds.recipe import load_recipe, resolve_location
 
 COUNT = 4

@@ -25,9 +25,9 @@ from test_step import (
 )
 from transformers import GraniteConfig
 
-from softcot_ds import loss as loss_module
-from softcot_ds.loss import IGNORE
-from softcot_ds.step import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.models import loss as loss_module
+from softcot_ds.models.loss import IGNORE
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
 

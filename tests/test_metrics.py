@@ -11,11 +11,11 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 
-from softcot_ds import record
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.metrics import TensorBoard
 from softcot_ds.recipe import load_recipe
-from softcot_ds.record import History, Window, rates
+from softcot_ds.training import record
+from softcot_ds.training.metrics import TensorBoard
+from softcot_ds.training.record import History, Window, rates
 
 ROOT = Path(__file__).parents[1]
 

@@ -12,9 +12,9 @@ import huggingface_hub
 import pytest
 from huggingface_hub import constants
 
-from softcot_ds import model_files
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.model_files import model_folder
+from softcot_ds.models import model_files
+from softcot_ds.models.model_files import model_folder
 from softcot_ds.recipe import ModelConfig, resolve_location
 
 COMMIT = "a" * 40

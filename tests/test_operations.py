@@ -8,10 +8,10 @@ from test_step import FAMILIES, P, make_batch, make_model, make_projection
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import make_toy
 
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.methods.prompt_tuning import StaticThoughts
-from softcot_ds.operations import Decoder, peak_flops
-from softcot_ds.prompts import AssistantInput
-from softcot_ds.step import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.models.operations import Decoder, peak_flops
 
 
 def examples_of(lengths):

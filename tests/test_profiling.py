@@ -9,9 +9,9 @@ import torch
 from launch import ROOT
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.metrics import PhaseTimer
-from softcot_ds.profiling import StepProfiler
 from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.training.metrics import PhaseTimer
+from softcot_ds.training.profiling import StepProfiler
 
 
 def steps_through(tmp_path: Path, steps: range, *overrides: str) -> Recipe:

@@ -10,8 +10,8 @@ from conftest import CHATML, INSTRUCT, LLAMA3, byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
+from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 
 DATE = {"date_string": "26 Jul 2024"}
 SECTIONS = {

@@ -13,19 +13,19 @@ import pytest
 import torch
 from launch import environment
 
-from softcot_ds import thought_manifest as tm
-from softcot_ds import thought_store as ts
-from softcot_ds.ranks import join_ranks
-from softcot_ds.thought_store import ThoughtStore
+from softcot_ds.thoughts import manifest as tm
+from softcot_ds.thoughts import store as ts
+from softcot_ds.thoughts.ranks import join_ranks
+from softcot_ds.thoughts.store import ThoughtStore
 
 FILL_PROGRAM = """
 import json, os, sys, time
 from collections import namedtuple
 from pathlib import Path
 import torch
-from softcot_ds.ranks import join_ranks
-from softcot_ds.thought_builder import fill
-from softcot_ds.thought_manifest import StoreIdentity
+from softcot_ds.thoughts.ranks import join_ranks
+from softcot_ds.thoughts.builder import fill
+from softcot_ds.thoughts.manifest import StoreIdentity
 assert "transformers" not in sys.modules  # two seconds of a rank's start
 Input = namedtuple("Input", "example_id token_ids positions")
 inputs = [Input(i, [i, 5, 7], [2]) for i in range(60)]
@@ -120,7 +120,7 @@ def test_the_deepspeed_launchers_environment_shares_the_work(tmp_path):
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 @pytest.mark.distributed
 def test_singletons_that_a_launcher_did_not_connect_are_refused(tmp_path, variable):
-    process = launch([], "from softcot_ds.ranks import join_ranks; join_ranks()", tmp_path, **{variable: "2"})
+    process = launch([], "from softcot_ds.thoughts.ranks import join_ranks; join_ranks()", tmp_path, **{variable: "2"})
     _, errors = process.communicate(timeout=60)
     assert process.returncode != 0
     assert f"the launcher started several processes ({variable}=2), but MPI sees only one" in errors

@@ -3,7 +3,7 @@
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcot_ds.shared_prefix import common_prefix
+from softcot_ds.models.shared_prefix import common_prefix
 
 TOKENS = st.lists(st.integers(0, 2), max_size=6)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcot_ds.statistics import compare, wilson_interval
+from softcot_ds.evaluation.statistics import compare, wilson_interval
 
 Z = 1.959963984540054
 

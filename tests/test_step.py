@@ -30,15 +30,15 @@ from transformers import (
 from transformers.masking_utils import ALL_MASK_ATTENTION_FUNCTIONS
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from softcot_ds.batches import collate
+from softcot_ds.data.batches import collate
+from softcot_ds.data.examples import Example, make_example
+from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.examples import Example, make_example
 from softcot_ds.methods.prompt_tuning import StaticThoughts
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
-from softcot_ds.step import SoftCoT
+from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.tasks import Problem
-from softcot_ds.thoughts import compute_thoughts
 
 P, D, VOCAB = 12, 16, 48
 

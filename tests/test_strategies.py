@@ -10,14 +10,14 @@ from adapters import make_adapter
 from launch import ROOT
 from scribe import Scribe, replace_decoding
 
-from softcot_ds.backbone import load_tokenizer
 from softcot_ds.choices import STRATEGIES
-from softcot_ds.decoder import Decoder, batch_seed
-from softcot_ds.decoding import Output, Sampling
-from softcot_ds.evaluation import evaluate
-from softcot_ds.prompts import BasePrompt
+from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.evaluation.decoder import Decoder, batch_seed
+from softcot_ds.evaluation.run import evaluate
+from softcot_ds.evaluation.strategies import Answer
+from softcot_ds.models.backbone import load_tokenizer
+from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import load_recipe
-from softcot_ds.strategies import Answer
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", "thoughts.source=online"]

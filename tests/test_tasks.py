@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from launch import ROOT
 
 from softcot_ds.choices import TASKS
+from softcot_ds.data.prompts import PromptFile
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.pair import world
-from softcot_ds.prompts import PromptFile
 from softcot_ds.recipe import TaskConfig, load_recipe
 from softcot_ds.tasks import Problem, make_task
 from softcot_ds.tasks.records import read_json_lines, read_records

@@ -14,12 +14,12 @@ import torch
 from safetensors import safe_open
 from torch.utils.data import DataLoader
 
-from softcot_ds import thought_inspection
-from softcot_ds import thought_manifest as tm
-from softcot_ds import thought_store as ts
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.thought_manifest import DamagedShard, StoreIdentity, row_key
-from softcot_ds.thought_store import StoreWriter, ThoughtStore
+from softcot_ds.thoughts import inspection as thought_inspection
+from softcot_ds.thoughts import manifest as tm
+from softcot_ds.thoughts import store as ts
+from softcot_ds.thoughts.manifest import DamagedShard, StoreIdentity, row_key
+from softcot_ds.thoughts.store import StoreWriter, ThoughtStore
 
 
 def make_identity(**changes) -> StoreIdentity:

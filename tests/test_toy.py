@@ -7,12 +7,13 @@ import torch
 from toy_models import VOCABULARY, WIDTH, make_toy
 from transformers import AutoConfig
 
-from softcot_ds import toy, trial
-from softcot_ds.backbone import width
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods import trial
+from softcot_ds.methods.trial import Untried, check_ahead, why_unsuitable_ahead
+from softcot_ds.models import toy
+from softcot_ds.models.backbone import width
+from softcot_ds.models.toy import toy_config
 from softcot_ds.recipe import ModelConfig
-from softcot_ds.toy import toy_config
-from softcot_ds.trial import Untried, check_ahead, why_unsuitable_ahead
 
 REAL = {
     "llama-70b": {

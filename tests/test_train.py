@@ -25,11 +25,11 @@ from transformers.optimization import (
     get_linear_schedule_with_warmup,
 )
 
-from softcot_ds.batches import global_batches
-from softcot_ds.engine import build_projection
+from softcot_ds.data.batches import global_batches
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import TrainingConfig, load_recipe, resolve_location
-from softcot_ds.schedule import learning_rate_at
+from softcot_ds.training.engine import build_projection
+from softcot_ds.training.schedule import learning_rate_at
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", "thoughts.source=online"]

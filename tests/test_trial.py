@@ -8,14 +8,14 @@ from test_step import UNEVEN, P, check, draw_examples, loss_and_gradient, true_l
 from torch import nn
 from toy_models import WIDTH, make_toy
 
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.frozen_prefix import FrozenPrefix, why_unsupported
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.prompts import AssistantInput
-from softcot_ds.shared_prefix import NO_PREFIX
-from softcot_ds.step import SoftCoT
-from softcot_ds.thoughts import compute_thoughts, decoder_of, read_shared
-from softcot_ds.trial import check_model, why_not_fast, why_unsuitable
+from softcot_ds.methods.trial import check_model, why_not_fast, why_unsuitable
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
+from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
+from softcot_ds.models.shared_prefix import NO_PREFIX
 
 FAST = (
     *("llama", "qwen2-sliding", "qwen3", "mistral", "mixtral", "phi3", "gemma", "gemma2", "gemma3_text", "gemma3"),

@@ -7,15 +7,15 @@ import torch
 from launch import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from softcot_ds import validation
-from softcot_ds.decoding import Output
-from softcot_ds.engine import build_model
 from softcot_ds.experiment import Experiment
+from softcot_ds.models.assistant import compute_thoughts
+from softcot_ds.models.decoding import Output
 from softcot_ds.recipe import load_recipe
-from softcot_ds.thought_reader import ThoughtReader
-from softcot_ds.thoughts import compute_thoughts
-from softcot_ds.training_batches import read_batch
-from softcot_ds.validation import Validator, compare_with_tokens
+from softcot_ds.thoughts.reader import ThoughtReader
+from softcot_ds.training import validation
+from softcot_ds.training.batches import read_batch
+from softcot_ds.training.engine import build_model
+from softcot_ds.training.validation import Validator, compare_with_tokens
 
 SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_problems=3", "thoughts.source=online"]
 

@@ -5,8 +5,8 @@ from typing import Any
 from transformers import PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
-from softcot_ds import toy
-from softcot_ds.toy import VOCABULARY, WIDTH, toy_config
+from softcot_ds.models import toy
+from softcot_ds.models.toy import VOCABULARY, WIDTH, toy_config
 
 __all__ = ["VARIANTS", "VOCABULARY", "WIDTH", "make_config", "make_toy"]
 

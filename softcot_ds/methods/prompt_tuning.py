@@ -10,8 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softcot_ds.distributed import device
-from softcot_ds.embedding import whole_embedding
 from softcot_ds.methods.base import Projection
+from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.recipe import Recipe
 
 

@@ -10,9 +10,9 @@ from softcot_kernels import thought_embedding
 from torch import nn
 from transformers import PreTrainedModel
 
-from softcot_ds.embedding import table_scale
 from softcot_ds.methods.base import Projection
-from softcot_ds.partition import whole_size
+from softcot_ds.models.embedding import table_scale
+from softcot_ds.models.partition import whole_size
 from softcot_ds.recipe import Recipe
 
 

@@ -7,9 +7,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal
 
-from softcot_ds.answers import extract_number
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import TaskConfig
+from softcot_ds.tasks.answers import extract_number
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,142 @@
+"""From examples to batches.
+
+Which examples make up a global batch depends on the seed alone, never on the number of ranks: a run that resumes on
+another number of ranks continues the same curve.
+"""
+
+import random
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+
+from softcot_ds.data.examples import Example
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.errors import SoftCoTError
+
+
+def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
+    """Endless global batches: lists of ``batch_size`` indices of examples, lengths alike within a batch.
+
+    Each epoch is a new permutation. Windows of 50 batches are sorted by length, cut into batches and the batches
+    shuffled, so that a batch holds little padding while the order stays random. What does not fill a batch at the end
+    of an epoch, the permutation's last, is left for other epochs' permutations to bring up.
+    """
+    if len(lengths) < batch_size:
+        raise SoftCoTError(
+            f"training.global_batch_size {batch_size} is larger than the {len(lengths)} training problems; "
+            "lower it or add data"
+        )
+    epoch = 0
+    while True:
+        rng = random.Random(f"{seed}/{epoch}")
+        # Cut before sorting: the longest examples would be left out otherwise, of few problems in every epoch.
+        order = rng.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
+        batches = []
+        for start in range(0, len(order), 50 * batch_size):
+            window = sorted(order[start : start + 50 * batch_size], key=lambda index: lengths[index])
+            batches += [window[i : i + batch_size] for i in range(0, len(window), batch_size)]
+        rng.shuffle(batches)
+        yield from batches
+        epoch += 1
+
+
+def order_by_prefix(batch: list[int], examples: Sequence[Example]) -> list[int]:
+    """A global batch in the order of its examples' prefixes.
+
+    It holds examples of one length, so neighbours are then alike in both parts, and so in what each is padded to.
+    """
+    return sorted(batch, key=lambda index: len(examples[index].prefix_ids))
+
+
+def micro_batches(batch: list[int], rank: int, world_size: int, accumulation: int) -> list[list[int]]:
+    """This rank's ``accumulation`` micro-batches of a global batch; over all ranks each index comes once.
+
+    Sizes differ by one at most, and neighbours in length stay together. Requires
+    ``len(batch) >= world_size * accumulation``: an empty micro-batch would leave a rank out of a collective call.
+    """
+    parts = world_size * accumulation
+    bounds = [len(batch) * part // parts for part in range(parts + 1)]
+    mine = range(rank, parts, world_size)
+    return [batch[bounds[part] : bounds[part + 1]] for part in mine]
+
+
+@dataclass
+class Batch:
+    """Examples as padded tensors. B examples, prefix padded left to L, suffix and target padded right to R.
+
+    The prefix may lack tokens that all examples share. Between prefix and suffix stand T thoughts. K tokens are
+    supervised.
+    """
+
+    prefix_ids: torch.Tensor
+    """(B, L) int64."""
+    prefix_mask: torch.Tensor
+    """(B, L) bool, False on padding."""
+    suffix_ids: torch.Tensor
+    """(B, R) int64, the rest of the prompt and the target."""
+    suffix_mask: torch.Tensor
+    """(B, R) bool, False on padding."""
+    predict_at: torch.Tensor
+    """(K,) int64: positions that predict a supervised token, in the flattened (B, T+R) thoughts and suffix."""
+    targets: torch.Tensor
+    """(K,) int64: the supervised tokens."""
+    assistant: list[AssistantInput]
+    """What the assistant reads for each example."""
+    longest: int
+    """Positions of the longest example, shared tokens and thoughts included."""
+    thoughts: torch.Tensor | None = None
+    """(B, T, P) the assistant's states, or None when there are none to read (online, static)."""
+
+    @property
+    def num_tokens(self) -> int:
+        """Base tokens without padding, thoughts and shared tokens; call it before the batch moves to a GPU."""
+        return int(self.prefix_mask.sum() + self.suffix_mask.sum())
+
+    def to(self, device: torch.device) -> "Batch":
+        return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def pin_memory(self) -> "Batch":
+        """The same in page-locked memory."""
+        return self._map(torch.Tensor.pin_memory)
+
+    def _map(self, change: Callable[[torch.Tensor], torch.Tensor]) -> "Batch":
+        return Batch(
+            **{name: change(value) if isinstance(value, torch.Tensor) else value for name, value in vars(self).items()}
+        )
+
+
+def collate(examples: Sequence[Example], pad_id: int, num_shared: int = 0) -> Batch:
+    """Pad examples into a batch (on the CPU, without thoughts), without the first ``num_shared`` tokens of each."""
+    prefix_ids, prefix_mask = pad([e.prefix_ids[num_shared:] for e in examples], pad_id, side="left")
+    suffix_ids, suffix_mask = pad([e.suffix_ids + e.target_ids for e in examples], pad_id, side="right")
+    num_thoughts = len(examples[0].assistant.positions)
+    width = num_thoughts + suffix_ids.shape[1]
+    predict_at = [
+        # The token before the target's first predicts it: the last of the prompt, or the last thought.
+        row * width + num_thoughts + len(example.suffix_ids) - 1 + offset
+        for row, example in enumerate(examples)
+        for offset in range(len(example.target_ids))
+    ]
+    return Batch(
+        prefix_ids,
+        prefix_mask,
+        suffix_ids,
+        suffix_mask,
+        torch.tensor(predict_at, dtype=torch.int64),
+        torch.tensor([token for example in examples for token in example.target_ids], dtype=torch.int64),
+        [example.assistant for example in examples],
+        max(example.length for example in examples),
+    )
+
+
+def pad(rows: Sequence[Sequence[int]], value: int, side: str) -> tuple[torch.Tensor, torch.Tensor]:
+    """Rows of ids as an (B, longest) int64 tensor and its bool mask, False on padding."""
+    width = max((len(row) for row in rows), default=0)
+    ids = torch.full((len(rows), width), value, dtype=torch.int64)
+    mask = torch.zeros((len(rows), width), dtype=torch.bool)
+    for index, row in enumerate(rows):
+        columns = slice(width - len(row), width) if side == "left" else slice(0, len(row))
+        ids[index, columns] = torch.tensor(row, dtype=torch.int64)
+        mask[index, columns] = True
+    return ids, mask

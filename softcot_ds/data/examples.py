@@ -1,0 +1,155 @@
+"""From problems to examples: the splits of a task's data, as tokens."""
+
+import hashlib
+from array import array
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import TaskConfig
+from softcot_ds.tasks import Problem, Task
+
+
+@dataclass(frozen=True)
+class Example:
+    """One problem as tokens: ``prefix ; thoughts ; suffix ; target``, of which only the target is supervised."""
+
+    problem: Problem
+    assistant: AssistantInput
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+    """The rest of the prompt after the thoughts."""
+    target_ids: list[int]
+    """Reasoning, answer and end of turn."""
+
+    @property
+    def length(self) -> int:
+        """Positions in the base model, thoughts included."""
+        return len(self.prefix_ids) + len(self.assistant.positions) + len(self.suffix_ids) + len(self.target_ids)
+
+
+@dataclass(frozen=True)
+class Splits:
+    """Examples for training, for validation (cut from the training data) and for test; no question is in two."""
+
+    train: list[Example]
+    validation: list[Example]
+    test: list[Example]
+    notes: list[str]
+    """What was left out, and why; to be printed."""
+
+    def assistant_inputs(self) -> list[AssistantInput]:
+        return [example.assistant for example in (*self.train, *self.validation, *self.test)]
+
+
+@dataclass(frozen=True)
+class ContextLimits:
+    """Longest sequence of each model, tokens."""
+
+    assistant: int
+    base: int
+
+
+def make_example(problem: Problem, target: str, base: BasePrompts, assistant: AssistantPrompts) -> Example:
+    """A problem as tokens; ``target`` is what the base is to write."""
+    prompt = base.with_thoughts(problem.question)
+    return Example(
+        problem,
+        assistant.thoughts_input(problem.id, problem.question),
+        prompt.prefix_ids,
+        prompt.suffix_ids,
+        base.target_ids(target),
+    )
+
+
+def load_splits(
+    task: Task, config: TaskConfig, base: BasePrompts, assistant: AssistantPrompts, limits: ContextLimits
+) -> Splits:
+    """Read the task's data, cut the validation set, tokenize.
+
+    Raises:
+        SoftCoTError: malformed data, too few problems, or sequences longer than a model's context while
+            task.max_tokens does not say that such problems are to be left out.
+    """
+    if assistant.count >= min(limits.assistant, limits.base):
+        raise SoftCoTError(
+            f"thoughts.count {assistant.count} does not fit the context of {limits.assistant} tokens (assistant) "
+            f"and {limits.base} tokens (base); take fewer thoughts"
+        )
+    problems, notes = _split_problems(task, config)
+    splits = {}
+    for name, chosen in problems.items():
+        examples = [make_example(problem, task.target(problem), base, assistant) for problem in chosen]
+        splits[name], note = _leave_out_long(examples, name, config.max_tokens, limits)
+        notes += note
+    if not splits["train"]:
+        raise SoftCoTError("no training problem is left; " + ("; ".join(notes) or "the data is empty"))
+    return Splits(**splits, notes=notes)
+
+
+def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Problem]], list[str]]:
+    notes = []
+    test = _without_repeats(task.read("test"))
+    test_questions = {_normalized(problem.question) for problem in test}
+    train = _without_repeats(task.read("train"))
+    kept = [problem for problem in train if _normalized(problem.question) not in test_questions]
+    if len(kept) < len(train):
+        notes.append(f"{len(train) - len(kept)} training problems are in the test data too; left out")
+    if config.validation_problems >= len(kept):
+        raise SoftCoTError(
+            f"task.validation_problems is {config.validation_problems}, but there are only {len(kept)} training "
+            "problems to cut them from"
+        )
+    # By content, not by position: reordering or adding data moves no old problem from one side to the other.
+    by_hash = sorted(kept, key=lambda problem: hashlib.sha256(b"validation" + problem.question.encode()).digest())
+    validation = by_hash[: config.validation_problems]
+    in_validation = {problem.id for problem in validation}
+    train = [problem for problem in kept if problem.id not in in_validation]
+    return {
+        "train": train[: config.train_problems],
+        "validation": validation,
+        "test": test[: config.test_problems],
+    }, notes
+
+
+def _normalized(question: str) -> str:
+    return " ".join(question.split()).lower()
+
+
+def _without_repeats(problems: list[Problem]) -> list[Problem]:
+    return list({_normalized(problem.question): problem for problem in reversed(problems)}.values())[::-1]
+
+
+def _leave_out_long(
+    examples: list[Example], split: str, max_tokens: int | None, limits: ContextLimits
+) -> tuple[list[Example], list[str]]:
+    base_limit = min(limits.base, max_tokens or limits.base)
+    # A test problem is judged by its prompt alone: leaving out those with long solutions would leave out the hard ones.
+    lengths = [e.length - len(e.target_ids) if split == "test" else e.length for e in examples]
+    short = [
+        example
+        for example, length in zip(examples, lengths, strict=True)
+        if length <= base_limit and len(example.assistant.token_ids) <= limits.assistant
+    ]
+    if len(short) == len(examples):
+        return examples, []
+    longest = max(lengths)
+    longest_assistant = max(len(example.assistant.token_ids) for example in examples)
+    found = (
+        f"{len(examples) - len(short)} of {len(examples)} {split} problems are too long: up to {longest} of "
+        f"{base_limit} base tokens, up to {longest_assistant} of {limits.assistant} assistant tokens"
+    )
+    if max_tokens is None:
+        raise SoftCoTError(f"{found}; set task.max_tokens={base_limit} to leave them out, or use a longer context")
+    return short, [f"{found}; left out"]
+
+
+def digest(examples: Sequence[Example]) -> str:
+    """A hash of what the models read and what is supervised, of each example in its order: equal for equal data."""
+    content = hashlib.sha256()
+    for example in examples:
+        given = example.assistant
+        for ids in (given.token_ids, given.positions, example.prefix_ids, example.suffix_ids, example.target_ids):
+            content.update(len(ids).to_bytes(8, "little") + array("q", ids).tobytes())
+    return content.hexdigest()

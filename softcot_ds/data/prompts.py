@@ -1,0 +1,165 @@
+"""A prompt is segments of tokens, never index arithmetic.
+
+A chat template is rendered once with a stand-in where the thoughts go; the text is split there, and both sides become
+tokens as if one token stood between them. No model name is ever tested: any tokenizer with a chat template works. The
+wording is data: a prompt file, a YAML mapping with four lists of chat messages (see softcot_ds/tasks/gsm8k.yaml).
+"""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from softcot_ds.data.chat import FIELD, ChatFormat, Messages, Turn
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import read_yaml
+
+# What each list of messages in a prompt file must and may contain. A field is written {name}.
+_FIELDS = {
+    "assistant": ({"question", "thoughts"}, {"count"}),
+    "assistant_text": ({"question"}, set()),
+    "base": ({"question", "thoughts"}, set()),
+    "base_without_thoughts": ({"question"}, set()),
+}
+
+
+@dataclass(frozen=True)
+class PromptFile:
+    """The wording of one task. Fields in braces are filled in; other braces are ordinary text."""
+
+    assistant: Messages
+    """What the assistant reads; ``{thoughts}`` stands where its placeholder tokens go, ``{count}`` for their number."""
+    assistant_text: Messages
+    """What the assistant is asked when it answers in words (evaluation condition ``text``)."""
+    base: Messages
+    """What the base model reads; ``{thoughts}`` stands where the projected thoughts (or the words) go."""
+    base_without_thoughts: Messages
+    """What the base model reads in the evaluation condition ``none``."""
+
+    @classmethod
+    def load(cls, path: Path) -> "PromptFile":
+        """Raises SoftCoTError with every mistake of the file."""
+        sections = read_yaml(path)
+        if not isinstance(sections, dict):
+            raise SoftCoTError(f"{path}: a prompt file is a mapping with the keys {', '.join(_FIELDS)}")
+        mistakes = [f"unknown key {key!r}; known: {', '.join(_FIELDS)}" for key in sections if key not in _FIELDS]
+        for key, (required, optional) in _FIELDS.items():
+            mistakes += [f"{key}: {mistake}" for mistake in _check_messages(sections.get(key), required, optional)]
+        if mistakes:
+            raise SoftCoTError(f"{path}: mistakes in the prompt file:\n" + "\n".join(f"  - {m}" for m in mistakes))
+        return cls(**sections)
+
+
+def _check_messages(messages: Any, required: set[str], optional: set[str]) -> list[str]:
+    if not isinstance(messages, list) or not messages:
+        return ["missing: write a list of messages with role and content"]
+    for message in messages:
+        if not isinstance(message, dict) or set(message) != {"role", "content"}:
+            return [f"a message has a role and a content and nothing else, found {message!r}"]
+        if not all(isinstance(value, str) for value in message.values()):
+            return [f"role and content are text, found {message!r}"]
+    found = [field for message in messages for field in FIELD.findall(message["content"])]
+    mistakes = [f"{{{field}}} is missing" for field in sorted(required - set(found))]
+    mistakes += [
+        f"{{{field}}} stands here {found.count(field)} times" for field in sorted(required) if found.count(field) > 1
+    ]
+    mistakes += [f"{{{field}}} has no meaning here" for field in sorted(set(found) - required - optional)]
+    return mistakes
+
+
+@dataclass(frozen=True)
+class AssistantInput:
+    """What the assistant reads for one example, cut after the last placeholder: it is causal, so the rest is idle."""
+
+    example_id: str
+    token_ids: list[int]
+    positions: list[int]
+    """Index in ``token_ids`` of each placeholder, ascending; one per thought."""
+
+
+@dataclass(frozen=True)
+class BasePrompt:
+    """What the base model reads: ``prefix_ids ; thoughts ; suffix_ids``, and then it writes."""
+
+    prefix_ids: list[int]
+    suffix_ids: list[int]
+
+
+class BasePrompts:
+    """Prompts and targets of the base model."""
+
+    def __init__(self, chat: ChatFormat, prompts: PromptFile) -> None:
+        """Raises SoftCoTError where the chat template does not do with the prompts what is needed of it."""
+        self.chat = chat
+        self.prompts = prompts
+        for messages in (prompts.base_without_thoughts, prompts.base):
+            chat.check(messages)
+            self._turn = Turn(chat, messages)
+            self._turn.check_beginning()
+
+    @property
+    def end_of_turn_id(self) -> int:
+        """The token with which the model ends its answer, as its template writes it."""
+        return self._turn.end_id
+
+    @property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end an answer, the template's own first."""
+        return self.chat.stop_ids(self.end_of_turn_id)
+
+    def with_thoughts(self, question: str) -> BasePrompt:
+        return BasePrompt(*self.chat.split_prompt_ids(self.prompts.base, question=question))
+
+    def with_words(self, question: str, words: str) -> BasePrompt:
+        """The assistant's words stand where the thoughts would (condition ``text``)."""
+        return BasePrompt(self.chat.prompt_ids(self.prompts.base, question=question, thoughts=words), [])
+
+    def without_thoughts(self, question: str) -> BasePrompt:
+        return BasePrompt(self.chat.prompt_ids(self.prompts.base_without_thoughts, question=question), [])
+
+    def target_ids(self, target: str) -> list[int]:
+        """The reasoning and answer that the base is trained to write after its prompt with thoughts.
+
+        White space that the template puts around an answer, and the token that ends it, included. Raises SoftCoTError
+        where the template changes the text, or the text contains that token.
+        """
+        return self._turn.answer_ids(target)
+
+
+class AssistantPrompts:
+    """Inputs of the assistant."""
+
+    def __init__(self, chat: ChatFormat, prompts: PromptFile, count: int, placeholder: str | None) -> None:
+        """Raises SoftCoTError when the placeholder is not one token, or the template cannot show the prompts."""
+        self.chat = chat
+        self.prompts = prompts
+        self.count = count
+        self.placeholder_id = _placeholder_id(chat, placeholder)
+        chat.check(prompts.assistant)
+        chat.check(prompts.assistant_text)
+
+    def thoughts_input(self, example_id: str, question: str) -> AssistantInput:
+        left_ids, _ = self.chat.split_prompt_ids(self.prompts.assistant, question=question, count=str(self.count))
+        return AssistantInput(
+            example_id,
+            left_ids + [self.placeholder_id] * self.count,
+            list(range(len(left_ids), len(left_ids) + self.count)),
+        )
+
+    def words_prompt(self, question: str) -> list[int]:
+        """What the assistant reads when it answers in words."""
+        return self.chat.prompt_ids(self.prompts.assistant_text, question=question)
+
+    @cached_property
+    def stop_ids(self) -> list[int]:
+        """Tokens that end the assistant's words. Raises SoftCoTError where the template's own is not found."""
+        return self.chat.stop_ids(Turn(self.chat, self.prompts.assistant_text).end_id)
+
+
+def _placeholder_id(chat: ChatFormat, placeholder: str | None) -> int:
+    tokenizer = chat.tokenizer
+    if placeholder is None:
+        placeholder = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
+        if placeholder is None:
+            raise SoftCoTError(f"the tokenizer of {chat.name} has no unk, pad or eos token; set thoughts.placeholder")
+    return chat.one_token(placeholder, "thoughts.placeholder")

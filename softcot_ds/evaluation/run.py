@@ -1,0 +1,167 @@
+"""The story of an evaluation: every condition is decoded on the same problems with the same settings."""
+
+import contextlib
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+from softcot_ds.adapter import train_summary
+from softcot_ds.agreement import agree
+from softcot_ds.choices import STRATEGIES, chosen
+from softcot_ds.data.examples import Example
+from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.distributed import init_distributed, on_main, say
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation.conditions import Conditions, Posed
+from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts, content_digest
+from softcot_ds.evaluation.report import Record, make_report, table, write_results
+from softcot_ds.evaluation.strategies import Answer, Reply
+from softcot_ds.experiment import Experiment
+from softcot_ds.inference import Adapter
+from softcot_ds.models.backbone import context_length, weights_fingerprint
+from softcot_ds.models.decoding import Sampling
+from softcot_ds.recipe import Condition, Recipe
+
+
+def evaluate(recipe: Recipe, adapter: Path) -> Record:
+    """Evaluate an adapter under the recipe's conditions; writes and returns the report.
+
+    Raises:
+        SoftCoTError: the adapter is incomplete, damaged, or of other models; a condition cannot be met. Said before a
+            model is loaded.
+    """
+    init_distributed(recipe.training.timeout_minutes)
+    agree({"the adapter": adapter, **recipe.flat()})
+    opened = Adapter(recipe, adapter)
+    config, experiment = opened.config, opened.experiment
+    if config.projection != recipe.projection.kind:
+        raise SoftCoTError(
+            f"{adapter} is a {config.projection} projection and projection.kind is {recipe.projection.kind}; "
+            f"set it to {config.projection}"
+        )
+    trained = train_summary(adapter)
+    examples = experiment.splits.test
+    if not examples:
+        raise SoftCoTError("there is no test problem to evaluate on; check task.test and task.max_tokens")
+    for note in experiment.splits.notes:
+        say(f"data: {note}")
+    say(f"evaluating {adapter} on {len(examples)} problems")
+
+    conditions = Conditions(opened, examples)
+    names = recipe.evaluation.conditions
+    decoder = Decoder(
+        recipe,
+        recipe.base,
+        config.base.fingerprint,
+        experiment.base_prompts.stop_ids,
+        context_length(experiment.base_config),
+    )
+    inquiries = {name: _Inquiry(conditions.of(name), decoder, experiment) for name in names if name != "text"}
+    if "text" in names:  # last, as it may run the assistant: all the others have been checked then
+        conditions.words = _assistant_words(recipe, experiment, examples)
+        inquiries["text"] = _Inquiry(conditions.of("text"), decoder, experiment)
+    if any(inquiry.needs_states for inquiry in inquiries.values()):
+        conditions.read_states()  # now, as it may load the assistant: not beside the base
+    answers = {name: inquiry.answers() for name, inquiry in inquiries.items()}
+    records = {name: _grade(answers[name], inquiries[name].problems, examples, experiment) for name in names}
+    report = make_report(recipe, adapter, config, trained, records)
+    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{_evaluation_hash(recipe, inquiries, examples)}"
+    written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
+    say(f"{table(report)}\n{written}")
+    return report
+
+
+class _Undecoded(Exception):
+    """Raised in place of replies that are not there yet."""
+
+
+class _Inquiry:
+    """The recipe's strategy at work under one condition."""
+
+    def __init__(self, problems: Posed, decoder: Decoder, experiment: Experiment) -> None:
+        """Goes through the rounds that are on disk already; no model is loaded for it.
+
+        Raises:
+            SoftCoTError: what comes next cannot be asked.
+        """
+        self.problems = problems
+        self._decoder = decoder
+        self._experiment = experiment
+        self._decoding = False
+        self._jobs: dict[str, Job] = {}
+        with contextlib.suppress(_Undecoded):
+            self.answers()
+        self._decoding = True
+
+    @property
+    def needs_states(self) -> bool:
+        """Whether thoughts have to be made of the assistant's states for it."""
+        return any(job.todo and job.thoughts is not None and job.thoughts.need_states for job in self._jobs.values())
+
+    @property
+    def key(self) -> str:
+        """Of all that was asked."""
+        return "+".join(self._jobs)
+
+    def answers(self) -> list[Answer]:
+        """One per problem. All ranks call it together."""
+        settings = self._experiment.recipe.evaluation
+        return chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, self._experiment.task, settings)
+
+    def _ask(
+        self,
+        name: str,
+        prompts: Sequence[BasePrompt],
+        thoughts: Thoughts | None,
+        sampling: Sampling,
+        draw: int = 0,
+    ) -> list[Reply]:
+        """See ``strategies.Ask``."""
+        job = self._decoder.job(name, prompts, thoughts, sampling, draw)
+        self._jobs[job.key] = job
+        if job.todo and not self._decoding:
+            raise _Undecoded
+        decode = self._experiment.base_tokenizer.decode
+        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.run(job)]
+
+
+def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
+    """What the assistant answers in words, for the condition text. The assistant is gone when this returns."""
+    prompts = experiment.assistant_prompts
+    decoder = Decoder(
+        recipe,
+        recipe.assistant,
+        weights_fingerprint(recipe.assistant),
+        prompts.stop_ids,
+        context_length(experiment.assistant_config),
+    )
+    inputs = [BasePrompt(prompts.words_prompt(example.problem.question), []) for example in examples]
+    sampling = replace(Sampling.of(recipe.evaluation), max_new_tokens=recipe.evaluation.text_max_tokens)
+    outputs = decoder.run(decoder.job("assistant", inputs, None, sampling))
+    return [experiment.assistant_tokenizer.decode(output.token_ids) for output in outputs]
+
+
+def _grade(
+    answers: Sequence[Answer], problems: Posed, examples: Sequence[Example], experiment: Experiment
+) -> list[Record]:
+    decode, task = experiment.base_tokenizer.decode, experiment.task
+    marker = "" if problems.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
+    return [
+        {
+            "id": example.problem.id,
+            "prompt": decode(prompt.prefix_ids) + marker + decode(prompt.suffix_ids),
+            "output": answer.reply.text,
+            "cut": answer.reply.cut,
+            "answer": answer.value,
+            "reference": example.problem.answer,
+            "correct": task.is_correct(answer.value, example.problem),
+        }
+        for answer, prompt, example in zip(answers, problems.prompts, examples, strict=True)
+    ]
+
+
+def _evaluation_hash(recipe: Recipe, inquiries: dict[Condition, _Inquiry], examples: Sequence[Example]) -> str:
+    """Of all that decides a report, the references too: none is ever overwritten by another."""
+    problems = [[example.problem.question, example.problem.answer] for example in examples]
+    keys = {name: inquiry.key for name, inquiry in inquiries.items()}
+    return content_digest([recipe.task.name, keys, problems, *recipe.evaluation.other_strategy.values()])[:8]

@@ -1,0 +1,212 @@
+"""The training step: from a batch to the loss, with only the work that the projection's gradient needs.
+
+B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and target tokens, S = L + T + R,
+N = I + S, K supervised tokens, P assistant width, D base width, V vocabulary.
+
+``step="fast"`` reads the tokens that all prefixes begin with once, runs the rest of the prefix without gradient
+(frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, an oracle and the way of models
+that the fast one does not fit: one pass over the whole sequence with gradient, logits everywhere. Loss and gradient of
+both are the same. What a model must do for either is tried on its own weights (trial.py).
+"""
+
+import warnings
+from collections.abc import Sequence
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+from transformers import PreTrainedModel
+from transformers.modeling_layers import GradientCheckpointingLayer
+
+from softcot_ds.data.batches import Batch
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.distributed import is_main
+from softcot_ds.methods.base import Projection
+from softcot_ds.models.assistant import check_length, compute_thoughts, read_shared
+from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
+from softcot_ds.models.loss import cross_entropy
+from softcot_ds.models.operations import Decoder
+from softcot_ds.models.partition import is_partitioned
+from softcot_ds.models.shared_prefix import SharedPrefix
+
+
+class SoftCoT(nn.Module):
+    """The frozen base and the trained projection; the frozen assistant too, when thoughts are computed online."""
+
+    def __init__(
+        self,
+        base: PreTrainedModel,
+        projection: Projection,
+        assistant: PreTrainedModel | None = None,
+        step: Literal["fast", "full"] = "fast",
+        activation_checkpointing: bool = False,
+        shared_ids: Sequence[int] = (),
+        assistant_inputs: Sequence[AssistantInput] = (),
+    ) -> None:
+        """
+        Args:
+            shared_ids: tokens that every prefix begins with. Batches must leave out the first ``num_shared``.
+            assistant_inputs: all that the assistant may be given; it reads what they begin with once. Those that a
+                cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
+        """
+        super().__init__()
+        self.base = base
+        self.projection = projection
+        self.assistant = assistant
+        self.embed: torch.nn.Module | None = None
+        embedding = base.get_input_embeddings()
+        # A table that ZeRO-3 partitions is left to the embedding module, whose hooks gather it once. The fused kernel
+        # would have it gathered once more in the backward pass, as DeepSpeed gathers all that a module with gradient
+        # reads: for Llama 3.1 8B 1 GB more traffic per micro-batch, to save two small launches.
+        if not is_partitioned(*embedding.parameters()):
+            self.embed = projection.fused_with(embedding)
+        self._shared: SharedPrefix | None = None
+        self._shared_ids = tuple(shared_ids)
+        self._assistant_inputs = assistant_inputs
+        self._assistant_prefix: SharedPrefix | None = None
+        self._decoders = [Decoder.of(model) for model in (base, assistant) if model is not None]
+        self._checkpointing = activation_checkpointing
+        self.prefixed: FrozenPrefix | None = None
+        reason = why_unsupported(base) if step == "fast" else None
+        if step == "fast" and reason is None:
+            self.prefixed = FrozenPrefix(base, activation_checkpointing)
+        else:
+            self.use_full_step(reason)
+
+    def use_full_step(self, reason: str | None) -> None:
+        """Run the full step from now on; ``reason`` is said: what keeps this base from the fast one."""
+        if reason is not None and is_main():
+            warnings.warn(f"{type(self.base).__name__} runs the full step: {reason}", stacklevel=3)
+        if self.prefixed is not None:
+            self.prefixed.remove()
+        self.prefixed = None
+        self._shared_ids = ()
+        if self._checkpointing:
+            # transformers' own switch does nothing outside of training mode, which would bring dropout.
+            for layer in self.base.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+
+    @property
+    def num_shared(self) -> int:
+        """I, how many of the shared tokens are read once. 0 where each batch reads them: in the full step, say."""
+        return len(self._shared_ids)
+
+    def train(self, mode: bool = True) -> "SoftCoT":
+        """Only the projection is ever in training mode: the frozen models have no dropout."""
+        self.training = mode
+        self.projection.train(mode)
+        return self
+
+    def forward(self, batch: Batch) -> torch.Tensor:
+        """Cross entropy summed over the supervised tokens of the batch, in nats.
+
+        A scalar in float32 (float64 for a float64 base). It is a sum because the mean is over the global batch, whose
+        token count the caller knows.
+
+        Raises:
+            SoftCoTError: an example is longer than the base's context.
+        """
+        check_length(batch.longest, self.base)
+        if self._shared is None and self._shared_ids:
+            # In the first pass, and not earlier, the weights of a partitioned model can be gathered.
+            ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
+            self._shared = self.prefixed.read_shared(ids)
+        embeds_BSD = self._embeds(batch)
+        prefix_length = batch.prefix_ids.shape[1]
+        if self.prefixed is None:
+            logits_KV = full_logits(self.base, embeds_BSD, batch.prefix_mask, batch.predict_at, batch.longest)
+            return cross_entropy(logits_KV, batch.targets)
+        num_thoughts = embeds_BSD.shape[1] - prefix_length - batch.suffix_ids.shape[1]
+        mask_BN, positions_BS = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
+        return self.prefixed.loss(
+            embeds_BSD, mask_BN, positions_BS, prefix_length, batch.predict_at, batch.targets, self._shared
+        )
+
+    def operations(self, batch: Batch) -> int:
+        """Floating-point operations of the forward and backward pass over a batch, padding included; 0 where they are
+        not known. What a run reads once and what activation checkpointing computes again do not count."""
+        if None in self._decoders:
+            return 0
+        base, *assistant = self._decoders
+        batch_size, prefix_length = batch.prefix_ids.shape
+        num_thoughts = len(batch.assistant[0].positions)
+        total = self.projection.operations(batch_size, num_thoughts)
+        if self.prefixed is None:
+            total += base.train(batch_size, batch.longest, batch.longest) + base.train_head(batch_size * batch.longest)
+        else:
+            before, rest = self.num_shared + prefix_length, num_thoughts + batch.suffix_ids.shape[1]
+            total += base.run(batch_size, prefix_length, before) + base.train(batch_size, rest, before + rest)
+            total += base.train_head(len(batch.targets))
+        if assistant and batch.thoughts is None:
+            keys = max(item.positions[-1] + 1 for item in batch.assistant)
+            skipped = self._assistant_prefix.length if self._assistant_prefix else 0
+            total += assistant[0].run(batch_size, keys - skipped, keys)
+        return total
+
+    def thoughts(self, batch: Batch) -> torch.Tensor:
+        """(B, T, D) projected thoughts."""
+        hidden_BTP = self._hidden(batch) if self.projection.needs_states else None
+        return self.projection(hidden_BTP, len(batch.suffix_ids))
+
+    def _hidden(self, batch: Batch) -> torch.Tensor:
+        """(B, T, P) assistant states, from the batch or from the assistant."""
+        if batch.thoughts is not None:
+            return batch.thoughts
+        if self._assistant_prefix is None:  # in the first pass, as above
+            self._assistant_prefix = read_shared(self.assistant, self._assistant_inputs)
+        return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
+
+    def _embeds(self, batch: Batch) -> torch.Tensor:
+        """(B, S, D) embeddings of the whole sequence, but for the shared tokens.
+
+        The prefix is padded on the left and the suffix on the right, so that real tokens are adjacent.
+        """
+        batch_size, prefix_length = batch.prefix_ids.shape
+        token_ids = torch.cat([batch.prefix_ids, batch.suffix_ids], dim=1)
+        if self.embed is not None:
+            slot_B = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=token_ids.device)
+            return self.embed(self._hidden(batch), token_ids, slot_B)
+        prefix_BLD, suffix_BRD = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
+        return torch.cat([prefix_BLD, self.thoughts(batch).to(prefix_BLD.dtype), suffix_BRD], dim=1)
+
+
+def full_logits(
+    base: PreTrainedModel,
+    embeds_BSD: torch.Tensor,
+    prefix_mask_BL: torch.Tensor,
+    predict_at_K: torch.Tensor,
+    longest: int,
+) -> torch.Tensor:
+    """(K, V) logits of one pass over whole rows.
+
+    Padding goes behind the end of each row, where no causal model sees it, attention or not: so the model is given
+    nothing but embeddings, no mask that it might ignore and no positions that it might count otherwise.
+
+    Args:
+        embeds_BSD: the prefix padded on the left.
+        prefix_mask_BL: bool, False on padding.
+        predict_at_K: int64 indices into the flattened (B, T+R) thoughts and suffix.
+        longest: X, positions of the longest row.
+    """
+    prefix_length, length = prefix_mask_BL.shape[1], embeds_BSD.shape[1]
+    padding_B = prefix_length - prefix_mask_BL.sum(dim=1)
+    order_BX = (torch.arange(longest, device=embeds_BSD.device) + padding_B[:, None]) % length
+    rows_BXD = embeds_BSD.take_along_dim(order_BX[:, :, None], dim=1)
+    logits_BXV = base(inputs_embeds=rows_BXD, use_cache=False).logits
+    row_K, column_K = predict_at_K // (length - prefix_length), predict_at_K % (length - prefix_length)
+    return logits_BXV[row_K, column_K + prefix_length - padding_B[row_K]]
+
+
+def mask_and_positions(
+    prefix_mask_BL: torch.Tensor, num_thoughts: int, suffix_mask_BR: torch.Tensor, num_shared: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The mask (B, N), 0 on padding, and the positions (B, S) of a batch, int64."""
+    batch_size = len(prefix_mask_BL)
+    shared_BI = prefix_mask_BL.new_ones(batch_size, num_shared)
+    thoughts_BT = prefix_mask_BL.new_ones(batch_size, num_thoughts)
+    mask_BN = torch.cat([shared_BI, prefix_mask_BL, thoughts_BT, suffix_mask_BR], dim=1)
+    positions_BS = (mask_BN.cumsum(dim=1) - 1).clamp(min=0)[:, num_shared:]
+    return mask_BN.long(), positions_BS

@@ -1,0 +1,304 @@
+"""Whether a model does what training and thoughts take for granted, tried on its loaded weights before work starts.
+
+Two short rows of unequal length go through the very code that the work will run, and must come out as each row alone;
+embeddings of tokens must do what the tokens' ids do. So no list of families says which models fit: one that ignores
+masks, needs ids beside embeddings or looks ahead shows it here, one that takes or returns something else fails here.
+
+N tokens, S tokens of a row, T thoughts, D base width, V vocabulary.
+"""
+
+import random
+from collections.abc import Callable
+from typing import Literal
+
+import torch
+from transformers import GenerationConfig, PreTrainedModel
+
+from softcot_ds.data.batches import pad
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.distributed import device as own_device
+from softcot_ds.distributed import from_all_ranks, lost_rank
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
+from softcot_ds.models.backbone import load_config, load_frozen, weight_bytes
+from softcot_ds.models.decoding import try_decoding
+from softcot_ds.models.embedding import device_of
+from softcot_ds.models.frozen_prefix import FrozenPrefix
+from softcot_ds.models.loss import cross_entropy
+from softcot_ds.models.model_files import is_here
+from softcot_ds.models.toy import make_toy, toy_config
+from softcot_ds.recipe import ModelConfig, Recipe
+
+Role = Literal["base", "assistant"]
+
+SMALL_BYTES = 2 * 10**9
+"""A model of no more weights than this is loaded just to be tried."""
+_NOT_FINITE = "what it makes of ordinary tokens is not finite: its weights may be damaged, fetch or save them again"
+_SHARED, _THOUGHTS = 2, 2
+_LENGTHS = ((9, 5), (2, 3))
+"""Tokens of each row before and after the thoughts; the first ones, which are shared, are among them."""
+
+
+def check_model(model: PreTrainedModel, role: Role, name: str) -> None:
+    """Raises SoftCoTError on all ranks when ``why_unsuitable`` has a reason on one; to be called by all together.
+
+    Args:
+        name: what the recipe calls the model.
+    """
+    reason = agreed(why_unsuitable(model, role))
+    if reason is not None:
+        raise _unsuitable(name, model.config.model_type, role, reason)
+
+
+def load_assistant(recipe: Recipe) -> PreTrainedModel:
+    """The assistant, whole on this process's device, and tried. All ranks call it together.
+
+    Raises:
+        SoftCoTError: it cannot be loaded, or cannot be an assistant.
+    """
+    assistant = load_frozen(recipe.assistant, "none", own_device())
+    check_model(assistant, "assistant", recipe.assistant.model)
+    return assistant
+
+
+def check_ahead(config: ModelConfig, role: Role) -> None:
+    """Raises SoftCoTError when ``why_unsuitable_ahead`` has a reason; nothing where that cannot be told ahead."""
+    try:
+        reason = why_unsuitable_ahead(config, role)
+    except Untried:
+        return
+    if reason is not None:
+        raise _unsuitable(config.model, load_config(config).model_type, role, reason)
+
+
+def _unsuitable(name: str, model_type: str, role: Role, reason: str) -> SoftCoTError:
+    return SoftCoTError(
+        f"{name} (model type {model_type!r}) cannot be the {role}: {reason}. Name another model in {role}.model; where "
+        f"it is the model's code that fails, {role}.attention: eager may help"
+    )
+
+
+class Untried(Exception):
+    """Whether a model fits shows only when it is loaded; says why."""
+
+
+def why_unsuitable_ahead(config: ModelConfig, role: Role) -> str | None:
+    """Why a model that is not loaded yet cannot be the base, decoding included, or the assistant; None when it can.
+
+    Asked of the model itself where it is here and small; else of a toy made from its configuration, in a second or two.
+    On one process, on the CPU.
+
+    Raises:
+        Untried: no toy can be made, or it does not do what every causal model does.
+        SoftCoTError: the model's files are not what they should be.
+    """
+    if is_here(config) and weight_bytes(config) <= SMALL_BYTES and "flash" not in config.attention:
+        model, tried = load_frozen(config, "none", torch.device("cpu")), ""
+    else:
+        model, tried = _toy(config, role), "a small model made from its configuration shows that "
+    reason = why_unsuitable(model, role)
+    if reason is None and role == "base":
+        try:
+            try_decoding(model)
+        except SoftCoTError as error:
+            reason = str(error)
+    return None if reason is None else tried + reason
+
+
+def _toy(config: ModelConfig, role: Role) -> PreTrainedModel:
+    try:
+        toy = make_toy(toy_config(load_config(config)))
+        ids = _tensor(_rows(toy)[0], toy)[None]
+        with torch.no_grad():
+            finite = toy(input_ids=ids, use_cache=False).logits.isfinite().all()
+        if role == "base":
+            toy.generation_config = GenerationConfig()
+            toy.generate(ids, max_new_tokens=2, do_sample=False, pad_token_id=0)
+    except SoftCoTError:
+        raise
+    except Exception as error:  # each family has its own
+        raise Untried(f"no small model can be made from its configuration: {_first_line(error)}") from error
+    if not finite:
+        raise Untried("a small model made from its configuration gives no finite numbers")
+    return toy
+
+
+def why_unsuitable(model: PreTrainedModel, role: Role) -> str | None:
+    """Why a loaded model, in evaluation mode, cannot be the base of training or the assistant; None when it can.
+
+    It costs a few forward passes of two short rows, for the base one backward pass too. A partitioned model must be in
+    DeepSpeed's hands; all ranks call this together.
+    """
+    return _reason(lambda: (_try_base if role == "base" else _try_assistant)(model))
+
+
+def why_not_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
+    """Why the fast step cannot be taken with a base that the full step suits; None when both give the same."""
+    return _reason(lambda: _try_fast(model, prefixed))
+
+
+def agreed(reason: str | None) -> str | None:
+    """The first rank's reason that has one: near the border between rounding and fault, ranks may judge otherwise."""
+    return next((reason for reason in from_all_ranks(reason) if reason is not None), None)
+
+
+def _reason(trial: Callable[[], str | None]) -> str | None:
+    try:
+        return trial()
+    except Exception as error:
+        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and lost_rank(error)):
+            raise  # says nothing about the model
+        return f"a trial with a few tokens ended in {_first_line(error)}"
+
+
+def _first_line(error: Exception) -> str:
+    return f"{type(error).__name__}: {(str(error).strip() or 'no message').splitlines()[0]}"
+
+
+def _try_base(model: PreTrainedModel) -> str | None:
+    rows = _rows(model)
+    ids = _tensor(rows[0], model)[None]
+    with torch.no_grad():
+        embedded = [model.get_input_embeddings()(_tensor(row, model)[None]) for row in rows]
+        said = _logits(model, input_ids=ids)
+        if not said.isfinite().all():
+            return _NOT_FINITE
+        if _differ(model, _logits(model, inputs_embeds=embedded[0]), said):
+            if _differ(model, _logits(model, input_ids=ids), said):
+                return "it does not give the same twice for the same tokens"
+            return "it needs token ids beside embeddings, and thoughts are embeddings alone"
+        alone = []
+        for embeds, (prefix, _) in zip(embedded, _LENGTHS, strict=True):
+            _put_thoughts(embeds, prefix)
+            alone.append(_logits(model, inputs_embeds=embeds)[prefix:])
+    logits, gradient = _full(model, rows)
+    if _differ(model, logits, torch.cat(alone)):
+        half = len(rows[0]) // 2
+        with torch.no_grad():
+            part = _logits(model, input_ids=ids[:, :half])
+        if _differ(model, part, said[:half]):
+            return "it is not causal: what comes later changes what it makes of earlier tokens"
+        return "rows in a batch come out other than each row alone"
+    if not gradient.isfinite().all() or not gradient.any():
+        return "no gradient reaches the thoughts"
+    return None
+
+
+def _logits(model: PreTrainedModel, **inputs: torch.Tensor) -> torch.Tensor:
+    """(S, V) of one row."""
+    copies = {name: value.clone() for name, value in inputs.items()}  # some families scale what they are given in place
+    return model(**copies, use_cache=False).logits[0]
+
+
+def _put_thoughts(embeds: torch.Tensor, first: int) -> None:
+    """Put what is no token's embedding, but of their size, in the place of some (., S, D) from ``first`` on."""
+    tokens, next_ones = (embeds[:, start : start + _THOUGHTS].clone() for start in (first, first + 1))
+    embeds[:, first : first + _THOUGHTS] = (tokens - next_ones) / 2**0.5
+
+
+def _try_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
+    rows = _rows(model)
+    logits, gradient = _full(model, rows)
+    shared = prefixed.read_shared(_tensor(rows[0][:_SHARED], model))
+    found, found_gradient = _with_gradient(
+        model,
+        rows,
+        _SHARED,
+        lambda embeds, prefix_mask, suffix_mask, at: prefixed.logits(
+            embeds,
+            *mask_and_positions(prefix_mask, _THOUGHTS, suffix_mask, _SHARED),
+            prefix_mask.shape[1],
+            at,
+            shared,
+        ),
+    )
+    if _differ(model, found, logits) or _differ(model, found_gradient, gradient, passes=2):
+        return "a trial of the fast one gave another result"
+    return None
+
+
+def _full(model: PreTrainedModel, rows: list[list[int]]) -> tuple[torch.Tensor, torch.Tensor]:
+    return _with_gradient(
+        model,
+        rows,
+        0,
+        lambda embeds, prefix_mask, _, at: full_logits(model, embeds, prefix_mask, at, max(map(len, rows))),
+    )
+
+
+def _with_gradient(
+    model: PreTrainedModel, rows: list[list[int]], num_shared: int, run: Callable[..., torch.Tensor]
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits (N, V) from the first thought of each row on, and a gradient (2 T, D) with respect to the thoughts."""
+    parts = [(row[num_shared:prefix], row[prefix:]) for row, (prefix, _) in zip(rows, _LENGTHS, strict=True)]
+    prefix_ids, prefix_mask = pad([before for before, _ in parts], rows[0][0], side="left")
+    rest_ids, rest_mask = pad([rest for _, rest in parts], rows[0][0], side="right")
+    device = device_of(model.get_input_embeddings())
+    prefix_mask, rest_mask, rest_ids = prefix_mask.to(device), rest_mask.to(device), rest_ids.to(device)
+    first = prefix_mask.shape[1]
+    with torch.no_grad():
+        embeds = model.get_input_embeddings()(torch.cat([prefix_ids.to(device), rest_ids], dim=1))
+        _put_thoughts(embeds, first)
+    with torch.enable_grad():
+        embeds = embeds.detach().requires_grad_()
+        logits = run(embeds, prefix_mask, rest_mask[:, _THOUGHTS:], rest_mask.flatten().nonzero()[:, 0])
+        loss = cross_entropy(logits, rest_ids[rest_mask])
+        # Not backward(): DeepSpeed would take what the engine's parameters get for a part of the first step.
+        (gradient,) = torch.autograd.grad(loss, [embeds])
+    return logits.detach(), gradient[:, first : first + _THOUGHTS].flatten(0, 1)
+
+
+@torch.no_grad()
+def _try_assistant(model: PreTrainedModel) -> str | None:
+    inputs = [
+        AssistantInput(str(index), row, list(range(prefix, prefix + _THOUGHTS)))
+        for index, (row, (prefix, _)) in enumerate(zip(_rows(model), _LENGTHS, strict=True))
+    ]
+    decoder = decoder_of(model)
+    alone = [
+        decoder(input_ids=_tensor(item.token_ids, model)[None], use_cache=False).last_hidden_state[0] for item in inputs
+    ]
+    states_width, width = alone[0].shape[-1], model.get_input_embeddings()(_tensor([0], model)[None]).shape[-1]
+    if states_width != width:
+        return f"its states are {states_width} wide, and its token embeddings {width}"
+    truth = torch.cat([states[item.positions] for states, item in zip(alone, inputs, strict=True)])
+    if not truth.isfinite().all():
+        return _NOT_FINITE
+    if _differ(model, compute_thoughts(model, inputs).flatten(0, 1), truth):
+        return "its states at the placeholders depend on what stands after them, or on the other rows of a batch"
+    if _differ(model, compute_thoughts(model, inputs, read_shared(model, inputs)).flatten(0, 1), truth):
+        return "its states change when it reads what all inputs begin with once for all"
+    return None
+
+
+def _rows(model: PreTrainedModel) -> list[list[int]]:
+    """Two rows of ordinary tokens: images, sounds and the like have theirs at the ends of a vocabulary."""
+    vocabulary = model.config.get_text_config().vocab_size
+    draw = random.Random(0)
+    longest = max(map(sum, _LENGTHS)) + _THOUGHTS
+    first, second = ([draw.randrange(vocabulary // 4, vocabulary // 2) for _ in range(longest)] for _ in range(2))
+    return [
+        (first[:_SHARED] + row[_SHARED:])[: prefix + _THOUGHTS + rest]
+        for row, (prefix, rest) in zip((first, second), _LENGTHS, strict=True)
+    ]
+
+
+def _tensor(ids: list[int], model: PreTrainedModel) -> torch.Tensor:
+    return torch.tensor(ids, device=device_of(model.get_input_embeddings()))
+
+
+def _differ(model: PreTrainedModel, found: torch.Tensor, truth: torch.Tensor, passes: int = 1) -> bool:
+    """Whether rows (N, .) differ by more than rounding, and by more than a constant, which logits may have in common.
+
+    A fault changes a row as a whole, rounding its last digits: the border lies at a third of the digits, 0.2 in
+    bfloat16. Met there were 0.05 (trained, 30 layers) to 0.14 (random, 126 layers) for the gradient, which went through
+    the layers twice (``passes``), half of that for logits. The mean over the rows, because in 16 bits a token that
+    stands between two experts may now and then go to the other.
+    """
+    shown = ~(truth <= -1e4)  # some families mask entries of their vocabulary; a NaN stays
+    found, truth = (rows.double().where(shown, 0) for rows in (found, truth))
+    found, truth = (rows - rows.mean(dim=-1, keepdim=True) for rows in (found, truth))
+    errors = (found - truth).norm(dim=-1) / truth.norm(dim=-1).clamp(min=torch.finfo(truth.dtype).tiny)  # may be 0
+    precision = max(torch.finfo(dtype).eps for dtype in (model.dtype, torch.float32))  # some parts stay in float32
+    return not errors.mean() <= passes * precision ** (1 / 3)  # nor if it is NaN

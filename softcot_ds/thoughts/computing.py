@@ -1,0 +1,132 @@
+"""Computing a recipe's thoughts with its assistant: all that its cache lacks, or a sample again."""
+
+from __future__ import annotations
+
+import os
+import random
+from collections.abc import Sequence
+from typing import TYPE_CHECKING
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds import distributed
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.methods.trial import check_ahead, check_model
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
+from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models.partition import plain_config
+from softcot_ds.recipe import Recipe
+from softcot_ds.thoughts.builder import fill, say
+from softcot_ds.thoughts.ranks import Ranks, join_ranks
+from softcot_ds.thoughts.reader import cache_identity, input_key, open_cache
+
+if TYPE_CHECKING:
+    from softcot_ds.thoughts.builder import Compute
+
+RECOMPUTE_TOLERANCE = {"float32": 1e-4, "float16": 1e-2, "bfloat16": 5e-2}
+"""How much a row may depend on its batch, the number of ranks and the hardware: relative error in the Euclidean norm,
+by the coarser of the dtypes that it is computed in and stored in."""
+_RECOMPUTED_ROWS = 32
+
+
+def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
+    """Compute and store what the recipe's cache lacks. To be called by all ranks.
+
+    Raises:
+        SoftCoTError: see ``fill``; or the base, for which all this is, cannot be one.
+    """
+    ranks = ranks or join_ranks()
+    identity = cache_identity(recipe)
+    inputs = _recipe_inputs(recipe)
+
+    def load() -> Compute:
+        if ranks.rank == 0:
+            check_ahead(recipe.base, "base")
+        return load_assistant(recipe, inputs, ranks)
+
+    fill(
+        recipe.cache.path / identity.folder_name,
+        identity,
+        inputs,
+        load,
+        ranks,
+        shard_mib=recipe.cache.shard_mib,
+        tokens_per_batch=recipe.cache.tokens_per_batch,
+        in_step=recipe.cache.partition == "zero3",
+    )
+
+
+def _recipe_inputs(recipe: Recipe) -> list[AssistantInput]:
+    return Experiment(recipe).splits.assistant_inputs()
+
+
+def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> Compute:
+    """Load the assistant on this rank's device and let it read what all inputs begin with.
+
+    Raises:
+        SoftCoTError: it cannot be loaded, or cannot be an assistant.
+    """
+    if recipe.cache.partition == "zero3":
+        model = _load_partitioned(recipe, ranks)
+        check_model(model, "assistant", recipe.assistant.model)
+        prefix = read_shared(model, inputs)
+        return lambda batch: compute_thoughts(model, batch, prefix)
+    if torch.cuda.is_available():
+        device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
+        torch.cuda.set_device(device)
+    else:
+        device = torch.device("cpu")
+        if "OMP_NUM_THREADS" not in os.environ:
+            # PyTorch would take every core in every rank. A launcher may have bound the ranks to cores already.
+            cores = len(os.sched_getaffinity(0))
+            bound = cores < (os.cpu_count() or 1)
+            torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
+    model = load_frozen(recipe.assistant, "none", device)
+    check_model(model, "assistant", recipe.assistant.model)
+    prefix = read_shared(model, inputs)
+    return lambda batch: compute_thoughts(model, batch, prefix)
+
+
+def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
+    """The assistant's decoder, its weights split over the ranks by ZeRO-3. To be called, and run, by all at once."""
+    ranks.export_environment()
+    distributed.init_distributed(recipe.training.timeout_minutes)
+    config = plain_config(recipe.assistant.dtype)
+    model = load_frozen(recipe.assistant, "zero3", distributed.device(), config)
+    # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
+    engine, *_ = deepspeed.initialize(model=decoder_of(model), config=config)
+    return engine.module.eval()
+
+
+def recompute_sample(recipe: Recipe, ranks: Ranks) -> None:
+    """Compute some rows of the recipe's cache again and compare, within ``RECOMPUTE_TOLERANCE``.
+
+    Raises:
+        SoftCoTError: no row is there, or one differs; names the example.
+    """
+    store = open_cache(recipe)
+    inputs = _recipe_inputs(recipe)
+    keys = [input_key(item) for item in inputs]
+    missing = set(store.missing(keys))
+    there = [index for index in range(len(inputs)) if index not in missing]
+    if not there:
+        raise SoftCoTError(f"{store.folder} holds no row of this recipe; add them with: softcot-ds cache RECIPE")
+    compute = load_assistant(recipe, inputs, ranks)
+    dtypes = (store.identity.dtype, store.identity.compute_dtype)
+    tolerance = max(RECOMPUTE_TOLERANCE[dtype] for dtype in dtypes)
+    worst = 0.0
+    sample = random.Random(0).sample(there, min(_RECOMPUTED_ROWS, len(there)))
+    for index in sample:
+        stored = store.read([keys[index]]).double()
+        error = float((compute([inputs[index]]).cpu().double() - stored).norm() / stored.norm())
+        worst = max(worst, error)
+        if not error <= tolerance:
+            raise SoftCoTError(
+                f"example {inputs[index].example_id}: computed again it differs by {error:.1e} (relative, tolerance "
+                f"{tolerance:.0e}) from {store.folder}; remove that folder and build it anew"
+            )
+    say(f"{len(sample)} rows computed again: largest relative error {worst:.1e}, tolerance {tolerance:.0e}")

@@ -1,0 +1,208 @@
+"""Checkpoints: an adapter directory (adapter.py), and what training needs to go on.
+
+``checkpoints/step-N/`` holds, beside the adapter's files,
+
+    optimizer.safetensors    AdamW's moments, float32
+
+Moments are stored whole, not per rank, so a run resumes on any number of ranks.
+"""
+
+import shutil
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from deepspeed.utils import (
+    safe_get_full_fp32_param,
+    safe_get_full_optimizer_state,
+    safe_set_full_fp32_param,
+    safe_set_full_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save
+
+from softcot_ds.adapter import AdapterConfig, TrainerState, damaged
+from softcot_ds.distributed import on_main, say
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import cannot_write, sync_file, sync_folder, temporary_name
+from softcot_ds.models.partition import is_partitioned, local_part
+from softcot_ds.recipe import Recipe
+from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
+
+_MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+FILES = (
+    "projection.safetensors",
+    "optimizer.safetensors",
+    "adapter.json",
+    "trainer.json",
+    "recipe.yaml",
+    "prompts.yaml",
+)
+"""What a checkpoint holds beside its marker."""
+
+
+def save_checkpoint(
+    engine: Any, recipe: Recipe, config: AdapterConfig, prompt_file: Path, summary: dict[str, Any]
+) -> Path:
+    """Write the checkpoint of ``config.step``; all ranks call it. Older ones beyond training.keep_checkpoints go.
+
+    Args:
+        summary: how the training went, for reports.
+
+    Raises:
+        SoftCoTError: on every rank, when it cannot be written (a full disk), or a value is not finite; nothing
+            half-written remains and the older checkpoints are untouched.
+    """
+    parameters = dict(engine.module.projection.named_parameters())
+    weights = {name: safe_get_full_fp32_param(p).cpu().contiguous() for name, p in parameters.items()}
+    moments = {
+        f"{moment}.{name}": safe_get_full_optimizer_state(p, moment).cpu().contiguous()
+        for name, p in parameters.items()
+        for moment in _MOMENTS
+    }
+    if not all(value.isfinite().all() for value in (*weights.values(), *moments.values())):
+        kept = latest_checkpoint(recipe.run_dir)
+        raise SoftCoTError(
+            f"weights or moments are not finite after step {config.step}: not saved. The newest checkpoint is "
+            f"{kept.name if kept else 'none'}; lower training.learning_rate"
+        )
+    trainer = TrainerState(step=config.step, optimizer_steps=_optimizer_steps(engine), summary=summary)
+    folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
+
+    def fill(temporary: Path) -> None:
+        # Not by save_file, whose files nobody else may read, whatever the umask says.
+        (temporary / "projection.safetensors").write_bytes(save(weights))
+        (temporary / "optimizer.safetensors").write_bytes(save(moments))
+        (temporary / "adapter.json").write_text(config.to_json())
+        (temporary / "trainer.json").write_text(trainer.model_dump_json() + "\n")
+        (temporary / "recipe.yaml").write_text(recipe.to_yaml())
+        shutil.copyfile(prompt_file, temporary / "prompts.yaml")
+
+    def write() -> None:
+        _write_folder(folder, fill)
+        _prune(recipe.run_dir, recipe.training.keep_checkpoints)
+
+    on_main(write)
+    return folder
+
+
+def _prune(run_dir: Path, keep: int) -> None:
+    """Remove all checkpoints but the newest ``keep``. One that cannot be removed is no reason to end a training."""
+    for old in checkpoints(run_dir)[:-keep]:
+        try:
+            # Without its marker first: a deletion that is cut short leaves no checkpoint that looks whole.
+            (old / MARKER).unlink()
+            shutil.rmtree(old)
+        except OSError as error:  # somebody reads it over NFS; permissions
+            say(f"warning: the old checkpoint {old} cannot be removed: {error}; remove it by hand")
+
+
+def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
+    """Create ``folder`` with ``fill``'s files and the marker, complete or not at all."""
+    temporary = temporary_name(folder)
+    try:
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        for leftover in folder.parent.glob(".step-*.tmp"):  # of an attempt that was killed
+            shutil.rmtree(leftover, ignore_errors=True)
+        if folder.exists():  # without its marker. Moved away, as what somebody has open cannot be removed everywhere
+            folder.rename(stale := temporary_name(folder))
+            shutil.rmtree(stale, ignore_errors=True)
+        temporary.mkdir()
+        fill(temporary)
+        for path in temporary.iterdir():
+            sync_file(path)
+        sync_folder(temporary)
+        (temporary / MARKER).touch()
+        sync_folder(temporary)
+        temporary.rename(folder)
+        sync_folder(folder.parent)
+    except (OSError, SafetensorError) as error:
+        shutil.rmtree(temporary, ignore_errors=True)
+        kept = latest_checkpoint(folder.parent.parent)
+        newest = f"the newest complete checkpoint is {kept.name if kept else 'none'}"
+        raise cannot_write(folder, error, kept=newest) from error
+
+
+def load_checkpoint(engine: Any, folder: Path) -> int:
+    """Put a checkpoint's weights and moments into ``engine``; all ranks call it. Returns its step.
+
+    The module itself must hold the weights already (``load_projection`` before ``deepspeed.initialize``): DeepSpeed
+    makes its float32 master copy from them, rounded to the compute dtype. Here the exact copy is put back.
+
+    Raises:
+        SoftCoTError: a file is damaged.
+    """
+    weights, moments, trainer = read_training_state(folder)
+    _create_moments(engine, trainer.optimizer_steps)
+    for name, parameter in engine.module.projection.named_parameters():
+        _set_full(parameter, weights[name])
+        for moment in _MOMENTS:
+            _set_full(parameter, moments[f"{moment}.{name}"], moment)
+    return trainer.step
+
+
+def read_training_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], TrainerState]:
+    """Weights, moments and counters of a checkpoint. Raises SoftCoTError when they are damaged or not of one piece."""
+    weights = _load_float32(folder / "projection.safetensors")
+    moments = _load_float32(folder / "optimizer.safetensors")
+    trainer = TrainerState.read(folder / "trainer.json")
+    wanted = {f"{moment}.{name}": value.shape for name, value in weights.items() for moment in _MOMENTS}
+    if {name: value.shape for name, value in moments.items()} != wanted:
+        raise damaged(folder / "optimizer.safetensors", "its moments are not those of projection.safetensors")
+    if not checkpoint_step(folder) == trainer.step == AdapterConfig.load(folder).step:
+        raise damaged(folder / "trainer.json", f"step {trainer.step} is not that of the folder and adapter.json")
+    return weights, moments, trainer
+
+
+def _load_float32(path: Path) -> dict[str, torch.Tensor]:
+    try:
+        tensors = load_file(path)
+    except (OSError, SafetensorError, ValueError) as error:
+        raise damaged(path, str(error)) from error
+    if not tensors or any(value.dtype != torch.float32 for value in tensors.values()):
+        raise damaged(path, "it does not hold float32 tensors")
+    return tensors
+
+
+def _master_copies(engine: Any) -> list[torch.Tensor]:
+    """The flat float32 tensors that the inner torch optimizer steps, one per parameter group of this rank."""
+    if engine.zero_optimization_stage() == 3:  # lends them to the inner optimizer one by one, for a step only
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return [master for group in engine.optimizer.param_groups for master in group["params"]]
+
+
+def _optimizer_steps(engine: Any) -> int:
+    states = engine.optimizer.optimizer.state.values()
+    return max((int(state["step"]) for state in states if "step" in state), default=0)
+
+
+def _create_moments(engine: Any, steps: int) -> None:
+    """Moments as torch.optim.AdamW would create them in its first step, so that there is something to fill."""
+    for master in _master_copies(engine):
+        engine.optimizer.optimizer.state[master] = {
+            "step": torch.tensor(float(steps)),
+            **{moment: torch.zeros_like(master) for moment in _MOMENTS},
+        }
+    # All but stage 3 link each parameter to its part of the flat moments after the first step; do it now.
+    link = getattr(engine.optimizer, "_lazy_init_hp_params_optimizer_state", None)
+    if link is not None:
+        link()
+
+
+def _set_full(parameter: torch.nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
+    """Set the float32 master copy, or a moment, of a parameter from its whole value on any number of ranks."""
+    value = value.to(parameter.device)
+    if is_partitioned(parameter):
+        value = local_part(parameter, value)
+        set_weight, set_moment = safe_set_local_fp32_param, safe_set_local_optimizer_state
+    else:
+        set_weight, set_moment = safe_set_full_fp32_param, safe_set_full_optimizer_state
+    if moment is None:
+        set_weight(parameter, value)
+    else:
+        set_moment(parameter, value, moment)

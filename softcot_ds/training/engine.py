@@ -1,0 +1,102 @@
+"""The DeepSpeed engine around the frozen base and the trained projection."""
+
+from pathlib import Path
+from typing import Any
+
+import deepspeed
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.distributed import device, world_size
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.trial import agreed, check_model, why_not_fast
+from softcot_ds.models.backbone import load_frozen, width
+from softcot_ds.models.partition import engine_config, make_layers_leaves
+from softcot_ds.models.shared_prefix import common_prefix
+from softcot_ds.recipe import Recipe
+
+
+def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None) -> SoftCoT:
+    """The frozen base with the projection, whose weights come from ``start_from`` or from the seed."""
+    config = engine_config(recipe)
+    partition = recipe.backbone.partition
+    base = load_frozen(recipe.base, partition, device(), config)
+    assistant = None
+    if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
+        assistant = load_frozen(recipe.assistant, partition, device(), config)
+    projection = build_projection(recipe, experiment, base)
+    if start_from is not None:
+        weights = load_projection(start_from)
+        check_fits(weights, projection, start_from)
+        projection.load_state_dict(weights)
+    training = recipe.training
+    examples = [*experiment.splits.train, *experiment.splits.validation]
+    shared_ids = common_prefix([example.prefix_ids for example in examples])
+    model = SoftCoT(
+        base,
+        projection,
+        assistant,
+        training.step,
+        training.activation_checkpointing,
+        shared_ids,
+        experiment.splits.assistant_inputs(),
+    )
+    # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.
+    projection.to(device=device(), dtype=base.dtype)
+    return model
+
+
+def build_projection(recipe: Recipe, experiment: Experiment, base: PreTrainedModel) -> Projection:
+    """A new projection in float32, initialized from the recipe's seed: the same on every rank."""
+    assistant_width, base_width = width(experiment.assistant_config), width(experiment.base_config)
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(recipe.seed)
+    projection = projection_class(recipe.projection.kind).create(recipe, assistant_width, base, base_width)
+    torch.set_rng_state(generator_state)
+    return projection
+
+
+def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
+    """DeepSpeed's engine with AdamW over the projection's parameters and nothing else.
+
+    The models are tried here, before the first step: a base that the fast step does not suit takes the full one.
+
+    Raises:
+        SoftCoTError: a model cannot be what the recipe makes of it.
+    """
+    config = recipe.training
+    optimizer = torch.optim.AdamW(
+        model.projection.parameters(),
+        lr=config.learning_rate,
+        betas=config.betas,
+        weight_decay=config.weight_decay,
+    )
+    make_layers_leaves(model.base)
+    engine, *_ = deepspeed.initialize(
+        model=model, optimizer=optimizer, config=engine_config(recipe, accumulation), dist_init_required=False
+    )
+    check_model(model.base, "base", recipe.base.model)
+    if model.assistant is not None:
+        check_model(model.assistant, "assistant", recipe.assistant.model)
+    if model.prefixed is not None and (reason := agreed(why_not_fast(model.base, model.prefixed))):
+        model.use_full_step(reason)
+    return engine
+
+
+def accumulation_steps(recipe: Recipe) -> int:
+    """Micro-batches per rank and optimizer step.
+
+    Raises:
+        SoftCoTError: there are more ranks than examples in a global batch.
+    """
+    config = recipe.training
+    accumulation = -(-config.global_batch_size // (config.micro_batch_size * world_size()))
+    if config.global_batch_size < accumulation * world_size():
+        raise SoftCoTError(
+            f"training.global_batch_size {config.global_batch_size} does not feed {world_size()} ranks; "
+            "raise it or use fewer ranks"
+        )
+    return accumulation

@@ -1,0 +1,253 @@
+"""What is kept and said of a training's steps: losses, skipped steps, the points of the curves."""
+
+import json
+import math
+import time
+from collections.abc import Sequence
+from itertools import takewhile
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from softcot_ds.data.examples import Example
+from softcot_ds.distributed import device, is_main, on_main, say, sum_over_ranks, world_size
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import parse_json, write_atomically
+from softcot_ds.models.operations import peak_flops
+from softcot_ds.progress import Progress
+from softcot_ds.recipe import Recipe
+from softcot_ds.training.metrics import PhaseTimer, TensorBoard, peak_memory_gib
+
+_MAX_SKIPPED = 3
+"""Steps in a row whose gradient is not finite, upon which a run ends: the next will hardly be better."""
+
+
+class Record:
+    """What is kept and said of a run's steps: ``losses.jsonl``, the curves in TensorBoard, the lines of the log."""
+
+    def __init__(self, recipe: Recipe, examples: Sequence[Example], start: int) -> None:
+        """Of a run that goes on after step ``start``; ``examples`` are the training data. What an earlier attempt wrote
+        of later steps is forgotten."""
+        self._recipe = recipe
+        self._examples = examples
+        self._start = start
+        self._board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
+        self._board.text("recipe", recipe.to_yaml(), start + 1)
+        self._history = History(recipe, start)
+        self.timer = PhaseTimer(device())
+        on_gpu = device().type == "cuda"
+        self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
+        self._progress = Progress(recipe.training.steps - start, "steps")
+
+    def report(
+        self, step: int, batch: list[int], learning_rate: float, engine: Any, skipped: bool, last_saved: Path | None
+    ) -> None:
+        """Look at the steps since the last report, up to ``step``: the only thing that waits for the GPU.
+
+        Args:
+            batch: the step's global batch.
+            skipped: no optimizer step was taken.
+
+        Raises:
+            SoftCoTError: a loss is not finite, or the gradient was not in several steps in a row.
+        """
+        losses, throughput = self.window.read(self._examples, last_saved)
+        self._history.add(losses)
+        if skipped:
+            self._history.skipped.add(step)
+        points = scalars(losses, throughput, learning_rate, len(self._history.skipped), engine, self.timer)
+        self._board.scalars(points, step)
+        if skipped:
+            report_skip(name_step(step, batch, self._examples), self._history, last_saved)
+        if line := self._progress.line(step - self._start):
+            say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {rates(throughput)}  {line}")
+
+    def report_validation(self, step: int, points: dict[str, float], samples: str) -> None:
+        self._board.scalars(points, step)
+        self._board.text("samples", samples, step)
+        say(f"step {step}  validation loss {points['loss/validation']:.4f}")
+
+    def write(self, engine: Any) -> dict[str, Any]:
+        """Write the losses so far, and give the summary of the run that goes into a checkpoint."""
+        self._history.write()
+        return self._history.summary(engine, self.window.samples_per_second)
+
+    def finish(self, summary: dict[str, Any], adapter: Path) -> None:
+        """Say how the run ended."""
+        first, last = summary["first_loss"], summary["last_loss"]
+        steps = self._recipe.training.steps
+        self._board.hyperparameters(self._recipe.flat(), {"loss/train": last}, steps)
+        self._board.close()
+        say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
+        if skipped := sorted(self._history.skipped):
+            say(f"skipped, as their gradient was not finite: steps {', '.join(map(str, skipped))}")
+
+
+class Window:
+    """Losses and work since the last look; looking is the only thing that waits for the GPU."""
+
+    def __init__(self, peak_flops: float | None) -> None:
+        """``peak_flops``: what the GPU of a rank does at most per second, or None: then its utilisation is not told."""
+        self._peak_flops = peak_flops
+        self._losses: dict[int, torch.Tensor] = {}
+        self._batches: dict[int, list[int]] = {}
+        self._tokens = 0
+        self._operations = 0
+        self._seconds = 0.0
+        self._all_samples = 0
+        self.restart_clock()
+
+    @property
+    def samples_per_second(self) -> float:
+        """Over all steps of this process, validation and checkpoints left out."""
+        return self._all_samples / max(self._seconds, 1e-9)
+
+    def restart_clock(self) -> None:
+        """What happened since the last step was no training."""
+        self._began = time.perf_counter()
+
+    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: int, operations: int) -> None:
+        """Add this rank's share of the loss of ``step``, whose global batch is ``batch``."""
+        self._losses[step] = loss
+        self._batches[step] = batch
+        self._tokens += num_tokens
+        self._operations += operations
+
+    def read(self, examples: Sequence[Example], last_saved: Path | None) -> tuple[dict[int, float], dict[str, float]]:
+        """Loss per step since the last reading, nats per supervised token, and throughput over all ranks.
+
+        Raises:
+            SoftCoTError: a loss is not finite; names the step and its problems. Nothing has been saved since.
+        """
+        values = torch.stack(list(self._losses.values())).double()
+        work = values.new_tensor([float(self._tokens), float(self._operations)])
+        *totals, tokens, operations = sum_over_ranks(torch.cat([values, work])).tolist()
+        losses = dict(zip(self._losses, totals, strict=True))
+        for step, loss in losses.items():
+            if not math.isfinite(loss):
+                where = name_step(step, self._batches[step], examples)
+                raise SoftCoTError(f"the loss is {loss} at {where}. {_remedy(last_saved)}")
+        seconds = time.perf_counter() - self._began
+        samples = sum(len(batch) for batch in self._batches.values())
+        throughput = {
+            "throughput/tokens_per_second": tokens / seconds,
+            "throughput/tokens_per_second_per_rank": tokens / seconds / world_size(),
+            "throughput/samples_per_second": samples / seconds,
+        }
+        if self._peak_flops and operations:
+            throughput["throughput/mfu"] = operations / seconds / world_size() / self._peak_flops
+        self._seconds += seconds
+        self._all_samples += samples
+        self._losses, self._batches, self._tokens, self._operations = {}, {}, 0, 0
+        self.restart_clock()
+        return losses, throughput
+
+
+def rates(throughput: dict[str, float]) -> str:
+    """What a rank, which has one GPU where there are any, gets done: for a line of the log."""
+    owner = "GPU" if device().type == "cuda" else "rank"
+    text = f"{throughput['throughput/tokens_per_second_per_rank']:,.0f} tokens/s per {owner}"
+    mfu = throughput.get("throughput/mfu")
+    return text if mfu is None else f"{text}  MFU {mfu:.1%}"
+
+
+def scalars(
+    losses: dict[int, float],
+    throughput: dict[str, float],
+    learning_rate: float,
+    num_skipped: int,
+    engine: Any,
+    timer: PhaseTimer,
+) -> dict[str, float]:
+    """The points of the TensorBoard curves for the steps since the last ones."""
+    norm = engine.get_global_grad_norm()
+    return {
+        "loss/train": sum(losses.values()) / len(losses),
+        "optimizer/learning_rate": learning_rate,
+        "optimizer/gradient_norm": float(norm) if norm is not None else math.nan,
+        "optimizer/skipped_steps": num_skipped,
+        **throughput,
+        **{f"step_time_ms/{name}": 1000 * seconds / len(losses) for name, seconds in timer.read().items()},
+        "memory/peak_gib": peak_memory_gib(device()),
+    }
+
+
+def name_step(step: int, batch: list[int], examples: Sequence[Example]) -> str:
+    return f"step {step}, whose global batch holds the problems {', '.join(examples[i].problem.id for i in batch)}"
+
+
+def _remedy(last_saved: Path | None) -> str:
+    return (
+        f"The last good checkpoint is {last_saved or 'none: it happened before the first'}; lower "
+        "training.learning_rate, or look at these problems"
+    )
+
+
+def report_skip(where: str, history: "History", last_saved: Path | None) -> None:
+    """Say that no optimizer step was taken in the step that ``where`` names.
+
+    Raises:
+        SoftCoTError: it is the last of several in a row.
+    """
+    if history.skips_in_a_row() < _MAX_SKIPPED:
+        say(f"the gradient is not finite at {where}: skipped, the weights stay as they were")
+        return
+    history.write()
+    raise SoftCoTError(
+        f"the gradient was not finite in {_MAX_SKIPPED} steps in a row, the last of them {where}. {_remedy(last_saved)}"
+    )
+
+
+class History:
+    """The loss of every step, in ``losses.jsonl`` of the run's directory; a resumed run goes on where it was saved.
+
+    A step that was skipped, since its gradient was not finite, has ``"skipped": true`` there.
+    """
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        self._path = recipe.run_dir / "losses.jsonl"
+        self._losses: dict[int, float] = {}
+        self.skipped: set[int] = set()
+        """Steps whose gradient was not finite."""
+        if start and self._path.exists():
+            remedy = "Training does not need this file: move it away to go on, with the earlier losses left out"
+            try:
+                lines = self._path.read_bytes().splitlines()
+            except OSError as error:
+                raise SoftCoTError(f"cannot read {self._path}: {error.strerror}. {remedy}") from error
+            for number, line in enumerate(lines, 1):
+                try:
+                    record = parse_json(line)
+                    step, loss, skipped = int(record["step"]), float(record["loss"]), bool(record.get("skipped"))
+                except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+                    raise SoftCoTError(f"{self._path}:{number} is damaged: {error}. {remedy}") from error
+                if step <= start:
+                    self._losses[step] = loss
+                    self.skipped |= {step} if skipped else set()
+
+    def add(self, losses: dict[int, float]) -> None:
+        self._losses |= losses
+
+    def skips_in_a_row(self) -> int:
+        """How many of the newest steps were skipped."""
+        return sum(1 for _ in takewhile(self.skipped.__contains__, range(max(self._losses), 0, -1)))
+
+    def write(self) -> None:
+        """Raises SoftCoTError when the disk is full."""
+        lines = "".join(
+            json.dumps({"step": step, "loss": loss} | ({"skipped": True} if step in self.skipped else {})) + "\n"
+            for step, loss in self._losses.items()
+        )
+        on_main(lambda: write_atomically(self._path, lines))
+
+    def summary(self, engine: Any, samples_per_second: float) -> dict[str, Any]:
+        return {
+            "world_size": world_size(),
+            "zero_stage": engine.zero_optimization_stage(),
+            "device": device().type,
+            "steps": max(self._losses),
+            "first_loss": self._losses[min(self._losses)],
+            "last_loss": self._losses[max(self._losses)],
+            "samples_per_second": samples_per_second,
+        }
