@@ -3,9 +3,9 @@
     python benchmarks/families.py [--out benchmarks/results/families.json] [family ...]
     python benchmarks/families.py --page docs/models.md
 
-A toy has the family's own code, random weights and a few layers (softcot_ds/toy.py). The trials say of it what they
-say of a real model before work starts, and what they call fit is held against examples run alone, in float32. A family
-that cannot be made small from its settings' names, or takes too long, stands as not tried.
+A toy has the family's own code, random weights and a few layers (softcot_ds/models/toy.py). The trials say of it what
+they say of a real model before work starts, and what they call fit is held against examples run alone, in float32. A
+family that cannot be made small from its settings' names, or takes too long, stands as not tried.
 """
 
 import argparse

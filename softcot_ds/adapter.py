@@ -7,7 +7,7 @@
     trainer.json             how it was trained
     COMPLETE                 the marker, written last
 
-It is a checkpoint (checkpoint.py), of which only training needs the rest. The frozen weights are in none.
+It is a checkpoint (training/checkpoint.py), of which only training needs the rest. The frozen weights are in none.
 """
 
 import hashlib

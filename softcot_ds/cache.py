@@ -1,6 +1,6 @@
 """``softcot-ds cache``: compute the assistant's thoughts once, in parallel, and keep them on disk.
 
-Run it alone, under ``mpirun -n N``, ``srun --mpi=pmix`` or the deepspeed launcher. ``thought_builder`` says how the
+Run it alone, under ``mpirun -n N``, ``srun --mpi=pmix`` or the deepspeed launcher. ``thoughts/builder.py`` says how the
 ranks share the work. A run that was killed is continued by running the same command again. ``--verify``, ``--info`` and
 ``--prune`` take a recipe or a folder of caches.
 """

@@ -1,12 +1,12 @@
 """Accuracy of an adapter with its controls: ``softcot-ds evaluate RECIPE``, or ``softcot-ds evaluate ADAPTER_DIR``.
 
-Every condition (conditions.py) is decoded on the same problems with the same settings; what differs is what stands for
-the thoughts. Each finished batch is written at once, so an interrupted evaluation goes on where it was. In the run's
-directory:
+Every condition (evaluation/conditions.py) is decoded on the same problems with the same settings; what differs is what
+stands for the thoughts. Each finished batch is written at once, so an interrupted evaluation goes on where it was. In
+the run's directory:
 
     outputs/HASH/              what was decoded; the hash is of all that decides it, by content and never by path
     evaluation/step-N-HASH/    an evaluation: its report, and every prompt, output and verdict by condition
-    report.json                the report of the fullest one (report.py)
+    report.json                the report of the fullest one (evaluation/report.py)
 """
 
 import sys

@@ -1,169 +1,18 @@
 """Train the projection: ``softcot-ds train RECIPE``; on many ranks ``deepspeed --module softcot_ds.train RECIPE``."""
 
 import sys
-from collections.abc import Iterator
-from functools import partial
-from itertools import islice
-from pathlib import Path
-from signal import Signals
-from typing import Any
 
-import torch
-
-from softcot_ds.adapter import adapter_config
 from softcot_ds.command import recipe_command
-from softcot_ds.data.batches import Batch
-from softcot_ds.distributed import barrier, device, init_distributed, on_main, say, set_timeout, world_size
-from softcot_ds.errors import Stopped
-from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import Recipe
-from softcot_ds.run_dir import Journal, checkpoint_step
-from softcot_ds.thoughts.reader import ThoughtReader
-from softcot_ds.training.batches import read_batch, training_batches
-from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
-from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
-from softcot_ds.training.memory import expected_memory
-from softcot_ds.training.metrics import PhaseTimer
-from softcot_ds.training.profiling import StepProfiler
-from softcot_ds.training.record import Record
-from softcot_ds.training.resume import agreed_start, sole_trainer
-from softcot_ds.training.schedule import learning_rate_at
-from softcot_ds.training.stop import StopRequest
-from softcot_ds.training.validation import Validator
-
-
-def train(recipe: Recipe) -> None:
-    """Train from the newest complete checkpoint of the run, or from the start, to ``training.steps``.
-
-    Raises:
-        SoftCoTError: data, cache or run directory do not fit the recipe; the ranks differ; the run is being trained by
-            another process; the loss is not finite, or the gradient was not in several steps in a row.
-        Stopped: a signal asked for it; a checkpoint has been saved.
-    """
-    init_distributed(recipe.training.timeout_minutes)
-    with sole_trainer(recipe):
-        _train(recipe)
 
 
 def _train(recipe: Recipe) -> None:
-    config = recipe.training
-    experiment = Experiment(recipe)
-    splits = experiment.splits
-    for note in splits.notes:
-        say(f"data: {note}")
-    folder = agreed_start(experiment)
-    start = checkpoint_step(folder) if folder else 0
-    if start >= config.steps:
-        say(f"{recipe.name}: trained to step {start} before; adapter: {folder}")
-        return
+    from softcot_ds.training.loop import train  # brings torch and deepspeed, which take seconds
 
-    reader = ThoughtReader.open(recipe, [*splits.train, *splits.validation])
-    adapter = on_main(lambda: adapter_config(experiment))
-    accumulation = accumulation_steps(recipe)
-    engine = _prepare_engine(experiment, accumulation, folder)
-    make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, num_shared=engine.module.num_shared)
-    batches = training_batches(splits.train, make_batch, recipe, accumulation, start)
-    validator = Validator(engine, splits.validation, make_batch, experiment)
-    stop = StopRequest()
-    barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
-    record = Record(recipe, splits.train, start)
-    profiler = StepProfiler(recipe)
-
-    for step, (batch, micro_batches) in enumerate(islice(batches, config.steps - start), start + 1):
-        learning_rate = learning_rate_at(step, config)
-        num_labels = sum(len(splits.train[index].target_ids) for index in batch)
-        with profiler.step(step):
-            loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, record.timer)
-        record.window.add(step, batch, loss, *work)
-
-        # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
-        skipped = not engine.was_step_applied()
-        last = step == config.steps
-        stopping = stop.agreed_signal()
-        saving = step % config.save_every == 0 or last or stopping is not None
-        # A job that is about to be taken away has no time for more than the checkpoint.
-        validating = bool(splits.validation) and (step % config.validate_every == 0 or last) and stopping is None
-        if step % config.log_every == 0 or step == start + 1 or validating or saving or skipped:
-            record.report(step, batch, learning_rate, engine, skipped, folder)
-        if saving or validating:
-            set_timeout(config.timeout_minutes)
-        if saving:
-            summary = record.write(engine)
-            folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file, summary)
-        if stopping is not None and not last:
-            _stop(recipe, stopping, step, folder)
-        if validating:
-            record.report_validation(step, *validator.run())
-        if saving or validating or step == start + 1:
-            set_timeout(min(config.step_timeout_minutes, config.timeout_minutes))
-            record.window.restart_clock()
-    record.finish(summary, folder)
+    train(recipe)
 
 
-def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path | None) -> Any:
-    """The engine, with the weights and moments of the checkpoint that the run goes on from, if there is one."""
-    recipe, splits = experiment.recipe, experiment.splits
-    start_from = resume_from / "projection.safetensors" if resume_from else recipe.projection.init_from
-    model = build_model(recipe, experiment, start_from)
-    num_trained = sum(p.numel() for p in model.projection.parameters())
-    engine = build_engine(model, recipe, accumulation)
-    if resume_from:
-        load_checkpoint(engine, resume_from)
-        say(f"resuming from {resume_from}")
-    say(
-        f"{recipe.name}: {len(splits.train)} training and {len(splits.validation)} validation problems, "
-        f"{num_trained:,} trained parameters, {world_size()} ranks ({device().type}), ZeRO stage "
-        f"{engine.zero_optimization_stage()}, global batch {recipe.training.global_batch_size}"
-    )
-    read_once = engine.module.num_shared
-    tokens = sum(example.length - recipe.thoughts.count - read_once for example in splits.train) / len(splits.train)
-    per_rank = tokens * recipe.training.global_batch_size / world_size()
-    say(
-        f"per rank and step: {accumulation} micro-batches, {per_rank:,.0f} tokens on average, without padding, "
-        f"thoughts and the {read_once} tokens of each prompt that are read once"
-    )
-    say(f"memory expected per rank: {expected_memory(engine)}; activations and buffers come on top")
-    return engine
-
-
-def _take_step(
-    engine: Any, micro_batches: Iterator[Batch], learning_rate: float, num_labels: int, timer: PhaseTimer
-) -> tuple[torch.Tensor, int, int]:
-    """One optimizer step; returns this rank's share of the loss, its tokens, and its floating-point operations.
-
-    The loss is the mean over the ``num_labels`` supervised tokens of the whole global batch, wherever they are
-    computed. DeepSpeed divides by ranks and micro-batches, which hold different numbers of tokens: undo that here.
-    """
-    for group in engine.optimizer.param_groups:
-        group["lr"] = learning_rate
-    accumulation = engine.gradient_accumulation_steps()
-    losses, num_tokens, operations = [], 0, 0
-    for _ in range(accumulation):
-        with timer.phase("data"):
-            micro = next(micro_batches)
-            num_tokens += micro.num_tokens
-            operations += engine.module.operations(micro)
-            micro = micro.to(device())
-        with timer.phase("forward"):
-            loss = engine(micro) / num_labels
-        with timer.phase("backward"):
-            # Where the loss is not finite, this makes the gradient NaN also if it were not: so no step is taken.
-            engine.backward(loss * (world_size() * accumulation + 0 * loss.detach()))
-        with timer.phase("optimizer"):
-            engine.step()  # the optimizer moves on the last one
-        losses.append(loss.detach())
-    return sum(losses[1:], start=losses[0]), num_tokens, operations
-
-
-def _stop(recipe: Recipe, signal: Signals, step: int, saved: Path) -> None:
-    """Raises Stopped, with a line in the run's journal."""
-    on_main(partial(Journal(recipe.run_dir).add, "stop", signal=signal.name, step=step))
-    raise Stopped(
-        f"stopped by {signal.name} after step {step}; saved {saved}. The same command goes on from there", signal
-    )
-
-
-main = recipe_command("train", "Train the projection of a recipe.", train)
+main = recipe_command("train", "Train the projection of a recipe.", _train)
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-import softcot_ds.train as loop
 from softcot_ds import command, distributed
 from softcot_ds.distributed import is_main, rank
 from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.training import loop
 from softcot_ds.training.validation import Validator
 
 ACCUMULATION = 2

@@ -15,9 +15,9 @@ from softcot_ds.adapter import AdapterConfig
 from softcot_ds.distributed import barrier, init_distributed, is_main, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import load_recipe
-from softcot_ds.train import train
 from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.training.loop import train
 
 folder, recipe, *configurations = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 init_distributed(5)

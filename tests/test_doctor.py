@@ -16,6 +16,7 @@ from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import save_file
 
 from softcot_ds import distributed, doctor, launchers
+from softcot_ds.diagnosis import examine
 from softcot_ds.diagnosis import judge as diagnosis
 from softcot_ds.diagnosis.judge import Facts, Finding, Folder, Model
 from softcot_ds.errors import SoftCoTError
@@ -251,10 +252,10 @@ def test_the_table_puts_problems_last_with_their_remedies():
 
 def test_work_that_does_not_end_is_left_behind():
     began = time.monotonic()
-    assert doctor._within(0.2, lambda: time.sleep(5)) == "no end within 0.2 s"
+    assert examine._within(0.2, lambda: time.sleep(5)) == "no end within 0.2 s"
     assert time.monotonic() - began < 4
-    assert doctor._within(5, lambda: None) == ""
-    assert doctor._within(5, lambda: [].pop()) == "pop from empty list"
+    assert examine._within(5, lambda: None) == ""
+    assert examine._within(5, lambda: [].pop()) == "pop from empty list"
 
 
 def all_reduced(monkeypatch, factor: float) -> Facts:
@@ -264,11 +265,11 @@ def all_reduced(monkeypatch, factor: float) -> Facts:
         time.sleep(0.02)
         tensor *= factor
 
-    monkeypatch.setattr(doctor, "MESSAGE_BYTES", 4 * 10**6)
-    monkeypatch.setattr(doctor.dist, "get_world_size", lambda: 2)
-    monkeypatch.setattr(doctor.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr(examine, "MESSAGE_BYTES", 4 * 10**6)
+    monkeypatch.setattr(examine.dist, "get_world_size", lambda: 2)
+    monkeypatch.setattr(examine.dist, "all_reduce", all_reduce)
     facts = replace(healthy(0), bus_gb_per_s=0.0)
-    doctor.exchange(facts, on_gpu=False)
+    examine.exchange(facts, on_gpu=False)
     return facts
 
 
@@ -282,14 +283,14 @@ def test_the_sum_is_checked_and_the_bandwidth_is_what_each_link_carries(monkeypa
 
 def test_the_kernel_and_the_product_are_compared_with_float64():
     facts = healthy(0)
-    doctor._run_kernel(facts, "cuda" if torch.cuda.is_available() else "cpu")
-    doctor._look_at_device(facts)
+    examine._run_kernel(facts, "cuda" if torch.cuda.is_available() else "cpu")
+    examine._look_at_device(facts)
     for error in (facts.kernel_error, facts.matmul_error):
         assert 0 < error < 1e-5
     truth = torch.ones(3, dtype=torch.float64)
     for wrong in (1.1 * truth, torch.full((3,), torch.nan)):
         with pytest.raises(ArithmeticError, match="it is wrong: relative error"):
-            doctor._error("it", wrong, truth)
+            examine._error("it", wrong, truth)
 
 
 def test_room_for_checkpoints_is_what_they_take(tmp_path):
@@ -298,7 +299,7 @@ def test_room_for_checkpoints_is_what_they_take(tmp_path):
     layer = torch.nn.Linear(P, D)
     tensors = {f"{part}.{name}": value.data.clone() for part in "wmv" for name, value in layer.named_parameters()}
     save_file(tensors, tmp_path / "one.safetensors")
-    needed = doctor.collect(recipe, 0).checkpoint_bytes
+    needed = examine.collect(recipe, 0).checkpoint_bytes
     assert needed == pytest.approx(3 * (tmp_path / "one.safetensors").stat().st_size, rel=0.02)
 
 
@@ -320,9 +321,9 @@ def test_a_process_that_a_launcher_started_among_others_but_did_not_tell_of_them
 
 def wrong_alone(*overrides: str, recipe: Path | None = RECIPE) -> list[Finding]:
     """What is wrong on this machine, as a single rank finds it."""
-    facts = doctor.collect(load_recipe(recipe, overrides) if recipe else None, 0)
-    with doctor.marks(facts, facts.token):
-        doctor.look(facts, [facts])
+    facts = examine.collect(load_recipe(recipe, overrides) if recipe else None, 0)
+    with examine.marks(facts, facts.token):
+        examine.look(facts, [facts])
     return [finding for finding in diagnosis.judge([facts]) if finding.level != "ok"]
 
 
@@ -336,7 +337,7 @@ def test_without_a_recipe_the_current_folder_is_looked_at(tmp_path, monkeypatch)
 
 
 def test_a_device_that_raises_becomes_a_fact(tmp_path, monkeypatch):
-    monkeypatch.setattr(doctor.torch, "randn", lambda *_, **__: 1 / 0)
+    monkeypatch.setattr(examine.torch, "randn", lambda *_, **__: 1 / 0)
     (wrong,) = wrong_alone(f"output_dir={tmp_path}", f"cache.path={tmp_path}")
     assert wrong.text == f"the device fails on {socket.gethostname()}: division by zero"
 
@@ -424,10 +425,10 @@ def test_ranks_with_other_recipes_are_not_compared(monkeypatch):
         everyone[:] = [facts, replace(facts, rank=1, node="elsewhere", recipe="beef")]
 
     monkeypatch.setattr(distributed, "init_distributed", lambda *_, **__: None)
-    monkeypatch.setattr(doctor.dist, "new_group", lambda **_: None)
-    monkeypatch.setattr(doctor.dist, "all_gather_object", gathered)
+    monkeypatch.setattr(examine.dist, "new_group", lambda **_: None)
+    monkeypatch.setattr(examine.dist, "all_gather_object", gathered)
     with pytest.raises(SoftCoTError, match=r"the recipe differs \(hash \w{12} on .*; beef on elsewhere\); give all"):
-        doctor.doctor(load_recipe(RECIPE, ()))
+        examine.doctor(load_recipe(RECIPE, ()))
 
 
 def test_ranks_that_cannot_meet_are_told_where_and_what_to_do(monkeypatch, capfd):
@@ -502,8 +503,9 @@ STUCK = """
 import os, sys, time
 import torch.distributed as dist
 from softcot_ds import doctor
+from softcot_ds.diagnosis import examine
 
-doctor.EXCHANGE_SECONDS = 1
+examine.EXCHANGE_SECONDS = 1
 if os.environ["RANK"] == "1":
     dist.all_reduce = lambda *_, **__: time.sleep(60)
 dist.destroy_process_group = lambda: time.sleep(60)  # NCCL would wait for what it has begun
@@ -527,8 +529,9 @@ def test_an_all_reduce_that_a_rank_never_joins_is_told_and_ends(tmp_path):
 HASTY = """
 import sys
 from softcot_ds import doctor
+from softcot_ds.diagnosis import examine
 
-doctor.LOOK_SECONDS = 1
+examine.LOOK_SECONDS = 1
 sys.exit(doctor.main(sys.argv[1:]))
 """
 

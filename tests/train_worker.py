@@ -5,7 +5,7 @@ import sys
 from softcot_ds.distributed import shut_down
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.computing import build
-from softcot_ds.train import train
+from softcot_ds.training.loop import train
 
 arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
 for recipe, overrides in zip(arguments[::2], arguments[1::2], strict=True):

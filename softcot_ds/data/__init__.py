@@ -1,0 +1,7 @@
+"""From a task's problems to batches of tokens.
+
+chat.py      chat templates: rendering, where an answer begins, what ends a turn
+prompts.py   the wording of a task, and prompts of both models as tokens
+examples.py  examples from problems
+batches.py   batches from examples
+"""

@@ -4,9 +4,9 @@ B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and
 N = I + S, K supervised tokens, P assistant width, D base width, V vocabulary.
 
 ``step="fast"`` reads the tokens that all prefixes begin with once, runs the rest of the prefix without gradient
-(frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, an oracle and the way of models
-that the fast one does not fit: one pass over the whole sequence with gradient, logits everywhere. Loss and gradient of
-both are the same. What a model must do for either is tried on its own weights (trial.py).
+(models/frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, an oracle and the way of
+models that the fast one does not fit: one pass over the whole sequence with gradient, logits everywhere. Loss and
+gradient of both are the same. What a model must do for either is tried on its own weights (trial.py).
 """
 
 import warnings

@@ -1,0 +1,14 @@
+"""The frozen models: how they are loaded, held and run.
+
+model_files.py    a model's files: where they are, downloaded once, checked
+backbone.py       loading, configurations, fingerprints
+partition.py      how weights are held: whole, or split over the ranks by ZeRO-3
+embedding.py      what tokens look like to a model, asked of its own module
+shared_prefix.py  what all rows begin with, read once
+assistant.py      running the assistant: the states at the placeholders
+frozen_prefix.py  the base's prefix without gradient, layer by layer
+loss.py           cross entropy, alone or fused with the head
+decoding.py       batched decoding with thoughts in the prompt
+operations.py     how many operations a step takes
+toy.py            a small model made from a configuration, to try what is not loaded yet
+"""

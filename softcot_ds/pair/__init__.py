@@ -1,1 +1,5 @@
-"""The embedded default: generated word problems, and a tiny assistant and base model trained on them from scratch."""
+"""The embedded pair: two tiny models that make demo trains with.
+
+world.py     the generated problems, and what each model knows of them
+pretrain.py  how both models were made
+"""

@@ -1,6 +1,6 @@
 """The rows of a thought cache: its shards, their reader and their writer. Knows nothing about models.
 
-What a cache is, and what keeps wrong data from being read: see ``thought_manifest``.
+What a cache is, and what keeps wrong data from being read: see ``manifest``.
 
 Symbols: B rows asked for, T thoughts, P assistant width, K initial embeddings.
 """

@@ -1,0 +1,15 @@
+"""The training of a projection.
+
+loop.py        the loop
+engine.py      DeepSpeed's engine around the base and the projection
+batches.py     this rank's micro-batches, step by step
+schedule.py    the learning rate
+stop.py        signals that ask to stop, agreed on by all ranks
+record.py      what is kept and said of the steps: losses, curves, lines of the log
+metrics.py     TensorBoard, timers
+profiling.py   a window of steps as a trace
+memory.py      the memory that a training is expected to need
+validation.py  validation loss, thoughts, sample answers
+checkpoint.py  what training needs to go on, saved and loaded
+resume.py      what a training goes on from, and that it is of this very run
+"""
