@@ -3,9 +3,10 @@
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any, NoReturn
+from typing import Any
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import strict_loads
 
 Record = dict[str, Any]
 
@@ -65,29 +66,16 @@ def _parse(where: str, line: bytes) -> Record:
     if not line.strip():
         raise SoftCoTError(f"{where}: empty line; every line holds one JSON object")
     try:
-        record = json.loads(line.decode(), object_pairs_hook=_object, parse_constant=_refuse_constant)
+        record = strict_loads(line.decode())
     except UnicodeDecodeError as error:
         raise SoftCoTError(f"{where}: byte {error.start}: not UTF-8 text; JSON lines are UTF-8") from error
     except json.JSONDecodeError as error:
         raise SoftCoTError(f"{where}: not JSON: {error.msg} at column {error.colno}") from error
-    except (ValueError, RecursionError) as error:  # a key twice, NaN, thousands of digits or of brackets
+    except (ValueError, RecursionError) as error:  # see strict_loads
         raise SoftCoTError(f"{where}: not JSON that can be relied on: {error}") from error
     if not isinstance(record, dict):
         raise SoftCoTError(f"{where}: expected a JSON object, found {type(record).__name__}")
     return record
-
-
-def _object(pairs: list[tuple[str, Any]]) -> Record:
-    """A JSON object, in which a key that comes twice would silently hide its first value."""
-    record = dict(pairs)
-    if len(record) < len(pairs):
-        keys = [key for key, _ in pairs]
-        raise ValueError(f"the key {_short(next(key for key in keys if keys.count(key) > 1))} comes twice")
-    return record
-
-
-def _refuse_constant(name: str) -> NoReturn:
-    raise ValueError(f"{name} is no JSON value")
 
 
 def _hub_records(source: str, subset: str | None, split: str) -> Iterator[tuple[str, Record]]:
