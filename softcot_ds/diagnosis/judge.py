@@ -367,4 +367,4 @@ def _size(number: int) -> str:
 
 def count(number: int, what: str) -> str:
     """``1 rank``, ``2 ranks``."""
-    return f"{number} {what}{'s' * (number != 1)}"
+    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -55,7 +55,7 @@ def extract_number(text: str, cut: bool = False) -> Fraction | None:
         return hashes.value  # the common case; what follows would find the same, at ten times the cost
     readings = _readings(text, items, 0, len(text))
     announced = list(_announcements(text, items, readings))
-    end = _end_of_first_output(text, readings, [hashes] * bool(hashes) + announced)
+    end = _end_of_first_output(text, readings, [hashes, *announced] if hashes else announced)
     if hashes and hashes.end <= end:
         return hashes.value
     statements = _statements(text[:end], readings)
