@@ -26,7 +26,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.decoder import Thoughts, content_digest
 from softcot_ds.evaluation.report import Record
 from softcot_ds.inference import Adapter
-from softcot_ds.methods.base import Projection
+from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.models.backbone import weights_fingerprint, width
 from softcot_ds.recipe import Condition
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
@@ -93,7 +93,7 @@ class Conditions:
         try:
             config = AdapterConfig.load(folder)
             config.check_models(self._recipe, assistant=False)
-            if config.projection != "static":
+            if projection_class(config.projection).needs_states:
                 raise SoftCoTError(f"{folder} is a {config.projection} projection, not static")
             return self._room(), _repeated(load_adapter(folder, self._experiment))
         except SoftCoTError as error:

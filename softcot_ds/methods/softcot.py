@@ -12,7 +12,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds.methods.base import Projection
 from softcot_ds.models.embedding import table_scale
-from softcot_ds.models.partition import whole_size
+from softcot_ds.models.partition import whole_shape
 from softcot_ds.recipe import Recipe
 
 
@@ -44,7 +44,7 @@ class LinearProjection(Projection):
         return None if scale is None else ThoughtEmbedding(self, embedding, scale)
 
     def operations(self, batch_size: int, num_thoughts: int) -> int:
-        return 4 * batch_size * num_thoughts * whole_size(self.weight)
+        return 4 * batch_size * num_thoughts * whole_shape(self.weight).numel()
 
 
 class ThoughtEmbedding(nn.Module):

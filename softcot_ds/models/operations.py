@@ -10,6 +10,7 @@ from typing import Self
 from torch import nn
 from transformers import PreTrainedModel
 
+from softcot_ds.models.partition import whole_shape
 from softcot_ds.recipe import Dtype
 
 _PEAK_TFLOPS = {
@@ -69,8 +70,9 @@ class Decoder:
         matrices = [module for module in layers.modules() if isinstance(module, nn.Linear)]
         known = {parameter for module in matrices for parameter in module.parameters()}
         for name, parameter in layers.named_parameters():
-            shape = getattr(parameter, "ds_shape", parameter.shape)  # of the whole, where this is a part
-            if parameter not in known and (len(shape) != 1 or name.rpartition(".")[2] not in ("weight", "bias")):
+            if parameter not in known and (
+                len(whole_shape(parameter)) != 1 or name.rpartition(".")[2] not in ("weight", "bias")
+            ):
                 return None
         attention = 0
         for layer in layers:

@@ -123,9 +123,27 @@ def is_partitioned(*parameters: nn.Parameter) -> bool:
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
-def whole_size(parameter: nn.Parameter) -> int:
-    """Elements of a weight on all ranks together, held whole or in parts."""
-    return parameter.ds_numel if is_partitioned(parameter) else parameter.numel()
+def whole_shape(parameter: nn.Parameter) -> torch.Size:
+    """Shape of a weight on all ranks together, held whole or in parts."""
+    return parameter.ds_shape if is_partitioned(parameter) else parameter.shape
+
+
+def comes_and_goes(parameter: nn.Parameter) -> bool:
+    """Whether the other ranks' parts of a weight are gathered for each use; small ones stay."""
+    return is_partitioned(parameter) and not parameter.ds_persist
+
+
+def held_bytes(parameter: nn.Parameter, device_type: str) -> int:
+    """Bytes of a weight that stay on this rank's device all the time. Offloaded parts lie elsewhere."""
+    if not is_partitioned(parameter):
+        return parameter.nbytes
+    part = parameter.ds_tensor.nbytes if parameter.ds_tensor.device.type == device_type else 0
+    return part + (0 if comes_and_goes(parameter) else parameter.element_size() * parameter.ds_numel)
+
+
+def is_leaf(module: nn.Module) -> bool:
+    """Whether ZeRO-3 gathers all that is in a module at once (``make_layers_leaves``)."""
+    return getattr(module, "_z3_leaf", False)
 
 
 def needs_all_ranks(model: nn.Module) -> bool:

@@ -6,7 +6,7 @@ from typing import Any
 from torch import nn
 
 from softcot_ds.distributed import world_size
-from softcot_ds.models.partition import is_partitioned, whole_size
+from softcot_ds.models.partition import comes_and_goes, held_bytes, is_leaf, whole_shape
 from softcot_ds.progress import size
 
 _STATES = 12
@@ -46,32 +46,24 @@ def expected_memory(engine: Any) -> ExpectedMemory:
     """
     trained = {*engine.module.projection.parameters()}
     frozen = [parameter for parameter in engine.module.parameters() if parameter not in trained]
-    weights = sum(_held(parameter, engine.device) for parameter in frozen)
-    come_and_go = {parameter for parameter in frozen if is_partitioned(parameter) and not parameter.ds_persist}
+    weights = sum(held_bytes(parameter, engine.device.type) for parameter in frozen)
+    come_and_go = {parameter for parameter in frozen if comes_and_goes(parameter)}
     gathered = 0
     if come_and_go and world_size() > 1:
         kept = max(engine.zero_max_live_parameters(), engine.zero_max_reuse_distance())
         at_work = max(_sizes_at_work(engine.module, come_and_go))
         itemsize = next(iter(come_and_go)).element_size()
-        gathered = itemsize * min(kept + at_work, sum(map(whole_size, come_and_go)))
+        gathered = itemsize * min(kept + at_work, sum(whole_shape(parameter).numel() for parameter in come_and_go))
     stage, ranks = engine.zero_optimization_stage(), world_size()
     states = _STATES / ranks + _GRADIENT / (ranks if stage >= 2 else 1)
-    copies = sum(whole_size(parameter) * (parameter.element_size() + states) for parameter in trained)
+    copies = sum(whole_shape(parameter).numel() * (parameter.element_size() + states) for parameter in trained)
     return ExpectedMemory(weights, gathered, round(copies))
-
-
-def _held(parameter: nn.Parameter, device: Any) -> int:
-    """Bytes of a frozen parameter that stay on this rank's device."""
-    if not is_partitioned(parameter):
-        return parameter.nbytes
-    part = parameter.ds_tensor.nbytes if parameter.ds_tensor.device.type == device.type else 0
-    return part + (parameter.element_size() * parameter.ds_numel if parameter.ds_persist else 0)
 
 
 def _sizes_at_work(model: nn.Module, parameters: set[nn.Parameter]) -> list[int]:
     """Elements that are gathered together: of a module on its own, or of a whole layer, which is one to DeepSpeed."""
     sizes = []
     for module in model.modules():
-        theirs = module.parameters(recurse=getattr(module, "_z3_leaf", False))
-        sizes.append(sum(whole_size(parameter) for parameter in theirs if parameter in parameters))
+        theirs = module.parameters(recurse=is_leaf(module))
+        sizes.append(sum(whole_shape(parameter).numel() for parameter in theirs if parameter in parameters))
     return sizes
