@@ -37,7 +37,8 @@ from softcot_ds.data.batches import Batch, collate
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
-from softcot_ds.recipe import load_recipe, resolve_location
+from softcot_ds.recipe import load_recipe
+from softcot_ds.values import resolve_location
 
 ROOT = Path(__file__).parent.parent
 RECIPE = ROOT / "recipes" / "word_problems.yaml"

@@ -175,7 +175,7 @@ def load_adapter(folder: Path, experiment: Experiment) -> Projection:
     if config.chat_templates is None:
         _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
     widths = width(experiment.assistant_config), width(experiment.base_config)
-    projection = projection_class(config.projection).empty(config.num_thoughts, *widths)
+    projection = projection_class(config.projection).empty(experiment.recipe, *widths)
     path = folder / "projection.safetensors"
     weights = load_projection(path)
     check_fits(weights, projection, path)

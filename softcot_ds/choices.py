@@ -9,6 +9,8 @@ from typing import Any
 
 from pydantic_core import PydanticKnownError
 
+from softcot_ds.errors import SoftCoTError
+
 PROJECTIONS = {
     "linear": "softcot_ds.methods.softcot:LinearProjection",
     "static": "softcot_ds.methods.prompt_tuning:StaticThoughts",
@@ -37,6 +39,26 @@ def one_of(choices: dict[str, str]) -> Callable[[str], str]:
 
 
 def chosen(choices: dict[str, str], name: str) -> Any:
-    """The class or function of a name."""
-    module, _, attribute = choices[name].partition(":")
-    return getattr(importlib.import_module(module), attribute)
+    """The class or function of a name.
+
+    Raises:
+        SoftCoTError: the name's line leads nowhere.
+    """
+    entry = choices[name]
+    module, _, attribute = entry.partition(":")
+    if not attribute:
+        raise _leads_nowhere(name, f"{entry!r} is not MODULE:NAME")
+    try:
+        return getattr(importlib.import_module(module), attribute)
+    except ModuleNotFoundError as error:
+        if error.name is None or not f"{module}.".startswith(f"{error.name}."):
+            raise  # the module is there, and imports what is not
+        raise _leads_nowhere(name, f"no module {error.name!r}") from error
+    except AttributeError as error:
+        if error.name != attribute:
+            raise
+        raise _leads_nowhere(name, f"no {attribute!r} in the module {module}") from error
+
+
+def _leads_nowhere(name: str, why: str) -> SoftCoTError:
+    return SoftCoTError(f"choices.py: {why}; mend the line of {name!r}")

@@ -159,7 +159,16 @@ class Adapter:
         return Question(prompt, with_thoughts, asked)
 
     def load_models(self, with_thoughts: bool = True) -> None:
-        """Load now what answers need, instead of with the first. Raises SoftCoTError; see the properties."""
+        """Load now what answers need, instead of with the first.
+
+        Raises:
+            SoftCoTError: see the properties; or the recipe's evaluation does not take one reply for the answer.
+        """
+        if strategy := self.recipe.evaluation.other_strategy:
+            raise SoftCoTError(
+                f"evaluation.strategy={strategy['strategy']} is for evaluations; for the one reply to each question, "
+                "set evaluation.strategy=single"
+            )
         if with_thoughts:
             _ = self.projection
             if self._needs_states:

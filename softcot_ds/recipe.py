@@ -7,7 +7,6 @@ relative to the current directory.
 
 import difflib
 import os
-import re
 import reprlib
 from collections.abc import Mapping
 from pathlib import Path
@@ -28,83 +27,12 @@ from pydantic_core import to_jsonable_python
 from softcot_ds.choices import PROJECTIONS, STRATEGIES, TASKS, chosen, one_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
+from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, DataName, ExistingFile, Folder, ModelName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Partition = Literal["none", "zero3"]
 Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
-
-PACKAGE_SCHEME = "package:"
-"""``package:pair/base`` names a folder that is shipped inside the installed package."""
-
-
-def resolve_location(name: str) -> str:
-    """The local path or hub name that ``name`` stands for."""
-    if name.startswith(PACKAGE_SCHEME):
-        return str(Path(__file__).parent / name.removeprefix(PACKAGE_SCHEME))
-    return name
-
-
-def _is_hub_name(name: str) -> bool:
-    """Whether ``name`` has the form of a hub repository, ``owner/name``."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.endswith((".json", ".jsonl"))
-
-
-# The checks ask os.path, which says False where pathlib raises: a folder that may not be read, too long a name.
-def _check_model(name: str) -> str:
-    location = resolve_location(name)
-    if os.path.isdir(location):
-        if not os.path.isfile(os.path.join(location, "config.json")):
-            raise ValueError(f"the folder {location!r} holds no config.json; name a folder written by save_pretrained")
-    elif name.startswith(PACKAGE_SCHEME) or not _is_hub_name(name):
-        raise ValueError(f"{location!r} is neither a folder nor a hub name (owner/name)")
-    return name
-
-
-def _check_data(name: str) -> str:
-    if not os.path.isfile(name) and not _is_hub_name(name):
-        raise ValueError(f"{name!r} is neither a file nor a hub name (owner/name)")
-    return name
-
-
-def _check_path(path: Path) -> Path:
-    if "\0" in str(path):
-        raise ValueError(f"{str(path)!r} has a NUL character in it, and no path has")
-    if str(path).startswith("~"):
-        raise ValueError(f"{str(path)!r}: ~ stands for a home folder in a shell only; write the whole path")
-    if len(longest := max(map(os.fsencode, path.parts), default=b"")) > 255:
-        raise ValueError(f"a name of {len(longest)} bytes in it; file systems take 255 at most")
-    return path
-
-
-def _check_file(path: Path) -> Path:
-    if os.path.isdir(path):
-        raise ValueError(f"{path.absolute()} is a folder, not a file")
-    if not os.path.isfile(path):
-        raise ValueError(f"no such file: {path.absolute()}")
-    if not os.access(path, os.R_OK):
-        raise ValueError(f"no permission to read {path.absolute()}")
-    return path
-
-
-def _check_folder(path: Path) -> Path:
-    nearest = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
-    if os.path.lexists(nearest) and not os.path.isdir(nearest):
-        raise ValueError(f"{nearest.absolute()} is not a folder")
-    return path
-
-
-ModelName = Annotated[str, AfterValidator(_check_model)]
-DataName = Annotated[str, AfterValidator(_check_data)]
-AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
-ExistingFile = Annotated[AnyPath, AfterValidator(_check_file)]
-Folder = Annotated[AnyPath, AfterValidator(_check_folder)]
-"""Exists, or can be made."""
-_Bounded = Annotated[int, Field(le=2**31 - 1)]  # what PyTorch, DeepSpeed and SLURM take everywhere
-Count = Annotated[_Bounded, Field(ge=1)]
-CountOrZero = Annotated[_Bounded, Field(ge=0)]
-_Beta = Annotated[float, Field(ge=0, lt=1)]
-
 
 FREE = "may change between the attempts of one run"
 """Marks a setting that decides where and how fast, not what is computed: a resumed run may have another value of it.
@@ -305,7 +233,7 @@ class TrainingConfig(Section):
     after the last."""
     min_lr_ratio: float = Field(0.0, ge=0, le=1)
     weight_decay: float = Field(0.0, ge=0)
-    betas: Annotated[tuple[_Beta, _Beta], Field(strict=False)] = (0.9, 0.999)
+    betas: Annotated[tuple[Beta, Beta], Field(strict=False)] = (0.9, 0.999)
     gradient_clipping: float = Field(1.0, ge=0)
     """Largest norm of the gradient; 0 switches clipping off."""
     activation_checkpointing: Annotated[bool, FREE] = False
@@ -354,6 +282,13 @@ class TrainingConfig(Section):
         return value
 
 
+_NOT_A_STRATEGYS = {
+    *("conditions", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p", "partition"),
+    "static_adapter",
+}
+"""Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
+
+
 class EvaluationConfig(Section):
     """Accuracy, never without its controls."""
 
@@ -375,9 +310,11 @@ class EvaluationConfig(Section):
     """Adapter directory of a projection.kind=static run, for the condition static."""
 
     @property
-    def other_strategy(self) -> dict[str, str]:
-        """The strategy where it is not the default: reports of the default do not name it, as there was no other."""
-        return self.model_dump(include={"strategy"}, exclude_defaults=True)
+    def other_strategy(self) -> dict[str, Any]:
+        """A strategy that is not the default, and its own settings: reports of the default have neither."""
+        if self.strategy == "single":
+            return {}
+        return self.model_dump(mode="json", exclude=_NOT_A_STRATEGYS)
 
     @field_validator("conditions")
     @classmethod

@@ -14,7 +14,8 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.models import backbone
 from softcot_ds.models.backbone import generation_stop_ids, load_frozen, load_tokenizer, weights_fingerprint, width
-from softcot_ds.recipe import ModelConfig, load_recipe, resolve_location
+from softcot_ds.recipe import ModelConfig, load_recipe
+from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 MIB = 2**20

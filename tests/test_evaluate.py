@@ -32,9 +32,10 @@ from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.models.partition import decoding_config
-from softcot_ds.recipe import Condition, load_recipe, resolve_location
+from softcot_ds.recipe import Condition, load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.thoughts import reader as thought_reader
+from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]

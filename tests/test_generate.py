@@ -18,7 +18,8 @@ from softcot_ds.generate import main
 from softcot_ds.methods import trial
 from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_frozen
-from softcot_ds.recipe import load_recipe, resolve_location
+from softcot_ds.recipe import load_recipe
+from softcot_ds.values import resolve_location
 
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=3", "thoughts.source=online"]
 DECODE = ["evaluation.batch_size=1", "evaluation.max_new_tokens=12", "evaluation.conditions=[learned,none]"]

@@ -18,7 +18,8 @@ from softcot_ds.generate import main as generate_main
 from softcot_ds.methods import trial
 from softcot_ds.models import backbone
 from softcot_ds.models.partition import is_partitioned
-from softcot_ds.recipe import load_recipe, resolve_location
+from softcot_ds.recipe import load_recipe
+from softcot_ds.values import resolve_location
 
 COUNT = 4
 QUESTIONS = [

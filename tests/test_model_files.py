@@ -15,7 +15,8 @@ from huggingface_hub import constants
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import model_files
 from softcot_ds.models.model_files import model_folder
-from softcot_ds.recipe import ModelConfig, resolve_location
+from softcot_ds.recipe import ModelConfig
+from softcot_ds.values import resolve_location
 
 COMMIT = "a" * 40
 PAIR = Path(resolve_location("package:pair/assistant"))

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from softcot_ds import choices
+from softcot_ds.choices import chosen
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.prompt_tuning import StaticThoughts
@@ -176,7 +177,7 @@ class Bottleneck(Projection):
         return cls(assistant_width, base_width)
 
     @classmethod
-    def empty(cls, num_thoughts, assistant_width, base_width):
+    def empty(cls, recipe, assistant_width, base_width):
         return cls(assistant_width, base_width)
 
     def forward(self, hidden_BTP, batch_size):
@@ -188,13 +189,41 @@ def test_a_projection_of_ones_own_is_a_module_and_a_line(tmp_path, monkeypatch):
     assert projection_class("bottleneck") is Bottleneck
     saved = Bottleneck(3, 2)
     save_file(saved.state_dict(), tmp_path / "projection.safetensors")
-    loaded = projection_class("bottleneck").empty(4, 3, 2)
+    loaded = projection_class("bottleneck").empty(None, 3, 2)
     weights = load_projection(tmp_path / "projection.safetensors")
     check_fits(weights, loaded, tmp_path)
     loaded.load_state_dict(weights)
     hidden = torch.randn(2, 4, 3)
     assert torch.equal(loaded(hidden, 2), saved(hidden, 2))
     assert loaded.fused_with(nn.Embedding(5, 2)) is None
+
+
+class Unfinished(Projection):
+    def forward(self, hidden_BTP, batch_size):
+        return hidden_BTP
+
+
+@pytest.mark.parametrize(
+    ("entry", "message"),
+    [
+        (f"{__name__}:Unfinished", r":Unfinished lacks create, empty; see Projection in methods/base.py"),
+        (f"{__name__}:Absent", r"choices.py: no 'Absent' in the module .*test_projection.*; mend the line of 'own'"),
+        ("softcot_ds.methods.absent:Own", r"choices.py: no module 'softcot_ds.methods.absent'; mend the line of 'own'"),
+        (
+            "softcot_ds.methods.softcot.Own",
+            r"choices.py: 'softcot_ds.methods.softcot.Own' is not MODULE:NAME; mend the",
+        ),
+    ],
+)
+def test_a_line_that_leads_nowhere_is_named(monkeypatch, entry, message):
+    monkeypatch.setitem(choices.PROJECTIONS, "own", entry)
+    with pytest.raises(SoftCoTError, match=message):
+        projection_class("own")
+
+
+@pytest.mark.parametrize("listed", [choices.PROJECTIONS, choices.TASKS, choices.STRATEGIES])
+def test_every_line_leads_somewhere(listed):
+    assert all(callable(chosen(listed, name)) for name in listed)
 
 
 @pytest.mark.distributed

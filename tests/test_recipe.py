@@ -10,6 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from softcot_ds.choices import PROJECTIONS, TASKS
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml
 from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
@@ -228,8 +229,11 @@ def test_all_mistakes_are_reported_together(write):
         ([f"seed={2**64}"], f"seed: input should be less than or equal to {2**64 - 1}, found {2**64}"),
         (["evaluation.conditions=[static]"], "evaluation.static_adapter: missing; the condition static needs"),
         (["task.test=null"], "task.test: missing; name a JSON-lines file or a hub name"),
-        (["task.name=gsm"], "task.name: input should be 'gsm8k' or 'word_problems', found 'gsm'"),
-        (["projection.kind=lora"], "projection.kind: input should be 'linear' or 'static', found 'lora'"),
+        (["task.name=gsm"], f"task.name: input should be {' or '.join(map(repr, TASKS))}, found 'gsm'"),
+        (
+            ["projection.kind=lora"],
+            f"projection.kind: input should be {' or '.join(map(repr, PROJECTIONS))}, found 'lora'",
+        ),
         (["name=a/b"], "name: string should match pattern"),
         (["name=."], "name: string should match pattern"),
         (["name=.."], "name: string should match pattern"),

@@ -9,7 +9,8 @@ from launch import ROOT, deepspeed_command, run
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
-from softcot_ds.recipe import ModelConfig, load_recipe, resolve_location
+from softcot_ds.recipe import ModelConfig, load_recipe
+from softcot_ds.values import resolve_location
 
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))

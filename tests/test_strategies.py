@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import sys
 from collections import Counter
 
 import pytest
@@ -12,12 +13,13 @@ from scribe import Scribe, replace_decoding
 
 from softcot_ds.choices import STRATEGIES
 from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.decoder import Decoder, batch_seed
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.strategies import Answer
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.decoding import Output, Sampling
-from softcot_ds.recipe import load_recipe
+from softcot_ds.recipe import EvaluationConfig, load_recipe
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", "thoughts.source=online"]
@@ -143,3 +145,46 @@ def test_a_draw_is_another_only_where_it_is_sampled_and_the_first_is_as_it_was_w
     assert batch_seed(5, 3) == batch_seed(5, 3, 0) == int.from_bytes(hashlib.sha256(b"5/3").digest()[:8])
     seeds = {batch_seed(5, number, draw) for number in range(20) for draw in range(20)}
     assert len(seeds) == 400
+
+
+def asks_the_same_twice(ask, problems, task, settings):
+    for _ in range(2):
+        replies = ask(problems.name, problems.prompts, problems.thoughts, Sampling.of(settings))
+    return [Answer(task.extract(reply.text, reply.cut), reply) for reply in replies]
+
+
+def forgets_some(ask, problems, task, settings):
+    return [Answer(None, reply) for reply in ask("all", problems.prompts, problems.thoughts, Sampling.of(settings))][1:]
+
+
+@pytest.mark.parametrize(
+    ("strategy", "kind", "message"),
+    [
+        (asks_the_same_twice, SoftCoTError, r"the strategy asks the same again.* a draw of their own .*\(it is 0.8\)"),
+        (forgets_some, TypeError, r"is to return an Answer for each of 12 problems; it returned 11, of \['Answer'\]"),
+        (lambda *_: ["4"] * 12, TypeError, r"it returned 12, of \['str'\]"),
+    ],
+)
+def test_a_strategy_that_does_not_do_what_is_asked_of_one_is_told(tmp_path, monkeypatch, strategy, kind, message):
+    monkeypatch.setitem(STRATEGIES, "own", f"{__name__}:own")
+    monkeypatch.setattr(sys.modules[__name__], "own", strategy, raising=False)
+    recipe = load_recipe(RECIPE, [*SMALL, *DECODE, f"output_dir={tmp_path}", "evaluation.strategy=own"])
+    replace_decoding(monkeypatch, Guesser(load_tokenizer(recipe.base)))
+    with pytest.raises(kind, match=message):
+        evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
+
+
+def test_what_only_a_strategy_reads_is_in_the_name_of_its_evaluation():
+    values = load_recipe(RECIPE, SMALL).evaluation.model_dump()
+    assert EvaluationConfig(**values).other_strategy == {}
+
+    class WithSetting(EvaluationConfig):
+        minimum: int = 2
+
+    assert WithSetting(**values | {"minimum": 3}).other_strategy == {}
+    STRATEGIES["own"] = "nowhere:own"
+    try:
+        told = WithSetting(**values | {"strategy": "own", "minimum": 3}).other_strategy
+    finally:
+        del STRATEGIES["own"]
+    assert told == {"strategy": "own", "minimum": 3}

@@ -27,9 +27,10 @@ from transformers.optimization import (
 
 from softcot_ds.data.batches import global_batches
 from softcot_ds.experiment import Experiment
-from softcot_ds.recipe import TrainingConfig, load_recipe, resolve_location
+from softcot_ds.recipe import TrainingConfig, load_recipe
 from softcot_ds.training.engine import build_projection
 from softcot_ds.training.schedule import learning_rate_at
+from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", "thoughts.source=online"]

@@ -239,7 +239,7 @@ def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
     if not all(widths):
         return 0  # a model cannot be read, which is said
     with torch.device("meta"):
-        projection = projection_class(recipe.projection.kind).empty(recipe.thoughts.count, *widths)
+        projection = projection_class(recipe.projection.kind).empty(recipe, *widths)
     weights = sum(parameter.numel() for parameter in projection.parameters())
     return weights * 4 * 3 * (recipe.training.keep_checkpoints + 1)
 

@@ -61,7 +61,8 @@ def make_report(
 def table(report: Record) -> str:
     """The report for a terminal."""
     lines = [
-        f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}",
+        f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
+        + (f", strategy {report['strategy']}" if "strategy" in report else ""),
         f"{'condition':<10}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
         f"{'p (McNemar)':>13}",
     ]

@@ -106,7 +106,14 @@ class _Inquiry:
     def answers(self) -> list[Answer]:
         """One per problem. All ranks call it together."""
         settings = self._experiment.recipe.evaluation
-        return chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, self._experiment.task, settings)
+        self._jobs.clear()
+        answers = chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, self._experiment.task, settings)
+        if len(answers) != len(self.problems.prompts) or not all(isinstance(answer, Answer) for answer in answers):
+            raise TypeError(
+                f"the strategy {settings.strategy!r} is to return an Answer for each of {len(self.problems.prompts)} "
+                f"problems; it returned {len(answers)}, of {sorted({type(answer).__name__ for answer in answers})}"
+            )
+        return answers
 
     def _ask(
         self,
@@ -118,6 +125,11 @@ class _Inquiry:
     ) -> list[Reply]:
         """See ``strategies.Ask``."""
         job = self._decoder.job(name, prompts, thoughts, sampling, draw)
+        if job.key in self._jobs:
+            raise SoftCoTError(
+                f"{name}: the strategy asks the same again, and would be told the same: sampled rounds want a draw of "
+                f"their own each, and evaluation.temperature above 0 (it is {sampling.temperature:g})"
+            )
         self._jobs[job.key] = job
         if job.todo and not self._decoding:
             raise _Undecoded

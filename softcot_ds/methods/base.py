@@ -3,6 +3,7 @@
 B batch, T thoughts, P assistant width, D base width.
 """
 
+from abc import ABC, abstractmethod
 from pathlib import Path
 from typing import ClassVar, Self
 
@@ -17,24 +18,25 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe
 
 
-class Projection(nn.Module):
+class Projection(nn.Module, ABC):
     """Makes the thoughts. A subclass says how; nothing else in the package knows which one it is."""
 
-    needs_states: ClassVar[bool]
+    needs_states: ClassVar[bool] = True
     """Whether the thoughts depend on the question, by the assistant's states."""
     is_affine: ClassVar[bool] = False
     """Whether the projection of a mean state is the mean of the projections."""
 
     @classmethod
+    @abstractmethod
     def create(cls, recipe: Recipe, assistant_width: int, base: PreTrainedModel, base_width: int) -> Self:
         """A new one in float32, initialized from torch's random numbers, which are the same on every rank."""
-        raise NotImplementedError
 
     @classmethod
-    def empty(cls, num_thoughts: int, assistant_width: int, base_width: int) -> Self:
+    @abstractmethod
+    def empty(cls, recipe: Recipe, assistant_width: int, base_width: int) -> Self:
         """One in float32 whose weights are to be loaded."""
-        raise NotImplementedError
 
+    @abstractmethod
     def forward(self, hidden_BTP: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         """(B, T, D) thoughts in the parameters' dtype.
 
@@ -42,7 +44,6 @@ class Projection(nn.Module):
             hidden_BTP: assistant states in any floating dtype; None where ``needs_states`` is False.
             batch_size: B.
         """
-        raise NotImplementedError
 
     def fused_with(self, embedding: nn.Module) -> nn.Module | None:
         """One module for thoughts and token embeddings, (B, T, P) states, (B, S) ids and (B) slots to (B, S+T, D).
@@ -58,8 +59,11 @@ class Projection(nn.Module):
 
 
 def projection_class(kind: str) -> type[Projection]:
-    """The class of a ``projection.kind``."""
-    return chosen(PROJECTIONS, kind)
+    """The class of a ``projection.kind``. Raises SoftCoTError when choices.py names none, or one that is not whole."""
+    found = chosen(PROJECTIONS, kind)
+    if missing := sorted(getattr(found, "__abstractmethods__", ())):
+        raise SoftCoTError(f"{PROJECTIONS[kind]} lacks {', '.join(missing)}; see Projection in methods/base.py")
+    return found
 
 
 def load_projection(path: Path) -> dict[str, torch.Tensor]:

@@ -30,8 +30,8 @@ class StaticThoughts(Projection):
         return cls(_random_token_embeddings(base, recipe.thoughts.count))
 
     @classmethod
-    def empty(cls, num_thoughts: int, assistant_width: int, base_width: int) -> Self:
-        return cls(torch.zeros(num_thoughts, base_width))
+    def empty(cls, recipe: Recipe, assistant_width: int, base_width: int) -> Self:
+        return cls(torch.zeros(recipe.thoughts.count, base_width))
 
     def forward(self, hidden_BTP: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         return self.weight.expand(batch_size, -1, -1)

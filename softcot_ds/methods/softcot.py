@@ -33,7 +33,7 @@ class LinearProjection(Projection):
         return cls(assistant_width, base_width, recipe.projection.init_scale)
 
     @classmethod
-    def empty(cls, num_thoughts: int, assistant_width: int, base_width: int) -> Self:
+    def empty(cls, recipe: Recipe, assistant_width: int, base_width: int) -> Self:
         return cls(assistant_width, base_width)
 
     def forward(self, hidden_BTP: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:

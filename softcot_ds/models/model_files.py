@@ -13,7 +13,8 @@ from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, Revi
 from huggingface_hub.utils import disable_progress_bars
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import ModelConfig, resolve_location
+from softcot_ds.recipe import ModelConfig
+from softcot_ds.values import resolve_location
 
 _WEIGHTS = (
     ("model.safetensors", False),

@@ -56,8 +56,15 @@ class Task(ABC):
 
     @property
     def prompt_file(self) -> Path:
-        """The user's prompt file, or the one beside the task's module, of the same name."""
-        return self.config.prompts or Path(inspect.getfile(type(self))).with_suffix(".yaml")
+        """The user's prompt file, or the one beside the task's module, of the same name.
+
+        Raises:
+            SoftCoTError: there is none.
+        """
+        own = Path(inspect.getfile(type(self))).with_suffix(".yaml")
+        if self.config.prompts is None and not own.is_file():
+            raise SoftCoTError(f"task {self.config.name} has no wording: write {own}, or name a file in task.prompts")
+        return self.config.prompts or own
 
     @abstractmethod
     def read(self, split: Literal["train", "test"]) -> list[Problem]:
@@ -73,6 +80,8 @@ class Task(ABC):
 
     def extract(self, output: str, cut: bool = False) -> str | None:
         """The answer that an output gives, in canonical form, or None when it cannot be parsed.
+
+        A reference answer alone is read by it too (``check``), so that both are read by one rule.
 
         Args:
             output: what the model wrote, without its stop token.

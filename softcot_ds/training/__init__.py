@@ -5,7 +5,7 @@ engine.py      DeepSpeed's engine around the base and the projection
 batches.py     this rank's micro-batches, step by step
 schedule.py    the learning rate
 stop.py        signals that ask to stop, agreed on by all ranks
-record.py      what is kept and said of the steps: losses, curves, lines of the log
+record.py      what is kept and said of the steps: losses, speed, curves, lines of the log
 metrics.py     TensorBoard, timers
 profiling.py   a window of steps as a trace
 memory.py      the memory that a training is expected to need

@@ -1,0 +1,79 @@
+"""What the values of a recipe may be: names of models and data, paths, numbers. A wrong one raises ValueError."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated
+
+from pydantic import AfterValidator, Field
+
+PACKAGE_SCHEME = "package:"
+"""``package:pair/base`` names a folder that is shipped inside the installed package."""
+
+
+def resolve_location(name: str) -> str:
+    """The local path or hub name that ``name`` stands for."""
+    if name.startswith(PACKAGE_SCHEME):
+        return str(Path(__file__).parent / name.removeprefix(PACKAGE_SCHEME))
+    return name
+
+
+def _is_hub_name(name: str) -> bool:
+    """Whether ``name`` has the form of a hub repository, ``owner/name``."""
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.endswith((".json", ".jsonl"))
+
+
+# The checks ask os.path, which says False where pathlib raises: a folder that may not be read, too long a name.
+def _check_model(name: str) -> str:
+    location = resolve_location(name)
+    if os.path.isdir(location):
+        if not os.path.isfile(os.path.join(location, "config.json")):
+            raise ValueError(f"the folder {location!r} holds no config.json; name a folder written by save_pretrained")
+    elif name.startswith(PACKAGE_SCHEME) or not _is_hub_name(name):
+        raise ValueError(f"{location!r} is neither a folder nor a hub name (owner/name)")
+    return name
+
+
+def _check_data(name: str) -> str:
+    if not os.path.isfile(name) and not _is_hub_name(name):
+        raise ValueError(f"{name!r} is neither a file nor a hub name (owner/name)")
+    return name
+
+
+def _check_path(path: Path) -> Path:
+    if "\0" in str(path):
+        raise ValueError(f"{str(path)!r} has a NUL character in it, and no path has")
+    if str(path).startswith("~"):
+        raise ValueError(f"{str(path)!r}: ~ stands for a home folder in a shell only; write the whole path")
+    if len(longest := max(map(os.fsencode, path.parts), default=b"")) > 255:
+        raise ValueError(f"a name of {len(longest)} bytes in it; file systems take 255 at most")
+    return path
+
+
+def _check_file(path: Path) -> Path:
+    if os.path.isdir(path):
+        raise ValueError(f"{path.absolute()} is a folder, not a file")
+    if not os.path.isfile(path):
+        raise ValueError(f"no such file: {path.absolute()}")
+    if not os.access(path, os.R_OK):
+        raise ValueError(f"no permission to read {path.absolute()}")
+    return path
+
+
+def _check_folder(path: Path) -> Path:
+    nearest = next((p for p in (path, *path.absolute().parents) if os.path.lexists(p)), path)
+    if os.path.lexists(nearest) and not os.path.isdir(nearest):
+        raise ValueError(f"{nearest.absolute()} is not a folder")
+    return path
+
+
+ModelName = Annotated[str, AfterValidator(_check_model)]
+DataName = Annotated[str, AfterValidator(_check_data)]
+AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
+ExistingFile = Annotated[AnyPath, AfterValidator(_check_file)]
+Folder = Annotated[AnyPath, AfterValidator(_check_folder)]
+"""Exists, or can be made."""
+_Bounded = Annotated[int, Field(le=2**31 - 1)]  # what PyTorch, DeepSpeed and SLURM take everywhere
+Count = Annotated[_Bounded, Field(ge=1)]
+CountOrZero = Annotated[_Bounded, Field(ge=0)]
+Beta = Annotated[float, Field(ge=0, lt=1)]
