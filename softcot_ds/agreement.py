@@ -62,7 +62,7 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
         f"the content of {recipe.backbone.deepspeed_path()}": _short(str(recipe.backbone.deepspeed_config()).encode()),
         "the training data": digest(splits.train)[:12],
         "the validation data": digest(splits.validation)[:12],
-        "the code of softcot-ds": _code_digest(),
+        "the code of softcot-ds": code_digest(),
         "Python": platform.python_version(),
         **{name: version(name) for name in _LIBRARIES},
     }
@@ -77,12 +77,12 @@ def facts_of(experiment: Experiment) -> dict[str, Any]:
 
 
 @cache
-def _code_digest() -> str:
-    """Of the package's source files: a version number does not tell two checkouts apart."""
+def code_digest() -> str:
+    """Of the package's own files, code and wording: a version number does not tell two checkouts apart."""
     content = hashlib.sha256()
     for package in _PACKAGES:
         for folder in importlib.util.find_spec(package).submodule_search_locations:
-            for path in sorted(Path(folder).rglob("*.py")):
+            for path in sorted(path for path in Path(folder).rglob("*") if path.suffix in (".py", ".yaml")):
                 content.update(f"{package}/{path.relative_to(folder)}".encode() + b"\0" + path.read_bytes() + b"\0")
     return content.hexdigest()[:12]
 

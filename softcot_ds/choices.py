@@ -20,7 +20,7 @@ TASKS = {
     "gsm8k": "softcot_ds.tasks.gsm8k:GSM8K",
     "word_problems": "softcot_ds.tasks.word_problems:WordProblems",
 }
-"""``task.name``: a ``tasks.base.Task``. Its wording is NAME.yaml in tasks/."""
+"""``task.name``: a ``tasks.base.Task``. Its wording is the file beside its module, of the same name: NAME.yaml."""
 STRATEGIES = {
     "single": "softcot_ds.evaluation.strategies:single",
 }

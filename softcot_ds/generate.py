@@ -15,6 +15,9 @@ from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.tasks.base import check_question
 
+_PATIENCE_MINUTES = 60.0 * 24 * 30
+"""How long ranks wait for the next question."""
+
 
 def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoughts: bool = True) -> None:
     """Print the base's answer to each question; on standard error, whether it was cut.
@@ -29,7 +32,7 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
     """
     import torch  # takes seconds, and transformers too
 
-    from softcot_ds.distributed import is_main
+    from softcot_ds.distributed import is_main, set_timeout
     from softcot_ds.inference import Adapter
 
     opened = Adapter(recipe, adapter)
@@ -38,6 +41,7 @@ def generate(recipe: Recipe, adapter: Path, questions: Iterable[str], with_thoug
     if first is None:
         raise SoftCoTError("no question on standard input; write one per line, or name it with --question")
     opened.load_models(with_thoughts)
+    set_timeout(_PATIENCE_MINUTES)  # the others wait while rank 0 waits for somebody to write a question
     torch.manual_seed(recipe.seed)
     for question in chain([first], asked):
         (output,) = opened.outputs([question])

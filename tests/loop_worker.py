@@ -12,6 +12,7 @@ from typing import Any
 import torch
 
 from softcot_ds import command, distributed
+from softcot_ds import train as train_command
 from softcot_ds.distributed import is_main, rank
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.training import loop
@@ -81,7 +82,7 @@ recipe, *trainings = (argument for argument in sys.argv[1:] if not argument.star
 for name, overrides in zip(trainings[::2], trainings[1::2], strict=True):
     fault, passes = name, 0
     try:
-        code = loop.main([recipe, f"name={name}", *overrides.split()])
+        code = train_command.main([recipe, f"name={name}", *overrides.split()])
     except RuntimeError as error:
         report(str(error))
         code = 1

@@ -94,7 +94,7 @@ MessageTimeout=10
 TCPTimeout=3
 # Nodes report to the controller directly.
 TreeWidth=65533
-ReturnToService=2
+ReturnToService=1
 JobRequeue=1
 KillWait=5
 MinJobAge=3600
@@ -255,6 +255,9 @@ class Cluster:
         """Power on again after ``fail``, and wait until the node is idle."""
         if node not in self._daemons:
             self._power_on(node)
+        # A node that was said to be down does not come back by itself: a last sign of life of one that was just powered
+        # off would bring it back otherwise.
+        self.run("scontrol", "update", f"NodeName={node}", "State=RESUME", check=False)
         self._wait(f"{node} to be idle", lambda: self._states().get(node) == "idle")
 
     def job(self, job_id: int) -> dict[str, str]:

@@ -431,6 +431,21 @@ def test_nothing_is_computed_for_a_base_that_cannot_be_one(recipe_file, monkeypa
     assert not list((recipe_file.parent / "caches").rglob("thoughts-*"))
 
 
+def test_other_ranks_load_nothing_for_a_base_that_cannot_be_one(recipe_file, monkeypatch, capsys):
+    class Second:
+        """Rank 1 of two, of which rank 0 has given up."""
+
+        rank, size = 1, 2
+
+        def fetch(self, key):
+            raise OtherRankFailed("another rank failed")
+
+    monkeypatch.setattr(thought_computing, "fill", lambda *arguments, **_: arguments[3]())
+    monkeypatch.setattr(thought_computing, "load_assistant", lambda *_: pytest.fail("nothing is to be loaded"))
+    with pytest.raises(OtherRankFailed):
+        thought_computing.build(load_recipe(recipe_file), Second())
+
+
 def test_recipes_with_one_assistant_share_a_cache_and_new_data_adds_its_rows_alone(recipe_file, capsys):
     assert cache.main([str(recipe_file)]) == 0
     capsys.readouterr()

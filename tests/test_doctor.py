@@ -16,6 +16,7 @@ from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import save_file
 
 from softcot_ds import distributed, doctor, launchers
+from softcot_ds.agreement import code_digest
 from softcot_ds.diagnosis import examine
 from softcot_ds.diagnosis import judge as diagnosis
 from softcot_ds.diagnosis.judge import Facts, Finding, Folder, Model
@@ -420,6 +421,18 @@ def test_a_large_model_of_which_no_toy_can_be_made_is_a_warning(tmp_path, monkey
     assert all("shows only when it is loaded" in finding.text for finding in found)
 
 
+def test_the_sources_compared_are_those_of_the_whole_package(monkeypatch):
+    read, seen = Path.read_bytes, []
+    monkeypatch.setattr(Path, "read_bytes", lambda path: seen.append(path) or read(path))
+    code_digest.cache_clear()
+    source = examine.collect(None, 0).source
+    assert source == code_digest()
+    assert {path.relative_to(ROOT).as_posix() for path in seen} >= {
+        *("softcot_ds/cli.py", "softcot_ds/training/loop.py", "softcot_ds/tasks/gsm8k.yaml"),
+        "kernels/softcot_kernels/thought_embedding.py",
+    }
+
+
 def test_ranks_with_other_recipes_are_not_compared(monkeypatch):
     def gathered(everyone, facts, group):
         everyone[:] = [facts, replace(facts, rank=1, node="elsewhere", recipe="beef")]
@@ -432,6 +445,7 @@ def test_ranks_with_other_recipes_are_not_compared(monkeypatch):
 
 
 def test_ranks_that_cannot_meet_are_told_where_and_what_to_do(monkeypatch, capfd):
+    distributed.shut_down()  # the group of one in which another test has evaluated, say
     launcher = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1"}
     with socket.socket() as taken:
         taken.bind(("127.0.0.1", 0))

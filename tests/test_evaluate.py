@@ -615,6 +615,7 @@ REPORT = {"conditions": {"learned": {}, "zero": {}}, "num_problems": 1000, "step
         ({"conditions": {"zero": {}, "learned": {}, "none": {}}}, ""),
         ({"step": 300, "num_problems": 1001, "max_new_tokens": 64}, ""),
         ({"step": 300, "num_problems": 8}, "it is on 1000 problems, this one on 8"),
+        ({"strategy": "vote"}, "its strategy is single, that of this one vote"),
     ],
 )
 def test_the_runs_report_is_replaced_by_one_that_says_as_much(changes, stays):

@@ -25,6 +25,8 @@ def steps_through(tmp_path: Path, steps: range, *overrides: str) -> Recipe:
                 torch.randn(4, 4) @ torch.randn(4, 4)
             with timer.phase("backward"):
                 pass
+        if profiler.ends_with(step):
+            profiler.write()
     return recipe
 
 

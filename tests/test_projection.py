@@ -12,9 +12,12 @@ from torch import nn
 from softcot_ds import choices
 from softcot_ds.choices import chosen
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.prompt_tuning import StaticThoughts
 from softcot_ds.methods.softcot import LinearProjection
+from softcot_ds.recipe import load_recipe
+from softcot_ds.training.engine import build_projection
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -1.0])}
 
@@ -230,3 +233,23 @@ def test_every_line_leads_somewhere(listed):
 def test_fused_embedding_reads_a_partitioned_table():
     done = run(deepspeed_command(2, "embedding_worker"), PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}")
     assert done.stdout.count("embedding equal") == 2
+
+
+class Buffered(LinearProjection):
+    @classmethod
+    def create(cls, recipe, assistant_width, base, base_width):
+        created = cls(assistant_width, base_width)
+        created.register_buffer("scale", torch.ones(1), persistent=recipe.seed == 1)
+        return created
+
+
+def test_state_that_no_checkpoint_would_hold_is_refused(monkeypatch):
+    monkeypatch.setitem(choices.PROJECTIONS, "own", f"{__name__}:Buffered")
+    for seed in (0, 1):
+        recipe = load_recipe(ROOT / "recipes/word_problems.yaml", ["projection.kind=own", f"seed={seed}"])
+        experiment = Experiment(recipe)
+        if seed == 0:
+            assert isinstance(build_projection(recipe, experiment, None), Buffered)
+            continue
+        with pytest.raises(SoftCoTError, match=r"projection.kind=own: checkpoints hold parameters, and scale would be"):
+            build_projection(recipe, experiment, None)

@@ -14,6 +14,7 @@ from scribe import Scribe, replace_decoding
 from softcot_ds.choices import STRATEGIES
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation.conditions import Conditions
 from softcot_ds.evaluation.decoder import Decoder, batch_seed
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.strategies import Answer
@@ -188,3 +189,42 @@ def test_what_only_a_strategy_reads_is_in_the_name_of_its_evaluation():
     finally:
         del STRATEGIES["own"]
     assert told == {"strategy": "own", "minimum": 3}
+
+
+def thinks_first(ask, problems, task, settings):
+    """Two rounds, of which only the second has thoughts."""
+    ask("first", problems.prompts, None, Sampling.of(settings))
+    replies = ask("then", problems.prompts, problems.thoughts, Sampling.of(settings))
+    return [Answer(task.extract(reply.text, reply.cut), reply) for reply in replies]
+
+
+def test_states_of_a_later_round_are_read_before_anything_is_decoded(tmp_path, monkeypatch):
+    """On all ranks then, and not beside the base."""
+    events = []
+
+    class Watched(Guesser):
+        def __call__(self, *arguments):
+            events.append("decoded")
+            return super().__call__(*arguments)
+
+    read = Conditions.read_states
+    monkeypatch.setattr(Conditions, "read_states", lambda self: events.append("states read") or read(self))
+    monkeypatch.setitem(STRATEGIES, "own", f"{__name__}:thinks_first")
+    overrides = ["evaluation.strategy=own", "evaluation.conditions=[learned]", f"output_dir={tmp_path}"]
+    recipe = load_recipe(RECIPE, [*SMALL, *DECODE, *overrides])
+    replace_decoding(monkeypatch, Watched(load_tokenizer(recipe.base)))
+    evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
+    assert events[0] == "states read"
+    assert events.count("decoded") == 6, "twelve problems in batches of five, twice"
+
+
+def test_nothing_is_asked_of_nobody(tmp_path, monkeypatch):
+    def asks_again(ask, problems, task, settings):
+        assert ask("again", [], None, Sampling.of(settings)) == []
+        return [Answer("4", reply) for reply in ask("all", problems.prompts, problems.thoughts, Sampling.of(settings))]
+
+    monkeypatch.setitem(STRATEGIES, "own", f"{__name__}:own")
+    monkeypatch.setattr(sys.modules[__name__], "own", asks_again, raising=False)
+    recipe = load_recipe(RECIPE, [*SMALL, *DECODE, f"output_dir={tmp_path}", "evaluation.strategy=own"])
+    replace_decoding(monkeypatch, Guesser(load_tokenizer(recipe.base)))
+    assert evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))["num_problems"] == 12

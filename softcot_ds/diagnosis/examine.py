@@ -1,9 +1,8 @@
 """What each rank finds out about itself and its node.
 
-Each rank collects facts about
-itself and its node; they are gathered, and rank 0 judges and prints. Whatever fails on a rank becomes one of its facts:
-all ranks make the same collective calls in the same order. They meet over gloo, so that a rank without its GPU, or NCCL
-that does not work, can be told instead of waited for.
+The facts are gathered, and rank 0 judges and prints. Whatever fails on a rank becomes one of its facts: all ranks make
+the same collective calls in the same order. They meet over gloo, so that a rank without its GPU, or NCCL that does not
+work, can be told instead of waited for.
 """
 
 import hashlib
@@ -31,6 +30,7 @@ from packaging.requirements import Requirement
 from softcot_kernels import reference
 
 from softcot_ds import distributed
+from softcot_ds.agreement import code_digest
 from softcot_ds.diagnosis import judge as diagnosis
 from softcot_ds.diagnosis.judge import MESSAGE_BYTES, Facts, Folder, Model
 from softcot_ds.differences import difference
@@ -100,7 +100,6 @@ def doctor(recipe: Recipe | None) -> None:
 def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
     """What this rank finds out without the others."""
     requirements = _requirements()
-    files = [path for module in (__file__, softcot_kernels.__file__) for path in sorted(Path(module).parent.rglob("*"))]
     launchers = {"deepspeed": bool(shutil.which("deepspeed")) or Path(sys.executable).with_name("deepspeed").exists()}
     if "SLURM_JOB_ID" in os.environ:
         launchers["srun"] = bool(shutil.which("srun"))
@@ -110,7 +109,7 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
         node=socket.gethostname(),
         versions={name: _version(name) for name in requirements or diagnosis.SHOWN},
         requirements=requirements,
-        source=_hash(*(path.read_text(encoding="utf-8") for path in files if path.suffix in (".py", ".yaml"))),
+        source=code_digest(),
         recipe=_hash(recipe.to_yaml(), json.dumps(recipe.backbone.deepspeed_config())) if recipe else "",
         folders=_folders(recipe),
         launchers=launchers,

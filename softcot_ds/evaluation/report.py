@@ -109,6 +109,8 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
     """What a run's report ``old`` says that ``new`` does not, in words; nothing when ``old`` is no report."""
     if not isinstance(old, dict) or not isinstance(old.get("conditions"), dict):
         return []
+    if old.get("strategy") != new.get("strategy"):
+        return [f"its strategy is {old.get('strategy', 'single')}, that of this one {new.get('strategy', 'single')}"]
     missing = [name for name in old["conditions"] if name not in new["conditions"]]
     more = [f"it has conditions that this one lacks ({', '.join(missing)})"] if missing else []
     for key, words in {

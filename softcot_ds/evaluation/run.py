@@ -95,8 +95,9 @@ class _Inquiry:
 
     @property
     def needs_states(self) -> bool:
-        """Whether thoughts have to be made of the assistant's states for it."""
-        return any(job.todo and job.thoughts is not None and job.thoughts.need_states for job in self._jobs.values())
+        """Whether thoughts have to be made of the assistant's states for it, now or in a later round."""
+        thoughts = self.problems.thoughts
+        return thoughts is not None and thoughts.need_states and any(job.todo for job in self._jobs.values())
 
     @property
     def key(self) -> str:
@@ -124,6 +125,8 @@ class _Inquiry:
         draw: int = 0,
     ) -> list[Reply]:
         """See ``strategies.Ask``."""
+        if not prompts:
+            return []
         job = self._decoder.job(name, prompts, thoughts, sampling, draw)
         if job.key in self._jobs:
             raise SoftCoTError(

@@ -19,7 +19,10 @@ from softcot_ds.recipe import Recipe
 
 
 class Projection(nn.Module, ABC):
-    """Makes the thoughts. A subclass says how; nothing else in the package knows which one it is."""
+    """Makes the thoughts. A subclass says how; nothing else in the package knows which one it is.
+
+    What it is trained to is in its parameters alone: checkpoints hold no buffers.
+    """
 
     needs_states: ClassVar[bool] = True
     """Whether the thoughts depend on the question, by the assistant's states."""

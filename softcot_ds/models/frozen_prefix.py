@@ -50,13 +50,6 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     return None
 
 
-def states_depend_on_length(model: PreTrainedModel) -> bool:
-    """Whether keys change with the length of what follows: rotary embeddings that stretch with the sequence do that."""
-    kinds = getattr(getattr(model.get_decoder(), "rotary_emb", None), "rope_type", "default")
-    kinds = kinds.values() if isinstance(kinds, dict) else [kinds]
-    return any("dynamic" in kind or kind == "longrope" for kind in kinds)
-
-
 @dataclass
 class _Call:
     """One pass under way."""

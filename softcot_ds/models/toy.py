@@ -65,14 +65,23 @@ def _small(key: str, value: Any, sizes: dict[str, int], depth: int | None, value
     if key in _KEY_HEADS:  # one for each head, one for all, or between
         heads = values.get("num_attention_heads")
         return _HEADS if value == heads or values.get("kv_lora_rank") else min(value, _HEADS // 2)
+    if key in ("partial_rotary_factor", "rotary_pct"):
+        return _whole_pairs(value)
     if key.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:
         return sizes.get(key, VOCABULARY - 1)
     return sizes.get(key, value)
 
 
+def _whole_pairs(factor: float) -> float:
+    """The nearest part of a head that is rotated in whole pairs of dimensions."""
+    return max(2, 2 * round(_HEAD_WIDTH * factor / 2)) / _HEAD_WIDTH
+
+
 def _small_rope(values: dict[str, Any]) -> dict[str, Any]:
     """Rotary settings, one set or one for each kind of layer: what has an entry for each frequency is cut."""
     small = {key: _small_rope(value) if isinstance(value, dict) else value for key, value in values.items()}
+    if small.get("partial_rotary_factor"):
+        small["partial_rotary_factor"] = _whole_pairs(small["partial_rotary_factor"])
     frequencies = int(_HEAD_WIDTH * small.get("partial_rotary_factor", 1)) // 2
     for key in ("short_factor", "long_factor"):
         if isinstance(small.get(key), list):
@@ -88,11 +97,11 @@ def make_toy(config: PreTrainedConfig) -> PreTrainedModel:
     Raises:
         ValueError: it is not small: its sizes have names that are not known here.
     """
-    with torch.device("meta"):
-        size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
-    if size > _MOST_PARAMETERS:
-        raise ValueError(f"{size:,} parameters are not small")
     with torch.random.fork_rng(devices=[]):
+        with torch.device("meta"):
+            size = sum(parameter.numel() for parameter in AutoModelForCausalLM.from_config(config).parameters())
+        if size > _MOST_PARAMETERS:
+            raise ValueError(f"{size:,} parameters are not small")
         torch.manual_seed(11)
         try:
             model = AutoModelForCausalLM.from_config(config, dtype=torch.float32, attn_implementation="sdpa")

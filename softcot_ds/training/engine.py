@@ -50,12 +50,21 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
 
 
 def build_projection(recipe: Recipe, experiment: Experiment, base: PreTrainedModel) -> Projection:
-    """A new projection in float32, initialized from the recipe's seed: the same on every rank."""
+    """A new projection in float32, initialized from the recipe's seed: the same on every rank.
+
+    Raises:
+        SoftCoTError: it has state that no checkpoint would hold.
+    """
     assistant_width, base_width = width(experiment.assistant_config), width(experiment.base_config)
     generator_state = torch.get_rng_state()
     torch.manual_seed(recipe.seed)
     projection = projection_class(recipe.projection.kind).create(recipe, assistant_width, base, base_width)
     torch.set_rng_state(generator_state)
+    if lost := sorted(projection.state_dict().keys() - dict(projection.named_parameters()).keys()):
+        raise SoftCoTError(
+            f"projection.kind={recipe.projection.kind}: checkpoints hold parameters, and {', '.join(lost)} would be "
+            "lost; make parameters of these buffers, or register them with persistent=False"
+        )
     return projection
 
 

@@ -81,9 +81,10 @@ def _train(recipe: Recipe) -> None:
         saving = step % config.save_every == 0 or last or stopping is not None
         # A job that is about to be taken away has no time for more than the checkpoint.
         validating = bool(splits.validation) and (step % config.validate_every == 0 or last) and stopping is None
-        if step % config.log_every == 0 or step == start + 1 or validating or saving or skipped:
+        pausing = saving or validating or profiler.ends_with(step)  # for what may take longer than a step
+        if step % config.log_every == 0 or step == start + 1 or pausing or skipped:
             record.report(step, batch, learning_rate, engine, skipped, folder)
-        if saving or validating:
+        if pausing:
             set_timeout(config.timeout_minutes)
         if saving:
             summary = record.write(engine)
@@ -92,7 +93,9 @@ def _train(recipe: Recipe) -> None:
             _stop(recipe, stopping, step, folder)
         if validating:
             record.report_validation(step, *validator.run())
-        if saving or validating or step == start + 1:
+        if profiler.ends_with(step):
+            profiler.write()
+        if pausing or step == start + 1:
             set_timeout(min(config.step_timeout_minutes, config.timeout_minutes))
             record.window.restart_clock()
     record.finish(summary, folder)

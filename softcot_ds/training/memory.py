@@ -48,6 +48,8 @@ def expected_memory(engine: Any) -> ExpectedMemory:
     frozen = [parameter for parameter in engine.module.parameters() if parameter not in trained]
     weights = sum(held_bytes(parameter, engine.device.type) for parameter in frozen)
     come_and_go = {parameter for parameter in frozen if comes_and_goes(parameter)}
+    if (second := engine.zero_hpz_partition_size()) > 1:  # ZeRO++ keeps a copy of them split over so many ranks
+        weights += sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in come_and_go) // second
     gathered = 0
     if come_and_go and world_size() > 1:
         kept = max(engine.zero_max_live_parameters(), engine.zero_max_reuse_distance())

@@ -24,26 +24,31 @@ class StepProfiler:
 
     @contextmanager
     def step(self, step: int) -> Iterator[None]:
-        """The block is step ``step``; all ranks enter it. With the window's last one its trace is written.
-
-        A run that begins within the window records what is left of it, one that ends within it writes nothing.
-
-        Raises:
-            SoftCoTError: on every rank, when the trace cannot be written.
-        """
+        """The block is step ``step``. A run that begins within the window records what is left of it."""
         if self._first <= step <= self._last and not self._began:
             self._began = step
             if is_main():
                 self._profiler = profile()
                 self._profiler.start()
         yield
-        if self._began and step == self._last:
-            if self._profiler is not None:
-                self._profiler.stop()
-            path = self._folder / f"steps-{self._began}-{step}.pt.trace.json.gz"  # a name that TensorBoard looks for
-            on_main(lambda: self._write(path))
-            say(f"profile of the steps {self._began} to {step}: {path}")
-            self._profiler = None
+        if self._profiler is not None and self.ends_with(step):
+            self._profiler.stop()
+
+    def ends_with(self, step: int) -> bool:
+        """Whether ``step`` was the window's last one, after which ``write`` is to be called."""
+        return bool(self._began) and step == self._last
+
+    def write(self) -> None:
+        """Write the trace; all ranks call it. A run that ends within the window writes none.
+
+        Raises:
+            SoftCoTError: on every rank, when the trace cannot be written.
+        """
+        # A name that TensorBoard looks for.
+        path = self._folder / f"steps-{self._began}-{self._last}.pt.trace.json.gz"
+        on_main(lambda: self._write(path))
+        say(f"profile of the steps {self._began} to {self._last}: {path}")
+        self._profiler = None
 
     def _write(self, path: Path) -> None:
         try:
