@@ -1,4 +1,4 @@
-"""How long things take and how large they are, in words."""
+"""How long things take, how large and how many they are, in words."""
 
 import time
 
@@ -16,6 +16,11 @@ def duration(seconds: float) -> str:
 def size(number: int) -> str:
     """Bytes as people read them: ``1.50 GB``, ``12.3 MB``."""
     return f"{number / 1e9:,.2f} GB" if number >= 1e9 else f"{number / 1e6:,.1f} MB"
+
+
+def count(number: int, what: str, several: str = "") -> str:
+    """``1 rank``, ``2 ranks``; ``several``: what more than one are called where an s is not enough."""
+    return f"{number} {what}" if number == 1 else f"{number} {several or what + 's'}"
 
 
 class Progress:

@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 from hypothesis import settings
-from launch import BIN
+from launch import BIN, ROOT
 from slurm_cluster import Cluster, why_unavailable
 
 if TYPE_CHECKING:
+    from scribe import Scribe
     from transformers import PreTrainedTokenizerFast
 
 # A busy machine is slow; pytest-timeout stops what hangs.
@@ -121,6 +122,19 @@ def shared_data() -> Path:
     if not folder.is_dir():
         pytest.skip(f"no data folder {folder}; name one in SOFTCOT_SHARED_DATA")
     return folder
+
+
+@pytest.fixture
+def scribe(monkeypatch) -> Scribe:
+    """Nothing is decoded by the embedded base, nor is it loaded: the scribe writes instead."""
+    from scribe import Scribe, replace_decoding
+
+    from softcot_ds.models.backbone import load_tokenizer
+    from softcot_ds.recipe import load_recipe
+
+    scribe = Scribe(load_tokenizer(load_recipe(ROOT / "recipes/word_problems.yaml").base))
+    replace_decoding(monkeypatch, scribe)
+    return scribe
 
 
 @pytest.fixture(scope="session")

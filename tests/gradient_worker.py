@@ -1,4 +1,4 @@
-"""Run by test_train.py on several ranks: the losses of some steps, and the projection's gradient in the first of them.
+"""Run by test_training_steps.py on several ranks: the losses of some steps, and the first one's gradient.
 
 The gradient is the one that DeepSpeed has summed over micro-batches and ranks.
 """

@@ -1,4 +1,4 @@
-"""Run by test_train.py on two ranks: several trainings in one process, some of them disturbed.
+"""Run by test_training_steps.py on two ranks: several trainings in one process, some of them disturbed.
 
 Arguments: a recipe; then for each training its name, which is that of its fault too, and overrides.
 """

@@ -1,4 +1,4 @@
-"""Evaluation: what the conditions are, resuming, the report, the same outputs on any number of ranks."""
+"""Evaluation: what the conditions are, what decides an output, the same outputs on any number of ranks."""
 
 import itertools
 import json
@@ -21,8 +21,7 @@ from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import decoder as decoder_module
 from softcot_ds.evaluation.conditions import CONDITIONS, Conditions, others
-from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts
-from softcot_ds.evaluation.report import table, what_it_says_more
+from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
@@ -30,7 +29,6 @@ from softcot_ds.inference import Adapter
 from softcot_ds.methods import trial
 from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_tokenizer
-from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.models.partition import decoding_config
 from softcot_ds.recipe import Condition, load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
@@ -116,14 +114,6 @@ def test_conditions_are_what_they_say(recipe, adapter):
     assert text.thoughts is None
     assert "plan :\nword 3" in experiment.base_tokenizer.decode(text.prompts[3].prefix_ids)
     assert set(CONDITIONS) == set(get_args(Condition))
-
-
-@pytest.fixture
-def scribe(monkeypatch):
-    """Nothing is decoded, and no base is loaded."""
-    scribe = Scribe(load_tokenizer(load_recipe(RECIPE).base))
-    replace_decoding(monkeypatch, scribe)
-    return scribe
 
 
 def test_cut_and_unparsed_outputs_are_counted_and_a_cut_number_is_no_answer(tmp_path, scribe):
@@ -304,122 +294,6 @@ def test_what_decides_an_output_is_compared_by_content(
         assert kept.read_bytes() == path.read_bytes()
 
 
-SETTINGS = {"max_new_tokens": 5, "batch_size": 2, "prompts": "some"}
-PROMPTS = [BasePrompt([1] * length, [2]) for length in (3, 1, 2, 5, 4)]
-OUTPUTS = {0: [Output([7, 12], False), Output([], True)], 1: [Output([10**4], True)] * 2, 2: [Output([1, 2, 3], False)]}
-
-
-def job(folder, **changes):
-    return Job("learned", PROMPTS, None, Sampling(5), 0, SETTINGS | changes, folder)
-
-
-def written_job(folder):
-    first = job(folder)
-    for number, outputs in OUTPUTS.items():
-        first.write(number, outputs)
-    (part,) = folder.glob("*/*.part")
-    return part
-
-
-def test_what_was_written_is_read_again(tmp_path):
-    written_job(tmp_path)
-    again = job(tmp_path)
-    assert again.done == OUTPUTS
-    assert again.todo == []
-    assert again.batches == [[1, 2], [0, 4], [3]], "neighbours in length"
-    assert job(tmp_path, max_new_tokens=6).todo == [0, 1, 2]
-
-
-@settings(max_examples=150)
-@given(st.data())
-def test_a_damaged_part_is_done_again_and_never_believed(tmp_path_factory, data):
-    part = written_job(tmp_path_factory.mktemp("outputs"))
-    content = bytearray(part.read_bytes())
-    for _ in range(data.draw(st.integers(1, 3))):
-        start = data.draw(st.integers(0, len(content) - 1))
-        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]))
-        some = data.draw(st.binary(min_size=1, max_size=9))
-        if kind == "flip":
-            content[start] ^= data.draw(st.integers(1, 255))
-        elif kind == "cut" and start:
-            del content[start:]
-        elif kind == "insert":
-            content[start:start] = some
-        elif kind == "remove" and len(content) > 9:
-            del content[start : start + len(some)]
-        else:
-            content += content[start:]
-    part.write_bytes(content)
-    again = job(part.parent.parent)
-    assert again.done == {number: OUTPUTS[number] for number in again.done}
-    assert sorted([*again.done, *again.todo]) == [0, 1, 2]
-
-
-@pytest.mark.parametrize(
-    "line",
-    [
-        b"",
-        b"null",
-        b"\xff\x00\x80",
-        b'{"batch": 0, "outputs": {"0": "text of an older version", "1": "and more"}}',
-        b'{"batch": 99, "outputs": []}',
-        b'{"batch": "0", "outputs": [[1], 2]}',
-        b"0" * 64 + b' {"batch": 0, "outputs": []}',
-        b"[" * 10**5,
-    ],
-)
-def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path, line):
-    part = written_job(tmp_path)
-    part.write_bytes(line + b"\n" + part.read_bytes() + line)
-    assert job(tmp_path).done == OUTPUTS
-
-
-def test_outputs_of_other_settings_are_not_taken_from_a_file_that_was_copied(tmp_path):
-    part = written_job(tmp_path)
-    other = job(tmp_path, prompts="others")
-    shutil.copy(part, tmp_path / other.key[:16])
-    assert job(tmp_path, prompts="others").done == {}
-
-
-class Asked(Exception):
-    """Raised where a rank would ask the others for their outputs."""
-
-
-@pytest.mark.parametrize(("seed", "draw"), [(0, 0), (3, 1), (2**31, 0), (2**63, 9), (2**64 - 1, 0)])
-def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed, draw):
-    recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
-    prompts = [BasePrompt([index], []) for index in range(7)]
-    decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
-    results = {}
-    for partitioned in (False, True):
-        decoder._partition = "zero3" if partitioned else "none"
-        for ranks in (1, 2, 3):
-            outputs = {}
-
-            def collect(mine, outputs=outputs):
-                outputs.update(mine)
-                raise Asked
-
-            for rank in range(ranks):
-                scribe.seeds.clear()
-                work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, Sampling(9, temperature=1), draw)
-                work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
-                with monkeypatch.context() as patch:
-                    patch.setattr(decoder_module, "world_size", lambda ranks=ranks: ranks)
-                    patch.setattr(decoder_module, "rank", lambda rank=rank: rank)
-                    patch.setattr(decoder_module, "from_all_ranks", collect)
-                    with pytest.raises(Asked):
-                        decoder.run(work)
-                rounds = -(-4 // ranks)
-                assert len(scribe.seeds) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
-            results[partitioned, ranks] = outputs
-            assert (tmp_path / "part").read_bytes().count(b"\n") == 4, "each batch is written once"
-            (tmp_path / "part").unlink()
-    assert all(outputs == results[False, 1] for outputs in results.values())
-    chances = [scribe.tokenizer.decode(outputs[0].token_ids).split()[1] for outputs in results[False, 1].values()]
-    assert len(set(chances)) == 4, "no two batches have the same random numbers"
-
-
 @settings(max_examples=200)
 @given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 2**64 - 1))
 def test_shuffled_takes_the_thoughts_of_a_question_that_is_another_to_the_assistant(kinds, seed):
@@ -504,29 +378,6 @@ def test_what_cannot_be_evaluated_is_said_before_a_model_is_loaded(
     assert not list(folder.glob("demo/*/*.jsonl"))
 
 
-@pytest.mark.parametrize(
-    ("context", "said"), [(7, "room for 1 tokens; its output is cut"), (12, ""), (11, "for 5 tokens")]
-)
-def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, said):
-    recipe = make_recipe(tmp_path)
-    Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, Sampling(6))
-    printed = capsys.readouterr().out
-    assert said in printed
-    assert bool(said) == bool(printed)
-
-
-def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
-    recipe = make_recipe(tmp_path)
-    decoder = Decoder(recipe, recipe.base, "weights", [2], 6)
-    with pytest.raises(
-        SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
-    ):
-        decoder.job("none", PROMPTS, None, Sampling(6))
-    thoughts = Thoughts(lambda _: None, {})
-    with pytest.raises(SoftCoTError, match="the longest prompt has 10 tokens"):
-        decoder.job("learned", PROMPTS, thoughts, Sampling(6))
-
-
 def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evaluation, tmp_path, monkeypatch):
     folder = shutil.copytree(first_evaluation, tmp_path / "copy")
     forbid_models(monkeypatch)
@@ -561,19 +412,6 @@ def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_pat
     assert scribe.num_prompts == len(EVERY | WORDS) * 7
 
 
-def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
-    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-    config["zero_optimization"]["zero_quantized_weights"] = True
-    (tmp_path / "quantized.json").write_text(json.dumps(config))
-    keys = {}
-    for partition in ("none", "zero3"):
-        for file in (ROOT / "ds_configs/zero3.json", tmp_path / "quantized.json"):
-            recipe = make_recipe(tmp_path, f"evaluation.partition={partition}", f"backbone.deepspeed={file}")
-            decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
-            keys[partition, file.stem] = decoder.job("none", PROMPTS, None, Sampling(5)).key
-    assert keys["none", "zero3"] == keys["none", "quantized"] == keys["zero3", "zero3"] != keys["zero3", "quantized"]
-
-
 def test_a_base_that_training_does_not_partition_may_be_partitioned_for_decoding(tmp_path):
     recipe = make_recipe(tmp_path, "backbone.partition=none", "evaluation.partition=zero3")
     assert decoding_config(recipe)["zero_optimization"]["stage"] == 3
@@ -599,43 +437,6 @@ def test_ranks_that_see_different_files_do_not_mix_their_outputs(recipe, adapter
     with pytest.raises(SoftCoTError, match=r"the ranks do not agree(.|\n)*- learned: thoughts: .*of another step"):
         evaluate(recipe, adapter)
     assert scribe.batches == []
-
-
-REPORT = {"conditions": {"learned": {}, "zero": {}}, "num_problems": 1000, "step": 200, "max_new_tokens": 48}
-
-
-@pytest.mark.parametrize(
-    ("changes", "stays"),
-    [
-        ({}, ""),
-        ({"num_problems": 8}, "it is on 1000 problems, this one on 8"),
-        ({"step": 100}, "it is of step 200, this one of step 100"),
-        ({"max_new_tokens": 4}, "its outputs may have 48 tokens, those of this one 4"),
-        ({"conditions": {"learned": {}, "none": {}}}, "it has conditions that this one lacks (zero)"),
-        ({"conditions": {"zero": {}, "learned": {}, "none": {}}}, ""),
-        ({"step": 300, "num_problems": 1001, "max_new_tokens": 64}, ""),
-        ({"step": 300, "num_problems": 8}, "it is on 1000 problems, this one on 8"),
-        ({"strategy": "vote"}, "its strategy is single, that of this one vote"),
-    ],
-)
-def test_the_runs_report_is_replaced_by_one_that_says_as_much(changes, stays):
-    assert "; ".join(what_it_says_more(REPORT, REPORT | changes)) == stays
-
-
-VALUES = st.recursive(
-    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=9),
-    lambda inner: (
-        st.lists(inner, max_size=3) | st.dictionaries(st.sampled_from([*REPORT, "learned"]), inner, max_size=4)
-    ),
-    max_leaves=8,
-)
-
-
-@given(VALUES)
-def test_what_is_no_report_is_replaced_and_ends_nothing(old):
-    more = what_it_says_more(old, REPORT)
-    if not isinstance(old, dict) or not isinstance(old.get("conditions"), dict):
-        assert more == []
 
 
 def test_a_check_on_few_problems_has_a_report_of_its_own(first_evaluation, tmp_path, scribe, capsys):

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT, deepspeed_command, run
+from runs import losses
 from safetensors.torch import load_file
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -60,11 +61,6 @@ def state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
         **load_file(folder / "projection.safetensors"),
         **load_file(folder / "optimizer.safetensors"),
     }
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    records = map(json.loads, (run_dir / "losses.jsonl").read_text().splitlines())
-    return {record["step"]: record["loss"] for record in records}
 
 
 @pytest.mark.parametrize("name", CONFIGURATIONS)

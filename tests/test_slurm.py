@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import BIN, ROOT, deepspeed_command, run
+from runs import losses
 from safetensors.torch import load_file
 from slurm_cluster import Cluster, Process
 
@@ -147,11 +148,6 @@ class Batch:
             self.cluster.run("scancel", str(job), check=False)
         for node in self.cluster.nodes:
             self.cluster.revive(node)
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    records = map(json.loads, (run_dir / "losses.jsonl").read_text().splitlines())
-    return {record["step"]: record["loss"] for record in records}
 
 
 def outputs(run_dir: Path) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""Training on several ranks, with the embedded pair: same gradient, same curve, clear ends."""
+"""Training as a user starts it, on two ranks: the same curve after a stop, what is there, clear ends."""
 
 import gzip
 import json
@@ -6,29 +6,23 @@ import os
 import re
 import signal
 import subprocess
-import sys
 from collections import Counter
-from dataclasses import dataclass
 from functools import partial
-from itertools import islice
-from pathlib import Path
 
 import pytest
 import torch
 from launch import ROOT, deepspeed_command, run, run_and_signal
-from safetensors.torch import load_file, save_file
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from runs import losses, read_events
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
     get_cosine_with_min_lr_schedule_with_warmup,
     get_linear_schedule_with_warmup,
 )
 
-from softcot_ds.data.batches import global_batches
 from softcot_ds.experiment import Experiment
 from softcot_ds.recipe import TrainingConfig, load_recipe
-from softcot_ds.training.engine import build_projection
 from softcot_ds.training.schedule import learning_rate_at
 from softcot_ds.values import resolve_location
 
@@ -43,230 +37,7 @@ LONG = [
     "training.log_every=1",
 ]
 
-TRAINING = [
-    "task.train_problems=24",  # an epoch is two batches and a rest
-    "task.validation_problems=3",
-    "task.test_problems=4",
-    "thoughts.source=online",
-    "training.global_batch_size=10",  # micro-batches of 2, 3, 2 and 3 examples, on two ranks
-    "training.micro_batch_size=3",
-    "training.steps=4",
-    "training.learning_rate=0.01",
-    "training.warmup_steps=2",
-    "training.schedule=linear",
-    "training.min_lr_ratio=0.1",
-    "training.betas=[0.8,0.95]",
-    "training.weight_decay=0.3",
-    "training.log_every=1",
-    "training.save_every=1",
-    "training.keep_checkpoints=9",
-    "training.validate_every=99",
-    "evaluation.max_new_tokens=2",
-]
-RATES = [0.005, 0.01, 0.01, 0.0055]
-"""The learning rate of each step of TRAINING, by hand: half the peak, the peak twice, then half of the way down."""
-CLIP = 0.1
-"""Between the norms of the first two gradients of TRAINING and those of the next two."""
-
 pytestmark = pytest.mark.distributed
-
-
-def losses(run_dir: Path) -> dict[int, float]:
-    records = map(json.loads, (run_dir / "losses.jsonl").read_text().splitlines())
-    return {record["step"]: record["loss"] for record in records}
-
-
-class Naive:
-    """The task in float64, each example alone, one pass with gradient; nothing of the package's step or optimizer."""
-
-    def __init__(self, recipe) -> None:
-        self.recipe = recipe
-        load = AutoModelForCausalLM.from_pretrained
-        self.base = load(resolve_location(recipe.base.model), dtype=torch.float64).eval()
-        self.assistant = load(resolve_location(recipe.assistant.model), dtype=torch.float64).eval()
-        self.tokenizer = AutoTokenizer.from_pretrained(resolve_location(recipe.base.model))
-        self.examples = Experiment(recipe).splits.train
-
-    def batches(self):
-        return global_batches(
-            [e.length for e in self.examples], self.recipe.training.global_batch_size, self.recipe.seed
-        )
-
-    def loss_and_gradient(self, weights: dict[str, torch.Tensor], batch: list[int]) -> tuple[float, dict]:
-        """Mean cross entropy over all supervised tokens of a global batch, and its gradient."""
-        weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
-        total, count = 0.0, 0
-        for index in batch:
-            example = self.examples[index]
-            ids = torch.tensor([example.assistant.token_ids])
-            with torch.no_grad():
-                hidden = self.assistant.model(ids).last_hidden_state[0, example.assistant.positions]
-            thoughts = hidden @ weights["weight"].T + weights["bias"]
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{example.problem.question}\nplan :\nTHOUGHTS"}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            left, right = (self.tokenizer(t, add_special_tokens=False).input_ids for t in prompt.split("THOUGHTS"))
-            answer = f"{example.problem.reasoning}answer {example.problem.answer}"
-            target = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
-            table = self.base.get_input_embeddings().weight
-            embeds = torch.cat([table[left], thoughts, table[right + target]])
-            logits = self.base(inputs_embeds=embeds[None]).logits[0]
-            predictions = logits[-len(target) - 1 : -1].log_softmax(-1)
-            total = total - predictions[torch.arange(len(target)), target].sum()
-            count += len(target)
-        loss = total / count
-        loss.backward()
-        return loss.item(), {name: value.grad for name, value in weights.items()}
-
-    def adamw(
-        self,
-        weights: dict[str, torch.Tensor],
-        rates: list[float],
-        skipped: tuple[int, ...] = (),
-        clipping: float = CLIP,
-    ) -> "Course":
-        """AdamW (arXiv:1711.05101, algorithm 2) with the recipe's settings, after clipping the gradient's norm."""
-        training = self.recipe.training
-        beta1, beta2 = training.betas
-        weights = {name: value.double() for name, value in weights.items()}
-        first = {name: torch.zeros_like(value) for name, value in weights.items()}
-        second = {name: torch.zeros_like(value) for name, value in weights.items()}
-        course = Course([], [], [])
-        updates = 0
-        for step, (rate, batch) in enumerate(zip(rates, self.batches(), strict=False), 1):
-            loss, gradient = self.loss_and_gradient(weights, batch)
-            norm = torch.cat([value.flatten() for value in gradient.values()]).norm().item()
-            # torch.nn.utils.clip_grad_norm_ and DeepSpeed both add this to the norm.
-            scale = min(1.0, clipping / (norm + 1e-6)) if clipping else 1.0
-            if step not in skipped:
-                updates += 1
-                for name in weights:
-                    g = gradient[name] * scale
-                    first[name] = beta1 * first[name] + (1 - beta1) * g
-                    second[name] = beta2 * second[name] + (1 - beta2) * g**2
-                    mean, variance = first[name] / (1 - beta1**updates), second[name] / (1 - beta2**updates)
-                    decayed = weights[name] * (1 - rate * training.weight_decay)
-                    weights[name] = decayed - rate * mean / (variance.sqrt() + 1e-8)
-            course.losses.append(loss)
-            course.norms.append(norm)
-            course.states.append(
-                weights
-                | {f"exp_avg.{name}": value for name, value in first.items()}
-                | {f"exp_avg_sq.{name}": value for name, value in second.items()}
-            )
-            weights, first, second = dict(weights), dict(first), dict(second)
-        return course
-
-
-@dataclass
-class Course:
-    """What a training goes through, step by step."""
-
-    losses: list[float]
-    norms: list[float]
-    """Of the gradient before it is clipped."""
-    states: list[dict[str, torch.Tensor]]
-    """Weights and moments after the step, by their names in a checkpoint."""
-
-
-@pytest.fixture(scope="module")
-def random_pair(tmp_path_factory):
-    """The embedded pair with random weights, as overrides.
-
-    Trained weights amplify float32's rounding: any float32 pass through them, the naive one too, gives a gradient some
-    2e-5 away from float64's.
-    """
-    torch.manual_seed(0)
-    tmp_path = tmp_path_factory.mktemp("pair")
-    overrides = []
-    for name in ("assistant", "base"):
-        location = resolve_location(f"package:pair/{name}")
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location), dtype=torch.float32)
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(location).save_pretrained(tmp_path / name)
-        overrides.append(f"{name}.model={tmp_path / name}")
-    return overrides
-
-
-def first_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
-    """Of the recipe's first global batch at its first weights."""
-    naive = Naive(recipe)
-    projection = build_projection(recipe, Experiment(recipe), naive.base)
-    weights = {name: value.detach().double() for name, value in projection.named_parameters()}
-    return naive.loss_and_gradient(weights, next(naive.batches()))
-
-
-def run_worker(output: Path, variants: list[str]) -> None:
-    """gradient_worker.py on two ranks; its losses and gradients of each variant go to ``output``."""
-    # --module wants a module on the path: the tests' folder is put there.
-    run(
-        deepspeed_command(2, "gradient_worker", RECIPE, output, *variants),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    )
-
-
-def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, random_pair):
-    batch = ["training.global_batch_size=10", "training.micro_batch_size=3", "training.warmup_steps=0"]
-    common = " ".join([*SMALL, *random_pair, *batch])
-    variants = [
-        f"{common} training.step={step} backbone.partition={partition} training.activation_checkpointing={recompute} "
-        f"training.steps={steps}"
-        for step, partition, recompute, steps in (
-            ("fast", "zero3", "false", 20),
-            ("fast", "zero3", "true", 1),
-            ("fast", "none", "false", 1),
-            ("full", "zero3", "false", 20),
-        )
-    ]
-    output = tmp_path / "gradients.safetensors"
-    run_worker(output, variants)
-    loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, common.split()))
-    found = load_file(output)
-    for variant in variants:
-        assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6), variant
-        for name, truth in gradient.items():
-            error = (found[f"{variant}/{name}"] - truth).norm() / truth.norm()
-            assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
-
-    # Twenty steps of both give one curve.
-    fast, full = (found[f"{variant}/losses"] for variant in (variants[0], variants[-1]))
-    assert fast[-1] < fast[0]
-    torch.testing.assert_close(fast, full, rtol=1e-6, atol=0)
-
-
-def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
-    """Online the assistant is partitioned, and its batches are others than the builder's, which hold one row each.
-
-    The learning rate is small because Adam's first steps amplify rounding: at the recipe's own, these curves differ by
-    7e-5. An error of 1e-4 in the thoughts shows as 8e-6 here.
-    """
-    common = [*SMALL, "training.steps=12", "training.learning_rate=1e-6", "training.warmup_steps=0"]
-    cached = [*common, "thoughts.source=cache", f"cache.path={tmp_path / 'cache'}", "cache.tokens_per_batch=1"]
-    run([sys.executable, "-m", "softcot_ds.cache", str(RECIPE), *cached])
-    variants = [" ".join([*overrides, "backbone.partition=zero3"]) for overrides in (common, cached)]
-    output = tmp_path / "losses.safetensors"
-    run_worker(output, variants)
-    found = load_file(output)
-    online, from_cache = (found[f"{variant}/losses"] for variant in variants)
-    torch.testing.assert_close(from_cache, online, rtol=1e-6, atol=0)
-
-
-def test_loss_fused_with_a_partitioned_head_gives_the_gradient_in_float64(tmp_path, random_pair, monkeypatch):
-    """The kernels run in Triton's interpreter, slowly, so in one step on small batches."""
-    pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
-    batch = ["training.global_batch_size=4", "training.micro_batch_size=2", "training.warmup_steps=0"]
-    variant = " ".join([*SMALL, *random_pair, *batch, "training.steps=1", "backbone.partition=zero3"])
-    output = tmp_path / "gradients.safetensors"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run_worker(output, [variant])
-    found = load_file(output)
-    assert found[f"{variant}/fuses_loss"]
-    loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, variant.split()))
-    assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6)
-    for name, truth in gradient.items():
-        assert (found[f"{variant}/{name}"] - truth).norm() < 1e-5 * truth.norm(), name
 
 
 @pytest.fixture(scope="module")
@@ -354,7 +125,7 @@ def test_counts_are_told_before_the_first_step(straight_run):
     shared = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
     tokens = [len(e.prefix_ids) - shared + len(e.suffix_ids) + len(e.target_ids) for e in examples]
     of_a_rank = sum(tokens) / len(tokens) * 32 / 2
-    assert f"per rank and step: 1 micro-batches, {of_a_rank:,.0f} tokens on average, without padding" in output
+    assert f"per rank and step: 1 micro-batch, {of_a_rank:,.0f} tokens on average, without padding" in output
     assert f"and the {shared} tokens of each prompt" in output
     assert re.search(r"memory expected per rank: [\d.]+ MB \(.* MB frozen weights, ", output)
     assert output.index("per rank and step") < output.index("validation loss")
@@ -403,193 +174,6 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert "stopped by SIGINT after step" in output
     saved = list((tmp_path / "demo/checkpoints").glob("step-*/COMPLETE"))
     assert len(saved) == 1, output
-
-
-@pytest.fixture(scope="module")
-def trainings(tmp_path_factory, random_pair):
-    """Several trainings by ``train`` on two ranks: their folder, what they start from, what they print."""
-    folder = tmp_path_factory.mktemp("trainings")
-    torch.manual_seed(1)
-    start = {"weight": torch.randn(192, 128) * 0.05, "bias": torch.randn(192) * 0.05}
-    save_file(start, folder / "start.safetensors")
-    common = [*TRAINING, *random_pair, f"output_dir={folder}", f"projection.init_from={folder}/start.safetensors"]
-    clipped, free = f"training.gradient_clipping={CLIP}", "training.gradient_clipping=0"
-    zero3, whole, bf16 = "backbone.partition=zero3", "backbone.partition=none", "base.dtype=bfloat16"
-    stop = ["training.validate_every=1", "training.save_every=99"]
-    variants = {
-        "clipped-zero3": [clipped, zero3],
-        "clipped-none": [clipped, whole],
-        "clipped-bf16": [clipped, whole, bf16],
-        "free-zero3": [free, zero3],
-        "free-none": [free, whole],
-        "nan-zero3": [clipped, zero3, "training.steps=9"],
-        "nan-none": [clipped, whole, "training.steps=9"],
-        "nan-bf16": [clipped, whole, bf16, "training.steps=9"],
-        "inf-zero3": [clipped, zero3, "training.log_every=4", "training.save_every=2"],
-        "inf-none": [clipped, whole, "training.log_every=4", "training.save_every=2"],
-        "crash": [clipped, whole, "training.validate_every=2"],
-        "stop": [clipped, whole, *stop],
-        "stop-last": [clipped, whole, *stop, "training.steps=2", "training.warmup_steps=1"],
-        "hang": [clipped, whole, "training.step_timeout_minutes=0.1"],
-    }
-    arguments = [text for name, special in variants.items() for text in (name, " ".join([*common, *special]))]
-    done = run(
-        deepspeed_command(2, "loop_worker", RECIPE, *arguments),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    )
-    return folder, start, done.stdout
-
-
-@pytest.fixture(scope="module")
-def naive(random_pair):
-    return Naive(load_recipe(RECIPE, [*TRAINING, *random_pair, f"training.gradient_clipping={CLIP}"]))
-
-
-@pytest.fixture(scope="module")
-def courses(trainings, naive):
-    """What the trainings should have gone through, in float64."""
-    _, start, _ = trainings
-    return {"clipped": naive.adamw(start, RATES), "free": naive.adamw(start, RATES, clipping=0.0)}
-
-
-def state_after(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
-    """Weights and moments of a checkpoint."""
-    folder = run_dir / "checkpoints" / f"step-{step}"
-    return load_file(folder / "projection.safetensors") | load_file(folder / "optimizer.safetensors")
-
-
-def error(found: torch.Tensor, truth: torch.Tensor, start: torch.Tensor | float = 0.0) -> float:
-    """How far a tensor is from the truth, relative to what has become of it since the start."""
-    return ((found - truth).norm() / (truth - start).norm()).item()
-
-
-def read_events(run_dir: Path):
-    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
-    accumulator.Reload()
-    return accumulator
-
-
-def scalars(run_dir: Path, tag: str) -> dict[int, float]:
-    return {event.step: event.value for event in read_events(run_dir).Scalars(tag)}
-
-
-@pytest.mark.parametrize("partition", ["zero3", "none"])
-@pytest.mark.parametrize("clipping", ["clipped", "free"])
-def test_train_takes_the_steps_of_adamw_in_float64(trainings, courses, clipping, partition):
-    """float32 is seen to be 5e-7 away from it in the moments. Adam's first steps divide small gradients by their own
-    size, rounding included, so that the weights are 3e-5 away."""
-    folder, start, _ = trainings
-    run_dir, course = folder / f"{clipping}-{partition}", courses[clipping]
-    assert list(losses(run_dir).values()) == pytest.approx(course.losses, rel=1e-6)
-    for step, truth in enumerate(course.states, 1):
-        for name, found in state_after(run_dir, step).items():
-            bound = 1e-4 if name in start else 5e-6
-            assert error(found, truth[name], start.get(name, 0.0)) < bound, f"{name} after step {step}"
-    norms = list(scalars(run_dir, "optimizer/gradient_norm").values())
-    assert norms == pytest.approx(course.norms, rel=1e-5), "before clipping"
-    assert norms[0] > norms[1] > CLIP > norms[2] > norms[3]
-    assert list(scalars(run_dir, "optimizer/learning_rate").values()) == pytest.approx(RATES)
-
-
-def test_bfloat16_clips_the_gradient_and_shows_its_norm_before(trainings, courses):
-    folder, _, _ = trainings
-    norms = list(scalars(folder / "clipped-bf16", "optimizer/gradient_norm").values())
-    assert norms == pytest.approx(courses["clipped"].norms, rel=0.05)
-    moments = state_after(folder / "clipped-bf16", 1)
-    mean = torch.cat([moments[f"exp_avg.{name}"].flatten() for name in ("weight", "bias")])
-    assert mean.norm().item() == pytest.approx((1 - 0.8) * CLIP, rel=1e-4)
-
-
-def same(one: dict[str, torch.Tensor], other: dict[str, torch.Tensor]) -> bool:
-    return all(torch.equal(one[name], other[name]) for name in one.keys() | other.keys())
-
-
-def exit_codes(output: str, variant: str) -> dict[int, int]:
-    """Of the ranks, as the command would give them."""
-    return {int(rank): int(code) for rank, code in re.findall(rf"{variant}: rank (\d) exits with (\d+)", output)}
-
-
-@pytest.mark.parametrize("variant", ["nan-zero3", "nan-none", "nan-bf16"])
-def test_steps_whose_gradient_is_not_finite_are_skipped_said_counted_and_end_the_run(trainings, naive, variant):
-    """Of one micro-batch on one rank, in the steps 2, 4, 5 and 6; the loss is finite."""
-    folder, start, output = trainings
-    run_dir = folder / variant
-    states = {step: state_after(run_dir, step) for step in range(1, 6)}
-    assert same(states[1], states[2])
-    assert not same(states[2], states[3])
-    assert same(states[3], states[4])
-    assert same(states[3], states[5])
-    assert not (run_dir / "checkpoints/step-6").exists()
-    if "bf16" not in variant:
-        truth = naive.adamw(start, [0.005, 0.01, 0.01], skipped=(2,)).states[-1]
-        for name, found in states[3].items():
-            assert error(found, truth[name], start.get(name, 0.0)) < (1e-4 if name in start else 5e-6), name
-    records = list(map(json.loads, (run_dir / "losses.jsonl").read_text().splitlines()))
-    assert [record["step"] for record in records if record.get("skipped")] == [2, 4, 5, 6]
-    assert scalars(run_dir, "optimizer/skipped_steps") == {1: 0, 2: 1, 3: 1, 4: 2, 5: 3, 6: 4}
-    batches = [", ".join(naive.examples[index].problem.id for index in batch) for batch in islice(naive.batches(), 6)]
-    for step in (2, 4, 5):
-        assert f"not finite at step {step}, whose global batch holds the problems {batches[step - 1]}: skip" in output
-    end = f"{variant} ended after step 6: error: the gradient was not finite in 3 steps in a row, the last of them "
-    assert end + f"step 6, whose global batch holds the problems {batches[5]}. The last good checkpoint is " in output
-    assert f"{run_dir}/checkpoints/step-5;" in output
-    assert exit_codes(output, variant) == {0: 2, 1: 2}
-
-
-@pytest.mark.parametrize("variant", ["inf-zero3", "inf-none"])
-def test_loss_that_is_not_finite_ends_the_run_before_the_optimizer_moves(trainings, naive, variant):
-    """On one rank, in step 3; its gradient is finite. Nothing is to be logged or saved before step 4."""
-    folder, _, output = trainings
-    *_, batch = islice(naive.batches(), 3)
-    problems = ", ".join(naive.examples[index].problem.id for index in batch)
-    end = f"{variant} ended after step 3: error: the loss is inf at step 3, whose global batch holds the problems "
-    assert end + f"{problems}. The last good checkpoint is {folder / variant}/checkpoints/step-2;" in output
-    assert [path.name for path in (folder / variant / "checkpoints").iterdir()] == ["step-2"]
-    assert exit_codes(output, variant) == {0: 2, 1: 2}
-
-
-def test_checkpoint_comes_before_the_validation_that_fails(trainings):
-    folder, _, output = trainings
-    assert "crash ended after step 2: no samples today" in output
-    assert (folder / "crash/checkpoints/step-2/COMPLETE").exists()
-
-
-def test_run_that_is_being_stopped_saves_and_does_not_validate(trainings):
-    folder, _, output = trainings
-    assert "stop ended after step 2: stopped by SIGUSR1 after step 2" in output
-    assert [path.name for path in (folder / "stop/checkpoints").iterdir()] == ["step-2"]
-    assert scalars(folder / "stop", "loss/validation").keys() == {1}
-    assert exit_codes(output, "stop") == {0: 138, 1: 138}
-
-
-def test_run_that_is_being_stopped_in_its_last_step_saves_and_does_not_validate(trainings):
-    folder, _, output = trainings
-    assert exit_codes(output, "stop-last") == {0: 0, 1: 0}
-    assert (folder / "stop-last/checkpoints/step-2/COMPLETE").exists()
-    assert scalars(folder / "stop-last", "loss/validation").keys() == {1}
-
-
-def test_run_begins_when_every_rank_listens_to_signals(trainings):
-    """Rank 1 begins to listen half a second late."""
-    _, _, output = trainings
-    listens, begins = (float(re.search(rf"{said} ([\d.]+)", output)[1]) for said in ("listens from", "begins at"))
-    assert listens < begins
-
-
-def test_rank_that_hangs_in_a_step_is_given_up_after_the_timeout_of_a_step(trainings):
-    """Six seconds."""
-    _, _, output = trainings
-    assert 5.5 < float(re.search(r"rank 0 waited ([\d.]+) s", output)[1]) < 13
-    assert "hang ended after step 4: error: another rank has died, or has not answered in time" in output
-    assert exit_codes(output, "hang")[0] == 3
-
-
-def test_checkpoint_may_take_longer_than_a_step_and_is_no_part_of_its_time(trainings):
-    """Seven seconds, after step 2."""
-    folder, _, _ = trainings
-    assert (folder / "hang/checkpoints/step-3/COMPLETE").exists()
-    samples_per_second = scalars(folder / "hang", "throughput/samples_per_second")
-    assert 10 / samples_per_second[3] < 6
 
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")

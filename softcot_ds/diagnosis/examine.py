@@ -41,6 +41,7 @@ from softcot_ds.methods.base import projection_class
 from softcot_ds.methods.trial import Role, Untried, why_unsuitable_ahead
 from softcot_ds.models import backbone
 from softcot_ds.models.model_files import is_here
+from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
 
 JOIN_MINUTES = 2.0
@@ -87,7 +88,7 @@ def doctor(recipe: Recipe | None) -> None:
     findings = diagnosis.judge(everyone)
     distributed.on_main(lambda: print(diagnosis.table(findings, everyone), flush=True))
     problems = sum(finding.level == diagnosis.PROBLEM for finding in findings)
-    message = f"{diagnosis.count(problems, 'problem')}, listed above, each with what to do"
+    message = f"{count(problems, 'problem')}, listed above, each with what to do"
     if any(other.exchange_failure for other in everyone):
         # A thread may wait inside NCCL for ranks that never come, and to leave the group would be to wait for it.
         distributed.say(f"softcot-ds: error: {message}")

@@ -8,6 +8,7 @@ from packaging.specifiers import SpecifierSet
 
 from softcot_ds import __version__
 from softcot_ds.differences import by_value, difference, enumerate_some, name_ranks
+from softcot_ds.progress import count
 
 GIB = 2**30
 MESSAGE_BYTES = 64 * 2**20
@@ -363,8 +364,3 @@ def _failing(what: str, ranks: Sequence[Facts], failure: Callable[[Facts], str],
 
 def _size(number: int) -> str:
     return f"{number / GIB:,.1f} GiB" if number >= GIB else f"{number / 2**20:,.1f} MiB"
-
-
-def count(number: int, what: str) -> str:
-    """``1 rank``, ``2 ranks``."""
-    return f"{number} {what}" if number == 1 else f"{number} {what}s"

@@ -14,6 +14,7 @@ from softcot_ds.data.batches import Batch
 from softcot_ds.distributed import barrier, device, init_distributed, on_main, say, set_timeout, world_size
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
+from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import Journal, checkpoint_step
 from softcot_ds.thoughts.reader import ThoughtReader
@@ -120,8 +121,8 @@ def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path
     tokens = sum(example.length - recipe.thoughts.count - read_once for example in splits.train) / len(splits.train)
     per_rank = tokens * recipe.training.global_batch_size / world_size()
     say(
-        f"per rank and step: {accumulation} micro-batches, {per_rank:,.0f} tokens on average, without padding, "
-        f"thoughts and the {read_once} tokens of each prompt that are read once"
+        f"per rank and step: {count(accumulation, 'micro-batch', 'micro-batches')}, {per_rank:,.0f} tokens on average, "
+        f"without padding, thoughts and the {read_once} tokens of each prompt that are read once"
     )
     say(f"memory expected per rank: {expected_memory(engine)}; activations and buffers come on top")
     return engine

@@ -1,0 +1,176 @@
+"""Decoding what an evaluation asks: batches that are kept on disk, over any number of ranks."""
+
+import json
+import shutil
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from launch import ROOT
+
+from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation import decoder as decoder_module
+from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts
+from softcot_ds.models.decoding import Output, Sampling
+from softcot_ds.recipe import load_recipe
+
+RECIPE = ROOT / "recipes" / "word_problems.yaml"
+SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]
+DECODE = ["evaluation.batch_size=5", "evaluation.max_new_tokens=12", "evaluation.text_max_tokens=6"]
+
+
+def make_recipe(tmp_path, *overrides):
+    return load_recipe(RECIPE, [f"output_dir={tmp_path}", *SMALL, *DECODE, *overrides])
+
+
+SETTINGS = {"max_new_tokens": 5, "batch_size": 2, "prompts": "some"}
+PROMPTS = [BasePrompt([1] * length, [2]) for length in (3, 1, 2, 5, 4)]
+OUTPUTS = {0: [Output([7, 12], False), Output([], True)], 1: [Output([10**4], True)] * 2, 2: [Output([1, 2, 3], False)]}
+
+
+def job(folder, **changes):
+    return Job("learned", PROMPTS, None, Sampling(5), 0, SETTINGS | changes, folder)
+
+
+def written_job(folder):
+    first = job(folder)
+    for number, outputs in OUTPUTS.items():
+        first.write(number, outputs)
+    (part,) = folder.glob("*/*.part")
+    return part
+
+
+def test_what_was_written_is_read_again(tmp_path):
+    written_job(tmp_path)
+    again = job(tmp_path)
+    assert again.done == OUTPUTS
+    assert again.todo == []
+    assert again.batches == [[1, 2], [0, 4], [3]], "neighbours in length"
+    assert job(tmp_path, max_new_tokens=6).todo == [0, 1, 2]
+
+
+@settings(max_examples=150)
+@given(st.data())
+def test_a_damaged_part_is_done_again_and_never_believed(tmp_path_factory, data):
+    part = written_job(tmp_path_factory.mktemp("outputs"))
+    content = bytearray(part.read_bytes())
+    for _ in range(data.draw(st.integers(1, 3))):
+        start = data.draw(st.integers(0, len(content) - 1))
+        kind = data.draw(st.sampled_from(["flip", "cut", "insert", "remove", "repeat"]))
+        some = data.draw(st.binary(min_size=1, max_size=9))
+        if kind == "flip":
+            content[start] ^= data.draw(st.integers(1, 255))
+        elif kind == "cut" and start:
+            del content[start:]
+        elif kind == "insert":
+            content[start:start] = some
+        elif kind == "remove" and len(content) > 9:
+            del content[start : start + len(some)]
+        else:
+            content += content[start:]
+    part.write_bytes(content)
+    again = job(part.parent.parent)
+    assert again.done == {number: OUTPUTS[number] for number in again.done}
+    assert sorted([*again.done, *again.todo]) == [0, 1, 2]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [
+        b"",
+        b"null",
+        b"\xff\x00\x80",
+        b'{"batch": 0, "outputs": {"0": "text of an older version", "1": "and more"}}',
+        b'{"batch": 99, "outputs": []}',
+        b'{"batch": "0", "outputs": [[1], 2]}',
+        b"0" * 64 + b' {"batch": 0, "outputs": []}',
+        b"[" * 10**5,
+    ],
+)
+def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path, line):
+    part = written_job(tmp_path)
+    part.write_bytes(line + b"\n" + part.read_bytes() + line)
+    assert job(tmp_path).done == OUTPUTS
+
+
+def test_outputs_of_other_settings_are_not_taken_from_a_file_that_was_copied(tmp_path):
+    part = written_job(tmp_path)
+    other = job(tmp_path, prompts="others")
+    shutil.copy(part, tmp_path / other.key[:16])
+    assert job(tmp_path, prompts="others").done == {}
+
+
+class Asked(Exception):
+    """Raised where a rank would ask the others for their outputs."""
+
+
+@pytest.mark.parametrize(("seed", "draw"), [(0, 0), (3, 1), (2**31, 0), (2**63, 9), (2**64 - 1, 0)])
+def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed, draw):
+    recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
+    prompts = [BasePrompt([index], []) for index in range(7)]
+    decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
+    results = {}
+    for partitioned in (False, True):
+        decoder._partition = "zero3" if partitioned else "none"
+        for ranks in (1, 2, 3):
+            outputs = {}
+
+            def collect(mine, outputs=outputs):
+                outputs.update(mine)
+                raise Asked
+
+            for rank in range(ranks):
+                scribe.seeds.clear()
+                work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, Sampling(9, temperature=1), draw)
+                work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
+                with monkeypatch.context() as patch:
+                    patch.setattr(decoder_module, "world_size", lambda ranks=ranks: ranks)
+                    patch.setattr(decoder_module, "rank", lambda rank=rank: rank)
+                    patch.setattr(decoder_module, "from_all_ranks", collect)
+                    with pytest.raises(Asked):
+                        decoder.run(work)
+                rounds = -(-4 // ranks)
+                assert len(scribe.seeds) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
+            results[partitioned, ranks] = outputs
+            assert (tmp_path / "part").read_bytes().count(b"\n") == 4, "each batch is written once"
+            (tmp_path / "part").unlink()
+    assert all(outputs == results[False, 1] for outputs in results.values())
+    chances = [scribe.tokenizer.decode(outputs[0].token_ids).split()[1] for outputs in results[False, 1].values()]
+    assert len(set(chances)) == 4, "no two batches have the same random numbers"
+
+
+@pytest.mark.parametrize(
+    ("context", "said"), [(7, "room for 1 tokens; its output is cut"), (12, ""), (11, "for 5 tokens")]
+)
+def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, said):
+    recipe = make_recipe(tmp_path)
+    Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, Sampling(6))
+    printed = capsys.readouterr().out
+    assert said in printed
+    assert bool(said) == bool(printed)
+
+
+def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
+    recipe = make_recipe(tmp_path)
+    decoder = Decoder(recipe, recipe.base, "weights", [2], 6)
+    with pytest.raises(
+        SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
+    ):
+        decoder.job("none", PROMPTS, None, Sampling(6))
+    thoughts = Thoughts(lambda _: None, {})
+    with pytest.raises(SoftCoTError, match="the longest prompt has 10 tokens"):
+        decoder.job("learned", PROMPTS, thoughts, Sampling(6))
+
+
+def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"]["zero_quantized_weights"] = True
+    (tmp_path / "quantized.json").write_text(json.dumps(config))
+    keys = {}
+    for partition in ("none", "zero3"):
+        for file in (ROOT / "ds_configs/zero3.json", tmp_path / "quantized.json"):
+            recipe = make_recipe(tmp_path, f"evaluation.partition={partition}", f"backbone.deepspeed={file}")
+            decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
+            keys[partition, file.stem] = decoder.job("none", PROMPTS, None, Sampling(5)).key
+    assert keys["none", "zero3"] == keys["none", "quantized"] == keys["zero3", "zero3"] != keys["zero3", "quantized"]
