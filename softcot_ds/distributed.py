@@ -4,7 +4,8 @@ import os
 import socket
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any
 
@@ -22,6 +23,8 @@ warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", 
 deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 
 _control_group: Any = None
+_groups: dict[int | None, "Group"] = {}
+"""Groups of ranks by the size that was asked for: each costs connections, and is made once."""
 
 
 def device() -> torch.device:
@@ -126,6 +129,92 @@ def say(message: str) -> None:
         print(message, flush=True)
 
 
+@dataclass(frozen=True)
+class Group:
+    """The ranks that hold one copy of the frozen weights between them, this one among them."""
+
+    size: int
+    """How many they are; the same in every group."""
+    number: int
+    """Which of the groups this is: the first ranks are group 0."""
+    count: int
+    """How many groups there are."""
+    rank: int
+    """This rank's place within the group."""
+    process_group: Any
+    """Operations over these ranks alone: what PyTorch and DeepSpeed take as ``group``."""
+
+    @classmethod
+    def of(cls, size: int | None) -> "Group":
+        """This rank's group. All ranks call it together; made once for each ``size``.
+
+        Args:
+            size: ranks of a group; None for the ranks of a node.
+
+        Raises:
+            SoftCoTError: the ranks do not fall apart into such groups; on every rank.
+        """
+        if size not in _groups:
+            groups = split_ranks(from_all_ranks(int(os.environ.get("LOCAL_RANK", "0"))), size)
+            # Every rank makes every group, in the same order: PyTorch asks for it.
+            made = [dist.new_group(ranks) for ranks in groups]
+            number = rank() // len(groups[0])
+            _groups[size] = cls(len(groups[0]), number, len(groups), rank() % len(groups[0]), made[number])
+        return _groups[size]
+
+
+def split_ranks(local_ranks: Sequence[int], size: int | None) -> list[list[int]]:
+    """The ranks in groups of neighbours, all of one size.
+
+    Whatever starts the ranks numbers those of a node from 0 on, and that alone tells the nodes: several may share a
+    host name (virtual nodes), and launchers disagree about all other variables.
+
+    Args:
+        local_ranks: each rank's number on its node.
+        size: ranks of a group; None for the ranks of a node.
+
+    Raises:
+        SoftCoTError: the nodes have different numbers of ranks, ``size`` does not divide the ranks, or a group would
+            hold parts of several nodes.
+    """
+    ranks, nodes = range(len(local_ranks)), [[]]
+    for rank, place in enumerate(local_ranks):
+        if place == 0 and rank > 0:
+            nodes.append([])
+        nodes[-1].append(rank)
+    if any(local_ranks[rank] != place for node in nodes for place, rank in enumerate(node)):
+        raise SoftCoTError(
+            f"the ranks of a node are no neighbours: their numbers on their nodes are {_listed(local_ranks)} in the "
+            "order of ranks. Start them node by node (mpirun --map-by core, or one deepspeed per node)"
+        )
+    sizes = [len(node) for node in nodes]
+    if size is None and len({*sizes}) > 1:
+        raise SoftCoTError(
+            f"the nodes have {_listed(sizes)} ranks, and each is to hold a whole copy of the weights: start as many on "
+            "each, set backbone.group_size to a number that divides them all, or backbone.partition=zero3"
+        )
+    size = size or sizes[0]
+    if len(ranks) % size:
+        raise SoftCoTError(
+            f"backbone.group_size={size} does not divide {len(ranks)} ranks: {len(ranks) % size} would be left without "
+            "a whole copy of the weights; set one that does, or start another number of ranks"
+        )
+    groups = [list(ranks[start : start + size]) for start in range(0, len(ranks), size)]
+    for group in groups:
+        partly = [node for node in nodes if {*node} & {*group} and {*node} - {*group}]
+        if partly and not {*group} <= {*partly[0]}:
+            raise SoftCoTError(
+                f"backbone.group_size={size} would put parts of several nodes into one group (ranks {group[0]} to "
+                f"{group[-1]}), and the nodes have {_listed(sizes)} ranks: set a number that divides those of each "
+                "node, or takes whole nodes"
+            )
+    return groups
+
+
+def _listed(numbers: Sequence[int]) -> str:
+    return ", ".join(map(str, numbers[:16])) + (", ..." if len(numbers) > 16 else "")
+
+
 def sum_over_ranks(values: torch.Tensor) -> torch.Tensor:
     """The element-wise sum over all ranks; ``values`` is changed in place."""
     if world_size() > 1:
@@ -196,6 +285,7 @@ def shut_down(code: int = 0, midway: bool = False) -> None:
         os._exit(code)
     if not code:
         barrier()  # rank 0 serves the others' store: it leaves with them, not before
+    _groups.clear()
     dist.destroy_process_group()
 
 

@@ -29,9 +29,16 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, DataName, ExistingFile, Folder, ModelName
 
+
+def _not_yet(value: str) -> str:
+    if value in ("node", "tensor"):
+        raise ValueError(f"{value!r} is not there yet; use zero3")
+    return value
+
+
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Partition = Literal["none", "zero3"]
+Partition = Annotated[Literal["none", "zero3", "node", "tensor"], AfterValidator(_not_yet)]
 Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
 
 FREE = "may change between the attempts of one run"
@@ -141,9 +148,12 @@ class BackboneConfig(Section):
     """How the frozen weights are held."""
 
     partition: Partition = "zero3"
-    """zero3: each rank holds 1/N of the weights. none: each rank holds all of them."""
+    """none: each rank holds all of the weights. zero3: each holds 1/N of them. node: the ranks of a node hold a whole
+    copy between them, so that no frozen weight crosses nodes once it is loaded."""
+    group_size: Count | None = None
+    """Ranks that hold one copy of the weights between them, where a partition is node. Default: the ranks of a node."""
     deepspeed: ExistingFile | None = None
-    """DeepSpeed configuration. Default: ds_configs/zero3.json or ds_configs/replicated.json, by the partition."""
+    """DeepSpeed configuration. Default: ds_configs/replicated.json for none, ds_configs/zero3.json for all others."""
 
     @model_validator(mode="after")
     def _deepspeed_fits(self) -> "BackboneConfig":
@@ -153,10 +163,10 @@ class BackboneConfig(Section):
         stage = config.get("zero_optimization", {}).get("stage", 0)
         if stage not in (0, 1, 2, 3) or type(stage) is not int:
             wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")
-        elif stage not in ((3,) if self.partition == "zero3" else (1, 2)):
+        elif stage not in ((1, 2) if self.partition == "none" else (3,)):
             wrong.append(
                 f"partition {self.partition!r} does not fit stage {stage} of {path}; "
-                "zero3 needs a configuration of stage 3, none one of stage 1 or 2"
+                "none needs a configuration of stage 1 or 2, all others one of stage 3"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -166,7 +176,7 @@ class BackboneConfig(Section):
         """The configured file, or the default of the partition: below the current directory or this checkout."""
         if self.deepspeed is not None:
             return self.deepspeed
-        default = Path("ds_configs", {"zero3": "zero3.json", "none": "replicated.json"}[self.partition])
+        default = Path("ds_configs", "replicated.json" if self.partition == "none" else "zero3.json")
         return default if default.exists() else Path(__file__).parent.parent / default
 
     def deepspeed_config(self) -> dict[str, Any]:
