@@ -1,6 +1,7 @@
 """Run by test_training_steps.py on several ranks: the losses of some steps, and the first one's gradient.
 
-The gradient is the one that DeepSpeed has summed over micro-batches and ranks.
+The gradient is the one that DeepSpeed has summed over micro-batches and ranks. Of the first micro-batch, also the bytes
+that its forward pass holds on the first rank.
 """
 
 import sys
@@ -8,6 +9,7 @@ from itertools import islice
 
 import torch
 from deepspeed.utils import safe_get_full_grad
+from kept import Kept
 from safetensors.torch import save_file
 
 from softcot_ds.data.batches import collate, global_batches, micro_batches
@@ -35,7 +37,9 @@ for variant in variants:
             chosen = [examples[index] for index in micro]
             tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared)
             tensors.thoughts = reader.read(chosen)
-            loss = engine(tensors) / num_labels
+            with Kept() as kept:
+                loss = engine(tensors) / num_labels
+            results.setdefault(f"{variant}/kept", torch.tensor(kept.bytes(engine.module)))
             engine.backward(loss * (world_size() * accumulation))
             total = total + loss.detach()
             if not losses and engine.is_gradient_accumulation_boundary():

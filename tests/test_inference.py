@@ -141,14 +141,12 @@ def test_a_model_is_loaded_when_it_is_needed(folder, loaded, tmp_path):
 
 
 @pytest.mark.parametrize(("partition", "split"), [("null", False), ("none", False), ("zero3", True)])
-def test_a_process_that_is_alone_holds_the_base_whole_unless_evaluation_says_otherwise(
-    folder, monkeypatch, partition, split
-):
-    # DeepSpeed replaces it where it splits a model, for the rest of the process, by one that knows no empty tensors.
-    monkeypatch.setattr(torch.nn.functional, "linear", torch.nn.functional.linear)
+def test_a_process_that_is_alone_holds_the_base_whole_unless_evaluation_says_otherwise(folder, partition, split):
+    linear = torch.nn.functional.linear
     adapter = softcot_ds.load(folder / "word_problems", f"evaluation.partition={partition}")
     assert adapter.recipe.backbone.partition == "zero3"
     assert is_partitioned(*adapter.base.parameters()) == split
+    assert torch.nn.functional.linear is linear, "DeepSpeed would leave its own in the process"
 
 
 def test_no_questions_have_no_answers(adapter):

@@ -205,6 +205,12 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             error = (found[f"{variant}/{name}"] - truth).norm() / truth.norm()
             assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
 
+    # What the ranks gather leaves nothing behind, and is the same whenever it is gathered.
+    split, recomputed, whole, _ = variants
+    for name in gradient:
+        assert torch.equal(found[f"{split}/{name}"], found[f"{recomputed}/{name}"]), name
+    assert found[f"{split}/kept"] <= found[f"{whole}/kept"]
+
     # Twenty steps of both give one curve.
     fast, full = (found[f"{variant}/losses"] for variant in (variants[0], variants[-1]))
     assert fast[-1] < fast[0]

@@ -22,7 +22,7 @@ from softcot_ds.distributed import lost_rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
 from softcot_ds.models.model_files import model_folder, weight_files
-from softcot_ds.models.partition import decoding_config, hook_partitioned, loading
+from softcot_ds.models.partition import decoding_config, hook_partitioned, keep_weights_by_name, loading
 from softcot_ds.recipe import ModelConfig, Partition, Recipe
 
 transformers_logging.disable_progress_bar()
@@ -136,7 +136,10 @@ def load_frozen(
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
-    return model if partition == "zero3" else model.to(device)
+    if partition != "zero3":
+        return model.to(device)
+    keep_weights_by_name(model)
+    return model
 
 
 def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:

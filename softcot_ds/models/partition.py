@@ -6,6 +6,7 @@ Whatever depends on that is asked here: the configuration, loading, running, and
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
+from functools import wraps
 from typing import Any
 
 import deepspeed
@@ -13,6 +14,7 @@ import torch
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
 from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
@@ -44,6 +46,10 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
     config["communication_data_type"] = "fp32"
     # The norm of the gradient is what tells one that is not finite.
     config["zero_optimization"].pop("compute_grad_norm", None)
+    # DeepSpeed would replace PyTorch's linear for the rest of the process: see keep_weights_by_name. But its own alone
+    # knows weights that it has quantized.
+    quantized = config.get("weight_quantization", {}).get("quantized_initialization")
+    config["zero_optimization"]["memory_efficient_linear"] = bool(quantized)
     config.pop("tensorboard", None)  # DeepSpeed's monitor would write a second set of curves
     # DeepSpeed's own progress lines; ours are better placed.
     config["steps_per_print"] = _NEVER
@@ -63,7 +69,7 @@ def plain_config(dtype: Dtype) -> dict[str, Any]:
     """ZeRO-3 and nothing else, for a model of this dtype that is only run."""
     return {
         "train_micro_batch_size_per_gpu": 1,  # asked for, and without meaning where nothing is trained
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3, "memory_efficient_linear": False},
         "bf16": {"enabled": dtype == "bfloat16"},
         "fp16": {"enabled": dtype == "float16"},
         "steps_per_print": _NEVER,
@@ -116,6 +122,37 @@ def make_layers_leaves(model: PreTrainedModel) -> None:
     layers = getattr(model.get_decoder(), "layers", None)
     if layers is not None:
         deepspeed.utils.set_z3_leaf_modules(model, [type(layer) for layer in layers])
+
+
+def keep_weights_by_name(model: PreTrainedModel) -> None:
+    """In a forward pass with gradient, have autograd keep a reference in place of a weight that comes and goes.
+
+    PyTorch keeps the values, and all layers' would stay until the backward pass, which gathers them anyway. DeepSpeed
+    replaces PyTorch's linear against that, by one that keeps its input too, as only the gradient of a weight needs it,
+    and that other products (GPT-2's, slices of experts) do not go through.
+    """
+    forward = model.forward
+
+    @wraps(forward)
+    def run(*args: Any, **kwargs: Any) -> Any:
+        with saved_tensors_hooks(_by_name, _values):
+            return forward(*args, **kwargs)
+
+    model.forward = run
+
+
+def _by_name(tensor: torch.Tensor) -> Any:
+    weight = tensor if tensor._base is None else tensor._base  # mostly it is a view of one, transposed
+    if not comes_and_goes(weight):
+        return tensor
+    return weight, tensor.shape, tensor.stride(), tensor.storage_offset() - weight.storage_offset()
+
+
+def _values(kept: Any) -> torch.Tensor:
+    if isinstance(kept, torch.Tensor):
+        return kept
+    weight, shape, stride, offset = kept
+    return weight.detach().as_strided(shape, stride, weight.storage_offset() + offset)
 
 
 def is_partitioned(*parameters: nn.Parameter) -> bool:
