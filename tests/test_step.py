@@ -455,6 +455,22 @@ def test_the_prefix_carries_no_gradient_and_keeps_no_activations(num_shared, che
     assert 0 < saved["fast"] < saved["full"] / 2
 
 
+@pytest.mark.parametrize("attention", ["sdpa", "eager"])
+def test_all_layers_get_the_same_masks_and_positions_ready_for_attention(attention):
+    model = make_model("mistral with a sliding window", attn_implementation=attention)
+    given = []
+    for layer in model.model.layers:
+        layer.self_attn.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs), with_kwargs=True)
+    SoftCoT(model, make_projection())(make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32))
+    for calls in (given[0::2], given[1::2]):  # a layer's prefix, then its suffix
+        assert len(calls) == 3
+        tensors = [(call["attention_mask"], *call["position_embeddings"]) for call in calls]
+        assert all(found is first for layer in tensors for found, first in zip(layer, tensors[0], strict=True))
+        mask = tensors[0][0]
+        assert mask.dtype == torch.float32
+        assert all(stride % 8 == 0 for stride in mask.stride()[:-1]), "rows begin where GPU kernels want them"
+
+
 def naive_flash_attention(q, k, v, cu_seqlens_q, cu_seqlens_k, causal=False, window_size=(-1, -1), **kwargs):
     """Attention over packed rows: what flash attention's function for rows of unequal length computes."""
     out = []

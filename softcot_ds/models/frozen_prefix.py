@@ -55,13 +55,31 @@ class _Call:
     """One pass under way."""
 
     prefix_length: int
+    length: int
+    """S."""
     keep_K: torch.Tensor
     targets_K: torch.Tensor | None
     """What should follow, where head and cross entropy are one; None for logits."""
     shared: SharedPrefix | None
-    masks: dict[int | None, torch.Tensor] = field(default_factory=dict)
-    """What a layer may attend to, by its sliding window."""
+    masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """What prefix and suffix may attend to in a layer, by its sliding window."""
     prefix_BLD: torch.Tensor | None = None
+    parts: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
+    """Of each tensor that the model gives its layers, that of the prefix and of the suffix: cut once for all layers."""
+
+    def part(self, values: Any, which: int) -> Any:
+        """Cut every (., S, ...) tensor in ``values`` to the prefix, 0, or the suffix, 1."""
+        if isinstance(values, torch.Tensor):
+            if values.ndim < 2 or values.shape[1] != self.length:
+                return values
+            if values not in self.parts:
+                self.parts[values] = values[:, : self.prefix_length], values[:, self.prefix_length :]
+            return self.parts[values][which]
+        if isinstance(values, tuple):
+            return tuple(self.part(value, which) for value in values)
+        if isinstance(values, dict):
+            return {key: self.part(value, which) for key, value in values.items()}
+        return values
 
 
 class _Recorder:
@@ -142,7 +160,7 @@ class FrozenPrefix:
         """
         if self.fuses_loss is None:
             self.fuses_loss = self._head is not None and can_fuse(embeds_BSD) and self._head_makes_logits(embeds_BSD)
-        call = _Call(prefix_length, keep_K, targets_K if self.fuses_loss else None, shared)
+        call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, targets_K if self.fuses_loss else None, shared)
         found_1KV = self._run(call, embeds_BSD, mask_BN, positions_BS)  # with the loss in its place where they are one
         return found_1KV.squeeze() if self.fuses_loss else cross_entropy(found_1KV[0], targets_K)
 
@@ -156,12 +174,15 @@ class FrozenPrefix:
         shared: SharedPrefix | None = None,
     ) -> torch.Tensor:
         """(K, V) logits at the positions ``keep_K`` of the suffix; arguments as of ``loss``."""
-        return self._run(_Call(prefix_length, keep_K, None, shared), embeds_BSD, mask_BN, positions_BS)[0]
+        call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, None, shared)
+        return self._run(call, embeds_BSD, mask_BN, positions_BS)[0]
 
     def _run(
         self, call: _Call, embeds_BSD: torch.Tensor, mask_BN: torch.Tensor, positions_BS: torch.Tensor
     ) -> torch.Tensor:
-        call.masks = self._masks(mask_BN, positions_BS, embeds_BSD.dtype)
+        for window, mask in self._masks(mask_BN, positions_BS, embeds_BSD.dtype).items():
+            cut = partial(_rows, mask, total=call.length)
+            call.masks[window] = cut(0, call.prefix_length), cut(call.prefix_length, call.length)
         self._call = call
         try:
             # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
@@ -205,7 +226,7 @@ class FrozenPrefix:
     def _masks(
         self, mask_BN: torch.Tensor, positions_BS: torch.Tensor, dtype: torch.dtype
     ) -> dict[int | None, torch.Tensor]:
-        """Masks by window, (B, 1, S, N), as the attention implementation wants them."""
+        """Masks by window, (B, 1, S, N): what attention adds to its scores; of bool ones each layer would make it."""
         config = self._model.config.get_text_config()
         if is_flash_attention_requested(config):
             return dict.fromkeys(self._windows, mask_BN)  # the kernels leave padding out and count what remains
@@ -217,15 +238,15 @@ class FrozenPrefix:
         # Padding sees itself: nobody reads what comes of it, but a softmax over nothing could give NaN, and zero times
         # NaN is NaN.
         itself_1SN = index_N[None, shared:, None] == index_N
+        hidden = torch.finfo(dtype).min if config._attn_implementation == "eager" else -torch.inf
+        keys = mask_BN.shape[1]
         masks = {}
         for window in set(self._windows):
             near_BSN = distance_BSN >= 0 if window is None else (distance_BSN >= 0) & (distance_BSN < window)
             allowed_B1SN = (near_BSN & mask_BN.bool()[:, None] | itself_1SN)[:, None]
-            if config._attn_implementation == "eager":
-                allowed_B1SN = torch.zeros_like(allowed_B1SN, dtype=dtype).masked_fill(
-                    ~allowed_B1SN, torch.finfo(dtype).min
-                )
-            masks[window] = allowed_B1SN
+            # Rows begin at multiples of 16 bytes, as GPU kernels want: PyTorch would make a padded copy in each layer.
+            room_B1SX = torch.zeros(batch, 1, queries, keys + -keys % 8, dtype=dtype, device=mask_BN.device)
+            masks[window] = room_B1SX[..., :keys].masked_fill_(~allowed_B1SN, hidden)
         return masks
 
     def _run_layer(
@@ -240,8 +261,7 @@ class FrozenPrefix:
         if index == 0:
             # Between the layers only the suffix is handed on by the model; the prefix waits in the call.
             call.prefix_BLD, hidden = hidden[:, :length], hidden[:, length:]
-        total = length + hidden.shape[1]
-        mask = call.masks[self._windows[index]]
+        prefix_mask, suffix_mask = call.masks[self._windows[index]]
         kwargs.pop("attention_mask", None)
         kwargs.pop("past_key_values", None)
         states = call.shared.layer(index, len(hidden)) if call.shared is not None else None
@@ -250,33 +270,22 @@ class FrozenPrefix:
             with torch.no_grad():
                 call.prefix_BLD = forward(
                     call.prefix_BLD,
-                    attention_mask=_rows(mask, 0, length, total),
+                    attention_mask=prefix_mask,
                     past_key_values=recorder,
-                    **_part(kwargs, 0, length, total),
+                    **call.part(kwargs, 0),
                 )
             states = recorder.states
         run = partial(
             forward,
-            attention_mask=_rows(mask, length, total, total),
+            attention_mask=suffix_mask,
             past_key_values=None if states is None else _Replay(states),
-            **_part(kwargs, length, total, total),
+            **call.part(kwargs, 1),
         )
         hidden_BRD = checkpoint(run, hidden, use_reentrant=False) if self._checkpointing else run(hidden)
         if index == len(self._layers) - 1:
             # What follows, final norm and head, works on each position alone: give it the chosen ones only.
             return hidden_BRD.flatten(0, 1)[call.keep_K][None]
         return hidden_BRD
-
-
-def _part(values: Any, start: int, stop: int, total: int) -> Any:
-    """Cut every (., total, ...) tensor in ``values`` to tokens ``start`` to ``stop``."""
-    if isinstance(values, torch.Tensor):
-        return values[:, start:stop] if values.ndim >= 2 and values.shape[1] == total else values
-    if isinstance(values, tuple):
-        return tuple(_part(value, start, stop, total) for value in values)
-    if isinstance(values, dict):
-        return {key: _part(value, start, stop, total) for key, value in values.items()}
-    return values
 
 
 def _rows(mask: torch.Tensor, start: int, stop: int, total: int) -> torch.Tensor:
