@@ -1,9 +1,11 @@
 # make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
 # make check   the inner loop: ruff, the type checker, and the quick tests that start no process; about a minute
 # make test    run the test suite
+# make gpu     on a machine with a GPU: the tests that need one, and all benchmarks; 25 minutes at most, or MINUTES=5
 
 PYTHON ?= python3
 SEED ?= 0
+MINUTES ?= 25
 VENV := .venv
 BIN := $(VENV)/bin
 RECIPE := recipes/word_problems.yaml
@@ -25,7 +27,7 @@ DEEPSPEED := $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
 RUN := $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
 ARGS := $(RECIPE) name=$(RUN) seed=$(SEED)
 
-.PHONY: demo check test clean
+.PHONY: demo check test gpu clean
 
 demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
@@ -41,6 +43,9 @@ check: $(VENV)/.installed-test
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
+
+gpu: $(VENV)/.installed-test
+	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)
 
 $(VENV)/.installed: setup.py constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

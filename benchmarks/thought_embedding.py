@@ -1,26 +1,25 @@
 """The fused thought embedding against eager PyTorch and torch.compile, and against a device copy.
 
-    python benchmarks/thought_embedding.py [--out FILE]
+    python benchmarks/thought_embedding.py [--pairs PAIR ...] [--seconds N] [--out FILE]
 
-Prints a table, then one JSON object as the last line; --out appends one JSON line per row. GPU times are replays of a
-captured graph over inputs that do not fit in the cache together, so launch overhead and warm caches stay out of them.
+Prints a table, then one JSON object as the last line, which --out keeps in a file as it grows. GPU times are replays of
+a captured graph over inputs that do not fit in the cache together, so launch overhead and warm caches stay out of them.
 Without a GPU it checks the results at a tiny size, times them, and claims nothing.
 
 Shapes: B batch, S base-model tokens, T thoughts, P assistant width, D base width, V vocabulary.
 """
 
 import argparse
-import datetime
-import json
-import platform
+import importlib
 import statistics
-import subprocess
 import time
 from pathlib import Path
 
 import torch
-import triton
+from environment import Budget, describe, keep, write_result
 from softcot_kernels import reference, thought_embedding
+
+kernels = importlib.import_module("softcot_kernels.thought_embedding")  # the package exports a function of that name
 
 PAIRS = {  # assistant and base widths, base vocabulary
     "1B-to-8B": {"P": 2048, "D": 4096, "V": 128256},
@@ -176,6 +175,8 @@ def measure(pair, sizes, slots, device, dtype):
                 row["peak_mib"] = (torch.cuda.max_memory_allocated() - before) / 2**20
                 row["call_ms"] = call_ms(calls[0])
                 row["gbps"] = moved / row["ms_p50"] / 1e6
+                if name == "fused":
+                    row["configuration"] = str(kernels._FORWARD[dtype.itemsize].best_config)
             else:
                 row |= time_on_cpu(calls)
             yield row
@@ -188,6 +189,8 @@ def judge(rows, copies):
     for layout in ("thoughts-first", "slots"):
         chosen = ("1B-to-8B", layout, "forward")
         by_provider = {row["provider"]: row for row in rows if (row["pair"], row["layout"], row["pass"]) == chosen}
+        if by_provider.keys() < PROVIDERS.keys():
+            continue  # not measured, or not yet
         gpu_ms = {name: row["ms_p50"] for name, row in by_provider.items()}
         python_ms = {name: row["call_ms"] for name, row in by_provider.items()}
         verdict[layout] = {
@@ -201,48 +204,36 @@ def judge(rows, copies):
     return verdict
 
 
-def environment(device):
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], cwd=Path(__file__).parent, capture_output=True, text=True)
-    return {
-        "hardware": torch.cuda.get_device_name() if device == "cuda" else platform.processor() or platform.machine(),
-        "torch": torch.__version__,
-        "triton": triton.__version__,
-        "cuda": torch.version.cuda,
-        "commit": commit.stdout.strip() or None,
-        "date": datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds"),
-    }
-
-
 def main():
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, help="append one JSON line per row to this file")
+    parser.add_argument("--pairs", nargs="+", choices=PAIRS, default=list(PAIRS))
+    parser.add_argument("--seconds", type=float, help="begin nothing more after so many")
+    parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
     arguments = parser.parse_args()
+    budget = Budget(arguments.seconds)
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    copies = None
+    result = {"benchmark": "thought_embedding", **describe(), "copy_gbps": None, "verdict": None, "rows": []}
     if device == "cuda":
         size_mib = moved_bytes(**PAIRS["1B-to-8B"], **BATCH, itemsize=2, backward=False) // 2**21
         copies = {"large": copy_gbps(COPY_MIB), "same_size": copy_gbps(size_mib)}
+        result["copy_gbps"] = copies
         print(f"device copy: {copies['large']:.0f} GB/s at {COPY_MIB} MiB, {copies['same_size']:.0f} at {size_mib} MiB")
     else:
         print("No GPU is visible: a tiny shape on the CPU, where the op is eager PyTorch. These times claim nothing.")
 
-    shapes = {pair: sizes | BATCH for pair, sizes in PAIRS.items()} if device == "cuda" else TINY
+    shapes = {pair: PAIRS[pair] | BATCH for pair in arguments.pairs} if device == "cuda" else TINY
     dtype = torch.bfloat16 if device == "cuda" else torch.float32
-    rows = []
     for pair, sizes in shapes.items():
-        for slots in (False, True):
-            rows += measure(pair, sizes, slots, device, dtype)
-    stamp = environment(device) | {"copy_gbps": copies}
-    if arguments.out:
-        with arguments.out.open("a") as file:
-            file.writelines(json.dumps(row | stamp) + "\n" for row in rows)
-    verdict = judge(rows, copies) if device == "cuda" else None
-    print(
-        json.dumps(
-            {"benchmark": "thought_embedding", "gpu": device == "cuda", "verdict": verdict, **stamp, "rows": rows}
-        )
-    )
+        for slots in (True, False):  # with slots first: so the training step calls it
+            if budget.is_used_up():
+                continue
+            for row in measure(pair, sizes, slots, device, dtype):
+                result["rows"].append(row)
+                if device == "cuda":
+                    result["verdict"] = judge(result["rows"], copies)
+                keep(result, arguments.out)
+    write_result(result, arguments.out)
 
 
 if __name__ == "__main__":

@@ -15,10 +15,12 @@ micro-batch by micro-batch; a variant's time is the sum over micro-batches of it
 - ``without``: for each ingredient, seconds of fast with this one switched off / seconds of fast
 - ``prefix_cache_bound``: seconds of fast / of fast on examples without a question, more than a cache of each
   example's prefix could ever bring
-- ``mfu``: model FLOPs utilisation of fast and full (with a GPU whose peak is known)
+- ``samples_per_second``, ``mfu`` (with a GPU, the latter where its peak is known): model FLOPs utilisation
+- ``steps`` (with a GPU): each micro-batch's shape, seconds, operations and memory; ``sizes`` are micro-batches of 2 to
+  32 examples of one length, with activation checkpointing and without
 
 Without a GPU the models are random Llamas in float32 with the proportions of Llama 3.1 8B and 3.2 1B: layers, head and
-assistant have the same shares of the arithmetic. With one, they have the very shapes, in bf16; that has never been run.
+assistant have the same shares of the arithmetic. With one, they have the very shapes, in bf16.
 
 The lengths, in gsm8k_lengths.json, are numbers of tokens of a sample of GSM8K's training problems. They were made by
 
@@ -32,16 +34,18 @@ import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable
-from dataclasses import replace
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
+from operator import attrgetter
 from pathlib import Path
 from typing import Any
 
 import torch
-from environment import describe, write_result
+from environment import Budget, describe, keep, write_result
+from random_llamas import LLAMA_1B, LLAMA_8B, SMALL_1B, SMALL_8B, default_device, make_llama
 from torch.utils.flop_counter import FlopCounterMode
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoTokenizer, LlamaForCausalLM
 
 from softcot_ds.data.batches import Batch, collate, global_batches, order_by_prefix
 from softcot_ds.data.examples import Example, make_example
@@ -61,42 +65,20 @@ NUM_THOUGHTS = 32
 MICRO_BATCH = 16
 GLOBAL_BATCH = 32
 NUM_BATCHES = 4
+INGREDIENTS = (
+    "prefix_without_gradient",
+    "shared_instruction",
+    "head_on_supervised_positions",
+    "length_grouping",
+    "no_assistant",
+    "prefix_for_nothing",
+)
+PARTS = (attrgetter("prefix_ids"), attrgetter("suffix_ids"), attrgetter("target_ids"))
+SIZES = (2, 4, 8, 16, 32)
+"""Examples of a micro-batch, where steps of several sizes are looked at."""
 
-LLAMA_8B = {
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_hidden_layers": 32,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-}
-LLAMA_1B = {
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "num_hidden_layers": 16,
-    "num_attention_heads": 32,
-    "num_key_value_heads": 8,
-    "vocab_size": 128256,
-    "tie_word_embeddings": True,
-}
-# Widths x 3 / 32, layers / 8; the vocabulary x 3 / 256, so that the head keeps its share: 7% of the base.
-SMALL_8B = {
-    "hidden_size": 384,
-    "intermediate_size": 1344,
-    "num_hidden_layers": 4,
-    "num_attention_heads": 6,
-    "num_key_value_heads": 2,
-    "vocab_size": 1503,
-}
-SMALL_1B = {
-    "hidden_size": 192,
-    "intermediate_size": 768,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 3,
-    "num_key_value_heads": 1,
-    "vocab_size": 1503,
-    "tie_word_embeddings": True,
-}
+Models = tuple[LlamaForCausalLM, LlamaForCausalLM]
+"""The base and the assistant."""
 
 
 def record_lengths(tokenizer_name: str, data: str, sample: int = 2048) -> None:
@@ -174,15 +156,6 @@ def padded_length(batch: list[Example]) -> int:
     return max(len(e.prefix_ids) for e in batch) + max(e.length - len(e.prefix_ids) for e in batch)
 
 
-def make_llama(shape: dict[str, Any], device: torch.device) -> LlamaForCausalLM:
-    """A frozen model with random weights."""
-    dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
-    torch.manual_seed(0)
-    with device:
-        model = LlamaForCausalLM._from_config(LlamaConfig(**shape, max_position_embeddings=4096), dtype=dtype)
-    return model.eval().requires_grad_(False)
-
-
 def with_prefix_gradient(step: SoftCoT) -> None:
     """Take the prefix for a part of the suffix: it runs with gradient."""
     loss = step.prefixed.loss
@@ -212,11 +185,12 @@ class Variant:
 
     def __init__(
         self,
-        models: tuple[LlamaForCausalLM, LlamaForCausalLM],
+        models: Models,
         batches: list[list[Example]],
         step: str = "fast",
         shared_ids: list[int] = (),
         online: bool = False,
+        checkpointing: bool = False,
         change: Callable[[SoftCoT], None] = lambda step: None,
     ) -> None:
         base, assistant = models
@@ -224,7 +198,7 @@ class Variant:
         projection = LinearProjection(assistant.config.hidden_size, base.config.hidden_size)
         # Each variant hooks the layers of a base of its own, over the same weights.
         memo = {id(parameter): parameter for parameter in base.parameters()}
-        self.step = SoftCoT(copy.deepcopy(base, memo), projection, assistant, step, shared_ids=shared_ids)
+        self.step = SoftCoT(copy.deepcopy(base, memo), projection, assistant, step, checkpointing, shared_ids)
         self.step.projection.to(base.device, base.dtype)
         change(self.step)
         self.batches = [self._collate(batch, assistant, online).to(base.device) for batch in batches]
@@ -241,21 +215,37 @@ class Variant:
         loss.backward()
         return loss.detach()
 
-    def gradient_and_flops(self) -> tuple[torch.Tensor, int]:
-        """Over all micro-batches: the gradient in one vector, and the floating-point operations done."""
+    def count(self) -> None:
+        """Run each micro-batch once: ``gradient`` is their sum's in one vector, ``operations`` what was done in each,
+        in floating-point operations."""
         self.step.projection.zero_grad()
-        with FlopCounterMode(display=False) as counter:
-            for number in range(len(self.batches)):
+        self.operations = []
+        for number in range(len(self.batches)):
+            with FlopCounterMode(display=False) as counter:
                 self.run(number)
+            self.operations.append(counter.get_total_flops())
         gradient = torch.cat([parameter.grad.flatten() for parameter in self.step.projection.parameters()])
-        return gradient.double(), counter.get_total_flops()
+        self.gradient = gradient.double()
 
 
-def make_variants(device: torch.device, names: tuple[str, ...] | None = None) -> dict[str, Variant]:
-    """All variants, or those named."""
+@dataclass
+class Runs:
+    """How often a micro-batch was run, and what each time took."""
+
+    seconds: list[float] = field(default_factory=list)
+    processor_seconds: list[float] = field(default_factory=list)
+    peak_gib: list[float] = field(default_factory=list)
+    """The most that the GPU held beyond what lay there before the step."""
+
+
+def make_models(device: torch.device) -> Models:
     shapes = (LLAMA_8B, LLAMA_1B) if device.type == "cuda" else (SMALL_8B, SMALL_1B)
-    models = tuple(make_llama(shape, device) for shape in shapes)
-    examples = read_examples(shapes[0]["vocab_size"])
+    return tuple(make_llama(shape, device) for shape in shapes)
+
+
+def make_variants(models: Models, names: Sequence[str] | None = None) -> dict[str, Variant]:
+    """All variants, or those named."""
+    examples = read_examples(models[0].config.vocab_size)
     grouped, arrival = choose_batches(examples)
     ids = common_prefix([example.prefix_ids for example in examples])
     options = {
@@ -274,6 +264,19 @@ def make_variants(device: torch.device, names: tuple[str, ...] | None = None) ->
     return {name: Variant(models, **options[name]) for name in names or options}
 
 
+def make_sizes(models: Models) -> dict[str, Variant]:
+    """The fast step, with activation checkpointing and without, on micro-batches of SIZES that hardly need padding."""
+    examples = read_examples(models[0].config.vocab_size)
+    ids = common_prefix([example.prefix_ids for example in examples])
+    middle = [statistics.median(len(part(e)) for e in examples) for part in PARTS]
+    examples.sort(key=lambda e: max(abs(len(part(e)) - m) for part, m in zip(PARTS, middle, strict=True)))
+    options = {"batches": [examples[:size] for size in SIZES], "shared_ids": ids}
+    return {
+        "sizes": Variant(models, **options),
+        "sizes_checkpointed": Variant(models, **options, checkpointing=True),
+    }
+
+
 def now(device: torch.device) -> tuple[float, float]:
     """Seconds by the clock, and of this process on the processor."""
     if device.type == "cuda":
@@ -281,40 +284,43 @@ def now(device: torch.device) -> tuple[float, float]:
     return time.perf_counter(), time.process_time()
 
 
-def measure(variants: dict[str, Variant], device: torch.device, rounds: int) -> dict[str, tuple[list[float], float]]:
-    """Of each variant, the seconds of its micro-batches by the clock, and its processor seconds (sums of medians)."""
-    times: dict[tuple[str, int], list[tuple[float, float]]] = {}
+def measure(
+    variants: dict[str, Variant],
+    device: torch.device,
+    rounds: int,
+    budget: Budget,
+    runs: dict[tuple[str, int], Runs],
+) -> None:
+    """Run all micro-batches of all variants ``rounds`` times, in turns; less often, but once, if the budget says so."""
+    on_gpu = device.type == "cuda"
     for repeat in range(rounds):
-        for number in range(NUM_BATCHES):
-            order = list(variants)
+        if repeat and budget.is_used_up():
+            return
+        for number in range(max(len(variant.batches) for variant in variants.values())):
+            order = [name for name, variant in variants.items() if number < len(variant.batches)]
             random.Random(f"{repeat}/{number}").shuffle(order)
             for name in order:
+                took = runs.setdefault((name, number), Runs())
+                if on_gpu:
+                    torch.cuda.reset_peak_memory_stats()
+                before = peak_memory_gib(device)
                 began = now(device)
                 variants[name].run(number)
                 ended = now(device)
-                times.setdefault((name, number), []).append((ended[0] - began[0], ended[1] - began[1]))
-        print(f"round {repeat + 1} of {rounds}", flush=True)
-    return {
-        name: (
-            sum(statistics.median(wall for wall, _ in times[name, number]) for number in range(NUM_BATCHES)),
-            sum(statistics.median(cpu for _, cpu in times[name, number]) for number in range(NUM_BATCHES)),
-        )
-        for name in variants
-    }
+                took.seconds.append(ended[0] - began[0])
+                took.processor_seconds.append(ended[1] - began[1])
+                took.peak_gib.append(peak_memory_gib(device) - before)
+        print(f"round {repeat + 1} of {rounds}: {', '.join(variants)}", flush=True)
 
 
 def peak_memory(name: str) -> float:
-    """GiB that one step of a variant holds beyond what was there before it, at its longest micro-batch.
+    """GiB that one step of a variant holds beyond what was there before it, at its longest micro-batch, on a CPU.
 
-    Without a GPU this must be a process's first step: the peak of a process never falls.
+    It must be a process's first step: the peak of a process never falls.
     """
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    variant = make_variants(device, (name,))[name]
-    if device.type == "cuda":
-        before = torch.cuda.memory_allocated() / 2**30
-        torch.cuda.reset_peak_memory_stats()
-    else:
-        before = peak_memory_gib(device)
+    device = torch.device("cpu")
+    variant = make_variants(make_models(device), (name,))[name]
+    before = peak_memory_gib(device)
     variant.run(NUM_BATCHES - 1)
     return peak_memory_gib(device) - before
 
@@ -328,9 +334,74 @@ def positions(batches: list[list[Example]]) -> dict[str, float]:
     }
 
 
+def summarize(variants: dict[str, Variant], runs: dict[tuple[str, int], Runs], peak: float | None) -> dict[str, Any]:
+    """What the variants that have been run say; ``peak``: operations per second of the GPU, if that is known."""
+    wall, processor = (
+        {
+            name: sum(statistics.median(getattr(runs[name, number], what)) for number in range(NUM_BATCHES))
+            for name in variants
+        }
+        for what in ("seconds", "processor_seconds")
+    )
+    operations = {name: sum(variant.operations) for name, variant in variants.items()}
+    fast, full = variants["fast"], variants["full"]
+    on_gpu = fast.gradient.is_cuda
+    ingredients = [name for name in variants if name not in ("full", "fast", "prefix_for_nothing")]
+    examples = NUM_BATCHES * MICRO_BATCH
+    summary: dict[str, Any] = {
+        "speedup": wall["full"] / wall["fast"],
+        "speedup_processor_time": None if on_gpu else processor["full"] / processor["fast"],
+        "speedup_arithmetic": operations["full"] / operations["fast"],
+        "without": {name: wall[name] / wall["fast"] for name in ingredients},
+        "without_arithmetic": {name: operations[name] / operations["fast"] for name in ingredients},
+        "seconds_per_example": {name: wall[name] / examples for name in wall},
+    }
+    if "length_grouping" in variants:  # fast without grouping sees the examples that full sees
+        difference = variants["length_grouping"].gradient - full.gradient
+        summary["grad_rel_err"] = (difference.norm() / full.gradient.norm()).item()
+        summary["prefix_cache_bound"] = wall["fast"] / wall["prefix_for_nothing"]
+    if on_gpu:
+        peaks = {name: min(runs[name, NUM_BATCHES - 1].peak_gib) for name in ("fast", "full")}
+        summary |= {
+            "samples_per_second": {name: examples / wall[name] for name in ("fast", "full")},
+            "peak_gib_beyond_weights": peaks,
+            "peak_memory_ratio": peaks["fast"] / peaks["full"],
+        }
+    if peak:
+        summary["mfu"] = {name: operations[name] / wall[name] / peak for name in ("fast", "full")}
+    return summary
+
+
+def steps(variants: dict[str, Variant], runs: dict[tuple[str, int], Runs]) -> list[dict[str, Any]]:
+    """A row for each micro-batch of each variant: its shape, its time and operations, and what it held on the GPU."""
+    rows = []
+    for (name, number), took in runs.items():
+        variant = variants[name]
+        batch = variant.batches[number]
+        prefix = batch.prefix_ids.shape[1]
+        rest = len(batch.assistant[0].positions) + batch.suffix_ids.shape[1]
+        rows.append(
+            {
+                "variant": name,
+                "examples": len(batch.suffix_ids),
+                "read_once": variant.step.num_shared,
+                "prefix": prefix,
+                "rest": rest,
+                "whole": batch.longest,
+                "supervised": len(batch.targets),
+                "seconds": statistics.median(took.seconds),
+                "operations_counted": variant.operations[number],
+                "operations_by_formula": variant.step.operations(batch),
+                "peak_gib": min(took.peak_gib),
+            }
+        )
+    return rows
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=3, help="how often each micro-batch is run by each variant")
+    parser.add_argument("--seconds", type=float, help="begin nothing more after so many")
     parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
     parser.add_argument("--record-lengths", nargs=2, metavar=("TOKENIZER", "DATA"), help="see above")
     args = parser.parse_args()
@@ -338,39 +409,40 @@ def main() -> None:
         record_lengths(*args.record_lengths)
         return
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    # One after the other, each in a process of its own.
-    with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
-        peaks = {name: pool.apply(peak_memory, (name,)) for name in ("fast", "full")}
-    variants = make_variants(device)
-    gradients, flops = {}, {}
-    for name, variant in variants.items():
-        gradients[name], flops[name] = variant.gradient_and_flops()
-    seconds = measure(variants, device, args.rounds)
-
-    wall = {name: values[0] for name, values in seconds.items()}
-    ingredients = [name for name in variants if name not in ("full", "fast", "prefix_for_nothing")]
+    device, budget = default_device(), Budget(args.seconds)
+    on_gpu = device.type == "cuda"
+    result: dict[str, Any] = {"benchmark": "train_step", **describe(), "threads": torch.get_num_threads()}
     grouped, arrival = choose_batches(read_examples(100))
-    result = {
-        "benchmark": "train_step",
-        **describe(),
-        "threads": torch.get_num_threads(),
-        "speedup": wall["full"] / wall["fast"],
-        "speedup_processor_time": None if device.type == "cuda" else seconds["full"][1] / seconds["fast"][1],
-        "speedup_arithmetic": flops["full"] / flops["fast"],
-        "grad_rel_err": (
-            (gradients["length_grouping"] - gradients["full"]).norm() / gradients["full"].norm()
-        ).item(),  # fast without grouping sees the examples that full sees
-        "peak_memory_ratio": peaks["fast"] / peaks["full"],
-        "without": {name: wall[name] / wall["fast"] for name in ingredients},
-        "without_arithmetic": {name: flops[name] / flops["fast"] for name in ingredients},
-        "prefix_cache_bound": wall["fast"] / wall["prefix_for_nothing"],
-        "seconds_per_example": {name: wall[name] / (NUM_BATCHES * MICRO_BATCH) for name in wall},
-        "peak_gib_beyond_weights": peaks,
-        "positions": {"arrival_order": positions(arrival), "grouped": positions(grouped)},
-    }
-    if peak := peak_flops(str(result["gpu"]), "bfloat16"):
-        result["mfu"] = {name: flops[name] / wall[name] / peak for name in ("fast", "full")}
+    result["positions"] = {"arrival_order": positions(arrival), "grouped": positions(grouped)}
+    if not on_gpu:
+        # One after the other, each in a process of its own.
+        with multiprocessing.get_context("spawn").Pool(1, maxtasksperchild=1) as pool:
+            peaks = {name: pool.apply(peak_memory, (name,)) for name in ("fast", "full")}
+        result |= {"peak_gib_beyond_weights": peaks, "peak_memory_ratio": peaks["fast"] / peaks["full"]}
+
+    models = make_models(device)
+    peak = peak_flops(str(result["gpu"]), "bfloat16")
+    variants: dict[str, Variant] = {}
+    runs: dict[tuple[str, int], Runs] = {}
+    # On a processor, which other work disturbs, all take turns; on a GPU what matters most comes first.
+    for names in (("fast", "full"), INGREDIENTS) if on_gpu else (("fast", "full", *INGREDIENTS),):
+        if budget.is_used_up():
+            break
+        new = make_variants(models, names)
+        for variant in new.values():
+            variant.count()
+        variants |= new
+        measure(new, device, args.rounds, budget, runs)
+        result |= summarize(variants, runs, peak)
+        if on_gpu:
+            result["steps"] = steps(variants, runs)
+            keep(result, args.out)
+    if on_gpu and not budget.is_used_up():
+        sizes, size_runs = make_sizes(models), {}
+        for variant in sizes.values():
+            variant.count()
+        measure(sizes, device, args.rounds, budget, size_runs)
+        result["steps"] += steps(sizes, size_runs)
     write_result(result, args.out)
 
 

@@ -21,8 +21,9 @@ def environment() -> dict[str, str]:
         kept.pop(key, None)
     if torch.cuda.device_count() < 2:
         kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # two ranks cannot share one GPU
+    folders = [str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")]
     return kept | {
-        "PYTHONPATH": f"{ROOT}{os.pathsep}{ROOT / 'kernels'}",
+        "PYTHONPATH": os.pathsep.join(filter(None, folders)),
         "OMP_NUM_THREADS": "1",
         "OMPI_ALLOW_RUN_AS_ROOT": "1",
         "OMPI_ALLOW_RUN_AS_ROOT_CONFIRM": "1",

@@ -1,4 +1,5 @@
-"""Run by test_backbone.py on several ranks: peak memory of loading a model and taking a training step."""
+"""Run by test_backbone.py on several ranks: peak memory of loading a model and taking a training step; by test_gpu.py
+alone, of a GPU."""
 
 import json
 import sys
@@ -41,19 +42,22 @@ def watch() -> None:
         time.sleep(0.002)
 
 
-watcher = threading.Thread(target=watch)
+watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 base = load_frozen(recipe.base, recipe.backbone.partition, device(), engine_config(recipe))
 projection = LinearProjection(16, base.config.hidden_size)
 engine = build_engine(SoftCoT(base, projection), recipe, 1)
 ids = torch.arange(8)[None]
 mask = torch.ones(1, 8, dtype=torch.bool)
-batch = Batch(ids, mask, ids, mask, torch.arange(2, 9), ids[0, :7], [], 18, thoughts=torch.randn(1, 2, 16))
+thoughts = torch.randn(1, 2, 16).to(base.dtype)
+batch = Batch(ids, mask, ids, mask, torch.arange(2, 9), ids[0, :7], [], 18, thoughts=thoughts).to(device())
 expected = expected_memory(engine)
 for _ in range(3):  # from the second on, DeepSpeed knows what comes next and keeps or fetches it
     engine.backward(engine(batch))
     engine.step()
 done = True
 watcher.join()
+if device().type == "cuda":
+    peak, before = torch.cuda.max_memory_allocated(), 0
 Path(f"{output}.{rank()}").write_text(json.dumps({"peak": peak - before, "expected": asdict(expected)}))
 shut_down()

@@ -33,7 +33,11 @@ pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it co
 
 INTERPRETED = triton.knobs.runtime.interpret
 DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-runs_triton = pytest.mark.skipif(DEVICE == "cpu" and not INTERPRETED, reason="no GPU; see the interpreter's test")
+
+
+def runs_triton(test):
+    no_triton = DEVICE == "cpu" and not INTERPRETED
+    return pytest.mark.gpu(pytest.mark.skipif(no_triton, reason="no GPU; see the interpreter's test")(test))
 
 
 @pytest.mark.distributed
