@@ -67,7 +67,7 @@ class Adapter:
         """
         several = launched_ranks() > 1
         self._partition = recipe.evaluation.partition or (recipe.backbone.partition if several else "none")
-        if several or self._partition == "zero3":
+        if several or self._partition != "none":
             init_distributed(recipe.training.timeout_minutes)
         self.recipe = recipe
         self.folder = folder

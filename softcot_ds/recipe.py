@@ -31,7 +31,7 @@ from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, DataName, Exist
 
 
 def _not_yet(value: str) -> str:
-    if value in ("node", "tensor"):
+    if value == "tensor":
         raise ValueError(f"{value!r} is not there yet; use zero3")
     return value
 
@@ -141,7 +141,8 @@ class CacheConfig(Section):
     tokens_per_batch: Annotated[Count, FREE] = 16384
     """Assistant tokens, padding included, in one batch. A builder process holds thoughts of four batches at most."""
     partition: Annotated[Partition, FREE] = "none"
-    """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each."""
+    """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each. node: those of a
+    node hold one copy between them."""
 
 
 class BackboneConfig(Section):
@@ -160,7 +161,13 @@ class BackboneConfig(Section):
         config, path = self.deepspeed_config(), self.deepspeed_path()
         wrong = [f"{path}: {key} is decided by the recipe: {by}" for key, by in _DECIDED.items() if key in config]
         wrong += [f'{path}: {key} is "auto", which only the Trainer of Hugging Face fills in' for key in _autos(config)]
-        stage = config.get("zero_optimization", {}).get("stage", 0)
+        zero = config.get("zero_optimization", {})
+        if zero.get("zero_hpz_partition_size", 1) != 1:
+            wrong.append(
+                f"{path}: zero_hpz_partition_size would split the weights a second time: backbone.partition=node holds "
+                "them within nodes alone, and backbone.group_size takes another number of ranks"
+            )
+        stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3) or type(stage) is not int:
             wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")
         elif stage not in ((1, 2) if self.partition == "none" else (3,)):
@@ -374,17 +381,6 @@ class Recipe(Section):
     def _base_needs_no_loss_scaling(cls, value: ModelConfig) -> ModelConfig:
         if value.dtype == "float16":
             raise ValueError("dtype float16 would need loss scaling, which there is not; use bfloat16 or float32")
-        return value
-
-    @field_validator("backbone")
-    @classmethod
-    def _second_partition_holds_one_model(cls, value: BackboneConfig, info: ValidationInfo) -> BackboneConfig:
-        thoughts, zero = info.data.get("thoughts"), value.deepspeed_config().get("zero_optimization", {})
-        if thoughts and thoughts.source == "online" and zero.get("zero_hpz_partition_size", 1) != 1:
-            raise ValueError(
-                f"zero_hpz_partition_size of {value.deepspeed_path()} works for one partitioned model, and "
-                "thoughts.source online needs two; use the cache"
-            )
         return value
 
     @property

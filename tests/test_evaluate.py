@@ -415,8 +415,9 @@ def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_pat
 def test_a_base_that_training_does_not_partition_may_be_partitioned_for_decoding(tmp_path):
     recipe = make_recipe(tmp_path, "backbone.partition=none", "evaluation.partition=zero3")
     assert decoding_config(recipe)["zero_optimization"]["stage"] == 3
-    own = make_recipe(tmp_path, "thoughts.source=cache", f"backbone.deepspeed={ROOT}/ds_configs/zeropp.json")
-    assert decoding_config(own)["zero_optimization"].keys() >= {"zero_quantized_weights"}, "its own file where it fits"
+    offloading = f"backbone.deepspeed={ROOT}/ds_configs/zero3_cpu_offload.json"
+    own = make_recipe(tmp_path, "backbone.partition=node", offloading)
+    assert decoding_config(own)["zero_optimization"].keys() >= {"offload_param"}, "its own file where it fits"
 
 
 def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):

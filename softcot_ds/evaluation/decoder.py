@@ -25,7 +25,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
-from softcot_ds.models.partition import quantization
+from softcot_ds.models.partition import SPLIT, quantization
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import ModelConfig, Recipe
 
@@ -183,7 +183,7 @@ class Decoder:
             "model": self._fingerprint,
             "dtype": self._model_config.dtype,
             "attention": self._model_config.attention,
-            "quantized": quantization(self._recipe) if self._partition == "zero3" else {},
+            "quantized": quantization(self._recipe) if self._partition in SPLIT else {},
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
@@ -210,8 +210,8 @@ class Decoder:
         fresh = {}
         for start in range(0, len(job.todo), world_size()):
             mine = start + rank() < len(job.todo)
-            # Partitioned, a rank without work still takes part: each forward pass needs all ranks.
-            if mine or self._partition == "zero3":
+            # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
+            if mine or self._partition != "none":
                 number = job.todo[start + rank() if mine else start]
                 outputs = self._decode(job, number)
                 if mine:

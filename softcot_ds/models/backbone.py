@@ -1,4 +1,4 @@
-"""Loading the two frozen models, whole or partitioned over the ranks."""
+"""Loading the two frozen models, whole or partitioned over ranks."""
 
 import hashlib
 import json
@@ -17,12 +17,12 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from softcot_ds.distributed import Group, lost_rank
 from softcot_ds.distributed import device as own_device
-from softcot_ds.distributed import lost_rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
 from softcot_ds.models.model_files import model_folder, weight_files
-from softcot_ds.models.partition import decoding_config, hook_partitioned, keep_weights_by_name, loading
+from softcot_ds.models.partition import SPLIT, decoding_config, hook_partitioned, keep_weights_by_name, loading
 from softcot_ds.recipe import ModelConfig, Partition, Recipe
 
 transformers_logging.disable_progress_bar()
@@ -118,25 +118,32 @@ def vocabulary(config: PreTrainedConfig) -> int:
 
 
 def load_frozen(
-    config: ModelConfig, partition: Partition, device: torch.device, deepspeed_config: dict[str, Any] | None = None
+    config: ModelConfig,
+    partition: Partition,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None = None,
+    group_size: int | None = None,
 ) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode, no parameter of which wants a gradient.
 
     Args:
-        partition: ``zero3`` splits each weight over the ranks while it is read: no rank ever holds the whole model.
-            It needs ``deepspeed_config`` and an initialized process group, and the model must then be given to
-            ``deepspeed.initialize``, alone or as a part, before it runs.
+        partition: ``zero3`` splits each weight over all ranks while it is read, ``node`` over those of a group: no rank
+            ever holds the whole model. Both need ``deepspeed_config`` and an initialized process group, and the model
+            must then be given to ``deepspeed.initialize``, alone or as a part, before it runs.
+        group_size: ranks of a group; None for those of a node.
 
     Raises:
-        SoftCoTError: the model cannot be loaded, or weights are missing in its files.
+        SoftCoTError: the model cannot be loaded, weights are missing in its files, or the ranks make no such groups.
     """
     check_weights(config)
-    with loading(deepspeed_config if partition == "zero3" else None):
+    split = partition in SPLIT
+    group = Group.of(group_size) if partition == "node" else None
+    with loading(deepspeed_config if split else None, group, config.model):
         model, info = _from_pretrained(config, config.attention)
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
-    if partition != "zero3":
+    if not split:
         return model.to(device)
     keep_weights_by_name(model)
     return model
@@ -151,7 +158,7 @@ def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> Pr
     if partition == "none":
         return load_frozen(config, "none", own_device())
     settings = decoding_config(recipe)
-    model = load_frozen(config, partition, own_device(), settings)
+    model = load_frozen(config, partition, own_device(), settings, recipe.backbone.group_size)
     hook_partitioned(model, settings)
     return model
 

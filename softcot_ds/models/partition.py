@@ -1,4 +1,4 @@
-"""How frozen weights are held: whole on every rank, or split over all of them by DeepSpeed's ZeRO-3.
+"""How frozen weights are held: whole on every rank, or split by DeepSpeed's ZeRO-3 over all ranks or those of a node.
 
 Whatever depends on that is asked here: the configuration, loading, running, and reading single weights.
 """
@@ -6,11 +6,12 @@ Whatever depends on that is asked here: the configuration, loading, running, and
 import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import wraps
+from functools import partial, wraps
 from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 from pydantic import ValidationError
 from torch import nn
@@ -19,9 +20,13 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import rank, world_size
+from softcot_ds.distributed import Group, is_main, world_size
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.progress import Progress
 from softcot_ds.recipe import BackboneConfig, Dtype, Recipe
+
+SPLIT = ("zero3", "node")
+"""The partitions in which DeepSpeed splits each weight, and gathers it for each use."""
 
 _NEVER = 2**31 - 1
 
@@ -57,12 +62,10 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
 
 
 def decoding_config(recipe: Recipe) -> dict[str, Any]:
-    """The same for models that are only run. ZeRO++'s second partition goes: DeepSpeed takes it for one model alone."""
-    if recipe.backbone.partition != "zero3":  # but evaluation.partition is: the recipe's file is of another stage
+    """The same for models that are only run, split."""
+    if recipe.backbone.partition not in SPLIT:  # but evaluation.partition is: the recipe's file is of another stage
         recipe = recipe.model_copy(update={"backbone": BackboneConfig(partition="zero3")})
-    config = engine_config(recipe)
-    config["zero_optimization"].pop("zero_hpz_partition_size", None)
-    return config
+    return engine_config(recipe)
 
 
 def plain_config(dtype: Dtype) -> dict[str, Any]:
@@ -88,23 +91,82 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def loading(config: dict[str, Any] | None) -> Iterator[None]:
-    """Have ``from_pretrained`` split each weight over the ranks while it reads it: no rank ever holds the whole model.
+def loading(config: dict[str, Any] | None, group: Group | None, name: str) -> Iterator[None]:
+    """Have ``from_pretrained`` split each weight while it reads it: no rank ever holds more than one whole.
 
-    Undone at the end, so that loading one model partitioned does not partition whatever is loaded later.
+    The first rank of a group reads a weight and sends it to the others: nothing moves between groups. Undone at the
+    end, so that loading one model partitioned does not partition whatever is loaded later.
 
     Args:
         config: DeepSpeed's configuration; None to load whole.
+        group: who splits the weights between them; None for all ranks.
+        name: of the model, for lines on rank 0 that tell how far it is.
     """
     if config is None:
         yield
         return
     partitioning = HfDeepSpeedConfig(copy.deepcopy(config))  # in effect while it lives
+    of_deepspeed, get_rank = deepspeed.zero.Init, dist.get_rank
+    deepspeed.zero.Init = partial(_Init, group, name)
     try:
         yield
     finally:
+        deepspeed.zero.Init, dist.get_rank = of_deepspeed, get_rank
         del partitioning
         unset_hf_deepspeed_config()
+
+
+class _Init(deepspeed.zero.Init):
+    """What makes DeepSpeed split the weights of a model as its modules are built, here over any group of ranks.
+
+    It outlives the building: DeepSpeed later splits what is trained with it, over all ranks.
+    """
+
+    def __init__(self, group: Group | None, name: str, **kwargs: Any) -> None:
+        super().__init__(**kwargs)
+        self._group = group
+        self._name = name
+        self._building = False
+        self._all = self._loaded = 0  # bytes
+        self._progress: Progress | None = None
+
+    def __enter__(self) -> None:
+        super().__enter__()
+        self._building = True
+
+    def __exit__(self, *exception: Any) -> None:
+        super().__exit__(*exception)
+        self._building = False
+        if is_main():
+            self._progress = Progress(self._all // 10**6, "MB of weights")
+        if (mine := self._group) is not None:
+            # transformers fills the model next. It has the rank read that is rank 0, and DeepSpeed sends from the first
+            # of a weight's group: all groups but one would get garbage.
+            get_rank = dist.get_rank
+            dist.get_rank = lambda group=None: mine.rank if group is None else get_rank(group)
+
+    def _convert_to_deepspeed_param(self, param: nn.Parameter) -> None:
+        if self._building and self._group is not None:
+            param.ds_zero_partition_process_group = self._group.process_group  # which DeepSpeed looks for
+        super()._convert_to_deepspeed_param(param)
+        self._all += param.ds_numel * param.element_size()
+
+    def _zero_init_param(self, param: nn.Parameter) -> None:
+        if not self._building:
+            super()._zero_init_param(param)
+            return
+        # DeepSpeed would send each weight to all ranks here, before it has a value.
+        self._convert_to_deepspeed_param(param)
+        param.partition()
+
+    def _partition(self, param_list: list[nn.Parameter], has_been_updated: bool = False, **rest: Any) -> None:
+        super()._partition(param_list, has_been_updated=has_been_updated, **rest)
+        if not has_been_updated or self._progress is None:
+            return
+        self._loaded += sum(param.ds_numel * param.element_size() for param in param_list)
+        # Not ``say``: the first rank of each group takes itself for rank 0 here.
+        if self._loaded < self._all and (line := self._progress.line(self._loaded // 10**6)):
+            print(f"{self._name}: {line}", flush=True)
 
 
 def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
@@ -156,7 +218,7 @@ def _values(kept: Any) -> torch.Tensor:
 
 
 def is_partitioned(*parameters: nn.Parameter) -> bool:
-    """Whether any of these weights is split over the ranks."""
+    """Whether any of these weights is split over ranks."""
     return any(hasattr(parameter, "ds_id") for parameter in parameters)
 
 
@@ -166,16 +228,21 @@ def whole_shape(parameter: nn.Parameter) -> torch.Size:
 
 
 def comes_and_goes(parameter: nn.Parameter) -> bool:
-    """Whether the other ranks' parts of a weight are gathered for each use; small ones stay."""
-    return is_partitioned(parameter) and not parameter.ds_persist
+    """Whether what of a weight lies elsewhere is brought to this rank's device for each use; small ones stay."""
+    return is_partitioned(parameter) and not parameter.ds_persist and not _is_here(parameter)
 
 
-def held_bytes(parameter: nn.Parameter, device_type: str) -> int:
+def held_bytes(parameter: nn.Parameter) -> int:
     """Bytes of a weight that stay on this rank's device all the time. Offloaded parts lie elsewhere."""
     if not is_partitioned(parameter):
         return parameter.nbytes
-    part = parameter.ds_tensor.nbytes if parameter.ds_tensor.device.type == device_type else 0
-    return part + (0 if comes_and_goes(parameter) else parameter.element_size() * parameter.ds_numel)
+    part = parameter.ds_tensor.nbytes if parameter.ds_tensor.device == parameter.device else 0
+    return part + (parameter.element_size() * parameter.ds_numel if parameter.ds_persist else 0)
+
+
+def _is_here(parameter: nn.Parameter) -> bool:
+    """Whether this rank's part is all of a weight, and lies on its device: gathering it moves and copies nothing."""
+    return parameter.ds_zero_partition_world_size == 1 and parameter.ds_tensor.device == parameter.device
 
 
 def is_leaf(module: nn.Module) -> bool:
@@ -184,7 +251,10 @@ def is_leaf(module: nn.Module) -> bool:
 
 
 def needs_all_ranks(model: nn.Module) -> bool:
-    """Whether each forward pass needs all ranks: one that is done must run along with the others."""
+    """Whether each forward pass needs other ranks: one that is done must run along with the others.
+
+    Those of its group would be enough. All ranks agree upon when they are done, as transformers' ``generate`` has it.
+    """
     return world_size() > 1 and is_partitioned(*model.parameters())
 
 
@@ -198,6 +268,6 @@ def local_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
 
     DeepSpeed 0.19's ``safe_set_full_*`` do not pad a parameter that the ranks do not divide.
     """
-    size = parameter.ds_tensor.numel()
-    padded = nn.functional.pad(whole.flatten(), (0, size * world_size() - whole.numel()))
-    return padded[rank() * size : (rank() + 1) * size]
+    size, place = parameter.ds_tensor.numel(), parameter.ds_zero_partition_rank
+    padded = nn.functional.pad(whole.flatten(), (0, size * parameter.ds_zero_partition_world_size - whole.numel()))
+    return padded[place * size : (place + 1) * size]

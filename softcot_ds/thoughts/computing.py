@@ -58,7 +58,7 @@ def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
         ranks,
         shard_mib=recipe.cache.shard_mib,
         tokens_per_batch=recipe.cache.tokens_per_batch,
-        in_step=recipe.cache.partition == "zero3",
+        in_step=recipe.cache.partition != "none",
     )
 
 
@@ -72,7 +72,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     Raises:
         SoftCoTError: it cannot be loaded, or cannot be an assistant.
     """
-    if recipe.cache.partition == "zero3":
+    if recipe.cache.partition != "none":
         model = _load_partitioned(recipe, ranks)
         check_model(model, "assistant", recipe.assistant.model)
         prefix = read_shared(model, inputs)
@@ -94,11 +94,12 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
 
 
 def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
-    """The assistant's decoder, its weights split over the ranks by ZeRO-3. To be called, and run, by all at once."""
+    """The assistant's decoder, its weights split over ranks by ZeRO-3. To be called, and run, by all at once."""
     ranks.export_environment()
     distributed.init_distributed(recipe.training.timeout_minutes)
     config = plain_config(recipe.assistant.dtype)
-    model = load_frozen(recipe.assistant, "zero3", distributed.device(), config)
+    partition, group_size = recipe.cache.partition, recipe.backbone.group_size
+    model = load_frozen(recipe.assistant, partition, distributed.device(), config, group_size)
     # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
     engine, *_ = deepspeed.initialize(model=decoder_of(model), config=config)
     return engine.module.eval()

@@ -22,11 +22,11 @@ from softcot_ds.recipe import Recipe
 def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None) -> SoftCoT:
     """The frozen base with the projection, whose weights come from ``start_from`` or from the seed."""
     config = engine_config(recipe)
-    partition = recipe.backbone.partition
-    base = load_frozen(recipe.base, partition, device(), config)
+    partition, group_size = recipe.backbone.partition, recipe.backbone.group_size
+    base = load_frozen(recipe.base, partition, device(), config, group_size)
     assistant = None
     if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
-        assistant = load_frozen(recipe.assistant, partition, device(), config)
+        assistant = load_frozen(recipe.assistant, partition, device(), config, group_size)
     projection = build_projection(recipe, experiment, base)
     if start_from is not None:
         weights = load_projection(start_from)

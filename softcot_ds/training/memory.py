@@ -46,12 +46,10 @@ def expected_memory(engine: Any) -> ExpectedMemory:
     """
     trained = {*engine.module.projection.parameters()}
     frozen = [parameter for parameter in engine.module.parameters() if parameter not in trained]
-    weights = sum(held_bytes(parameter, engine.device.type) for parameter in frozen)
+    weights = sum(held_bytes(parameter) for parameter in frozen)
     come_and_go = {parameter for parameter in frozen if comes_and_goes(parameter)}
-    if (second := engine.zero_hpz_partition_size()) > 1:  # ZeRO++ keeps a copy of them split over so many ranks
-        weights += sum(whole_shape(parameter).numel() * parameter.element_size() for parameter in come_and_go) // second
     gathered = 0
-    if come_and_go and world_size() > 1:
+    if come_and_go:
         kept = max(engine.zero_max_live_parameters(), engine.zero_max_reuse_distance())
         at_work = max(_sizes_at_work(engine.module, come_and_go))
         itemsize = next(iter(come_and_go)).element_size()
