@@ -172,7 +172,13 @@ def test_a_run_on_a_gpu_resumes_and_has_the_losses_of_one_on_the_cpu(tmp_path):
             "task.test_problems=8",
             f"cache.path={tmp_path}/cache",
         ),
-        *("training.schedule=constant", "training.save_every=3", "training.validate_every=3", "training.log_every=1"),
+        *(
+            "training.schedule=constant",
+            "training.warmup_steps=2",
+            "training.save_every=3",
+            "training.validate_every=3",
+            "training.log_every=1",
+        ),
         "evaluation.conditions=[learned,zero]",
     ]
 

@@ -31,10 +31,13 @@ def gpu(monkeypatch):
 @pytest.mark.distributed
 def test_every_part_is_kept_whatever_becomes_of_the_others(gpu, tmp_path, monkeypatch):
     programs = {"hangs": HANGS, "fails": FAILS, "works": WORKS, "tests": WRITES_XML}
-    parts = {name: gpu.Part((sys.executable, "-c", text, "{out}"), 0.3) for name, text in programs.items()}
+    shares = {"hangs": 0.005}  # of five minutes, 1.5 s
+    parts = {
+        name: gpu.Part((sys.executable, "-c", text, "{out}"), shares.get(name, 1)) for name, text in programs.items()
+    }
     monkeypatch.setattr(gpu, "describe", lambda: {"python": "3"})
     result, out = {"python": "3"}, tmp_path / "result.json"
-    gpu.run_all(parts | {"late": gpu.Part(("none",), 0.01)}, 0.1, result, out)
+    gpu.run_all(parts | {"late": gpu.Part(("none",), 0.0001)}, 5, result, out)
     found = json.loads(out.read_text())
     assert found["python"] == "3"
     hangs, fails, works, tests, late = found["parts"].values()
