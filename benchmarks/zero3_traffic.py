@@ -8,8 +8,8 @@ what DeepSpeed hands to its communication backend in one micro-batch and optimiz
 counted: ``gathered`` is the size of the gathered weights, ``gathers`` the number of operations that do it, ``reduced``
 the size of the gradients that are summed, all but some bytes for their norm.
 
-- ``arithmetic``: what an ordinary forward and backward gather: the embedding once, as nothing flows back into it, and
-  every other weight twice. Weights below ``stage3_param_persistence_threshold`` are never partitioned
+- ``arithmetic``: every weight but the token table twice, once for each pass: the tokens of the data are embedded ahead.
+  Weights below ``stage3_param_persistence_threshold`` are never partitioned
 - ``full`` and ``fast``: the package's steps; ``fast_checkpointed``: with activation checkpointing
 - ``two_passes``: the prefix through all layers first, then the rest on top of its cache
 - ``hooks_per_module``: as fast, but DeepSpeed gathers each module of a layer by itself, not the layer
@@ -131,7 +131,7 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
     examples = experiment.splits.train
     for step in range(6):
         first = 4 * (step * world_size() + rank())
-        batch = collate(examples[first : first + 4], experiment.base_pad_id, model.num_shared)
+        batch = collate(examples[first : first + 4], experiment.base_pad_id, model.num_shared, model.number)
         # What the assistant says makes no difference: any states will do.
         batch.thoughts = torch.randn(4, recipe.thoughts.count, experiment.assistant_config.hidden_size)
         traffic.reset()
@@ -142,12 +142,12 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
     sizes = {
         name: 4 * parameter.ds_numel for name, parameter in model.named_parameters() if parameter.ds_numel > threshold
     }
-    embedding = sizes["base.model.embed_tokens.weight"]
+    del sizes["base.model.embed_tokens.weight"]
     return {
         "gathered": traffic.gathered,
         "gathers": traffic.gathers,
         "reduced": traffic.reduced,
-        "arithmetic": 2 * sum(sizes.values()) - embedding,
+        "arithmetic": 2 * sum(sizes.values()),
         "projection": sum(4 * parameter.ds_numel for parameter in model.projection.parameters()),
     }
 

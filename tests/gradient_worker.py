@@ -1,16 +1,19 @@
 """Run by test_training_steps.py on several ranks: the losses of some steps, and the first one's gradient.
 
 The gradient is the one that DeepSpeed has summed over micro-batches and ranks. Of the first micro-batch, also the bytes
-that its forward pass holds on the first rank.
+that its forward pass holds on the first rank. A variant is overrides of the recipe and words: ``apart`` for tokens and
+thoughts one by one, ``lookup`` for tokens that the base's own module embeds as well.
 """
 
 import sys
 from itertools import islice
 
 import torch
+import triton
 from deepspeed.utils import safe_get_full_grad
 from kept import Kept
 from safetensors.torch import save_file
+from softcot_kernels import reference
 
 from softcot_ds.data.batches import collate, global_batches, micro_batches
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, sum_over_ranks, world_size
@@ -21,13 +24,21 @@ from softcot_ds.training.engine import accumulation_steps, build_engine, build_m
 
 recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 init_distributed(5)
+if triton.knobs.runtime.interpret:  # then kernels must do it, not what takes their place on a CPU
+    del reference.thought_embedding, reference.weight_grads
 results = {}
 for variant in variants:
-    recipe = load_recipe(recipe_path, variant.split())
+    overrides = variant.split()
+    recipe = load_recipe(recipe_path, [text for text in overrides if "=" in text])
     experiment = Experiment(recipe)
     examples = experiment.splits.train
     reader = ThoughtReader.open(recipe, examples)
-    engine = build_engine(build_model(recipe, experiment, None), recipe, accumulation := accumulation_steps(recipe))
+    model = build_model(recipe, experiment, None)
+    if "apart" in overrides:
+        model.embed = None
+    if "lookup" in overrides:
+        model.table = model.embed = None
+    engine = build_engine(model, recipe, accumulation := accumulation_steps(recipe))
     batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
     losses = []
     for batch in islice(batches, recipe.training.steps):
@@ -35,7 +46,7 @@ for variant in variants:
         total = 0.0
         for micro in micro_batches(batch, rank(), world_size(), accumulation):
             chosen = [examples[index] for index in micro]
-            tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared)
+            tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared, engine.module.number)
             tensors.thoughts = reader.read(chosen)
             with Kept() as kept:
                 loss = engine(tensors) / num_labels
@@ -49,6 +60,7 @@ for variant in variants:
         losses.append(total)
     if engine.module.prefixed is not None:
         results[f"{variant}/fuses_loss"] = torch.tensor(engine.module.prefixed.fuses_loss)
+    results[f"{variant}/fuses_embedding"] = torch.tensor(engine.module.embed is not None)
     results[f"{variant}/losses"] = sum_over_ranks(torch.stack(losses))
 if is_main():
     save_file(results, output)

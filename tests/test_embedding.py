@@ -1,21 +1,23 @@
-"""Embedding modules are recognised as tables by what they do, on every row, or else used as they are."""
+"""A compact table holds what a model's embedding module makes of tokens, whatever that is, to the last bit."""
 
 import math
 
 import pytest
 import torch
-from softcot_kernels import reference
+from softcot_kernels.reference import thought_embedding
 from test_step import UNEVEN, P, check, draw_examples, loss_and_gradient, make_batch, true_loss_and_gradient
 from torch import nn
 from toy_models import WIDTH, make_toy
 
-from softcot_ds.methods.prompt_tuning import _random_token_embeddings
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.prompt_tuning import StaticThoughts, _random_token_embeddings
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models import embedding
-from softcot_ds.models.embedding import table_scale, whole_embedding
+from softcot_ds.models.embedding import CompactTable, whole_embedding
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16, torch.float64]
+TOKENS = [0, 3, 4, 11, 17, 31, 40, 41, 48, 49]
 
 
 class Table(nn.Embedding):
@@ -30,80 +32,97 @@ class Table(nn.Embedding):
         return self.change(self, ids, super().forward(ids))
 
 
-def zero_row(table, row):
+def check_table(embedding, tokens=TOKENS):
+    """The table gives the module's bits, by itself and through the kernel, wherever a token stands."""
+    table = CompactTable.of(embedding, [*reversed(tokens), *tokens])
+    assert table.rows_KD.shape == (len(tokens), 24)
+    ids = torch.tensor([tokens, [tokens[-1]] * len(tokens), tokens[::-1]])
     with torch.no_grad():
-        table.weight[row] = 0
-    return table
+        truth = embedding(ids)
+    numbers = table.number(ids)
+    assert torch.equal(table(numbers), truth)
+    no_thoughts = torch.zeros(3, 0, P, dtype=truth.dtype)
+    assert torch.equal(thought_embedding(no_thoughts, torch.zeros(24, P), None, numbers, table.rows_KD), truth)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("scale", [1.0, math.sqrt(24), math.sqrt(3584), 0.1, 12.0, -2.0, 1 / 3])
-def test_tables_times_a_number_are_recognised_and_the_kernel_gives_their_bits(scale, dtype, monkeypatch):
-    monkeypatch.setattr(embedding, "_ROWS", 7)
-
-    def change(table, ids, out):
-        return out * torch.tensor(scale).to(out.dtype)  # as transformers' Gemma does it
-
-    table = zero_row(Table(change, dtype), 0)
-    found = table_scale(table)
-    ids = torch.arange(50)[None]
-    kernel = reference.thought_embedding(
-        torch.zeros(1, 0, P, dtype=dtype), torch.zeros(24, P), None, ids, table.weight.detach(), embed_scale=found
-    )
-    assert torch.equal(kernel, table(ids))
+@pytest.mark.parametrize("scale", [1.0, math.sqrt(24), 0.1, -2.0])
+def test_a_compact_table_has_the_bits_of_a_module_that_scales(scale, dtype, monkeypatch):
+    monkeypatch.setattr(embedding, "_ROWS", 3)
+    # as transformers' Gemma does it
+    check_table(Table(lambda table, ids, out: out * torch.tensor(scale).to(out.dtype), dtype))
 
 
-OTHER = {
+BY_TOKEN = {
     "norm": lambda table, ids, out: nn.functional.layer_norm(out, (24,)),
-    "positions": lambda table, ids, out: out + torch.arange(ids.shape[-1])[:, None],
     "one odd row": lambda table, ids, out: out.where(ids[..., None] != 41, 2 * out),
-    "one odd element": lambda table, ids, out: out.where((ids[..., None] != 31) | (torch.arange(24) != 5), out + 1e-6),
     "a scale by row": lambda table, ids, out: out * (1 + ids[..., None]),
     "other ids": lambda table, ids, out: nn.functional.embedding(ids.clamp(max=40), table.weight),
     "another dtype": lambda table, ids, out: out.double(),
-    "a wider result": lambda table, ids, out: torch.cat([out, out], dim=-1),
-    "noise": lambda table, ids, out: out + torch.randn_like(out),
+    "zeros": lambda table, ids, out: 0 * out,
+}
+BY_PLACE = {
+    "positions": lambda table, ids, out: out + torch.arange(ids.shape[-1])[:, None],
+    "what stands before": lambda table, ids, out: out + out.roll(1, dims=-2),
+    "one odd bit": lambda table, ids, out: out.where((ids[..., None] != 31) | (ids.shape[-1] > 1), out * (1 + 1e-7)),
+    "noise": lambda table, ids, out: out + 1e-6 * torch.randn_like(out),
 }
 
 
-@pytest.mark.parametrize("kind", OTHER)
-def test_whatever_else_a_module_does_makes_it_no_table(kind, monkeypatch):
+@pytest.mark.parametrize("kind", BY_TOKEN)
+def test_a_compact_table_has_what_a_module_makes_of_each_token(kind, monkeypatch):
+    monkeypatch.setattr(embedding, "_ROWS", 3)
+    check_table(Table(BY_TOKEN[kind]))
+
+
+@pytest.mark.parametrize("kind", BY_PLACE)
+def test_there_is_no_table_where_a_token_s_embedding_depends_on_its_place(kind, monkeypatch):
     monkeypatch.setattr(embedding, "_ROWS", 7)
-    assert table_scale(Table(OTHER[kind])) is None
+    assert CompactTable.of(Table(BY_PLACE[kind]), TOKENS) is None
 
 
-def test_a_table_of_zeros_or_without_a_weight_is_left_to_its_module():
-    assert table_scale(nn.Identity()) is None
-    table = Table(lambda table, ids, out: out)
-    nn.init.zeros_(table.weight)
-    assert table_scale(table) is None
+@pytest.mark.parametrize("outside", [5, 1000, -1])
+def test_a_token_that_the_table_was_made_without_is_named(outside):
+    table = CompactTable.of(Table(lambda table, ids, out: out), TOKENS)
+    with pytest.raises(SoftCoTError, match=f"token {outside} is not among the 10 whose embeddings are held"):
+        table.number(torch.tensor([[3, 4], [outside, 3]]))
 
 
-@pytest.mark.parametrize("kind", ["norm", "one odd row", "a scale by row", "other ids"])
-def test_the_step_uses_the_module_where_it_is_no_table(kind):
+def tokens_of(examples):
+    """All that their batches hold; padding is token 0."""
+    return {0, *(token for prefix, _, suffix, target in examples for token in prefix + suffix + target)}
+
+
+@pytest.mark.parametrize("kind", ["norm", "one odd row", "a scale by row", "other ids", "the last bits by place"])
+def test_the_step_takes_what_the_module_gives_with_a_table_and_without(kind):
     model = make_toy("llama")
-    table = model.get_input_embeddings()
-    forward = table.forward
-    table.forward = lambda ids: OTHER[kind](table, ids, forward(ids)) if kind != "norm" else forward(ids).tanh()
+    module = model.get_input_embeddings()
+    forward = module.forward
+    module.forward = {
+        "norm": lambda ids: forward(ids).tanh(),
+        "the last bits by place": lambda ids: forward(ids) * (1 + 1e-7 * (ids.ndim == 2 and ids.shape[1] > 1)),
+    }.get(kind, lambda ids: BY_TOKEN[kind](module, ids, forward(ids)))
     projection = LinearProjection(P, WIDTH)
     examples = draw_examples(UNEVEN, thoughts=3, shared=6)
-    assert any(41 in prefix + suffix + target for prefix, _, suffix, target in examples)
-    step = SoftCoT(model, projection, shared_ids=examples[0][0][:6])
-    assert step.embed is None
+    assert 41 in tokens_of(examples)
+    step = SoftCoT(model, projection, shared_ids=examples[0][0][:6], tokens=tokens_of(examples))
+    assert (step.table is None) == (step.embed is None) == (kind == "the last bits by place")
     truth = true_loss_and_gradient(model, projection, examples, torch.float32)
     check(loss_and_gradient(step, examples, torch.float32), truth, 1e-6, 1e-5)
 
 
-def test_families_with_and_without_a_scale_use_the_kernel():
-    for family, scale in (("llama", 1.0), ("gemma3_text", math.sqrt(WIDTH)), ("biogpt", math.sqrt(WIDTH))):
-        step = SoftCoT(make_toy(family), LinearProjection(P, WIDTH))
-        assert step.embed is not None
-        assert step.embed._scale == pytest.approx(scale, rel=1e-6)
-        examples = draw_examples(UNEVEN, thoughts=3)
-        batch = make_batch(examples, torch.float32)
-        embeds = step._embeds(batch)
-        prefix = batch.prefix_ids.shape[1]
-        torch.testing.assert_close(embeds[:, prefix : prefix + 3], step.projection(batch.thoughts))
+@pytest.mark.parametrize("family", ["llama", "gemma3_text", "biogpt"])
+def test_tokens_and_thoughts_stand_side_by_side_with_the_kernel_and_without(family):
+    model = make_toy(family)
+    examples = draw_examples(UNEVEN, thoughts=3)
+    for projection in (LinearProjection(P, WIDTH), StaticThoughts(torch.randn(3, WIDTH))):
+        step = SoftCoT(model, projection, tokens=tokens_of(examples))
+        assert len(step.table.rows_KD) < step.base.config.vocab_size
+        batch, ids = make_batch(examples, torch.float32, number=step.number), make_batch(examples, torch.float32)
+        prefix, thoughts, rest = step._embeds(batch).split([batch.prefix_ids.shape[1], 3, batch.suffix_ids.shape[1]], 1)
+        assert torch.equal(prefix, model.get_input_embeddings()(ids.prefix_ids))
+        assert torch.equal(rest, model.get_input_embeddings()(ids.suffix_ids))
+        torch.testing.assert_close(thoughts, step.projection(batch.thoughts, len(thoughts)))
 
 
 def test_the_whole_embedding_is_the_module_s_own():

@@ -5,7 +5,7 @@ import pickle
 
 import pytest
 import torch
-from launch import ROOT, deepspeed_command, run
+from launch import ROOT
 from safetensors.torch import save_file
 from torch import nn
 
@@ -227,12 +227,6 @@ def test_a_line_that_leads_nowhere_is_named(monkeypatch, entry, message):
 @pytest.mark.parametrize("listed", [choices.PROJECTIONS, choices.TASKS, choices.STRATEGIES])
 def test_every_line_leads_somewhere(listed):
     assert all(callable(chosen(listed, name)) for name in listed)
-
-
-@pytest.mark.distributed
-def test_fused_embedding_reads_a_partitioned_table():
-    done = run(deepspeed_command(2, "embedding_worker"), PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}")
-    assert done.stdout.count("embedding equal") == 2
 
 
 class Buffered(LinearProjection):

@@ -122,19 +122,20 @@ def true_loss_and_gradient(model, projection, examples, dtype=torch.float64) -> 
 # ------------------------------------------------------------------------------------------------ what is tested
 
 
-def make_batch(examples, dtype, pad_id=0, num_shared=0):
+def make_batch(examples, dtype, pad_id=0, num_shared=0, number=lambda ids: ids):
     rows = [
         Example(Problem("q", "r", "1"), AssistantInput("id", [0] * len(hidden), list(range(len(hidden)))), *ids)
         for *ids, hidden in [(prefix, suffix, target, hidden) for prefix, hidden, suffix, target in examples]
     ]
-    batch = collate(rows, pad_id, num_shared)
+    batch = collate(rows, pad_id, num_shared, number)
     batch.thoughts = torch.stack([hidden for _, hidden, _, _ in examples]).to(dtype)
     return batch
 
 
 def loss_and_gradient(step: SoftCoT, examples, dtype, pad_id=0) -> tuple[float, torch.Tensor]:
     step.projection.zero_grad()
-    loss = step(make_batch(examples, dtype, pad_id, step.num_shared)) / sum(len(target) for *_, target in examples)
+    batch = make_batch(examples, dtype, pad_id, step.num_shared, step.number)
+    loss = step(batch) / sum(len(target) for *_, target in examples)
     loss.backward()
     assert all(parameter.grad is None for parameter in step.base.parameters())
     return loss.item(), torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad])

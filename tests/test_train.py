@@ -22,6 +22,7 @@ from transformers.optimization import (
 )
 
 from softcot_ds.experiment import Experiment
+from softcot_ds.progress import size
 from softcot_ds.recipe import TrainingConfig, load_recipe
 from softcot_ds.training.schedule import learning_rate_at
 from softcot_ds.values import resolve_location
@@ -119,7 +120,8 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
 
 def test_counts_are_told_before_the_first_step(straight_run):
     _, output = straight_run
-    splits = Experiment(load_recipe(RECIPE, LONG)).splits
+    experiment = Experiment(load_recipe(RECIPE, LONG))
+    splits = experiment.splits
     examples = splits.train
     columns = zip(*(example.prefix_ids for example in (*examples, *splits.validation)), strict=False)
     shared = next(index for index, column in enumerate(columns) if len(set(column)) > 1)
@@ -128,6 +130,9 @@ def test_counts_are_told_before_the_first_step(straight_run):
     assert f"per rank and step: 1 micro-batch, {of_a_rank:,.0f} tokens on average, without padding" in output
     assert f"and the {shared} tokens of each prompt" in output
     assert re.search(r"memory expected per rank: [\d.]+ MB \(.* MB frozen weights, ", output)
+    embedded = {token for e in (*examples, *splits.validation) for token in e.prefix_ids + e.suffix_ids + e.target_ids}
+    embedded.add(experiment.base_pad_id)
+    assert f", {size(len(embedded) * 192 * 4)} embeddings of the data's tokens, " in output
     assert output.index("per rank and step") < output.index("validation loss")
 
 

@@ -193,6 +193,9 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             ("fast", "zero3", "true", 1),
             ("fast", "none", "false", 1),
             ("full", "zero3", "false", 20),
+            ("fast", "none", "false", "1 lookup"),
+            ("fast", "zero3", "false", "3 lookup"),
+            ("fast", "zero3", "false", "1 apart"),
         )
     ]
     output = tmp_path / "gradients.safetensors"
@@ -206,15 +209,23 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
 
     # What the ranks gather leaves nothing behind, and is the same whenever it is gathered.
-    split, recomputed, whole, _ = variants
+    split, recomputed, whole, full, whole_lookup, lookup, apart = variants
     for name in gradient:
         assert torch.equal(found[f"{split}/{name}"], found[f"{recomputed}/{name}"]), name
     assert found[f"{split}/kept"] <= found[f"{whole}/kept"]
 
+    # The compact table changes no bit of what the base's own module gives.
+    for variant, truth in ((whole, whole_lookup), (split, lookup), (apart, lookup)):
+        assert found[f"{variant}/fuses_embedding"] == (variant != apart)
+        steps = min(len(found[f"{name}/losses"]) for name in (variant, truth))
+        assert torch.equal(found[f"{variant}/losses"][:steps], found[f"{truth}/losses"][:steps]), variant
+    # The fused backward pass has an order of adding up of its own.
+    assert all(torch.equal(found[f"{apart}/{name}"], found[f"{lookup}/{name}"]) for name in gradient)
+
     # Twenty steps of both give one curve.
-    fast, full = (found[f"{variant}/losses"] for variant in (variants[0], variants[-1]))
-    assert fast[-1] < fast[0]
-    torch.testing.assert_close(fast, full, rtol=1e-6, atol=0)
+    curve = found[f"{split}/losses"]
+    assert curve[-1] < curve[0]
+    torch.testing.assert_close(curve, found[f"{full}/losses"], rtol=1e-6, atol=0)
 
 
 def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
@@ -234,7 +245,9 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     torch.testing.assert_close(from_cache, online, rtol=1e-6, atol=0)
 
 
-def test_loss_fused_with_a_partitioned_head_gives_the_gradient_in_float64(tmp_path, random_pair, monkeypatch):
+def test_fused_loss_and_fused_embedding_of_a_partitioned_base_give_the_gradient_in_float64(
+    tmp_path, random_pair, monkeypatch
+):
     """The kernels run in Triton's interpreter, slowly, so in one step on small batches."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
     batch = ["training.global_batch_size=4", "training.micro_batch_size=2", "training.warmup_steps=0"]
@@ -244,6 +257,7 @@ def test_loss_fused_with_a_partitioned_head_gives_the_gradient_in_float64(tmp_pa
     run_worker(output, [variant])
     found = load_file(output)
     assert found[f"{variant}/fuses_loss"]
+    assert found[f"{variant}/fuses_embedding"]
     loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, variant.split()))
     assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6)
     for name, truth in gradient.items():

@@ -45,7 +45,7 @@ def model(experiment):
 
 @pytest.fixture(scope="module")
 def make_batch(experiment, model):
-    return partial(read_batch, reader=ThoughtReader(None), pad_id=experiment.base_pad_id, num_shared=model.num_shared)
+    return partial(read_batch, reader=ThoughtReader(None), pad_id=experiment.base_pad_id, model=model)
 
 
 @pytest.fixture(scope="module")

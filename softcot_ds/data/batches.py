@@ -70,17 +70,17 @@ class Batch:
     """
 
     prefix_ids: torch.Tensor
-    """(B, L) int64."""
+    """(B, L) int64, as ``collate`` was told to number tokens."""
     prefix_mask: torch.Tensor
     """(B, L) bool, False on padding."""
     suffix_ids: torch.Tensor
-    """(B, R) int64, the rest of the prompt and the target."""
+    """(B, R) int64, numbered likewise: the rest of the prompt and the target."""
     suffix_mask: torch.Tensor
     """(B, R) bool, False on padding."""
     predict_at: torch.Tensor
     """(K,) int64: positions that predict a supervised token, in the flattened (B, T+R) thoughts and suffix."""
     targets: torch.Tensor
-    """(K,) int64: the supervised tokens."""
+    """(K,) int64: the ids of the supervised tokens."""
     assistant: list[AssistantInput]
     """What the assistant reads for each example."""
     longest: int
@@ -106,8 +106,25 @@ class Batch:
         )
 
 
-def collate(examples: Sequence[Example], pad_id: int, num_shared: int = 0) -> Batch:
-    """Pad examples into a batch (on the CPU, without thoughts), without the first ``num_shared`` tokens of each."""
+def token_ids(examples: Sequence[Example], pad_id: int) -> set[int]:
+    """All that batches of these examples hold."""
+    found = {pad_id}
+    for example in examples:
+        found.update(example.prefix_ids, example.suffix_ids, example.target_ids)
+    return found
+
+
+def collate(
+    examples: Sequence[Example],
+    pad_id: int,
+    num_shared: int = 0,
+    number: Callable[[torch.Tensor], torch.Tensor] = lambda ids: ids,
+) -> Batch:
+    """Pad examples into a batch (on the CPU, without thoughts), without the first ``num_shared`` tokens of each.
+
+    Args:
+        number: what stands in the batch for token ids that the base is to read.
+    """
     prefix_ids, prefix_mask = pad([e.prefix_ids[num_shared:] for e in examples], pad_id, side="left")
     suffix_ids, suffix_mask = pad([e.suffix_ids + e.target_ids for e in examples], pad_id, side="right")
     num_thoughts = len(examples[0].assistant.positions)
@@ -119,9 +136,9 @@ def collate(examples: Sequence[Example], pad_id: int, num_shared: int = 0) -> Ba
         for offset in range(len(example.target_ids))
     ]
     return Batch(
-        prefix_ids,
+        number(prefix_ids),
         prefix_mask,
-        suffix_ids,
+        number(suffix_ids),
         suffix_mask,
         torch.tensor(predict_at, dtype=torch.int64),
         torch.tensor([token for example in examples for token in example.target_ids], dtype=torch.int64),

@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds.choices import PROJECTIONS, chosen
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.models.embedding import CompactTable
 from softcot_ds.recipe import Recipe
 
 
@@ -48,10 +49,9 @@ class Projection(nn.Module, ABC):
             batch_size: B.
         """
 
-    def fused_with(self, embedding: nn.Module) -> nn.Module | None:
-        """One module for thoughts and token embeddings, (B, T, P) states, (B, S) ids and (B) slots to (B, S+T, D).
-
-        None where there is none for this embedding, whose table must be whole: thoughts and tokens then go one by one.
+    def fused_with(self, table: CompactTable) -> nn.Module | None:
+        """One module for thoughts and token embeddings, (B, T, P) states, (B, S) rows of ``table`` and (B) slots to
+        (B, S+T, D). None where there is none: thoughts and tokens then go one by one.
         """
         return None
 

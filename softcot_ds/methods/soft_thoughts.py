@@ -10,7 +10,7 @@ gradient of both are the same. What a model must do for either is tried on its o
 """
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from functools import partial
 from typing import Literal
 
@@ -25,10 +25,11 @@ from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.distributed import is_main
 from softcot_ds.methods.base import Projection
 from softcot_ds.models.assistant import check_length, compute_thoughts, read_shared
+from softcot_ds.models.backbone import vocabulary
+from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.loss import cross_entropy
 from softcot_ds.models.operations import Decoder
-from softcot_ds.models.partition import is_partitioned
 from softcot_ds.models.shared_prefix import SharedPrefix
 
 
@@ -43,11 +44,14 @@ class SoftCoT(nn.Module):
         step: Literal["fast", "full"] = "fast",
         activation_checkpointing: bool = False,
         shared_ids: Sequence[int] = (),
+        tokens: Iterable[int] | None = None,
         assistant_inputs: Sequence[AssistantInput] = (),
     ) -> None:
         """
         Args:
             shared_ids: tokens that every prefix begins with. Batches must leave out the first ``num_shared``.
+            tokens: all that batches may hold, padding too; default: the whole vocabulary. Batches must name them by
+                ``number``.
             assistant_inputs: all that the assistant may be given; it reads what they begin with once. Those that a
                 cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
         """
@@ -55,13 +59,12 @@ class SoftCoT(nn.Module):
         self.base = base
         self.projection = projection
         self.assistant = assistant
-        self.embed: torch.nn.Module | None = None
-        embedding = base.get_input_embeddings()
-        # A table that ZeRO-3 partitions is left to the embedding module, whose hooks gather it once. The fused kernel
-        # would have it gathered once more in the backward pass, as DeepSpeed gathers all that a module with gradient
-        # reads: for Llama 3.1 8B 1 GB more traffic per micro-batch, to save two small launches.
-        if not is_partitioned(*embedding.parameters()):
-            self.embed = projection.fused_with(embedding)
+        # The base's own table may be partitioned: in every pass it would be gathered whole, 1 GB for Llama 3.1 8B, for
+        # the few of its rows that the data holds, and no kernel could read it in place.
+        self.table = CompactTable.of(
+            base.get_input_embeddings(), range(vocabulary(base.config)) if tokens is None else tokens
+        )
+        self.embed = projection.fused_with(self.table) if self.table is not None else None
         self._shared: SharedPrefix | None = None
         self._shared_ids = tuple(shared_ids)
         self._assistant_inputs = assistant_inputs
@@ -93,6 +96,11 @@ class SoftCoT(nn.Module):
     def num_shared(self) -> int:
         """I, how many of the shared tokens are read once. 0 where each batch reads them: in the full step, say."""
         return len(self._shared_ids)
+
+    def number(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens, int64 on the CPU, as batches must name them. Raises SoftCoTError for one that is not among
+        ``tokens``."""
+        return token_ids if self.table is None else self.table.number(token_ids)
 
     def train(self, mode: bool = True) -> "SoftCoT":
         """Only the projection is ever in training mode: the frozen models have no dropout."""
@@ -165,11 +173,12 @@ class SoftCoT(nn.Module):
         The prefix is padded on the left and the suffix on the right, so that real tokens are adjacent.
         """
         batch_size, prefix_length = batch.prefix_ids.shape
-        token_ids = torch.cat([batch.prefix_ids, batch.suffix_ids], dim=1)
+        numbers = torch.cat([batch.prefix_ids, batch.suffix_ids], dim=1)
         if self.embed is not None:
-            slot_B = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=token_ids.device)
-            return self.embed(self._hidden(batch), token_ids, slot_B)
-        prefix_BLD, suffix_BRD = self.base.get_input_embeddings()(token_ids).tensor_split([prefix_length], dim=1)
+            slot_B = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=numbers.device)
+            return self.embed(self._hidden(batch), numbers, slot_B)
+        look_up = self.base.get_input_embeddings() if self.table is None else self.table
+        prefix_BLD, suffix_BRD = look_up(numbers).tensor_split([prefix_length], dim=1)
         return torch.cat([prefix_BLD, self.thoughts(batch).to(prefix_BLD.dtype), suffix_BRD], dim=1)
 
 

@@ -11,7 +11,7 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softcot_ds.methods.base import Projection
-from softcot_ds.models.embedding import table_scale
+from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import whole_shape
 from softcot_ds.recipe import Recipe
 
@@ -39,9 +39,8 @@ class LinearProjection(Projection):
     def forward(self, hidden_BTP: torch.Tensor, batch_size: int | None = None) -> torch.Tensor:
         return nn.functional.linear(hidden_BTP.to(self.weight.dtype), self.weight, self.bias)
 
-    def fused_with(self, embedding: nn.Module) -> "ThoughtEmbedding | None":
-        scale = table_scale(embedding)
-        return None if scale is None else ThoughtEmbedding(self, embedding, scale)
+    def fused_with(self, table: CompactTable) -> "ThoughtEmbedding":
+        return ThoughtEmbedding(self, table)
 
     def operations(self, batch_size: int, num_thoughts: int) -> int:
         return 4 * batch_size * num_thoughts * whole_shape(self.weight).numel()
@@ -50,29 +49,25 @@ class LinearProjection(Projection):
 class ThoughtEmbedding(nn.Module):
     """The base's input embeddings: tokens looked up, thoughts projected, both written by one fused kernel."""
 
-    def __init__(self, projection: LinearProjection, embedding: nn.Module, scale: float = 1.0) -> None:
-        """``scale`` multiplies the rows of the embedding's table and never thoughts: ``embedding.table_scale``."""
+    def __init__(self, projection: LinearProjection, table: CompactTable) -> None:
         super().__init__()
         self.projection = projection
-        # In a list, so that it stays a parameter of the base and does not become one of this module too.
-        self._table = [embedding.weight]
-        self._scale = scale
+        self.table = table
 
-    def forward(self, hidden_BTP: torch.Tensor, token_ids: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
+    def forward(self, hidden_BTP: torch.Tensor, numbers: torch.Tensor, slot: torch.Tensor) -> torch.Tensor:
         """(B, S+T, D) embeddings in the table's dtype; the thoughts of row b stand after its first ``slot[b]`` tokens.
 
         Args:
-            token_ids: (B, S) int64.
+            numbers: (B, S) int64, tokens by their rows in the table.
             slot: (B,) int64.
         """
-        (table,) = self._table
+        rows_KD = self.table.rows_KD
         return thought_embedding(
-            hidden_BTP.to(table.dtype),
+            hidden_BTP.to(rows_KD.dtype),
             self.projection.weight,
             self.projection.bias,
-            token_ids,
-            table,
+            numbers,
+            rows_KD,
             slot,
-            embed_scale=self._scale,
-            check_ids=False,  # they come from the base's own tokenizer
+            check_ids=False,  # the table has made them
         )

@@ -3,7 +3,7 @@
 model_files.py    a model's files: where they are, downloaded once, checked
 backbone.py       loading, configurations, fingerprints
 partition.py      how weights are held: whole, or split by ZeRO-3; DeepSpeed's configuration
-embedding.py      what tokens look like to a model, asked of its own module
+embedding.py      what tokens look like to a model, asked of its own module; those of the data, kept at hand
 shared_prefix.py  what all rows begin with, read once
 assistant.py      running the assistant: the states at the placeholders
 frozen_prefix.py  the base's prefix without gradient, layer by layer

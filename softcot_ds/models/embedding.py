@@ -1,18 +1,21 @@
 """What a model's tokens look like to it: asked of its embedding module, whatever that does with its table.
 
-V vocabulary, D base width.
+K tokens, D base width.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from typing import Self
 
 import torch
 from torch import nn
 
+from softcot_ds.distributed import any_rank
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.partition import gathered
 
 _ROWS = 4096
-"""Rows of the table that are compared at a time."""
+"""Tokens that are embedded at a time."""
 
 
 @contextmanager
@@ -30,29 +33,58 @@ def device_of(embedding: nn.Module) -> torch.device:
     return next(embedding.parameters()).device
 
 
-@torch.no_grad()
-def table_scale(embedding: nn.Module) -> float | None:
-    """The number, mostly 1, that the module multiplies its table's rows with; None where it does anything else.
+class CompactTable(nn.Module):
+    """Embeddings of the tokens that occur in a run, whole on every rank, however the model's own table is held.
 
-    No list of families: every row is looked up and compared, bit for bit. The weights must not be partitioned.
+    They are what the model's embedding module gives out: scaled, normed, or whatever else it makes of a token. Batches
+    name a token by its row (``number``).
     """
-    table = getattr(embedding, "weight", None)
-    if not isinstance(table, torch.Tensor) or table.ndim != 2 or not table.is_floating_point():
-        return None
-    scale = None
-    for ids in torch.arange(len(table), device=table.device).split(_ROWS):
-        rows, found = table[ids], embedding(ids[None])[0]
-        if found.shape != rows.shape or found.dtype != rows.dtype:
-            return None
-        if scale is None:
-            scale = _common_factor(rows, found)
-        if scale is None or not torch.equal(rows * scale, found):
-            return None
-    return None if scale is None else scale.item()
 
+    rows_KD: torch.Tensor
 
-def _common_factor(rows: torch.Tensor, found: torch.Tensor) -> torch.Tensor | None:
-    """The scalar with ``rows * scalar == found``, rounded as the fused kernel does: to float32, then to their dtype."""
-    largest = rows.flatten().abs().topk(min(64, rows.numel())).indices
-    ratios = (found.flatten()[largest] / rows.flatten()[largest]).float().to(rows.dtype)
-    return next((ratio for ratio in ratios.unique() if torch.equal(rows * ratio, found)), None)
+    def __init__(self, ids_K: torch.Tensor, rows_KD: torch.Tensor) -> None:
+        """
+        Args:
+            ids_K: int64 on the CPU, ascending, each once.
+            rows_KD: the embedding of each.
+        """
+        super().__init__()
+        self._ids_K = ids_K
+        # No parameter, which DeepSpeed would partition, and nothing for a checkpoint.
+        self.register_buffer("rows_KD", rows_KD, persistent=False)
+
+    @classmethod
+    @torch.no_grad()
+    def of(cls, embedding: nn.Module, tokens: Iterable[int]) -> Self | None:
+        """Of these tokens. All ranks call it together with the same ones: the module's weights are gathered once.
+
+        No list of families says for which modules this works: each token is embedded twice, in other company.
+
+        Returns:
+            None where a token's embedding depends on its place or on others, to the last bit: no table has it then.
+        """
+        ids_K, parts, differs = torch.tensor(sorted(set(tokens))), [], False
+        with whole_embedding(embedding) as embed:
+            for ids in ids_K.to(device_of(embedding)).split(_ROWS):
+                parts.append(embed(ids[None])[0])
+                alone = embed(ids.flip(0)[:, None])[:, 0].flip(0)
+                differs = differs or not torch.equal(parts[-1], alone)
+        return None if any_rank(differs) else cls(ids_K, torch.cat(parts))
+
+    def number(self, ids: torch.Tensor) -> torch.Tensor:
+        """The rows of tokens, int64 on the CPU as ``ids`` are.
+
+        Raises:
+            SoftCoTError: the table was made without one of them.
+        """
+        numbers = torch.searchsorted(self._ids_K, ids).clamp(max=len(self._ids_K) - 1)
+        if len(absent := ids[self._ids_K[numbers] != ids]):
+            raise SoftCoTError(
+                f"token {absent[0].item()} is not among the {len(self._ids_K)} whose embeddings are held for batches; "
+                "name it in SoftCoT's tokens"
+            )
+        return numbers
+
+    def forward(self, numbers: torch.Tensor) -> torch.Tensor:
+        """(..., D) embeddings of tokens, given by their rows."""
+        return nn.functional.embedding(numbers, self.rows_KD)

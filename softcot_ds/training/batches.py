@@ -6,15 +6,16 @@ from itertools import islice
 from softcot_ds.data.batches import Batch, collate, global_batches, micro_batches, order_by_prefix
 from softcot_ds.data.examples import Example
 from softcot_ds.distributed import device, rank, world_size
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts.reader import ThoughtReader
 
 MakeBatch = Callable[[Sequence[Example]], Batch]
 
 
-def read_batch(examples: Sequence[Example], reader: ThoughtReader, pad_id: int, num_shared: int) -> Batch:
-    """Examples as a batch with their thoughts, on the CPU, without the first ``num_shared`` tokens of each."""
-    batch = collate(examples, pad_id, num_shared)
+def read_batch(examples: Sequence[Example], reader: ThoughtReader, pad_id: int, model: SoftCoT) -> Batch:
+    """Examples as a batch for ``model``, with their thoughts, on the CPU."""
+    batch = collate(examples, pad_id, model.num_shared, model.number)
     batch.thoughts = reader.read(examples)
     return batch
 

@@ -7,6 +7,7 @@ import deepspeed
 import torch
 from transformers import PreTrainedModel
 
+from softcot_ds.data.batches import token_ids
 from softcot_ds.distributed import device, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
@@ -42,6 +43,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         training.step,
         training.activation_checkpointing,
         shared_ids,
+        token_ids(examples, experiment.base_pad_id),
         experiment.splits.assistant_inputs(),
     )
     # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.

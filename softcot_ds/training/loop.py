@@ -60,7 +60,7 @@ def _train(recipe: Recipe) -> None:
     adapter = on_main(lambda: adapter_config(experiment))
     accumulation = accumulation_steps(recipe)
     engine = _prepare_engine(experiment, accumulation, folder)
-    make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, num_shared=engine.module.num_shared)
+    make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
     batches = training_batches(splits.train, make_batch, recipe, accumulation, start)
     validator = Validator(engine, splits.validation, make_batch, experiment)
     stop = StopRequest()

@@ -22,18 +22,22 @@ class ExpectedMemory:
 
     weights: int
     """Frozen weights that the rank holds all the time."""
+    tokens: int
+    """Embeddings of the tokens that occur in the data."""
     gathered: int
     """Other ranks' frozen weights that it holds beside them, at most."""
     trained: int
     """The projection with its gradient, its float32 copy and its moments."""
 
     def __str__(self) -> str:
-        parts = f"{size(self.weights)} frozen weights, {size(self.gathered)} gathered from other ranks at most"
-        return f"{size(self.total)} ({parts}, {size(self.trained)} for what is trained)"
+        return (
+            f"{size(self.total)} ({size(self.weights)} frozen weights, {size(self.gathered)} gathered from other ranks "
+            f"at most, {size(self.tokens)} embeddings of the data's tokens, {size(self.trained)} for what is trained)"
+        )
 
     @property
     def total(self) -> int:
-        return self.weights + self.gathered + self.trained
+        return self.weights + self.tokens + self.gathered + self.trained
 
 
 def expected_memory(engine: Any) -> ExpectedMemory:
@@ -57,7 +61,8 @@ def expected_memory(engine: Any) -> ExpectedMemory:
     stage, ranks = engine.zero_optimization_stage(), world_size()
     states = _STATES / ranks + _GRADIENT / (ranks if stage >= 2 else 1)
     copies = sum(whole_shape(parameter).numel() * (parameter.element_size() + states) for parameter in trained)
-    return ExpectedMemory(weights, gathered, round(copies))
+    tokens = 0 if engine.module.table is None else engine.module.table.rows_KD.nbytes
+    return ExpectedMemory(weights, tokens, gathered, round(copies))
 
 
 def _sizes_at_work(model: nn.Module, parameters: set[nn.Parameter]) -> list[int]:
