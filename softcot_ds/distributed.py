@@ -156,10 +156,9 @@ class Group:
         """
         if size not in _groups:
             groups = split_ranks(from_all_ranks(int(os.environ.get("LOCAL_RANK", "0"))), size)
-            # Every rank makes every group, in the same order: PyTorch asks for it.
-            made = [dist.new_group(ranks) for ranks in groups]
-            number = rank() // len(groups[0])
-            _groups[size] = cls(len(groups[0]), number, len(groups), rank() % len(groups[0]), made[number])
+            number, place = divmod(rank(), len(groups[0]))
+            made = dist.new_group(groups[number], use_local_synchronization=True)  # or all would have to make each
+            _groups[size] = cls(len(groups[0]), number, len(groups), place, made)
         return _groups[size]
 
 

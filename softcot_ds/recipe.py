@@ -153,6 +153,10 @@ class BackboneConfig(Section):
     copy between them, so that no frozen weight crosses nodes once it is loaded."""
     group_size: Count | None = None
     """Ranks that hold one copy of the weights between them, where a partition is node. Default: the ranks of a node."""
+    resident_gib: float | None = Field(None, ge=0)
+    """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
+    partition is zero3 or node: they are not gathered. Default: half of what is free on the GPU that has least, without
+    what is gathered at a time; 0 on CPUs."""
     deepspeed: ExistingFile | None = None
     """DeepSpeed configuration. Default: ds_configs/replicated.json for none, ds_configs/zero3.json for all others."""
 
@@ -167,6 +171,8 @@ class BackboneConfig(Section):
                 f"{path}: zero_hpz_partition_size would split the weights a second time: backbone.partition=node holds "
                 "them within nodes alone, and backbone.group_size takes another number of ranks"
             )
+        if self.resident_gib and zero.get("offload_param"):
+            wrong.append(f"{path}: offload_param puts all weights elsewhere, and resident_gib would keep some; set one")
         stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3) or type(stage) is not int:
             wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")

@@ -22,7 +22,14 @@ from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
 from softcot_ds.models.model_files import model_folder, weight_files
-from softcot_ds.models.partition import SPLIT, decoding_config, hook_partitioned, keep_weights_by_name, loading
+from softcot_ds.models.partition import (
+    SPLIT,
+    decoding_config,
+    hook_partitioned,
+    keep_layers,
+    keep_weights_by_name,
+    loading,
+)
 from softcot_ds.recipe import ModelConfig, Partition, Recipe
 
 transformers_logging.disable_progress_bar()
@@ -159,6 +166,8 @@ def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> Pr
         return load_frozen(config, "none", own_device())
     settings = decoding_config(recipe)
     model = load_frozen(config, partition, own_device(), settings, recipe.backbone.group_size)
+    if config is recipe.base:
+        keep_layers(model, recipe.backbone.resident_gib)
     hook_partitioned(model, settings)
     return model
 

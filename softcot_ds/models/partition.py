@@ -20,7 +20,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import Group, is_main, world_size
+from softcot_ds.distributed import Group, device, is_main, max_over_ranks, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import BackboneConfig, Dtype, Recipe
@@ -165,8 +165,54 @@ class _Init(deepspeed.zero.Init):
             return
         self._loaded += sum(param.ds_numel * param.element_size() for param in param_list)
         # Not ``say``: the first rank of each group takes itself for rank 0 here.
-        if self._loaded < self._all and (line := self._progress.line(self._loaded // 10**6)):
+        there = self._loaded // 10**6
+        if there < self._all // 10**6 and (line := self._progress.line(there)):
             print(f"{self._name}: {line}", flush=True)
+
+
+def keep_layers(model: PreTrainedModel, gib: float | None) -> int:
+    """Have each rank hold the weights of the first layers whole, so that nothing is gathered for them.
+
+    All ranks call it together, after loading and before the model is given to ``deepspeed.initialize``.
+
+    Args:
+        gib: memory of a rank that may be taken beside its share, GiB; None for what a GPU has to spare.
+
+    Returns:
+        How many layers are held whole now; 0 where the model is not split, or offloaded.
+    """
+    layers = getattr(model.get_decoder(), "layers", ())
+    spare = _spare_bytes(model) if gib is None else int(gib * 2**30)
+    for number, layer in enumerate(layers):
+        split = [parameter for parameter in layer.parameters() if comes_and_goes(parameter)]
+        spare -= sum(parameter.element_size() * parameter.ds_numel - parameter.ds_tensor.nbytes for parameter in split)
+        if spare < 0 or not split:
+            return number
+        for parameter in split:
+            parameter.all_gather()
+            parameter.ds_process_group = Group.of(1).process_group
+            parameter.ds_zero_partition_rank, parameter.ds_zero_partition_world_size = 0, 1
+            parameter.ds_tensor = None  # or it would be kept, in its old size
+            parameter.partition()
+    return len(layers)
+
+
+def _spare_bytes(model: PreTrainedModel) -> int:
+    """Half of what is free on the GPU that has least, without the head and the layers that are gathered at a time.
+
+    The other half is for activations or the cache of decoding, which depend on the batch. 0 without a GPU, where memory
+    is shared with whatever else runs, and for offloaded weights, which are to lie elsewhere.
+    """
+    weights = [*model.parameters()]
+    here = all(weight.ds_tensor.device == weight.device for weight in weights if comes_and_goes(weight))
+    free = torch.cuda.mem_get_info()[0] if device().type == "cuda" and here else 0
+    layers = [sum(map(_whole_bytes, layer.parameters())) for layer in getattr(model.get_decoder(), "layers", ())]
+    gathered = 3 * max(layers, default=0) + max(map(_whole_bytes, weights))
+    return -max_over_ranks(-max(0, free // 2 - gathered))
+
+
+def _whole_bytes(weight: nn.Parameter) -> int:
+    return whole_shape(weight).numel() * weight.element_size()
 
 
 def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:

@@ -8,15 +8,16 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.data.batches import token_ids
-from softcot_ds.distributed import device, world_size
+from softcot_ds.distributed import device, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
 from softcot_ds.models.backbone import load_frozen, width
-from softcot_ds.models.partition import engine_config, make_layers_leaves
+from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves
 from softcot_ds.models.shared_prefix import common_prefix
+from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 
 
@@ -28,6 +29,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     assistant = None
     if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
         assistant = load_frozen(recipe.assistant, partition, device(), config, group_size)
+    if kept := keep_layers(base, recipe.backbone.resident_gib):
+        say(f"{count(kept, 'layer')} of the base held whole on each rank")
     projection = build_projection(recipe, experiment, base)
     if start_from is not None:
         weights = load_projection(start_from)
