@@ -392,6 +392,12 @@ def test_every_shipped_recipe_is_valid(monkeypatch, path):
     assert load_recipe(path, ["seed=7"]) == recipe.model_copy(update={"seed": 7})
 
 
+def test_resident_layers_and_offloaded_weights_are_refused_together(write, monkeypatch):
+    monkeypatch.chdir(ROOT)
+    (mistake,) = mistakes_in(write(), "backbone.deepspeed=ds_configs/zero3_cpu_offload.json", "backbone.resident_gib=2")
+    assert "offload_param puts all weights elsewhere, and resident_gib would keep some" in mistake
+
+
 def test_what_cannot_be_trained_together_is_refused(write, monkeypatch):
     monkeypatch.chdir(ROOT)
     assert mistakes_in(write(), "base.dtype=float16", "assistant.dtype=float16") == [
