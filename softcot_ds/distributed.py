@@ -162,6 +162,20 @@ class Group:
         return _groups[size]
 
 
+@dataclass(frozen=True)
+class DataRanks:
+    """Among whom data is divided: the ranks, or groups of ranks that work on the same part together."""
+
+    number: int
+    """Which part this rank works on."""
+    count: int
+    """How many parts there are."""
+    alike: int = 1
+    """How many ranks work on the same part."""
+    is_first: bool = True
+    """Whether this rank writes for those that work on the same part."""
+
+
 def split_ranks(local_ranks: Sequence[int], size: int | None) -> list[list[int]]:
     """The ranks in groups of neighbours, all of one size.
 

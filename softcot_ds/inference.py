@@ -20,7 +20,7 @@ from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.methods.trial import load_assistant
 from softcot_ds.models.assistant import compute_thoughts
-from softcot_ds.models.backbone import context_length, width
+from softcot_ds.models.backbone import context_length, partition_that_fits, width
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.recipe import Recipe
@@ -89,7 +89,8 @@ class Adapter:
     @cached_property
     def base(self) -> PreTrainedModel:
         """Raises SoftCoTError when it cannot be loaded, or cannot decode with thoughts in its prompt."""
-        return load_to_decode(self.recipe.base, self.recipe, self._partition)
+        partition = partition_that_fits(self.recipe.base, self._partition, self.recipe.backbone.group_size)
+        return load_to_decode(self.recipe.base, self.recipe, partition)
 
     def answer(self, questions: Sequence[str], with_thoughts: bool = True) -> list[str]:
         """The base's answer to each question, decoded as the recipe's ``evaluation`` says.

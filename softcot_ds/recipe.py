@@ -29,16 +29,11 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, DataName, ExistingFile, Folder, ModelName
 
-
-def _not_yet(value: str) -> str:
-    if value == "tensor":
-        raise ValueError(f"{value!r} is not there yet; use zero3")
-    return value
-
-
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Partition = Annotated[Literal["none", "zero3", "node", "tensor"], AfterValidator(_not_yet)]
+Partition = Literal["none", "zero3", "node", "tensor"]
+SPLIT = ("zero3", "node")
+"""The partitions in which DeepSpeed splits each weight, and gathers it for each use."""
 Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
 
 FREE = "may change between the attempts of one run"
@@ -140,7 +135,7 @@ class CacheConfig(Section):
     """Largest size of a shard, MiB. Rows go to disk as they are computed, so memory does not depend on it."""
     tokens_per_batch: Annotated[Count, FREE] = 16384
     """Assistant tokens, padding included, in one batch. A builder process holds thoughts of four batches at most."""
-    partition: Annotated[Partition, FREE] = "none"
+    partition: Annotated[Literal["none", "zero3", "node"], FREE] = "none"
     """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each. node: those of a
     node hold one copy between them."""
 
@@ -150,15 +145,18 @@ class BackboneConfig(Section):
 
     partition: Partition = "zero3"
     """none: each rank holds all of the weights. zero3: each holds 1/N of them. node: the ranks of a node hold a whole
-    copy between them, so that no frozen weight crosses nodes once it is loaded."""
+    copy between them, so that no frozen weight crosses nodes once it is loaded. tensor: likewise, but each computes
+    with its slice of every layer, so that activations move instead of weights; node where a model cannot be sliced."""
     group_size: Count | None = None
-    """Ranks that hold one copy of the weights between them, where a partition is node. Default: the ranks of a node."""
+    """Ranks that hold one copy of the weights between them, where a partition is node or tensor. Default: the ranks of
+    a node."""
     resident_gib: float | None = Field(None, ge=0)
     """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
     partition is zero3 or node: they are not gathered. Default: half of what is free on the GPU that has least, without
     what is gathered at a time; 0 on CPUs."""
     deepspeed: ExistingFile | None = None
-    """DeepSpeed configuration. Default: ds_configs/replicated.json for none, ds_configs/zero3.json for all others."""
+    """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
+    and node."""
 
     @model_validator(mode="after")
     def _deepspeed_fits(self) -> "BackboneConfig":
@@ -176,10 +174,10 @@ class BackboneConfig(Section):
         stage = zero.get("stage", 0)
         if stage not in (0, 1, 2, 3) or type(stage) is not int:
             wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")
-        elif stage not in ((1, 2) if self.partition == "none" else (3,)):
+        elif stage not in ((3,) if self.partition in SPLIT else (1, 2)):
             wrong.append(
                 f"partition {self.partition!r} does not fit stage {stage} of {path}; "
-                "none needs a configuration of stage 1 or 2, all others one of stage 3"
+                "none and tensor need a configuration of stage 1 or 2, zero3 and node one of stage 3"
             )
         if wrong:
             raise ValueError("\n".join(wrong))
@@ -189,7 +187,8 @@ class BackboneConfig(Section):
         """The configured file, or the default of the partition: below the current directory or this checkout."""
         if self.deepspeed is not None:
             return self.deepspeed
-        default = Path("ds_configs", "replicated.json" if self.partition == "none" else "zero3.json")
+        name = "zero3.json" if self.partition in SPLIT else "replicated.json"
+        default = Path("ds_configs", name)
         return default if default.exists() else Path(__file__).parent.parent / default
 
     def deepspeed_config(self) -> dict[str, Any]:

@@ -16,8 +16,9 @@ from safetensors.torch import save_file
 from softcot_kernels import reference
 
 from softcot_ds.data.batches import collate, global_batches, micro_batches
-from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, sum_over_ranks, world_size
+from softcot_ds.distributed import init_distributed, is_main, shut_down, sum_over_ranks, world_size
 from softcot_ds.experiment import Experiment
+from softcot_ds.models.partition import data_ranks
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader
 from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
@@ -33,23 +34,25 @@ for variant in variants:
     experiment = Experiment(recipe)
     examples = experiment.splits.train
     reader = ThoughtReader.open(recipe, examples)
+    ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
+    accumulation = accumulation_steps(recipe, ranks)
     model = build_model(recipe, experiment, None)
     if "apart" in overrides:
         model.embed = None
     if "lookup" in overrides:
         model.table = model.embed = None
-    engine = build_engine(model, recipe, accumulation := accumulation_steps(recipe))
+    engine = build_engine(model, recipe, accumulation)
     batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
     losses = []
     for batch in islice(batches, recipe.training.steps):
         num_labels = sum(len(examples[index].target_ids) for index in batch)
         total = 0.0
-        for micro in micro_batches(batch, rank(), world_size(), accumulation):
+        for micro in micro_batches(batch, ranks.number, ranks.count, accumulation):
             chosen = [examples[index] for index in micro]
             tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared, engine.module.number)
             tensors.thoughts = reader.read(chosen)
             with Kept() as kept:
-                loss = engine(tensors) / num_labels
+                loss = engine(tensors) / (num_labels * ranks.alike)
             results.setdefault(f"{variant}/kept", torch.tensor(kept.bytes(engine.module)))
             engine.backward(loss * (world_size() * accumulation))
             total = total + loss.detach()

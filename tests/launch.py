@@ -31,12 +31,16 @@ def environment() -> dict[str, str]:
     }
 
 
-def deepspeed_command(ranks: int, module: str, *arguments: object) -> list[str]:
-    """The deepspeed launcher on this machine, on a port of its own."""
+def free_port() -> str:
+    """A port of this machine that nobody listens on."""
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
-        port = str(listener.getsockname()[1])
-    launcher = [str(BIN / "deepspeed"), "--log_level", "error", "--num_gpus", str(ranks), "--master_port", port]
+        return str(listener.getsockname()[1])
+
+
+def deepspeed_command(ranks: int, module: str, *arguments: object) -> list[str]:
+    """The deepspeed launcher on this machine, on a port of its own."""
+    launcher = [str(BIN / "deepspeed"), "--log_level", "error", "--num_gpus", str(ranks), "--master_port", free_port()]
     return [*launcher, "--module", module, *map(str, arguments)]
 
 

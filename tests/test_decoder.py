@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from launch import ROOT
 
 from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.distributed import DataRanks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import decoder as decoder_module
 from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts
@@ -124,9 +125,9 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
                 scribe.seeds.clear()
                 work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, Sampling(9, temperature=1), draw)
                 work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
+                place = DataRanks(rank, ranks)
                 with monkeypatch.context() as patch:
-                    patch.setattr(decoder_module, "world_size", lambda ranks=ranks: ranks)
-                    patch.setattr(decoder_module, "rank", lambda rank=rank: rank)
+                    patch.setattr(decoder_module, "data_ranks", lambda *_, place=place: place)
                     patch.setattr(decoder_module, "from_all_ranks", collect)
                     with pytest.raises(Asked):
                         decoder.run(work)

@@ -25,6 +25,7 @@ CONFIGURATIONS = {
         ("bfloat16", "none, stage 2", "backbone.partition=none backbone.deepspeed={stage2}"),
         ("float32", "zero3", "backbone.partition=zero3"),
         ("bfloat16", "zero3", "backbone.partition=zero3"),
+        ("float32", "tensor", "backbone.partition=tensor"),
         ("float32", "offloaded", "backbone.partition=zero3 backbone.deepspeed=ds_configs/zero3_cpu_offload.json"),
     )
 }

@@ -192,6 +192,7 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             ("fast", "zero3", "false", 20),
             ("fast", "zero3", "true", 1),
             ("fast", "none", "false", 1),
+            ("fast", "tensor", "false", 1),
             ("full", "zero3", "false", 20),
             ("fast", "none", "false", "1 lookup"),
             ("fast", "zero3", "false", "3 lookup"),
@@ -209,7 +210,7 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
 
     # What the ranks gather leaves nothing behind, and is the same whenever it is gathered.
-    split, recomputed, whole, full, whole_lookup, lookup, apart = variants
+    split, recomputed, whole, _, full, whole_lookup, lookup, apart = variants
     for name in gradient:
         assert torch.equal(found[f"{split}/{name}"], found[f"{recomputed}/{name}"]), name
     assert found[f"{split}/kept"] <= found[f"{whole}/kept"]

@@ -7,6 +7,7 @@ import torch
 from launch import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from softcot_ds.distributed import DataRanks
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.models.decoding import Output
@@ -73,12 +74,10 @@ def test_validation_loss_is_the_mean_over_all_tokens_on_any_number_of_ranks(
 ):
     # Four batches: of three ranks two have none in the second round, of five one never has any.
     examples, sums, ran = experiment.splits.validation, [], []
-    monkeypatch.setattr(validation, "world_size", lambda: ranks)
     monkeypatch.setattr(validation, "sum_over_ranks", lambda total: sums.append(total.clone()) or torch.ones(2))
     for rank in range(ranks):
-        monkeypatch.setattr(validation, "rank", lambda rank=rank: rank)
         engine = Engine(model)
-        Validator(engine, examples, make_batch, experiment)._loss()
+        Validator(engine, examples, make_batch, experiment, DataRanks(rank, ranks))._loss()
         ran.append(engine.batches)
     loss, count = torch.stack(sums).sum(dim=0).tolist()
     assert count == sum(len(example.target_ids) for example in examples)
@@ -132,7 +131,7 @@ def test_a_sample_that_was_cut_is_shown_as_such_and_its_last_number_is_no_answer
 ):
     ids = experiment.base_tokenizer.encode("answer 7", add_special_tokens=False)
     monkeypatch.setattr(validation, "decode", lambda *_, **__: [Output(ids, cut=True), Output(ids, cut=False)])
-    text = Validator(Engine(model), experiment.splits.validation, make_batch, experiment)._samples()
+    text = Validator(Engine(model), experiment.splits.validation, make_batch, experiment, DataRanks(0, 1))._samples()
     cut, whole = text.split("-" * 80)
     assert "answer 7 [cut]" in cut
     assert "ANSWER not parsed (wrong; reference" in cut

@@ -20,14 +20,15 @@ from transformers import PreTrainedModel
 from softcot_ds import __version__
 from softcot_ds.agreement import agree
 from softcot_ds.data.prompts import BasePrompt
-from softcot_ds.distributed import from_all_ranks, on_main, rank, say, world_size
+from softcot_ds.distributed import from_all_ranks, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
 from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.models.backbone import partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
-from softcot_ds.models.partition import SPLIT, quantization
+from softcot_ds.models.partition import data_ranks, quantization
 from softcot_ds.progress import Progress
-from softcot_ds.recipe import ModelConfig, Recipe
+from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
 
 @dataclass(frozen=True)
@@ -125,7 +126,6 @@ class Decoder:
         self._fingerprint = fingerprint
         self._stop_ids = stop_ids
         self._context = context
-        self._partition = recipe.evaluation.partition or recipe.backbone.partition
         self._jobs: dict[str, Job] = {}
 
     def job(
@@ -183,7 +183,7 @@ class Decoder:
             "model": self._fingerprint,
             "dtype": self._model_config.dtype,
             "attention": self._model_config.attention,
-            "quantized": quantization(self._recipe) if self._partition in SPLIT else {},
+            "quantized": quantization(self._recipe) if self._wanted in SPLIT else {},
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
@@ -196,6 +196,14 @@ class Decoder:
             "versions": {"softcot_ds": __version__, "transformers": transformers.__version__},
         }
 
+    @property
+    def _wanted(self) -> Partition:
+        return self._recipe.evaluation.partition or self._recipe.backbone.partition
+
+    @cached_property
+    def _partition(self) -> Partition:
+        return partition_that_fits(self._model_config, self._wanted, self._recipe.backbone.group_size)
+
     @cached_property
     def _model(self) -> PreTrainedModel:
         return load_to_decode(self._model_config, self._recipe, self._partition)
@@ -206,19 +214,7 @@ class Decoder:
             return job.outputs
         if job.done:
             say(f"{job.name}: {len(job.done)} of {len(job.batches)} batches were done before")
-        progress = Progress(len(job.todo), "batches")
-        fresh = {}
-        for start in range(0, len(job.todo), world_size()):
-            mine = start + rank() < len(job.todo)
-            # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
-            if mine or self._partition != "none":
-                number = job.todo[start + rank() if mine else start]
-                outputs = self._decode(job, number)
-                if mine:
-                    job.write(number, outputs)
-                    fresh[number] = outputs
-            if line := progress.line(min(start + world_size(), len(job.todo))):
-                say(f"{job.name:9} {line}")
+        fresh = self._decode_rest(job) if job.todo else {}
         # The other ranks are asked: their files may not be seen yet from here.
         everything = job.done | {number: outputs for part in from_all_ranks(fresh) for number, outputs in part.items()}
         by_index = {
@@ -228,6 +224,24 @@ class Decoder:
         }
         job.outputs = [by_index[index] for index in range(len(job.prompts))]
         return job.outputs
+
+    def _decode_rest(self, job: Job) -> dict[int, list[Output]]:
+        """Outputs by batch, of those that this rank has written."""
+        ranks = data_ranks(self._partition, self._recipe.backbone.group_size)
+        progress = Progress(len(job.todo), "batches")
+        fresh = {}
+        for start in range(0, len(job.todo), ranks.count):
+            mine = start + ranks.number < len(job.todo)
+            # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
+            if mine or self._partition in SPLIT:
+                number = job.todo[start + ranks.number if mine else start]
+                outputs = self._decode(job, number)
+                if mine and ranks.is_first:
+                    job.write(number, outputs)
+                    fresh[number] = outputs
+            if line := progress.line(min(start + ranks.count, len(job.todo))):
+                say(f"{job.name:9} {line}")
+        return fresh
 
     def _decode(self, job: Job, number: int) -> list[Output]:
         batch = job.batches[number]

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Iterable
+from functools import partial
 from typing import Any
 
 import torch
@@ -17,20 +18,20 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from softcot_ds.distributed import Group, lost_rank
+from softcot_ds.distributed import Group, lost_rank, say
 from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
 from softcot_ds.models.model_files import model_folder, weight_files
 from softcot_ds.models.partition import (
-    SPLIT,
     decoding_config,
     hook_partitioned,
     keep_layers,
     keep_weights_by_name,
     loading,
 )
-from softcot_ds.recipe import ModelConfig, Partition, Recipe
+from softcot_ds.models.slices import read_slices, why_not_sliced
+from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
 transformers_logging.disable_progress_bar()
 
@@ -124,6 +125,34 @@ def vocabulary(config: PreTrainedConfig) -> int:
     return config.get_text_config().vocab_size
 
 
+def partition_that_fits(
+    config: ModelConfig, partition: Partition, group_size: int | None, otherwise: Partition = "node"
+) -> Partition:
+    """``partition``; or ``otherwise``, which is said, where it is ``tensor`` and the model cannot be held in slices.
+
+    All ranks call it together. A second or two for ``tensor``; no weight is read.
+
+    Raises:
+        SoftCoTError: the model's configuration cannot be loaded, or the ranks make no such groups.
+    """
+    if partition != "tensor":
+        return partition
+    if reason := why_not_sliced(load_config(config), Group.of(group_size).size):
+        say(f"{config.model} is held as by partition={otherwise}, not tensor: {reason}")
+        return otherwise
+    return partition
+
+
+def settled(recipe: Recipe) -> Recipe:
+    """The recipe with ``partition_that_fits`` its base. All ranks call it together."""
+    backbone = recipe.backbone
+    fits = partition_that_fits(recipe.base, backbone.partition, backbone.group_size)
+    if fits == backbone.partition:
+        return recipe
+    held = backbone.model_copy(update={"partition": fits, "deepspeed": None})  # its file is of another stage
+    return recipe.model_copy(update={"backbone": held})
+
+
 def load_frozen(
     config: ModelConfig,
     partition: Partition,
@@ -136,21 +165,24 @@ def load_frozen(
     Args:
         partition: ``zero3`` splits each weight over all ranks while it is read, ``node`` over those of a group: no rank
             ever holds the whole model. Both need ``deepspeed_config`` and an initialized process group, and the model
-            must then be given to ``deepspeed.initialize``, alone or as a part, before it runs.
+            must then be given to ``deepspeed.initialize``, alone or as a part, before it runs. ``tensor`` is for
+            models that ``partition_that_fits``: each rank of a group reads its slices.
         group_size: ranks of a group; None for those of a node.
 
     Raises:
         SoftCoTError: the model cannot be loaded, weights are missing in its files, or the ranks make no such groups.
     """
     check_weights(config)
-    split = partition in SPLIT
-    group = Group.of(group_size) if partition == "node" else None
-    with loading(deepspeed_config if split else None, group, config.model):
-        model, info = _from_pretrained(config, config.attention)
+    if partition == "tensor":
+        model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
+    else:
+        group = Group.of(group_size) if partition == "node" else None
+        with loading(deepspeed_config if partition in SPLIT else None, group, config.model):
+            model, info = _from_pretrained(config, config.attention)
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
-    if not split:
+    if partition not in SPLIT:
         return model.to(device)
     keep_weights_by_name(model)
     return model
@@ -162,10 +194,11 @@ def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> Pr
     Raises:
         SoftCoTError: see ``load_frozen``.
     """
-    if partition == "none":
-        return load_frozen(config, "none", own_device())
+    group_size = recipe.backbone.group_size
+    if partition not in SPLIT:
+        return load_frozen(config, partition, own_device(), None, group_size)
     settings = decoding_config(recipe)
-    model = load_frozen(config, partition, own_device(), settings, recipe.backbone.group_size)
+    model = load_frozen(config, partition, own_device(), settings, group_size)
     if config is recipe.base:
         keep_layers(model, recipe.backbone.resident_gib)
     hook_partitioned(model, settings)

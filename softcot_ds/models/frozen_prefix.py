@@ -29,6 +29,7 @@ from transformers.utils.generic import is_flash_attention_requested
 
 from softcot_ds.models.loss import can_fuse, cross_entropy, fused_cross_entropy
 from softcot_ds.models.shared_prefix import KeysValues, SharedPrefix
+from softcot_ds.models.slices import is_sliced
 
 
 def why_unsupported(model: PreTrainedModel) -> str | None:
@@ -118,7 +119,9 @@ class FrozenPrefix:
         cache = DynamicCache(config=model.config.get_text_config())
         self._windows = [getattr(layer, "sliding_window", None) for layer in cache.layers]
         head = model.get_output_embeddings()
-        self._head = head if type(head) is nn.Linear and head.bias is None else None  # no subclass: quantized weights
+        # No subclass: quantized weights; nor a slice of a head.
+        plain = type(head) is nn.Linear and head.bias is None and not is_sliced(head.weight)
+        self._head = head if plain else None
         self._forwards = {module: module.forward for module in self._layers}
         for index, layer in enumerate(self._layers):
             names = list(inspect.signature(layer.forward).parameters)

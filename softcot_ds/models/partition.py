@@ -1,4 +1,5 @@
-"""How frozen weights are held: whole on every rank, or split by DeepSpeed's ZeRO-3 over all ranks or those of a node.
+"""How frozen weights are held: whole on every rank, split by DeepSpeed's ZeRO-3 over all ranks or those of a node, or
+in slices (slices.py), which compute without being gathered.
 
 Whatever depends on that is asked here: the configuration, loading, running, and reading single weights.
 """
@@ -20,15 +21,25 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import Group, device, is_main, max_over_ranks, world_size
+from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_ranks, rank, world_size
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.models.slices import slice_of
 from softcot_ds.progress import Progress
-from softcot_ds.recipe import BackboneConfig, Dtype, Recipe
-
-SPLIT = ("zero3", "node")
-"""The partitions in which DeepSpeed splits each weight, and gathers it for each use."""
+from softcot_ds.recipe import SPLIT, BackboneConfig, Dtype, Partition, Recipe
 
 _NEVER = 2**31 - 1
+
+
+def data_ranks(partition: Partition, group_size: int | None) -> DataRanks:
+    """Among whom data is divided: each rank works on its own, but those that hold slices of one model work together.
+
+    Raises:
+        SoftCoTError: the ranks make no groups of that size; all call it together.
+    """
+    if partition != "tensor":
+        return DataRanks(rank(), world_size())
+    group = Group.of(group_size)
+    return DataRanks(group.number, group.count, group.size, group.rank == 0)
 
 
 def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
@@ -281,7 +292,7 @@ def comes_and_goes(parameter: nn.Parameter) -> bool:
 def held_bytes(parameter: nn.Parameter) -> int:
     """Bytes of a weight that stay on this rank's device all the time. Offloaded parts lie elsewhere."""
     if not is_partitioned(parameter):
-        return parameter.nbytes
+        return slice_of(parameter).nbytes
     part = parameter.ds_tensor.nbytes if parameter.ds_tensor.device == parameter.device else 0
     return part + (parameter.element_size() * parameter.ds_numel if parameter.ds_persist else 0)
 

@@ -12,23 +12,28 @@ LAYERS, WIDTH, VOCABULARY = 3, 32, 96
 _HEADS, _HEAD_WIDTH = 4, 8
 _MOST_PARAMETERS = 2**24
 
+_WIDTHS: dict[str, int] = (
+    dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "word_embed_proj_dim"), WIDTH)
+    | dict.fromkeys(("attention_hidden_size", "lru_width"), WIDTH)
+    | dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"), 48)
+    | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), _HEADS)
+    | dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads"), 2)
+    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24)
+)
+"""What ranks divide that hold a model in slices."""
 _DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
 _SIZES: dict[str, int] = (
     dict.fromkeys(_DEPTHS, LAYERS)
-    | dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "word_embed_proj_dim"), WIDTH)
-    | dict.fromkeys(("intermediate_size", "n_inner", "ffn_dim", "ffn_hidden_size", "intermediate_size_mlp"), 48)
-    | dict.fromkeys(("num_attention_heads", "n_head", "n_heads", "num_heads"), _HEADS)
     | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "mamba_dt_rank"), 4)
-    | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24)
     | dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256)
     | dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), _HEAD_WIDTH)
     | dict.fromkeys(("linear_key_head_dim", "linear_value_head_dim", "mamba_n_heads", "mamba_d_head"), 8)
     | dict.fromkeys(("mamba_headdim", "mamba_d_state", "state_size", "kv_lora_rank"), 8)
-    | dict.fromkeys(("linear_num_key_heads", "linear_num_value_heads", "num_experts_per_tok", "mamba_expand"), 2)
+    | dict.fromkeys(("num_experts_per_tok", "mamba_expand"), 2)
     | dict.fromkeys(("n_group", "topk_group", "n_shared_experts", "first_k_dense_replace", "mamba_n_groups"), 1)
     | dict.fromkeys(("attn_layer_period", "expert_layer_period"), 2)
     | dict.fromkeys(("attn_layer_offset", "expert_layer_offset", "num_layers_per_stack"), 1)
-    | {"attention_hidden_size": WIDTH, "lru_width": WIDTH, "mamba_d_ssm": 64, "qk_head_dim": 2 * _HEAD_WIDTH}
+    | {"mamba_d_ssm": 64, "qk_head_dim": 2 * _HEAD_WIDTH}
     | {"vocab_size_per_layer_input": VOCABULARY, "rotary_dim": 4, "num_kv_shared_layers": 0}
     | {"q_lora_rank": 12, "mamba_chunk_size": 16, "sliding_window": 6}
     | {"vocab_size": VOCABULARY, "pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
@@ -40,23 +45,28 @@ _MAY_BE_UNSET = (*_KEY_HEADS, "sliding_window", "q_lora_rank")
 """Where None is a way of its own: as many as heads, no window, no compression. Elsewhere it hides a default."""
 
 
-def toy_config(config: PreTrainedConfig, **settings: Any) -> PreTrainedConfig:
-    """The configuration of a toy of the same model type; ``settings`` replace what it says."""
-    return type(config).from_dict(_shrunk(config.to_dict(), config.attribute_map) | settings)
+def toy_config(config: PreTrainedConfig, ranks: int = 1, **settings: Any) -> PreTrainedConfig:
+    """The configuration of a toy of the same model type; ``settings`` replace what it says.
+
+    Args:
+        ranks: make the toy so many times as wide, so that each of so many ranks can hold a slice of it.
+    """
+    return type(config).from_dict(_shrunk(config.to_dict(), config.attribute_map, ranks) | settings)
 
 
-def _shrunk(values: dict[str, Any], names: dict[str, str]) -> dict[str, Any]:
+def _shrunk(values: dict[str, Any], names: dict[str, str], ranks: int) -> dict[str, Any]:
     """A configuration's settings made small, in its parts too. ``names``: other names of settings, and their own."""
-    sizes = _SIZES | {own: _SIZES[other] for other, own in names.items() if other in _SIZES}
+    sizes = _SIZES | {name: ranks * size for name, size in _WIDTHS.items()}
+    sizes |= {own: sizes[other] for other, own in names.items() if other in sizes}
     depth = next((values[names.get(name, name)] for name in _DEPTHS if names.get(name, name) in values), None)
-    return {key: _small(key, value, sizes, depth, values) for key, value in values.items()}
+    return {key: _small(key, value, sizes, depth, values, ranks) for key, value in values.items()}
 
 
-def _small(key: str, value: Any, sizes: dict[str, int], depth: int | None, values: dict[str, Any]) -> Any:
+def _small(key: str, value: Any, sizes: dict[str, int], depth: int | None, values: dict[str, Any], ranks: int) -> Any:
     if key == "per_layer_config":  # what some layers have of their own; those are others now
         return {}
     if isinstance(value, dict):
-        return _shrunk(value, {}) if "model_type" in value else _small_rope(value)
+        return _shrunk(value, {}, ranks) if "model_type" in value else _small_rope(value)
     if isinstance(value, list) and len(value) == depth:  # one entry for each layer
         kinds = list(dict.fromkeys(value)) if all(isinstance(entry, str) for entry in value) else value
         return [sizes.get(key, entry) for entry in (kinds * LAYERS)[:LAYERS]]
@@ -64,7 +74,7 @@ def _small(key: str, value: Any, sizes: dict[str, int], depth: int | None, value
         return value
     if key in _KEY_HEADS:  # one for each head, one for all, or between
         heads = values.get("num_attention_heads")
-        return _HEADS if value == heads or values.get("kv_lora_rank") else min(value, _HEADS // 2)
+        return ranks * (_HEADS if value == heads or values.get("kv_lora_rank") else min(value, _HEADS // 2))
     if key in ("partial_rotary_factor", "rotary_pct"):
         return _whole_pairs(value)
     if key.endswith(("_token_id", "_token_index")) and isinstance(value, int) and value >= VOCABULARY:

@@ -8,13 +8,13 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.data.batches import token_ids
-from softcot_ds.distributed import device, say, world_size
+from softcot_ds.distributed import DataRanks, device, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
-from softcot_ds.models.backbone import load_frozen, width
+from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.progress import count
@@ -28,6 +28,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     base = load_frozen(recipe.base, partition, device(), config, group_size)
     assistant = None
     if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
+        # Where the base is in slices, the engine is of another stage than weights that are gathered need.
+        partition = partition_that_fits(recipe.assistant, partition, group_size, otherwise="none")
         assistant = load_frozen(recipe.assistant, partition, device(), config, group_size)
     if kept := keep_layers(base, recipe.backbone.resident_gib):
         say(f"{count(kept, 'layer')} of the base held whole on each rank")
@@ -100,17 +102,17 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
     return engine
 
 
-def accumulation_steps(recipe: Recipe) -> int:
+def accumulation_steps(recipe: Recipe, ranks: DataRanks) -> int:
     """Micro-batches per rank and optimizer step.
 
     Raises:
         SoftCoTError: there are more ranks than examples in a global batch.
     """
     config = recipe.training
-    accumulation = -(-config.global_batch_size // (config.micro_batch_size * world_size()))
-    if config.global_batch_size < accumulation * world_size():
+    accumulation = -(-config.global_batch_size // (config.micro_batch_size * ranks.count))
+    if config.global_batch_size < accumulation * ranks.count:
         raise SoftCoTError(
-            f"training.global_batch_size {config.global_batch_size} does not feed {world_size()} ranks; "
+            f"training.global_batch_size {config.global_batch_size} does not feed {ranks.count} ranks; "
             "raise it or use fewer ranks"
         )
     return accumulation

@@ -11,9 +11,11 @@ import torch
 
 from softcot_ds.adapter import adapter_config
 from softcot_ds.data.batches import Batch
-from softcot_ds.distributed import barrier, device, init_distributed, on_main, say, set_timeout, world_size
+from softcot_ds.distributed import DataRanks, barrier, device, init_distributed, on_main, say, set_timeout, world_size
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
+from softcot_ds.models.backbone import settled
+from softcot_ds.models.partition import data_ranks
 from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import Journal, checkpoint_step
@@ -58,11 +60,13 @@ def _train(recipe: Recipe) -> None:
 
     reader = ThoughtReader.open(recipe, [*splits.train, *splits.validation])
     adapter = on_main(lambda: adapter_config(experiment))
-    accumulation = accumulation_steps(recipe)
-    engine = _prepare_engine(experiment, accumulation, folder)
+    recipe = settled(recipe)
+    ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
+    accumulation = accumulation_steps(recipe, ranks)
+    engine = _prepare_engine(experiment, recipe, ranks, accumulation, folder)
     make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
-    batches = training_batches(splits.train, make_batch, recipe, accumulation, start)
-    validator = Validator(engine, splits.validation, make_batch, experiment)
+    batches = training_batches(splits.train, make_batch, recipe, ranks, accumulation, start)
+    validator = Validator(engine, splits.validation, make_batch, experiment, ranks)
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
     record = Record(recipe, splits.train, start)
@@ -72,7 +76,7 @@ def _train(recipe: Recipe) -> None:
         learning_rate = learning_rate_at(step, config)
         num_labels = sum(len(splits.train[index].target_ids) for index in batch)
         with profiler.step(step):
-            loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, record.timer)
+            loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, ranks, record.timer)
         record.window.add(step, batch, loss, *work)
 
         # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
@@ -102,9 +106,11 @@ def _train(recipe: Recipe) -> None:
     record.finish(summary, folder)
 
 
-def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path | None) -> Any:
+def _prepare_engine(
+    experiment: Experiment, recipe: Recipe, ranks: DataRanks, accumulation: int, resume_from: Path | None
+) -> Any:
     """The engine, with the weights and moments of the checkpoint that the run goes on from, if there is one."""
-    recipe, splits = experiment.recipe, experiment.splits
+    splits = experiment.splits
     start_from = resume_from / "projection.safetensors" if resume_from else recipe.projection.init_from
     model = build_model(recipe, experiment, start_from)
     num_trained = sum(p.numel() for p in model.projection.parameters())
@@ -119,7 +125,7 @@ def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path
     )
     read_once = engine.module.num_shared
     tokens = sum(example.length - recipe.thoughts.count - read_once for example in splits.train) / len(splits.train)
-    per_rank = tokens * recipe.training.global_batch_size / world_size()
+    per_rank = tokens * recipe.training.global_batch_size / ranks.count
     say(
         f"per rank and step: {count(accumulation, 'micro-batch', 'micro-batches')}, {per_rank:,.0f} tokens on average, "
         f"without padding, thoughts and the {read_once} tokens of each prompt that are read once"
@@ -129,9 +135,14 @@ def _prepare_engine(experiment: Experiment, accumulation: int, resume_from: Path
 
 
 def _take_step(
-    engine: Any, micro_batches: Iterator[Batch], learning_rate: float, num_labels: int, timer: PhaseTimer
-) -> tuple[torch.Tensor, int, int]:
-    """One optimizer step; returns this rank's share of the loss, its tokens, and its floating-point operations.
+    engine: Any,
+    micro_batches: Iterator[Batch],
+    learning_rate: float,
+    num_labels: int,
+    ranks: DataRanks,
+    timer: PhaseTimer,
+) -> tuple[torch.Tensor, float, float]:
+    """One optimizer step; returns this rank's share of the loss, of the tokens, and of the floating-point operations.
 
     The loss is the mean over the ``num_labels`` supervised tokens of the whole global batch, wherever they are
     computed. DeepSpeed divides by ranks and micro-batches, which hold different numbers of tokens: undo that here.
@@ -147,14 +158,14 @@ def _take_step(
             operations += engine.module.operations(micro)
             micro = micro.to(device())
         with timer.phase("forward"):
-            loss = engine(micro) / num_labels
+            loss = engine(micro) / (num_labels * ranks.alike)
         with timer.phase("backward"):
             # Where the loss is not finite, this makes the gradient NaN also if it were not: so no step is taken.
             engine.backward(loss * (world_size() * accumulation + 0 * loss.detach()))
         with timer.phase("optimizer"):
             engine.step()  # the optimizer moves on the last one
         losses.append(loss.detach())
-    return sum(losses[1:], start=losses[0]), num_tokens, operations
+    return sum(losses[1:], start=losses[0]), num_tokens / ranks.alike, operations / ranks.alike
 
 
 def _stop(recipe: Recipe, signal: Signals, step: int, saved: Path) -> None:

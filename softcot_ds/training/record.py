@@ -107,7 +107,7 @@ class Window:
         """What happened since the last step was no training."""
         self._began = time.perf_counter()
 
-    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: int, operations: int) -> None:
+    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: float, operations: float) -> None:
         """Add this rank's share of the loss of ``step``, whose global batch is ``batch``."""
         self._losses[step] = loss
         self._batches[step] = batch

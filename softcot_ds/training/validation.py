@@ -7,7 +7,7 @@ import torch
 
 from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import BasePrompt
-from softcot_ds.distributed import device, rank, sum_over_ranks, world_size
+from softcot_ds.distributed import DataRanks, device, sum_over_ranks
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
 from softcot_ds.models.embedding import whole_embedding
@@ -23,12 +23,20 @@ _ROW_ELEMENTS = 2**22
 class Validator:
     """Validation of one engine. All ranks run it together: under ZeRO-3 each forward pass needs all of them."""
 
-    def __init__(self, engine: Any, examples: Sequence[Example], make_batch: MakeBatch, experiment: Experiment) -> None:
+    def __init__(
+        self,
+        engine: Any,
+        examples: Sequence[Example],
+        make_batch: MakeBatch,
+        experiment: Experiment,
+        ranks: DataRanks,
+    ) -> None:
         """Raises SoftCoTError when the base cannot decode sample answers: now, not after some steps."""
         self._engine = engine
         self._examples = examples
         self._make_batch = make_batch
         self._experiment = experiment
+        self._ranks = ranks
         self._batch_size = experiment.recipe.training.micro_batch_size
         try_decoding(engine.module.base)
 
@@ -48,10 +56,11 @@ class Validator:
         # Cut by the examples alone: padding, and with it rounding, does not depend on the number of ranks.
         size = self._batch_size
         batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        for start in range(0, len(batches), world_size()):
-            mine = start + rank() < len(batches)
+        ranks = self._ranks
+        for start in range(0, len(batches), ranks.count):
+            mine = start + ranks.number < len(batches)
             # A rank that is out of batches runs along with one that counts for nothing.
-            batch = self._make_batch(batches[start + rank() if mine else start])
+            batch = self._make_batch(batches[start + ranks.number if mine else start])
             if not mine:
                 batch.targets.fill_(IGNORE)
             count = int((batch.targets != IGNORE).sum())

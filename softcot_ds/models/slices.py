@@ -1,0 +1,161 @@
+"""Models in slices: each rank of a group holds a part of every layer, and activations move instead of weights.
+
+transformers has a plan for most families and reads a rank's part straight from the files; PyTorch's DTensor says of a
+weight what part of which whole it is. A plan may be wrong or not fit the number of ranks, and what it makes of a model
+may agree with itself all the same. So it is tried first, on a small model of the same configuration, against the whole.
+"""
+
+import tempfile
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.distributed.tensor import DTensor
+from transformers import AutoModelForCausalLM, DistributedConfig, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
+from transformers.initialization import no_tie_weights
+from transformers.utils import logging as transformers_logging
+
+from softcot_ds.distributed import device, from_all_ranks, lost_rank, world_size
+from softcot_ds.models.toy import VOCABULARY, make_toy, toy_config
+
+_TOLERANCE = 1e-3
+"""Relative error in float32: a fault changes all of a model's logits, the order of a sum their last digits."""
+_MOST_HELD = 1.5
+"""What a rank may hold at most, in shares of 1/N: some plans leave the larger part of a model whole."""
+
+
+class _Groups(DistributedConfig):
+    """Several groups of ranks, each of which holds a copy of the model in slices.
+
+    transformers would take several of them for replicas that FSDP keeps alike. Frozen weights are alike anyway.
+    """
+
+    @property
+    def dp_size(self) -> int:
+        return 1
+
+
+def _sliced_over(ranks: int) -> DistributedConfig:
+    """What makes ``from_pretrained`` load slices, one of a model for each of ``ranks`` neighbouring ranks."""
+    return _Groups(tp_size=ranks, dp_replicate_size=world_size() // ranks)
+
+
+def slice_of(parameter: torch.Tensor) -> torch.Tensor:
+    """What this rank holds of a weight; all of it where it is not sliced."""
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+def is_sliced(parameter: torch.Tensor) -> bool:
+    """Whether the weight is one of which each rank of a group holds another part."""
+    return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
+
+
+def read_slices(ranks: int, from_pretrained: Callable[..., Any]) -> Any:
+    """What ``from_pretrained`` returns, a model with its loading report, the model in slices over each ``ranks`` ranks.
+
+    All ranks call it together. The model must have been found fit by ``why_not_sliced``.
+    """
+    with _quiet():
+        model, info = from_pretrained(distributed_config=_sliced_over(ranks))
+    for module in model.modules():
+        if isinstance(module, nn.Linear) and any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
+            # Where gradients flow, transformers has DTensor look through every product, which takes three times as
+            # long as a small product itself. This is its own way around it, of modules that DTensor does not know.
+            module._hf_quantized_needs_local_tp = True
+    for parameter in model.parameters():
+        if isinstance(parameter, DTensor):
+            # DeepSpeed's own mark of weights that differ between ranks: it gives everyone rank 0's of all others.
+            parameter.ds_optim_param = True
+    # DeepSpeed moves all modules to the device where this one is, which PyTorch cannot do with DTensors in use.
+    model._apply = lambda *_, **__: model
+    return model, info
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    """transformers warns of every weight that its plan leaves whole."""
+    verbosity = transformers_logging.get_verbosity()
+    transformers_logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        transformers_logging.set_verbosity(verbosity)
+
+
+def why_not_sliced(config: PreTrainedConfig, ranks: int) -> str | None:
+    """Why a model of this configuration cannot be held in slices by groups of ``ranks``; None when it can.
+
+    All ranks call it together, which takes a second or two, and get the same answer. No weight is read.
+    """
+    reasons = from_all_ranks(_why_no_plan(config, ranks))
+    if not any(reasons):  # the ranks must agree before they try together
+        reasons = from_all_ranks(_why_toy_fails(config, ranks))
+    return next((reason for reason in reasons if reason is not None), None)
+
+
+def _why_no_plan(config: PreTrainedConfig, ranks: int) -> str | None:
+    with torch.device("meta"), no_tie_weights():  # as it is when its weights are read
+        model = AutoModelForCausalLM.from_config(config)
+    if not model.tp_plan:
+        return f"transformers has no plan for slices of {config.model_type}"
+    text = config.get_text_config()
+    for name in ("num_attention_heads", "num_key_value_heads"):
+        heads = getattr(text, name, None)
+        if heads is not None and get_kv_heads_per_rank(model.tp_plan, heads, ranks) is None:
+            return f"{ranks} ranks do not divide its {name.removeprefix('num_').replace('_', ' ')}, {heads}"
+    whole = sum(parameter.numel() for parameter in model.parameters())
+    # Of table and head a rank may hold less than another.
+    ends = [model.get_input_embeddings(), model.get_output_embeddings()]
+    ends = [name for name, module in model.named_modules() if any(module is end for end in ends)]
+    with _quiet():
+        groups, _, mesh = type(model).prepare_distribute_model(_sliced_over(ranks))
+        model = type(model).maybe_distribute_model(model, groups, mesh)
+    parameters = dict(model.named_parameters())
+    for name, parameter in parameters.items():
+        if isinstance(parameter, DTensor) and name.rpartition(".")[0] not in ends:
+            (placement,) = parameter.placements
+            parts = ranks * getattr(placement, "split_factor", 1)
+            if hasattr(placement, "dim") and parameter.shape[placement.dim] % parts:
+                return f"{ranks} ranks do not divide {name} of {tuple(parameter.shape)}"
+    held = sum(slice_of(parameter).numel() for parameter in parameters.values())
+    if held * ranks > _MOST_HELD * whole:
+        return f"transformers' plan leaves {held / whole:.0%} of {config.model_type} on each of {ranks} ranks"
+    return None
+
+
+def _why_toy_fails(config: PreTrainedConfig, ranks: int) -> str | None:
+    """Compare a toy in slices with the whole toy: logits and the gradient with respect to the embeddings."""
+    try:
+        whole = make_toy(toy_config(config, ranks))
+        whole.should_save_on_this_rank = bool  # on each, not on rank 0 alone: nodes share no temporary folders
+        with tempfile.TemporaryDirectory() as folder:
+            whole.save_pretrained(folder)
+            load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32, output_loading_info=True)
+            sliced, _ = read_slices(ranks, partial(load, attn_implementation=whole.config._attn_implementation))
+        found, true = _said(sliced), _said(whole.to(device()))
+    except Exception as error:  # whatever a family's code raises when it meets a part of what it expects
+        if isinstance(error, RuntimeError) and lost_rank(error):
+            raise
+        reason = (str(error).strip() or "no message").splitlines()[0]
+        return f"a small model of its configuration in slices ended in {type(error).__name__}: {reason}"
+    if all((a - b).norm() <= _TOLERANCE * b.norm() for a, b in zip(found, true, strict=True)):
+        return None
+    return f"transformers' plan for slices of {config.model_type} computes something else"
+
+
+def _said(model: PreTrainedModel) -> list[torch.Tensor]:
+    """Logits and gradient of one pass through what shall be trained, and logits without gradient."""
+    model.requires_grad_(False)
+    ids = torch.arange(VOCABULARY // 4, VOCABULARY // 4 + 10, device=device()).view(2, 5)
+    with torch.enable_grad():
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), [embeds])
+    with torch.no_grad():
+        run: Any = model(input_ids=ids, use_cache=False).logits
+    # Some families mask entries of their vocabulary.
+    return [gradient, *(found.detach().clamp(min=-1e4) for found in (logits, run))]

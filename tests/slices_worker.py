@@ -1,0 +1,112 @@
+"""Run by test_slices.py: four ranks as two nodes of two, each of which holds models in slices.
+
+They are forked, not started: imports take longer than the work. Arguments: a folder, where results.json is left; a
+recipe; overrides.
+"""
+
+import json
+import multiprocessing
+import os
+import sys
+from pathlib import Path
+
+import torch
+from launch import free_port
+from toy_models import make_config, make_toy
+
+from softcot_ds.distributed import DataRanks, barrier, device, from_all_ranks, init_distributed, is_main, shut_down
+from softcot_ds.evaluation.run import evaluate
+from softcot_ds.models import toy
+from softcot_ds.models.backbone import load_frozen, settled
+from softcot_ds.models.partition import data_ranks, held_bytes, whole_shape
+from softcot_ds.models.slices import why_not_sliced
+from softcot_ds.recipe import ModelConfig, load_recipe
+from softcot_ds.training.loop import train
+
+RANKS, NODE = 4, 2
+folder, recipe, *overrides = sys.argv[1:]
+FIT = {
+    "llama": {"tie_word_embeddings": True, "vocab_size": 97},  # a number that ranks do not divide
+    "qwen2": {"tie_word_embeddings": False},  # biases
+    "qwen3": {"num_key_value_heads": 2},  # norms of queries and keys; fewer of these
+    "qwen3_moe": {},
+    "phi3": {},  # queries, keys and values in one weight
+}
+UNFIT = {
+    "opt": {},
+    "llama": {"num_attention_heads": 3, "num_key_value_heads": 3, "head_dim": 8},
+    "qwen3": {"num_key_value_heads": 1},
+    "mistral": {"intermediate_size": 47},
+    "gpt_oss": {},
+    "hrm_text": {},
+}
+
+
+def said(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """Logits without gradient, and a gradient with respect to the embeddings."""
+    with torch.no_grad():
+        logits = model(input_ids=ids, use_cache=False).logits
+    embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+    loss = model(inputs_embeds=embeds, use_cache=False).logits.logsumexp(dim=-1).sum()
+    return logits, torch.autograd.grad(loss, [embeds])[0]
+
+
+def toys(ranks: DataRanks) -> dict[str, list[float]]:
+    """Of each model that fits: errors of logits and gradient, the share that this rank holds."""
+    found = {}
+    for name, settings in FIT.items():
+        whole = toy.make_toy(toy.toy_config(make_config(name), NODE, **settings))
+        if is_main():
+            whole.save_pretrained(f"{folder}/{name}")
+        barrier()
+        attention = whole.config._attn_implementation
+        model = load_frozen(
+            ModelConfig(model=f"{folder}/{name}", dtype="float32", attention=attention), "tensor", device()
+        )
+        ids = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(ranks.number))
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(said(model, ids), said(whole, ids), strict=True)]
+        parameters = dict(model.named_parameters())
+        assert {n: whole_shape(p) for n, p in parameters.items()} == {n: p.shape for n, p in whole.named_parameters()}
+        held = sum(map(held_bytes, parameters.values())) / sum(map(held_bytes, whole.parameters()))
+        found[name] = [*errors, held]
+    return found
+
+
+def work(number: int, port: str) -> None:
+    place = {"RANK": number, "LOCAL_RANK": number % NODE, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    init_distributed(5)
+    ranks = data_ranks("tensor", None)
+    results = {
+        "ranks": from_all_ranks([ranks.number, ranks.count, ranks.alike, ranks.is_first]),
+        "toys": from_all_ranks(toys(ranks)),
+        "unfit": {},
+    }
+    for name, settings in UNFIT.items():
+        config = make_config(name)
+        config.update(settings)
+        results["unfit"][name] = why_not_sliced(config, NODE)
+    if is_main():
+        make_toy("opt").save_pretrained(f"{folder}/opt")
+    barrier()
+    opt = [*overrides, f"base.model={folder}/opt", "backbone.partition=tensor"]
+    results["settled"] = settled(load_recipe(recipe, opt)).backbone.partition
+    for partition in ("none", "tensor"):
+        chosen = load_recipe(recipe, [*overrides, f"name={partition}", f"backbone.partition={partition}"])
+        train(chosen)
+        evaluate(chosen, chosen.run_dir / f"checkpoints/step-{chosen.training.steps}")
+    if is_main():
+        Path(folder, "results.json").write_text(json.dumps(results))
+    shut_down()
+
+
+if __name__ == "__main__":
+    fork = multiprocessing.get_context("fork")
+    port = free_port()
+    started = [fork.Process(target=work, args=(number, port)) for number in range(RANKS)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in started))
