@@ -14,6 +14,19 @@ the size of the gradients that are summed, all but some bytes for their norm.
 - ``two_passes``: the prefix through all layers first, then the rest on top of its cache
 - ``hooks_per_module``: as fast, but DeepSpeed gathers each module of a layer by itself, not the layer
 - ``..._kept``: both limits are a layer's number of parameters, so that what is used again that soon is kept
+
+``gathered_ahead`` counts at the hooks by which the fast step asks DeepSpeed for weights, in steps whose order it knows,
+with the package's limits. The bases are Llama 3.1 8B, 70B and 405B, their widths and vocabulary divided by 128 and all
+else as it is: as many layers, as large against the head and the parts of a layer as theirs.
+
+- ``forward``, ``backward``: of the elements that are asked for in a pass and not kept whole all the time, the fraction
+  that were gathered, or on their way, before their hook asked. What activation checkpointing would compute again counts
+  as backward
+- ``first``: the fraction of the forward pass's elements that are asked for before a layer has run: of projection, table
+  and first layer. They too are on their way before their hook asks, but since the step's first hook at the earliest,
+  with next to no computation to hide behind: DeepSpeed gathers nothing before a step begins
+- ``most_layers``: elements gathered at a time at most, in layers; ``expected_layers``: the package's bound of it
+- ``gathered_ahead_before``: the same with the limits that once were in ds_configs/zero3.json, made smaller alike
 """
 
 import argparse
@@ -21,12 +34,16 @@ import json
 import os
 import socket
 import tempfile
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.utils import z3_leaf_module
 from environment import describe, write_result
 from torch import nn
 from torch.multiprocessing import spawn
@@ -37,7 +54,9 @@ from softcot_ds.data.batches import Batch, collate
 from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
-from softcot_ds.recipe import load_recipe
+from softcot_ds.models.partition import gathers_of
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.training.memory import expected_memory
 from softcot_ds.values import resolve_location
 
 ROOT = Path(__file__).parent.parent
@@ -45,6 +64,20 @@ RECIPE = ROOT / "recipes" / "word_problems.yaml"
 BASE = {"hidden_size": 192, "intermediate_size": 512, "num_hidden_layers": 6, "num_attention_heads": 6}
 GATHERS = ("all_gather", "all_gather_into_tensor", "all_gather_coalesced", "broadcast")
 REDUCES = ("reduce", "reduce_scatter", "reduce_scatter_tensor", "all_reduce", "all_reduce_coalesced")
+REDUCED = 128
+"""What widths of the models for ``gathered_ahead`` are divided by: numbers of elements by its square."""
+SIZES = {
+    "8b": {"hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32, "num_attention_heads": 4},
+    "70b": {"hidden_size": 8192, "intermediate_size": 28672, "num_hidden_layers": 80, "num_attention_heads": 8},
+    "405b": {"hidden_size": 16384, "intermediate_size": 53248, "num_hidden_layers": 126, "num_attention_heads": 16},
+}
+"""Of Llama 3.1, but for heads: as wide as the one of keys and values, as wide as theirs all together."""
+FORMER = {
+    "stage3_prefetch_bucket_size": 50_000_000,
+    "stage3_max_live_parameters": 1_000_000_000,
+    "stage3_max_reuse_distance": 1_000_000_000,
+}
+LIMITS: dict[str, dict[str, int]] = {"gathered_ahead": {}, "gathered_ahead_before": FORMER}
 VARIANTS = ("full", "fast", "fast_checkpointed", "two_passes", "hooks_per_module", "hooks_per_module_kept", "fast_kept")
 
 
@@ -75,6 +108,59 @@ class Traffic:
         return operation(*args, **kwargs)
 
 
+class Ahead:
+    """Counts what DeepSpeed has gathered, or begun to, before a module asks for it; while it lives."""
+
+    def __init__(self, model: SoftCoT) -> None:
+        self._frozen = [*model.base.parameters()]
+        self._fetch = PartitionedParameterCoordinator.fetch_sub_module
+        PartitionedParameterCoordinator.fetch_sub_module = lambda *args, **kwargs: self._count(*args, **kwargs)
+        self.reset()
+
+    def reset(self) -> None:
+        """Start counting anew."""
+        self.asked: dict[str, int] = {"forward": 0, "backward": 0}
+        self.ahead: dict[str, int] = {"forward": 0, "backward": 0}
+        self.first = self.most = 0
+        self._layer_has_run = False
+
+    def remove(self) -> None:
+        """Give DeepSpeed its own method back."""
+        PartitionedParameterCoordinator.fetch_sub_module = self._fetch
+
+    def _count(self, coordinator: Any, module: nn.Module, forward: bool) -> None:
+        direction = "forward" if forward and torch._C._current_graph_task_id() == -1 else "backward"
+        parameters = set(module.parameters(recurse=z3_leaf_module(module)))
+        new = [p for p in parameters if not p.ds_persist and not p.ds_active_sub_modules]  # not at work already
+        asked = sum(parameter.ds_numel for parameter in new)
+        if not self._layer_has_run:
+            self.first += asked
+            self._layer_has_run = z3_leaf_module(module)
+        self.asked[direction] += asked
+        self.ahead[direction] += sum(p.ds_numel for p in new if p.ds_status != ZeroParamStatus.NOT_AVAILABLE)
+        self._fetch(coordinator, module, forward)
+        there = [p for p in self._frozen if not p.ds_persist and p.ds_status != ZeroParamStatus.NOT_AVAILABLE]
+        self.most = max(self.most, sum(parameter.ds_numel for parameter in there))
+
+
+def gathered_ahead(config: Path) -> dict[str, float]:
+    """What of a base's weights is gathered before it is asked for."""
+    recipe = traffic_recipe(config.parent, config, "training.step=fast")
+    experiment = Experiment(recipe)
+    model = softcot_ds.training.engine.build_model(recipe, experiment, None)
+    engine = softcot_ds.training.engine.build_engine(model, recipe, 1)
+    ahead = Ahead(model)
+    train(engine, model, experiment, recipe, ahead.reset)
+    ahead.remove()
+    layer = max(gathers_of(model.base, engine.zero_param_persistence_threshold()).sums)
+    return {
+        **{direction: ahead.ahead[direction] / asked for direction, asked in ahead.asked.items()},
+        "first": ahead.first / ahead.asked["forward"],
+        "most_layers": ahead.most / layer,
+        "expected_layers": expected_memory(engine).gathered / 4 / layer,
+    }
+
+
 def two_passes(model: SoftCoT, batch: Batch) -> torch.Tensor:
     """The step with a whole pass over the prefix, without gradient, before the pass over the rest."""
     embeds, length = model._embeds(batch), batch.prefix_ids.shape[1]
@@ -101,22 +187,45 @@ def two_passes(model: SoftCoT, batch: Batch) -> torch.Tensor:
     return nn.functional.cross_entropy(logits, batch.targets, reduction="sum")
 
 
-def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
-    """Bytes gathered and reduced in one step of a variant."""
-    recipe = load_recipe(
+def traffic_recipe(base: Path, deepspeed_config: Path, *overrides: str) -> Recipe:
+    """The recipe of the embedded pair, with another base."""
+    return load_recipe(
         RECIPE,
         [
-            f"base.model={folder}",
-            f"backbone.deepspeed={folder / ('kept.json' if variant.endswith('_kept') else 'zero3.json')}",
-            f"training.step={'full' if variant in ('full', 'two_passes') else 'fast'}",
-            f"training.activation_checkpointing={str(variant == 'fast_checkpointed').lower()}",
+            f"base.model={base}",
+            f"backbone.deepspeed={deepspeed_config}",
             f"training.global_batch_size={4 * world_size()}",
             "training.micro_batch_size=4",
             "task.train_problems=128",
             "task.validation_problems=8",
             "task.test_problems=8",
             "thoughts.source=cache",
+            *overrides,
         ],
+    )
+
+
+def train(engine: Any, model: SoftCoT, experiment: Experiment, recipe: Recipe, reset: Callable[[], None]) -> None:
+    """Some steps, each after a call of ``reset``: what is counted is the last one."""
+    examples = experiment.splits.train
+    for step in range(6):
+        first = 4 * (step * world_size() + rank())
+        batch = collate(examples[first : first + 4], experiment.base_pad_id, model.num_shared, model.number)
+        # What the assistant says makes no difference: any states will do.
+        batch.thoughts = torch.randn(4, recipe.thoughts.count, experiment.assistant_config.hidden_size)
+        reset()
+        loss = engine(batch)
+        engine.backward(loss)
+        engine.step()
+
+
+def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
+    """Bytes gathered and reduced in one step of a variant."""
+    recipe = traffic_recipe(
+        folder,
+        folder / ("kept.json" if variant.endswith("_kept") else "zero3.json"),
+        f"training.step={'full' if variant in ('full', 'two_passes') else 'fast'}",
+        f"training.activation_checkpointing={str(variant == 'fast_checkpointed').lower()}",
     )
     experiment = Experiment(recipe)
     model = softcot_ds.training.engine.build_model(recipe, experiment, None)
@@ -128,16 +237,7 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
     engine = softcot_ds.training.engine.build_engine(model, recipe, 1)
     softcot_ds.training.engine.make_layers_leaves = make_layers_leaves
 
-    examples = experiment.splits.train
-    for step in range(6):
-        first = 4 * (step * world_size() + rank())
-        batch = collate(examples[first : first + 4], experiment.base_pad_id, model.num_shared, model.number)
-        # What the assistant says makes no difference: any states will do.
-        batch.thoughts = torch.randn(4, recipe.thoughts.count, experiment.assistant_config.hidden_size)
-        traffic.reset()
-        loss = engine(batch)
-        engine.backward(loss)
-        engine.step()
+    train(engine, model, experiment, recipe, traffic.reset)
     threshold = recipe.backbone.deepspeed_config()["zero_optimization"]["stage3_param_persistence_threshold"]
     sizes = {
         name: 4 * parameter.ds_numel for name, parameter in model.named_parameters() if parameter.ds_numel > threshold
@@ -152,8 +252,8 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
     }
 
 
-def worker(local_rank: int, ranks: int, port: int, folder: Path, variants: list[str]) -> None:
-    """One rank: measure each variant; rank 0 writes the results."""
+def worker(local_rank: int, ranks: int, port: int, folder: Path, variants: list[str], sizes: list[str]) -> None:
+    """One rank: measure each variant and size; rank 0 writes the results."""
     os.environ.update(
         RANK=str(local_rank),
         LOCAL_RANK=str(local_rank),
@@ -163,50 +263,77 @@ def worker(local_rank: int, ranks: int, port: int, folder: Path, variants: list[
     )
     torch.set_num_threads(1)
     init_distributed(timeout_minutes=5)
+    ahead = {name: {size: gathered_ahead(folder / size / f"{name}.json") for size in sizes} for name in LIMITS}
     traffic = Traffic()
     results = {variant: measure(variant, folder, traffic) for variant in variants}
     if is_main():
-        (folder / "results.json").write_text(json.dumps(results))
+        (folder / "results.json").write_text(json.dumps({"variants": results, **ahead}))
     shut_down()
 
 
-def prepare(folder: Path) -> None:
-    """Write the base and the DeepSpeed configurations."""
-    tokenizer = AutoTokenizer.from_pretrained(resolve_location("package:pair/base"))
-    tokenizer.save_pretrained(folder)
-    torch.manual_seed(0)
-    config = LlamaConfig(**BASE, vocab_size=768, max_position_embeddings=512, tie_word_embeddings=False)
-    model = LlamaForCausalLM(config)
-    model.save_pretrained(folder)
-    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
+def prepare(folder: Path, sizes: Sequence[str]) -> None:
+    """Write the bases and the DeepSpeed configurations."""
     zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())
+    model = write_base(folder, **BASE, vocab_size=768)
+    layer = sum(parameter.numel() for parameter in model.model.layers[0].parameters())
     for name, kept in (("zero3.json", 0), ("kept.json", layer)):
-        zero3["zero_optimization"] |= {"stage3_max_live_parameters": kept, "stage3_max_reuse_distance": kept}
-        (folder / name).write_text(json.dumps(zero3))
+        limits = dict.fromkeys(FORMER, kept) | {"stage3_prefetch_bucket_size": FORMER["stage3_prefetch_bucket_size"]}
+        write_json(folder / name, zero3 | {"zero_optimization": zero3["zero_optimization"] | limits})
+    for size in sizes:
+        widths = {key: value // REDUCED if key.endswith("_size") else value for key, value in SIZES[size].items()}
+        write_base(folder / size, **widths, num_key_value_heads=1, vocab_size=128_256 // REDUCED)
+        for name, limits in LIMITS.items():
+            zero = zero3["zero_optimization"] | {key: value // REDUCED**2 for key, value in limits.items()}
+            zero["stage3_param_persistence_threshold"] //= REDUCED  # it is of norms and biases
+            write_json(folder / size / f"{name}.json", zero3 | {"zero_optimization": zero})
+
+
+def write_json(path: Path, content: Any) -> None:
+    path.write_text(json.dumps(content))
+
+
+def write_base(folder: Path, **sizes: int) -> LlamaForCausalLM:
+    """A random Llama with an untied head and the tokenizer of the embedded pair."""
+    AutoTokenizer.from_pretrained(resolve_location("package:pair/base")).save_pretrained(folder)
+    torch.manual_seed(0)
+    model = LlamaForCausalLM(LlamaConfig(**sizes, max_position_embeddings=512, tie_word_embeddings=False))
+    model.save_pretrained(folder)
+    return model
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
-    parser.add_argument("--variants", nargs="+", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
+    parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), help="on the first number of ranks")
     parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "zero3_traffic", **describe()}
     for ranks in args.ranks:
+        sizes = args.sizes if ranks == args.ranks[0] else []
         with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
             listener.bind(("127.0.0.1", 0))
             port = listener.getsockname()[1]
             listener.close()
             folder = Path(name)
-            prepare(folder)
-            spawn(worker, (ranks, port, folder, list(args.variants)), nprocs=ranks)
-            result[f"{ranks}_ranks"] = json.loads((folder / "results.json").read_text())
+            prepare(folder, sizes)
+            spawn(worker, (ranks, port, folder, list(args.variants), sizes), nprocs=ranks)
+            found = json.loads((folder / "results.json").read_text())
+        result[f"{ranks}_ranks"] = found.pop("variants")
+        if sizes:
+            result |= found
     for ranks in args.ranks:
         for variant, row in result[f"{ranks}_ranks"].items():
             row["gathered_over_arithmetic"] = row["gathered"] / row["arithmetic"]
             print(
                 f"{ranks} ranks  {variant:22} gathered {row['gathered']:>12,} in {row['gathers']:>3} "
                 f"({row['gathered_over_arithmetic']:.3f} of the arithmetic), reduced {row['reduced']:>9,}"
+            )
+    for name in LIMITS:
+        for size, row in result.get(name, {}).items():
+            print(
+                f"{name:22} {size:4} forward {row['forward']:.1%}, backward {row['backward']:.1%}; at most "
+                f"{row['most_layers']:.2f} layers are gathered, {row['expected_layers']:.2f} were expected"
             )
     write_result(result, args.out)
 

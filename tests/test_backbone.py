@@ -26,9 +26,9 @@ def test_a_zero3_rank_holds_its_share_and_the_layers_at_work_and_expects_it(tmp_
     config = AutoConfig.for_model(
         "llama",
         vocab_size=768,
-        hidden_size=768,
-        intermediate_size=3072,
-        num_hidden_layers=16,
+        hidden_size=512,
+        intermediate_size=2048,
+        num_hidden_layers=32,
         num_attention_heads=8,
         tie_word_embeddings=True,
         bos_token_id=1,
@@ -40,14 +40,9 @@ def test_a_zero3_rank_holds_its_share_and_the_layers_at_work_and_expects_it(tmp_
     model.save_pretrained(tmp_path / "base")
     del model
     AutoTokenizer.from_pretrained(resolve_location("package:pair/base")).save_pretrained(tmp_path / "base")
-    # The shipped limits are for GPUs: they would let all of this model be live at once.
+    # The shipped buffer for gradients is for projections of real models: it would be larger than all of this.
     zero3 = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-    zero3["zero_optimization"] |= {
-        "stage3_max_live_parameters": layer_bytes // 4,
-        "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": 0,
-        "reduce_bucket_size": 100_000,
-    }
+    zero3["zero_optimization"]["reduce_bucket_size"] = 100_000
     (tmp_path / "zero3.json").write_text(json.dumps(zero3))
     peaks = {}
     for partition, extra in (("zero3", [f"backbone.deepspeed={tmp_path}/zero3.json"]), ("none", [])):
@@ -64,8 +59,8 @@ def test_a_zero3_rank_holds_its_share_and_the_layers_at_work_and_expects_it(tmp_
         expected = sum(measured[0]["expected"].values())
         assert expected < peaks[partition] < 1.5 * expected, f"{partition}: {measured}"
     assert peaks["none"] > model_bytes, "the measurement sees a whole model"
-    # The layer at work, the buffer that it is gathered in, the layer before it, and the activations.
-    live_set = 3 * layer_bytes + 64 * MIB
+    # The layer at work, the next one, the one before, the buffer that one is gathered in, and the activations.
+    live_set = 4 * layer_bytes + 64 * MIB
     assert peaks["zero3"] < model_bytes / 2 + live_set < 0.8 * model_bytes, (
         f"peak {peaks['zero3'] / MIB:.0f} MiB of a {model_bytes / MIB:.0f} MiB model; "
         f"whole: {peaks['none'] / MIB:.0f} MiB"

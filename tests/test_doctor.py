@@ -29,7 +29,7 @@ from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 GIB = 2**30
-TITLES = ["versions", "devices", "communication", "folders", "disks", "models", "launchers"]
+TITLES = ["versions", "devices", "communication", "folders", "disks", "models", "gathering", "launchers"]
 
 
 def healthy(rank: int) -> Facts:
@@ -80,7 +80,7 @@ def cluster(*changed_ranks: int, versions=(), output_dir=(), temporary=(), base=
 
 def test_a_healthy_cluster_gets_one_ok_for_each_check():
     findings = diagnosis.judge(cluster())
-    assert [finding.level for finding in findings] == ["ok"] * 7, findings
+    assert [finding.level for finding in findings] == ["ok"] * 8, findings
     assert [finding.title for finding in findings] == TITLES
     assert "4 ranks over NCCL, the sum is right, bus bandwidth 50.00 GB/s" in findings[2].text
 
@@ -208,6 +208,15 @@ WRONG = {
     "no prompts": (
         cluster(2, prompts_failure="no chat template"),
         "problem", "models", "the recipe's prompts cannot be made on node1: no chat template", "every command",
+    ),
+    "a limit too low": (
+        cluster(0, 2, limits={"stage3_max_live_parameters": (7000, 8000)}),
+        "warning", "gathering",
+        "stage3_max_live_parameters is 7000, and these models need 8000: a layer is not gathered", "or set 8000",
+    ),
+    "a damaged configuration": (
+        cluster(2, limits_failure="ds.json: zero_optimization.overlap_comm: no boolean"),
+        "problem", "gathering", "cannot be derived on node1: ds.json: zero_optimization.overlap_comm", "mend",
     ),
     "many processes alone": (
         cluster(alone_of="SLURM_STEP_NUM_TASKS=8"),
@@ -373,6 +382,22 @@ def test_an_nvme_folder_that_is_missing_is_a_problem(tmp_path):
     assert f"offload_param.nvme_path {tmp_path}/nvme cannot be written on {socket.gethostname()}: No such" in wrong.text
     (tmp_path / "nvme").mkdir()
     assert wrong_alone(*overrides) == []
+
+
+def test_a_limit_below_a_layers_size_is_a_warning_with_the_size(tmp_path):
+    zero3 = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    zero3["zero_optimization"] |= {"stage3_prefetch_bucket_size": 5000, "stage3_max_live_parameters": 10**9}
+    (tmp_path / "ds.json").write_text(json.dumps(zero3))
+    (wrong,) = wrong_alone(
+        "backbone.partition=zero3",
+        f"backbone.deepspeed={tmp_path}/ds.json",
+        f"output_dir={tmp_path}",
+        f"cache.path={tmp_path}",
+    )
+    weights = load_file(ROOT / "softcot_ds/pair/base/model.safetensors")
+    layer = sum(w.numel() for name, w in weights.items() if ".layers.0." in name and w.numel() > 10_000)
+    assert (wrong.level, wrong.title) == ("warning", "gathering")
+    assert f"stage3_prefetch_bucket_size is 5000, and these models need {layer}: the rest of a layer" in wrong.text
 
 
 def test_a_model_that_cannot_be_read_is_a_problem(tmp_path):

@@ -9,11 +9,12 @@ from launch import ROOT, run
 pytestmark = pytest.mark.distributed
 
 
-def test_fast_step_gathers_what_one_pass_gathers_and_reduces_the_projection_alone():
+def test_fast_step_gathers_what_one_pass_gathers_before_it_is_asked_for_and_reduces_the_projection_alone():
     variants = ["full", "fast", "fast_checkpointed", "two_passes"]
     script = ROOT / "benchmarks" / "zero3_traffic.py"
-    done = run([sys.executable, str(script), "--ranks", "2", "--variants", *variants])
-    rows = json.loads(done.stdout.splitlines()[-1])["2_ranks"]
+    done = run([sys.executable, str(script), "--ranks", "2", "--variants", *variants, "--sizes", "8b"])
+    found = json.loads(done.stdout.splitlines()[-1])
+    rows = found["2_ranks"]
     few_bytes = 20_000  # projection's bias, flags and norms; a layer has 1.8 million
     for name in ("full", "fast", "fast_checkpointed"):
         assert rows[name]["gathered"] == pytest.approx(rows[name]["arithmetic"], abs=few_bytes), name
@@ -21,3 +22,9 @@ def test_fast_step_gathers_what_one_pass_gathers_and_reduces_the_projection_alon
     assert rows["two_passes"]["gathered"] > 1.4 * rows["full"]["gathered"]
     for name in variants:
         assert rows[name]["reduced"] == pytest.approx(rows[name]["projection"], abs=100), name
+    ahead, before = found["gathered_ahead"]["8b"], found["gathered_ahead_before"]["8b"]
+    assert ahead["forward"] == ahead["backward"] == 1
+    assert max(before["forward"], before["backward"]) < 0.7, "limits of a smaller model's layers do not do it"
+    # The head, as large as 2.4 layers, beside the last layer; nothing of it is gathered in vain.
+    assert 3.4 < ahead["most_layers"] <= ahead["expected_layers"] < 3.5
+    assert before["most_layers"] <= before["expected_layers"]

@@ -41,6 +41,7 @@ from softcot_ds.methods.base import projection_class
 from softcot_ds.methods.trial import Role, Untried, why_unsuitable_ahead
 from softcot_ds.models import backbone
 from softcot_ds.models.model_files import is_here
+from softcot_ds.models.partition import engine_config, short_limits
 from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
 
@@ -126,6 +127,7 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
         facts.models = {"base": _model(recipe.base, "base"), "assistant": _model(recipe.assistant, "assistant")}
         if not any(model.failure for model in facts.models.values()):
             facts.prompts_failure = _failure_of(lambda: Experiment(recipe))
+            facts.limits_failure = _failure_of(lambda: _look_at_limits(facts, recipe))
         facts.checkpoint_bytes = _checkpoint_bytes(recipe, facts.models)
     return facts
 
@@ -231,6 +233,14 @@ def _model(config: ModelConfig, role: Role) -> Model:
     if not model.failure:
         model.trial_failure = _failure_of(run)
     return model
+
+
+def _look_at_limits(facts: Facts, recipe: Recipe) -> None:
+    config = engine_config(recipe)
+    if config["zero_optimization"].get("stage") == 3:
+        online = recipe.thoughts.source == "online"
+        models = [recipe.base, recipe.assistant] if online else [recipe.base]
+        facts.limits = short_limits(config, *map(backbone.shapes_of, models))
 
 
 def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:

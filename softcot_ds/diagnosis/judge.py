@@ -1,5 +1,6 @@
 """From the facts that the doctor gathers from all ranks to findings, and to their table."""
 
+import json
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -102,6 +103,11 @@ class Facts:
     """By the setting that names them."""
     models: dict[str, Model] = field(default_factory=dict)
     """By role, on the first rank of each node."""
+    limits: dict[str, tuple[int, int]] | None = None
+    """DeepSpeed's limits that the recipe's file sets too low for its models, and what they need; None where no weights
+    are partitioned, or nothing is known of them."""
+    limits_failure: str = ""
+    """Why that could not be found out."""
     prompts_failure: str = ""
     """Why the recipe's prompts cannot be made with these models."""
     checkpoint_bytes: int = 0
@@ -120,7 +126,7 @@ class Facts:
 
 def judge(everyone: Sequence[Facts]) -> list[Finding]:
     """What the facts of all ranks, in their order, mean: for each check its ok, or all that is wrong."""
-    checks = (_versions, _devices, _communication, _folders, _disks, _models, _launchers)
+    checks = (_versions, _devices, _communication, _folders, _disks, _models, _gathering, _launchers)
     findings = []
     for check in checks:
         found = [Finding(verdict[0], check.__name__.strip("_"), *verdict[1:]) for verdict in check(everyone)]
@@ -340,6 +346,37 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     )
     same = f", the same on {len(firsts)} nodes" if len(firsts) > 1 else ""
     yield OK, f"{', '.join(texts)}{same}" if texts else "no recipe given: not looked at"
+
+
+def _gathering(everyone: Sequence[Facts]) -> Iterator[Verdict]:
+    """Partitioned weights are there before they are asked for."""
+    firsts = [facts for facts in everyone if facts.local_rank == 0]
+    yield from _failing(
+        "DeepSpeed's limits cannot be derived",
+        firsts,
+        lambda facts: facts.limits_failure,
+        "mend backbone.deepspeed: training would end with it",
+    )
+    limits = everyone[0].limits
+    for key, (value, needed) in (limits or {}).items():
+        yield (
+            WARNING,
+            f"{key} is {json.dumps(value)}, and these models need {json.dumps(needed)}: {_SHORT[key]}",
+            f"leave it out of the file that backbone.deepspeed names, or set {json.dumps(needed)}",
+        )
+    yield OK, "no partitioned weights" if limits is None else "each layer is gathered while the one before it runs"
+
+
+_SHORT = {
+    "overlap_comm": "gathering and computing wait for each other",
+    "stage3_allgather_sequential": "next to nothing is gathered ahead",
+    "stage3_prefetch_bucket_size": "the rest of a layer is gathered when it is asked for, while nothing runs",
+    "stage3_max_live_parameters": "a layer is not gathered, or in part, while the one before it runs",
+    "stage3_max_reuse_distance": "the last layer is let go before the head runs, and gathered again after it",
+    "buffer_count": "reading from NVMe ends in an error as soon as more weights are in use",
+    "buffer_size": "the largest weight's share does not fit into a buffer, and loading ends in an error",
+}
+"""What comes of a value other than the one that is needed."""
 
 
 def _launchers(everyone: Sequence[Facts]) -> Iterator[Verdict]:

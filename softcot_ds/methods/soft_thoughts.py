@@ -177,9 +177,10 @@ class SoftCoT(nn.Module):
         if self.embed is not None:
             slot_B = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=numbers.device)
             return self.embed(self._hidden(batch), numbers, slot_B)
+        thoughts_BTD = self.thoughts(batch)  # first: a table that is partitioned is gathered meanwhile
         look_up = self.base.get_input_embeddings() if self.table is None else self.table
         prefix_BLD, suffix_BRD = look_up(numbers).tensor_split([prefix_length], dim=1)
-        return torch.cat([prefix_BLD, self.thoughts(batch).to(prefix_BLD.dtype), suffix_BRD], dim=1)
+        return torch.cat([prefix_BLD, thoughts_BTD.to(prefix_BLD.dtype), suffix_BRD], dim=1)
 
 
 def full_logits(

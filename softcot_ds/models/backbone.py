@@ -29,6 +29,8 @@ from softcot_ds.models.partition import (
     keep_layers,
     keep_weights_by_name,
     loading,
+    make_layers_leaves,
+    with_limits,
 )
 from softcot_ds.models.slices import read_slices, why_not_sliced
 from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
@@ -97,13 +99,29 @@ def width(config: PreTrainedConfig) -> int:
     Raises:
         SoftCoTError: it is no configuration of a causal language model.
     """
+    return empty_model(config).get_input_embeddings().weight.shape[1]
+
+
+def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
+    """A model without weights, on the meta device, for its shapes.
+
+    Raises:
+        SoftCoTError: it is no configuration of a causal language model.
+    """
     try:
         with torch.device("meta"):
-            model = AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config)
     except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise SoftCoTError(f"model type {config.model_type!r} is no causal language model here: {reason}") from error
-    return model.get_input_embeddings().weight.shape[1]
+
+
+def shapes_of(config: ModelConfig) -> PreTrainedModel:
+    """A model without weights whose layers are marked as a partitioned one's. Raises SoftCoTError as ``load_config``
+    and ``empty_model``."""
+    model = empty_model(load_config(config))
+    make_layers_leaves(model)
+    return model
 
 
 def context_length(config: PreTrainedConfig) -> int:
@@ -177,6 +195,10 @@ def load_frozen(
         model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
     else:
         group = Group.of(group_size) if partition == "node" else None
+        if partition in SPLIT:
+            # Buffers for weights on NVMe are made before there is a model.
+            ranks = group.size if group else world_size()
+            deepspeed_config = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
         with loading(deepspeed_config if partition in SPLIT else None, group, config.model):
             model, info = _from_pretrained(config, config.attention)
     _refuse_missing(config, info["missing_keys"])

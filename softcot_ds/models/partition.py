@@ -23,11 +23,16 @@ from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
 from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_ranks, rank, world_size
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.models import limits
+from softcot_ds.models.limits import Gathers
 from softcot_ds.models.slices import slice_of
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, BackboneConfig, Dtype, Partition, Recipe
 
 _NEVER = 2**31 - 1
+_LIMITS = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")
+_BUFFERS = ("buffer_count", "buffer_size")
+_SWITCHES = {"overlap_comm": True, "stage3_allgather_sequential": False}
 
 
 def data_ranks(partition: Partition, group_size: int | None) -> DataRanks:
@@ -88,6 +93,78 @@ def plain_config(dtype: Dtype) -> dict[str, Any]:
         "fp16": {"enabled": dtype == "float16"},
         "steps_per_print": _NEVER,
     }
+
+
+def with_limits(config: dict[str, Any], *models: PreTrainedModel, ranks: int | None = None) -> dict[str, Any]:
+    """A DeepSpeed configuration in which the limits that it does not set follow from the models (``limits.py``).
+
+    Args:
+        models: all that run in one step, with weights or on the meta device. ``make_layers_leaves`` comes first.
+        ranks: that hold a copy between them; None for all ranks. Only buffers for NVMe depend on it.
+    """
+    zero = config.get("zero_optimization", {})
+    derived = derived_limits(config, *models, ranks=ranks)
+    ours = {key: value for key, value in derived.items() if not {key, key.removeprefix("stage3_")} & zero.keys()}
+    zero = zero | {key: value for key, value in ours.items() if key not in _BUFFERS}
+    if any(key in derived for key in _BUFFERS):
+        zero["offload_param"] = {key: derived[key] for key in _BUFFERS} | zero["offload_param"]
+    return config | {"zero_optimization": zero}
+
+
+def derived_limits(config: dict[str, Any], *models: PreTrainedModel, ranks: int | None = None) -> dict[str, int]:
+    """What ``with_limits`` would set where a configuration sets nothing; none but in stage 3."""
+    zero = config.get("zero_optimization", {})
+    if zero.get("stage") != 3:
+        return {}
+    threshold = DeepSpeedZeroConfig(**zero).param_persistence_threshold
+    gathers = [gathers_of(model, threshold) for model in models]
+    found = limits.derive(gathers)
+    values = dict(zip(_LIMITS, (found.prefetch, found.live, found.reuse), strict=True))
+    if (zero.get("offload_param") or {}).get("device") == "nvme":
+        needed = [limits.buffers(model, found, ranks or world_size()) for model in gathers]
+        values |= zip(_BUFFERS, map(max, zip(*needed, strict=True)), strict=True)
+    return values
+
+
+def short_limits(config: dict[str, Any], *models: PreTrainedModel) -> dict[str, tuple[int, int]]:
+    """What a configuration of stage 3 sets against gathering ahead: limits lower than ``with_limits`` would set them,
+    switches the other way. Its value of each, and the one that is needed."""
+    zero = DeepSpeedZeroConfig(**with_limits(config, *models)["zero_optimization"])
+    found = {}
+    for key, needed in {**derived_limits(config, *models), **_SWITCHES}.items():
+        value = getattr(zero.offload_param if key in _BUFFERS else zero, key.removeprefix("stage3_"))
+        if value != needed if key in _SWITCHES else value < needed:
+            found[key] = value, needed
+    return found
+
+
+def gathers_of(model: PreTrainedModel, threshold: int) -> Gathers:
+    """What of a model comes and goes, with weights or on the meta device, marked by ``make_layers_leaves`` or not.
+
+    Args:
+        threshold: weights of at most so many elements stay gathered.
+    """
+    table, head = model.get_input_embeddings(), model.get_output_embeddings()
+    hooked = [module for module in _hooked(model) if module is not table and module is not head]
+    if any(map(is_leaf, hooked)):  # what lies between the layers is small, or a single weight like the head
+        hooked = [module for module in hooked if is_leaf(module)]
+    sizes = [_sizes(module, threshold) for module in hooked]
+    layers = tuple(layer for layer in sizes if layer)
+    return Gathers(layers, sum(_sizes(table, threshold)), sum(_sizes(head, threshold)) if head is not None else 0)
+
+
+def _hooked(module: nn.Module) -> Iterator[nn.Module]:
+    """The modules that ZeRO-3 gathers for, each for its own weights, leaves for all that is in them."""
+    yield module
+    if not is_leaf(module):
+        for child in module.children():
+            yield from _hooked(child)
+
+
+def _sizes(module: nn.Module, threshold: int) -> tuple[int, ...]:
+    """Elements of the weights that are gathered for a module."""
+    sizes = (whole_shape(parameter).numel() for parameter in module.parameters(recurse=is_leaf(module)))
+    return tuple(size for size in sizes if size > threshold)
 
 
 def quantization(recipe: Recipe) -> dict[str, Any]:
@@ -229,7 +306,7 @@ def _whole_bytes(weight: nn.Parameter) -> int:
 def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
     """Make a model that was loaded partitioned gather its weights as it runs, for use without training."""
     make_layers_leaves(model)
-    deepspeed.initialize(model=model, config=config, dist_init_required=False)
+    deepspeed.initialize(model=model, config=with_limits(config, model), dist_init_required=False)
 
 
 def make_layers_leaves(model: PreTrainedModel) -> None:

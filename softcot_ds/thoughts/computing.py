@@ -18,7 +18,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.methods.trial import check_ahead, check_model
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
 from softcot_ds.models.backbone import load_frozen
-from softcot_ds.models.partition import plain_config
+from softcot_ds.models.partition import make_layers_leaves, plain_config, with_limits
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts.builder import fill, say
 from softcot_ds.thoughts.ranks import Ranks, join_ranks
@@ -100,8 +100,9 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
     config = plain_config(recipe.assistant.dtype)
     partition, group_size = recipe.cache.partition, recipe.backbone.group_size
     model = load_frozen(recipe.assistant, partition, distributed.device(), config, group_size)
+    make_layers_leaves(model)
     # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
-    engine, *_ = deepspeed.initialize(model=decoder_of(model), config=config)
+    engine, *_ = deepspeed.initialize(model=decoder_of(model), config=with_limits(config, model))
     return engine.module.eval()
 
 

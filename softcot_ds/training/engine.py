@@ -15,7 +15,7 @@ from softcot_ds.methods.base import Projection, check_fits, load_projection, pro
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
 from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
-from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves
+from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
@@ -90,10 +90,11 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
-    make_layers_leaves(model.base)
-    engine, *_ = deepspeed.initialize(
-        model=model, optimizer=optimizer, config=engine_config(recipe, accumulation), dist_init_required=False
-    )
+    frozen = [part for part in (model.base, model.assistant) if part is not None]
+    for part in frozen:
+        make_layers_leaves(part)
+    settings = with_limits(engine_config(recipe, accumulation), *frozen)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     check_model(model.base, "base", recipe.base.model)
     if model.assistant is not None:
         check_model(model.assistant, "assistant", recipe.assistant.model)

@@ -3,10 +3,9 @@
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
-
 from softcot_ds.distributed import world_size
-from softcot_ds.models.partition import comes_and_goes, held_bytes, is_leaf, whole_shape
+from softcot_ds.models.limits import Limits, most_gathered
+from softcot_ds.models.partition import comes_and_goes, gathers_of, held_bytes, whole_shape
 from softcot_ds.progress import size
 
 _STATES = 12
@@ -43,10 +42,8 @@ class ExpectedMemory:
 def expected_memory(engine: Any) -> ExpectedMemory:
     """Of a training of ``SoftCoT``, from its parameters as DeepSpeed holds them.
 
-    Partitioned weights are gathered before their use and may stay until the next one: as many as
-    ``stage3_max_live_parameters`` or ``stage3_max_reuse_distance`` allow, and what is at work, a layer at most, is
-    gathered whatever they say. On a single rank nothing is gathered. Weights that are offloaded count as gathered
-    alone.
+    Partitioned weights are gathered before their use and may stay until the next one: as many as DeepSpeed's limits let
+    (models/limits.py). On a single rank nothing is gathered. Weights that are offloaded count as gathered alone.
     """
     trained = {*engine.module.projection.parameters()}
     frozen = [parameter for parameter in engine.module.parameters() if parameter not in trained]
@@ -54,21 +51,16 @@ def expected_memory(engine: Any) -> ExpectedMemory:
     come_and_go = {parameter for parameter in frozen if comes_and_goes(parameter)}
     gathered = 0
     if come_and_go:
-        kept = max(engine.zero_max_live_parameters(), engine.zero_max_reuse_distance())
-        at_work = max(_sizes_at_work(engine.module, come_and_go))
+        limits = Limits(
+            engine.zero_prefetch_bucket_size(), engine.zero_max_live_parameters(), engine.zero_max_reuse_distance()
+        )
+        threshold = engine.zero_param_persistence_threshold()
+        models = [model for model in (engine.module.base, engine.module.assistant) if model is not None]
+        most = most_gathered([gathers_of(model, threshold) for model in models], limits)
         itemsize = next(iter(come_and_go)).element_size()
-        gathered = itemsize * min(kept + at_work, sum(whole_shape(parameter).numel() for parameter in come_and_go))
+        gathered = itemsize * min(most, sum(whole_shape(parameter).numel() for parameter in come_and_go))
     stage, ranks = engine.zero_optimization_stage(), world_size()
     states = _STATES / ranks + _GRADIENT / (ranks if stage >= 2 else 1)
     copies = sum(whole_shape(parameter).numel() * (parameter.element_size() + states) for parameter in trained)
     tokens = 0 if engine.module.table is None else engine.module.table.rows_KD.nbytes
     return ExpectedMemory(weights, tokens, gathered, round(copies))
-
-
-def _sizes_at_work(model: nn.Module, parameters: set[nn.Parameter]) -> list[int]:
-    """Elements that are gathered together: of a module on its own, or of a whole layer, which is one to DeepSpeed."""
-    sizes = []
-    for module in model.modules():
-        theirs = module.parameters(recurse=is_leaf(module))
-        sizes.append(sum(whole_shape(parameter).numel() for parameter in theirs if parameter in parameters))
-    return sizes
