@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 from launch import ROOT, deepspeed_command, environment, run
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 from softcot_ds import distributed, doctor, launchers
 from softcot_ds.agreement import code_digest
