@@ -18,7 +18,7 @@ from transformers import (
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
-from softcot_ds.distributed import Group, lost_rank, say
+from softcot_ds.distributed import Group, lost_rank, say, world_size
 from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
