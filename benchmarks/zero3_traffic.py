@@ -22,9 +22,9 @@ else as it is: as many layers, as large against the head and the parts of a laye
 - ``forward``, ``backward``: of the elements that are asked for in a pass and not kept whole all the time, the fraction
   that were gathered, or on their way, before their hook asked. What activation checkpointing would compute again counts
   as backward
-- ``first``: the fraction of the forward pass's elements that are asked for before a layer has run: of projection, table
-  and first layer. They too are on their way before their hook asks, but since the step's first hook at the earliest,
-  with next to no computation to hide behind: DeepSpeed gathers nothing before a step begins
+- ``first``: the fraction of the forward pass's elements that are asked for before a layer has run, the projection's and the
+  first layer's. They too are on their way before their hook asks, but since the step's first hook at the earliest, with
+  next to no computation to hide behind: DeepSpeed gathers nothing before a step begins
 - ``most_layers``: elements gathered at a time at most, in layers; ``expected_layers``: the package's bound of it
 - ``gathered_ahead_before``: the same with the limits that once were in ds_configs/zero3.json, made smaller alike
 """
@@ -42,7 +42,7 @@ from typing import Any
 import deepspeed
 import torch
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
-from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import z3_leaf_module
 from environment import describe, write_result
 from torch import nn
@@ -130,7 +130,7 @@ class Ahead:
 
     def _count(self, coordinator: Any, module: nn.Module, forward: bool) -> None:
         direction = "forward" if forward and torch._C._current_graph_task_id() == -1 else "backward"
-        parameters = set(module.parameters(recurse=z3_leaf_module(module)))
+        parameters = set(iter_params(module, recurse=z3_leaf_module(module)))
         new = [p for p in parameters if not p.ds_persist and not p.ds_active_sub_modules]  # not at work already
         asked = sum(parameter.ds_numel for parameter in new)
         if not self._layer_has_run:
