@@ -22,9 +22,9 @@ else as it is: as many layers, as large against the head and the parts of a laye
 - ``forward``, ``backward``: of the elements that are asked for in a pass and not kept whole all the time, the fraction
   that were gathered, or on their way, before their hook asked. What activation checkpointing would compute again counts
   as backward
-- ``first``: the fraction of the forward pass's elements that are asked for before a layer has run, the projection's and the
-  first layer's. They too are on their way before their hook asks, but since the step's first hook at the earliest, with
-  next to no computation to hide behind: DeepSpeed gathers nothing before a step begins
+- ``first``: the fraction of the forward pass's elements that are asked for before a layer has run, by projection and
+  the first layer. They too are on their way before their hook asks, but since the step's first hook at the earliest:
+  DeepSpeed gathers nothing before a step begins, and there is next to no computation to hide behind
 - ``most_layers``: elements gathered at a time at most, in layers; ``expected_layers``: the package's bound of it
 - ``gathered_ahead_before``: the same with the limits that once were in ds_configs/zero3.json, made smaller alike
 """
