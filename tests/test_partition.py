@@ -45,7 +45,7 @@ def test_no_values_of_weights_stay_until_the_backward_pass_whose_gradient_is_the
     # Marked as DeepSpeed marks them, which takes their values after a pass, and brings them back for the next.
     values = [parameter.detach().clone() for parameter in model.parameters()]
     for number, parameter in enumerate(model.parameters()):
-        parameter.ds_id, parameter.ds_persist = number, False
+        parameter.ds_id, parameter.ds_persist, parameter.ds_zero_partition_world_size = number, False, 2
     logits, kept = run(model, embeds)
     for parameter in model.parameters():
         parameter.data = torch.empty(0)
