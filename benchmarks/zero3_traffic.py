@@ -234,7 +234,7 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
         softcot_ds.training.engine.make_layers_leaves = lambda model: None
     elif variant == "two_passes":
         model.forward = partial(two_passes, model)
-    engine = softcot_ds.training.engine.build_engine(model, recipe, 1)
+    engine = softcot_ds.training.engine.build_engine(model, recipe)
     softcot_ds.training.engine.make_layers_leaves = make_layers_leaves
 
     train(engine, model, experiment, recipe, traffic.reset)

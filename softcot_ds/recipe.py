@@ -247,6 +247,9 @@ class TrainingConfig(Section):
     """Examples per optimizer step, over all ranks."""
     micro_batch_size: Annotated[Count, FREE] = 4
     """Examples per forward pass of a rank, at most; gradient accumulation makes up the rest."""
+    micro_batch_tokens: Annotated[Count | None, FREE] = None
+    """In training, in the place of micro_batch_size: tokens per forward pass of a rank, at most, thoughts and padding
+    included. Short examples then come in larger micro-batches, and their number differs from step to step."""
     learning_rate: float = Field(1e-3, gt=0)
     warmup_steps: CountOrZero = 0
     """Steps of linear warm-up; the last of them has the peak."""

@@ -15,13 +15,14 @@ from kept import Kept
 from safetensors.torch import save_file
 from softcot_kernels import reference
 
-from softcot_ds.data.batches import collate, global_batches, micro_batches
+from softcot_ds.data.batches import collate, global_batches
 from softcot_ds.distributed import init_distributed, is_main, shut_down, sum_over_ranks, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.partition import data_ranks
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader
-from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.training.batches import micro_batches
+from softcot_ds.training.engine import build_engine, build_model
 
 recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 init_distributed(5)
@@ -35,35 +36,38 @@ for variant in variants:
     examples = experiment.splits.train
     reader = ThoughtReader.open(recipe, examples)
     ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
-    accumulation = accumulation_steps(recipe, ranks)
     model = build_model(recipe, experiment, None)
     if "apart" in overrides:
         model.embed = None
     if "lookup" in overrides:
         model.table = model.embed = None
-    engine = build_engine(model, recipe, accumulation)
+    engine = build_engine(model, recipe)
     batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
-    losses = []
+    losses, micro_batch_counts = [], []
     for batch in islice(batches, recipe.training.steps):
         num_labels = sum(len(examples[index].target_ids) for index in batch)
         total = 0.0
-        for micro in micro_batches(batch, ranks.number, ranks.count, accumulation):
+        mine = micro_batches(batch, examples, recipe.training, ranks)
+        for number, micro in enumerate(mine, 1):
+            engine.set_gradient_accumulation_boundary(number == len(mine))
             chosen = [examples[index] for index in micro]
             tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared, engine.module.number)
             tensors.thoughts = reader.read(chosen)
             with Kept() as kept:
                 loss = engine(tensors) / (num_labels * ranks.alike)
             results.setdefault(f"{variant}/kept", torch.tensor(kept.bytes(engine.module)))
-            engine.backward(loss * (world_size() * accumulation))
+            engine.backward(loss * world_size())
             total = total + loss.detach()
             if not losses and engine.is_gradient_accumulation_boundary():
                 for name, parameter in engine.module.projection.named_parameters():
                     results[f"{variant}/{name}"] = safe_get_full_grad(parameter).float().contiguous()
             engine.step()
         losses.append(total)
+        micro_batch_counts.append(len(mine))
     if engine.module.prefixed is not None:
         results[f"{variant}/fuses_loss"] = torch.tensor(engine.module.prefixed.fuses_loss)
     results[f"{variant}/fuses_embedding"] = torch.tensor(engine.module.embed is not None)
+    results[f"{variant}/micro_batches"] = torch.tensor(micro_batch_counts)
     results[f"{variant}/losses"] = sum_over_ranks(torch.stack(losses))
 if is_main():
     save_file(results, output)

@@ -46,7 +46,7 @@ watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 base = load_frozen(recipe.base, recipe.backbone.partition, device(), engine_config(recipe))
 projection = LinearProjection(16, base.config.hidden_size)
-engine = build_engine(SoftCoT(base, projection, tokens=range(8)), recipe, 1)
+engine = build_engine(SoftCoT(base, projection, tokens=range(8)), recipe)
 ids = torch.arange(8)[None]
 mask = torch.ones(1, 8, dtype=torch.bool)
 thoughts = torch.randn(1, 2, 16).to(base.dtype)

@@ -14,10 +14,9 @@ from pathlib import Path
 from softcot_ds.adapter import AdapterConfig
 from softcot_ds.distributed import barrier, init_distributed, is_main, shut_down, world_size
 from softcot_ds.experiment import Experiment
-from softcot_ds.models.partition import data_ranks
 from softcot_ds.recipe import load_recipe
 from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
-from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.loop import train
 
 folder, recipe, *configurations = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
@@ -40,8 +39,7 @@ for number, overrides in enumerate(configurations):
     again = variant(resumed, "name=restored")
     experiment = Experiment(again)
     model = build_model(again, experiment, saved / "projection.safetensors")
-    ranks = data_ranks(again.backbone.partition, again.backbone.group_size)
-    engine = build_engine(model, again, accumulation_steps(again, ranks))
+    engine = build_engine(model, again)
     load_checkpoint(engine, saved)
     save_checkpoint(engine, again, AdapterConfig.load(saved), experiment.task.prompt_file, {})
     engine.destroy()

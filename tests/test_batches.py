@@ -1,14 +1,14 @@
 """Batches without loss."""
 
 from collections import Counter
-from itertools import islice
+from itertools import combinations, islice, pairwise
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from softcot_ds.data.batches import collate, global_batches, micro_batches, pad
+from softcot_ds.data.batches import collate, cut_by_tokens, cut_evenly, global_batches, pad
 from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
@@ -61,16 +61,52 @@ def test_the_order_depends_on_the_seed_and_the_epoch():
     assert draw(0, 0) != draw(0, 16)
 
 
-@given(st.integers(1, 6), st.integers(1, 6), st.integers(0, 40))
-def test_micro_batches_share_a_batch_out_evenly(world_size, accumulation, extra):
-    batch = list(range(100, 100 + world_size * accumulation + extra))
-    parts = [part for rank in range(world_size) for part in micro_batches(batch, rank, world_size, accumulation)]
-    assert len(parts) == world_size * accumulation
-    assert sorted(index for part in parts for index in part) == batch
+@given(st.integers(1, 36), st.integers(0, 40))
+def test_micro_batches_share_a_batch_out_evenly(count, extra):
+    batch = list(range(100, 100 + count + extra))
+    parts = cut_evenly(batch, count)
+    assert len(parts) == count
+    assert [index for part in parts for index in part] == batch
     sizes = [len(part) for part in parts]
     assert min(sizes) >= 1
     assert max(sizes) - min(sizes) <= 1
-    assert all(part == list(range(part[0], part[0] + len(part))) for part in parts)
+
+
+def make_example(prefix: int, rest: int) -> Example:
+    """Of a thought, and of ``rest`` tokens after it."""
+    return Example(Problem("q", "r", "1"), AssistantInput("id", [0], [0]), [1] * prefix, [], [2] * rest)
+
+
+def padded(part: list[int], lengths: list[tuple[int, int]]) -> int:
+    """Tokens of a micro-batch, by hand."""
+    return len(part) * (max(lengths[i][0] for i in part) + 1 + max(lengths[i][1] for i in part))
+
+
+def every_cut(batch: list[int], count: int) -> list[list[list[int]]]:
+    """All ways to cut a batch into so many parts."""
+    cuts = combinations(range(1, len(batch)), count - 1)
+    return [[batch[a:b] for a, b in pairwise((0, *cut, len(batch)))] for cut in cuts]
+
+
+pairs_of_lengths = st.lists(st.tuples(st.integers(0, 9), st.integers(1, 9)), min_size=3, max_size=8)
+
+
+@given(pairs_of_lengths, st.integers(19, 60), st.integers(1, 3))
+def test_micro_batches_of_a_budget_are_the_fewest_and_the_largest_is_as_small_as_any_cut_makes_it(
+    lengths, tokens, ranks
+):
+    batch = list(range(len(lengths)))
+    parts = cut_by_tokens(batch, [make_example(*pair) for pair in lengths], tokens, ranks)
+    assert [index for part in parts for index in part] == batch
+    assert min(map(len, parts)) >= 1
+
+    def smallest(count: int) -> int:
+        return min(max(padded(part, lengths) for part in cut) for cut in every_cut(batch, count))
+
+    counts = range(ranks, len(batch) + 1, ranks)
+    fewest = next((count for count in counts if smallest(count) <= tokens), counts[-1])
+    assert len(parts) == fewest
+    assert max(padded(part, lengths) for part in parts) == smallest(fewest)
 
 
 # ------------------------------------------------------------------------------------------------------- padding

@@ -16,17 +16,23 @@ TOY = (
     "training.save_every=3 training.keep_checkpoints=9 training.warmup_steps=2 training.log_every=1 "
     "training.global_batch_size=6 training.micro_batch_size=2 training.weight_decay=0.1"
 )
+BUDGET = "training.micro_batch_tokens=160"
+"""One or two micro-batches a step on two ranks, two or three on one."""
 CONFIGURATIONS = {
     f"{dtype} {name}": f"{TOY} base.dtype={dtype} assistant.dtype={dtype} {settings}"
     for dtype, name, settings in (
         # Each is another optimizer of DeepSpeed's, or another place for what it keeps.
         ("float32", "none", "backbone.partition=none"),
         ("bfloat16", "none", "backbone.partition=none"),
-        ("bfloat16", "none, stage 2", "backbone.partition=none backbone.deepspeed={stage2}"),
+        ("bfloat16", "none, stage 2", f"backbone.partition=none backbone.deepspeed={{stage2}} {BUDGET}"),
         ("float32", "zero3", "backbone.partition=zero3"),
-        ("bfloat16", "zero3", "backbone.partition=zero3"),
+        ("bfloat16", "zero3", f"backbone.partition=zero3 {BUDGET}"),
         ("float32", "tensor", "backbone.partition=tensor"),
-        ("float32", "offloaded", "backbone.partition=zero3 backbone.deepspeed=ds_configs/zero3_cpu_offload.json"),
+        (
+            "float32",
+            "offloaded",
+            f"{BUDGET} backbone.partition=zero3 backbone.deepspeed=ds_configs/zero3_cpu_offload.json",
+        ),
     )
 }
 

@@ -197,6 +197,7 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             ("fast", "none", "false", "1 lookup"),
             ("fast", "zero3", "false", "3 lookup"),
             ("fast", "zero3", "false", "1 apart"),
+            ("fast", "zero3", "false", "5 training.micro_batch_tokens=300"),
         )
     ]
     output = tmp_path / "gradients.safetensors"
@@ -210,7 +211,7 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
 
     # What the ranks gather leaves nothing behind, and is the same whenever it is gathered.
-    split, recomputed, whole, _, full, whole_lookup, lookup, apart = variants
+    split, recomputed, whole, _, full, whole_lookup, lookup, apart, budget = variants
     for name in gradient:
         assert torch.equal(found[f"{split}/{name}"], found[f"{recomputed}/{name}"]), name
     assert found[f"{split}/kept"] <= found[f"{whole}/kept"]
@@ -227,6 +228,10 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
     curve = found[f"{split}/losses"]
     assert curve[-1] < curve[0]
     torch.testing.assert_close(curve, found[f"{full}/losses"], rtol=1e-6, atol=0)
+    # However the global batches are cut.
+    assert found[f"{split}/micro_batches"].tolist() == [2] * 20
+    assert found[f"{budget}/micro_batches"].tolist() == [2, 1, 1, 1, 2]
+    torch.testing.assert_close(curve[:5], found[f"{budget}/losses"], rtol=1e-6, atol=0)
 
 
 def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):

@@ -5,8 +5,10 @@ another number of ranks continues the same curve.
 """
 
 import random
+from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 
 import torch
 
@@ -49,16 +51,43 @@ def order_by_prefix(batch: list[int], examples: Sequence[Example]) -> list[int]:
     return sorted(batch, key=lambda index: len(examples[index].prefix_ids))
 
 
-def micro_batches(batch: list[int], rank: int, world_size: int, accumulation: int) -> list[list[int]]:
-    """This rank's ``accumulation`` micro-batches of a global batch; over all ranks each index comes once.
+def cut_evenly(batch: list[int], parts: int) -> list[list[int]]:
+    """Parts whose sizes differ by one at most; neighbours stay together.
 
-    Sizes differ by one at most, and neighbours in length stay together. Requires
-    ``len(batch) >= world_size * accumulation``: an empty micro-batch would leave a rank out of a collective call.
+    Requires ``len(batch) >= parts``: an empty micro-batch would leave a rank out of a collective call.
     """
-    parts = world_size * accumulation
     bounds = [len(batch) * part // parts for part in range(parts + 1)]
-    mine = range(rank, parts, world_size)
-    return [batch[bounds[part] : bounds[part + 1]] for part in mine]
+    return [batch[start:stop] for start, stop in pairwise(bounds)]
+
+
+def cut_by_tokens(batch: list[int], examples: Sequence[Example], tokens: int, ranks: int) -> list[list[int]]:
+    """Parts of at most ``tokens`` tokens, thoughts and padding included: the fewest that are a multiple of ``ranks``.
+
+    Neighbours stay together, and the largest part is as small as it can be. Parts are larger where there would be more
+    of them than examples otherwise. Requires that no example has more tokens, and ``len(batch) >= ranks``.
+    """
+
+    def fill(limit: int) -> list[list[int]]:
+        parts, longest = [], (0, 0)
+        for index in batch:
+            prefix = len(examples[index].prefix_ids)
+            rest = examples[index].length - prefix
+            grown = max(longest[0], prefix), max(longest[1], rest)
+            if parts and (len(parts[-1]) + 1) * sum(grown) <= limit:
+                parts[-1].append(index)
+                longest = grown
+            else:
+                parts.append([index])
+                longest = prefix, rest
+        return parts
+
+    count = min(-(-len(fill(tokens)) // ranks), len(batch) // ranks) * ranks
+    enough = len(batch) * 2 * max(examples[index].length for index in batch)
+    parts = fill(bisect_left(range(enough), True, key=lambda limit: len(fill(limit)) <= count))
+    while len(parts) < count:
+        most = max(range(len(parts)), key=lambda part: len(parts[part]))
+        parts[most : most + 1] = cut_evenly(parts[most], 2)
+    return parts
 
 
 @dataclass

@@ -47,7 +47,7 @@ def data_ranks(partition: Partition, group_size: int | None) -> DataRanks:
     return DataRanks(group.number, group.count, group.size, group.rank == 0)
 
 
-def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
+def engine_config(recipe: Recipe) -> dict[str, Any]:
     """The recipe's DeepSpeed configuration, with what the recipe itself decides filled in.
 
     ``"auto"`` would not be: only the Hugging Face Trainer replaces it.
@@ -59,7 +59,7 @@ def engine_config(recipe: Recipe, accumulation: int = 1) -> dict[str, Any]:
         wrong = [f"zero_optimization.{'.'.join(map(str, e['loc']))}: {e['msg']}" for e in error.errors()]
         raise SoftCoTError(f"{recipe.backbone.deepspeed_path()}: {'; '.join(wrong)}") from error
     config["train_micro_batch_size_per_gpu"] = recipe.training.micro_batch_size
-    config["gradient_accumulation_steps"] = accumulation
+    config["gradient_accumulation_steps"] = 1  # whoever trains says which micro-batch is the last of a step
     config["gradient_clipping"] = recipe.training.gradient_clipping
     config["bf16"] = {"enabled": recipe.base.dtype == "bfloat16"}
     # Sums of gradients over micro-batches and ranks stay in float32: bf16 sums would depend on the number of ranks.

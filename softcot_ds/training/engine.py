@@ -8,7 +8,7 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.data.batches import token_ids
-from softcot_ds.distributed import DataRanks, device, say
+from softcot_ds.distributed import device, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
@@ -75,7 +75,7 @@ def build_projection(recipe: Recipe, experiment: Experiment, base: PreTrainedMod
     return projection
 
 
-def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
+def build_engine(model: SoftCoT, recipe: Recipe) -> Any:
     """DeepSpeed's engine with AdamW over the projection's parameters and nothing else.
 
     The models are tried here, before the first step: a base that the fast step does not suit takes the full one.
@@ -93,7 +93,7 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
     frozen = [part for part in (model.base, model.assistant) if part is not None]
     for part in frozen:
         make_layers_leaves(part)
-    settings = with_limits(engine_config(recipe, accumulation), *frozen)
+    settings = with_limits(engine_config(recipe), *frozen)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     check_model(model.base, "base", recipe.base.model)
     if model.assistant is not None:
@@ -101,19 +101,3 @@ def build_engine(model: SoftCoT, recipe: Recipe, accumulation: int) -> Any:
     if model.prefixed is not None and (reason := agreed(why_not_fast(model.base, model.prefixed))):
         model.use_full_step(reason)
     return engine
-
-
-def accumulation_steps(recipe: Recipe, ranks: DataRanks) -> int:
-    """Micro-batches per rank and optimizer step.
-
-    Raises:
-        SoftCoTError: there are more ranks than examples in a global batch.
-    """
-    config = recipe.training
-    accumulation = -(-config.global_batch_size // (config.micro_batch_size * ranks.count))
-    if config.global_batch_size < accumulation * ranks.count:
-        raise SoftCoTError(
-            f"training.global_batch_size {config.global_batch_size} does not feed {ranks.count} ranks; "
-            "raise it or use fewer ranks"
-        )
-    return accumulation

@@ -1,6 +1,6 @@
 """The training loop."""
 
-from collections.abc import Iterator
+from collections.abc import Callable
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -20,9 +20,9 @@ from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import Journal, checkpoint_step
 from softcot_ds.thoughts.reader import ThoughtReader
-from softcot_ds.training.batches import read_batch, training_batches
+from softcot_ds.training.batches import accumulation_steps, check_micro_batches, read_batch, training_batches
 from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
-from softcot_ds.training.engine import accumulation_steps, build_engine, build_model
+from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.memory import expected_memory
 from softcot_ds.training.metrics import PhaseTimer
 from softcot_ds.training.profiling import StepProfiler
@@ -62,10 +62,10 @@ def _train(recipe: Recipe) -> None:
     adapter = on_main(lambda: adapter_config(experiment))
     recipe = settled(recipe)
     ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
-    accumulation = accumulation_steps(recipe, ranks)
-    engine = _prepare_engine(experiment, recipe, ranks, accumulation, folder)
+    check_micro_batches(splits.train, config, ranks)
+    engine = _prepare_engine(experiment, recipe, ranks, folder)
     make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
-    batches = training_batches(splits.train, make_batch, recipe, ranks, accumulation, start)
+    batches = training_batches(splits.train, make_batch, recipe, ranks, start)
     validator = Validator(engine, splits.validation, make_batch, experiment, ranks)
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
@@ -106,15 +106,13 @@ def _train(recipe: Recipe) -> None:
     record.finish(summary, folder)
 
 
-def _prepare_engine(
-    experiment: Experiment, recipe: Recipe, ranks: DataRanks, accumulation: int, resume_from: Path | None
-) -> Any:
+def _prepare_engine(experiment: Experiment, recipe: Recipe, ranks: DataRanks, resume_from: Path | None) -> Any:
     """The engine, with the weights and moments of the checkpoint that the run goes on from, if there is one."""
     splits = experiment.splits
     start_from = resume_from / "projection.safetensors" if resume_from else recipe.projection.init_from
     model = build_model(recipe, experiment, start_from)
     num_trained = sum(p.numel() for p in model.projection.parameters())
-    engine = build_engine(model, recipe, accumulation)
+    engine = build_engine(model, recipe)
     if resume_from:
         load_checkpoint(engine, resume_from)
         say(f"resuming from {resume_from}")
@@ -126,8 +124,11 @@ def _prepare_engine(
     read_once = engine.module.num_shared
     tokens = sum(example.length - recipe.thoughts.count - read_once for example in splits.train) / len(splits.train)
     per_rank = tokens * recipe.training.global_batch_size / ranks.count
+    micro_batches = count(accumulation_steps(recipe.training, ranks), "micro-batch", "micro-batches")
+    if recipe.training.micro_batch_tokens:
+        micro_batches = f"micro-batches of at most {recipe.training.micro_batch_tokens:,} tokens"
     say(
-        f"per rank and step: {count(accumulation, 'micro-batch', 'micro-batches')}, {per_rank:,.0f} tokens on average, "
+        f"per rank and step: {micro_batches}, {per_rank:,.0f} tokens on average, "
         f"without padding, thoughts and the {read_once} tokens of each prompt that are read once"
     )
     say(f"memory expected per rank: {expected_memory(engine)}; activations and buffers come on top")
@@ -136,7 +137,7 @@ def _prepare_engine(
 
 def _take_step(
     engine: Any,
-    micro_batches: Iterator[Batch],
+    micro_batches: list[Callable[[], Batch]],
     learning_rate: float,
     num_labels: int,
     ranks: DataRanks,
@@ -145,15 +146,15 @@ def _take_step(
     """One optimizer step; returns this rank's share of the loss, of the tokens, and of the floating-point operations.
 
     The loss is the mean over the ``num_labels`` supervised tokens of the whole global batch, wherever they are
-    computed. DeepSpeed divides by ranks and micro-batches, which hold different numbers of tokens: undo that here.
+    computed. DeepSpeed divides by the ranks, which hold different numbers of tokens: undo that here.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    accumulation = engine.gradient_accumulation_steps()
     losses, num_tokens, operations = [], 0, 0
-    for _ in range(accumulation):
+    for number, make_batch in enumerate(micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
         with timer.phase("data"):
-            micro = next(micro_batches)
+            micro = make_batch()
             num_tokens += micro.num_tokens
             operations += engine.module.operations(micro)
             micro = micro.to(device())
@@ -161,7 +162,7 @@ def _take_step(
             loss = engine(micro) / (num_labels * ranks.alike)
         with timer.phase("backward"):
             # Where the loss is not finite, this makes the gradient NaN also if it were not: so no step is taken.
-            engine.backward(loss * (world_size() * accumulation + 0 * loss.detach()))
+            engine.backward(loss * (world_size() + 0 * loss.detach()))
         with timer.phase("optimizer"):
             engine.step()  # the optimizer moves on the last one
         losses.append(loss.detach())
