@@ -47,7 +47,7 @@ from random_llamas import LLAMA_1B, LLAMA_8B, SMALL_1B, SMALL_8B, default_device
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import AutoTokenizer, LlamaForCausalLM
 
-from softcot_ds.data.batches import Batch, collate, global_batches, order_by_prefix
+from softcot_ds.data.batches import Batch, collate, global_batches, order_by_prefix, token_ids
 from softcot_ds.data.examples import Example, make_example
 from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.methods.soft_thoughts import SoftCoT
@@ -198,13 +198,15 @@ class Variant:
         projection = LinearProjection(assistant.config.hidden_size, base.config.hidden_size)
         # Each variant hooks the layers of a base of its own, over the same weights.
         memo = {id(parameter): parameter for parameter in base.parameters()}
-        self.step = SoftCoT(copy.deepcopy(base, memo), projection, assistant, step, checkpointing, shared_ids)
+        base = copy.deepcopy(base, memo)
+        tokens = token_ids([example for batch in batches for example in batch], 0)
+        self.step = SoftCoT(base, projection, assistant, step, checkpointing, shared_ids, tokens)
         self.step.projection.to(base.device, base.dtype)
         change(self.step)
         self.batches = [self._collate(batch, assistant, online).to(base.device) for batch in batches]
 
     def _collate(self, examples: list[Example], assistant: LlamaForCausalLM, online: bool) -> Batch:
-        batch = collate(examples, 0, self.step.num_shared)
+        batch = collate(examples, 0, self.step.num_shared, self.step.number)
         if not online:
             batch.thoughts = compute_thoughts(assistant, batch.assistant)
         return batch
