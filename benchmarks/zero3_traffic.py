@@ -148,7 +148,7 @@ def gathered_ahead(config: Path) -> dict[str, float]:
     recipe = traffic_recipe(config.parent, config, "training.step=fast")
     experiment = Experiment(recipe)
     model = softcot_ds.training.engine.build_model(recipe, experiment, None)
-    engine = softcot_ds.training.engine.build_engine(model, recipe, 1)
+    engine = softcot_ds.training.engine.build_engine(model, recipe)
     ahead = Ahead(model)
     train(engine, model, experiment, recipe, ahead.reset)
     ahead.remove()
