@@ -11,8 +11,11 @@ from hypothesis import strategies as st
 from softcot_ds.data.batches import collate, cut_by_tokens, cut_evenly, global_batches, pad
 from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.distributed import DataRanks
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import TrainingConfig
 from softcot_ds.tasks import Problem
+from softcot_ds.training.batches import check_micro_batches
 
 
 @given(st.lists(st.integers(1, 50), min_size=1, max_size=200), st.integers(1, 9), st.integers(0, 3))
@@ -107,6 +110,26 @@ def test_micro_batches_of_a_budget_are_the_fewest_and_the_largest_is_as_small_as
     fewest = next((count for count in counts if smallest(count) <= tokens), counts[-1])
     assert len(parts) == fewest
     assert max(padded(part, lengths) for part in parts) == smallest(fewest)
+
+
+@pytest.mark.parametrize(
+    ("ranks", "settings", "message"),
+    [
+        (5, {"micro_batch_size": 3}, "training.global_batch_size 8 does not feed 5 ranks; raise it or use fewer"),
+        (9, {"micro_batch_tokens": 99}, "training.global_batch_size 8 does not feed 9 ranks; raise it or use fewer"),
+        (
+            2,
+            {"micro_batch_tokens": 13},
+            "training.micro_batch_tokens 13 does not hold problem .* of 14 tokens; raise it",
+        ),
+    ],
+)
+def test_global_batches_that_cannot_be_cut_are_refused_before_a_model_is_loaded(ranks, settings, message):
+    examples = [make_example(2, 3), make_example(4, 9)]
+    config = TrainingConfig(global_batch_size=8, **settings)
+    with pytest.raises(SoftCoTError, match=message):
+        check_micro_batches(examples, config, DataRanks(0, ranks))
+    check_micro_batches(examples, config.model_copy(update={"micro_batch_tokens": 14}), DataRanks(0, 8))
 
 
 # ------------------------------------------------------------------------------------------------------- padding
