@@ -115,7 +115,7 @@ def test_micro_batches_of_a_budget_are_the_fewest_and_the_largest_is_as_small_as
 @pytest.mark.parametrize(
     ("ranks", "settings", "message"),
     [
-        (5, {"micro_batch_size": 3}, "training.global_batch_size 8 does not feed 5 ranks; raise it or use fewer"),
+        (5, {"micro_batch_size": 1}, "training.global_batch_size 8 does not feed 5 ranks; raise it or use fewer"),
         (9, {"micro_batch_tokens": 99}, "training.global_batch_size 8 does not feed 9 ranks; raise it or use fewer"),
         (
             2,
