@@ -20,7 +20,9 @@ setup(
     packages=[*find_packages(include=["softcot_ds*"]), "softcot_kernels"],
     # kernels/ itself is no package: transformers imports a PyPI package of that name, which it would shadow.
     package_dir={"softcot_kernels": "kernels/softcot_kernels"},
-    package_data={"softcot_ds": ["tasks/*.yaml", "pair/*/*.json", "pair/*/*.jinja", "pair/*/*.safetensors"]},
+    package_data={
+        "softcot_ds": ["tasks/*.yaml", "planning/*.yaml", "pair/*/*.json", "pair/*/*.jinja", "pair/*/*.safetensors"]
+    },
     install_requires=[
         "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",

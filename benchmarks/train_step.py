@@ -54,8 +54,8 @@ from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.models.loss import IGNORE
-from softcot_ds.models.operations import peak_flops
 from softcot_ds.models.shared_prefix import common_prefix
+from softcot_ds.planning.hardware import peak_flops
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks import Problem, make_task
 from softcot_ds.training.metrics import peak_memory_gib

@@ -15,6 +15,7 @@ COMMANDS = {
     "train": "train the projection",
     "evaluate": "measure accuracy, with controls",
     "generate": "answer a question",
+    "plan": "what each way to hold the weights needs, before a GPU is there",
     "doctor": "check whether this environment is fit for training",
     "submit": "cache, train and evaluate as a chain of SLURM jobs",
 }

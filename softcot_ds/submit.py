@@ -13,10 +13,12 @@ import subprocess
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from softcot_ds.command import OVERRIDES_HELP, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import latest_checkpoint, saved_step
 
@@ -25,21 +27,29 @@ _HOME_LINE = "SOFTCOT_HOME=${SOFTCOT_HOME:-$SLURM_SUBMIT_DIR}\n"
 """Of the scripts in slurm/: where they find the others. A generated script knows."""
 
 
-def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = None, dry_run: bool = False) -> None:
+def submit(
+    recipe: Recipe,
+    options: Sequence[str],
+    tasks_per_node: str | None = None,
+    dry_run: bool = False,
+    gpu: str | None = None,
+) -> None:
     """Check the recipe with its data, cache and run directory; then submit the jobs that are left to do.
 
     Args:
         options: of sbatch, as on its command line (``--nodes=2``); they replace those of the scripts.
         tasks_per_node: processes of a node that build the cache.
         dry_run: only show the scripts and the resolved recipe.
+        gpu: the kind of GPUs, by their name in the hardware table, to warn where they are too small.
 
     Raises:
         SoftCoTError: anything is wrong with the recipe, jobs of this run are in the queue already, or SLURM refuses a
             job; then none of this chain is left in the queue.
     """
-    commands = _left_to_do(recipe)
+    commands, data = _left_to_do(recipe)
     folder = recipe.run_dir / "slurm"
     scripts = {command: _script(command, recipe, options, tasks_per_node) for command in commands}
+    _warn_if_too_large(recipe, data, scripts["evaluate"], gpu)
     if dry_run:
         for command, text in scripts.items():
             print(f"# {folder / command}.sbatch\n{text}")
@@ -64,11 +74,13 @@ def submit(recipe: Recipe, options: Sequence[str], tasks_per_node: str | None = 
     print(f"logs: {recipe.run_dir}/logs; the jobs: squeue -j {','.join(jobs)}; to end them: scancel {' '.join(jobs)}")
 
 
-def _left_to_do(recipe: Recipe) -> list[str]:
-    """The commands to run, in their order. Raises SoftCoTError for what is wrong with the recipe."""
+def _left_to_do(recipe: Recipe) -> tuple[list[str], Any]:
+    """The commands to run, in their order, and the data as plans have it. Raises SoftCoTError for what is wrong with
+    the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.experiment import Experiment
     from softcot_ds.methods.base import projection_class
+    from softcot_ds.planning.lengths import data_of
     from softcot_ds.thoughts.reader import open_cache
     from softcot_ds.training.resume import refuse_other_run
 
@@ -86,7 +98,40 @@ def _left_to_do(recipe: Recipe) -> list[str]:
         commands.append("train")
     else:
         print(f"train     done to step {saved_step(recipe.run_dir)} in {recipe.run_dir}: no job")
-    return [*commands, "evaluate"]
+    return [*commands, "evaluate"], data_of(experiment.splits)
+
+
+def _warn_if_too_large(recipe: Recipe, data: Any, script: str, gpu: str | None) -> None:
+    """Say where a plan finds that the recipe does not fit the GPUs that a job asks for.
+
+    Args:
+        data: as plans have it.
+        script: of a job that runs the base; says how many nodes and GPUs, of the latter perhaps the kind.
+        gpu: their kind; default: what the script says, else h100.
+
+    Raises:
+        SoftCoTError: there is no such GPU in the hardware table.
+    """
+    from softcot_ds.planning.fit import why_too_large
+
+    nodes = re.search(r"^#SBATCH --nodes=(\d+)", script, flags=re.MULTILINE)
+    gpus = re.search(r"^#SBATCH --gpus-per-node=(?:(\w[\w-]*):)?(\d+)", script, flags=re.MULTILINE)
+    if nodes is None or gpus is None:
+        return
+    table = load_hardware()
+    said = gpus[1] if gpus[1] in table.gpus else None
+    kind = table.gpu(gpu or said or "h100")
+    cluster = Cluster(kind, table.reached, int(nodes[1]), int(gpus[2]), kind.network_gbps)
+    try:
+        reason = why_too_large(recipe, cluster, data)
+    except SoftCoTError as error:  # a model that cannot be planned may well be trained
+        print(f"warning: whether this fits is not known: {error}")
+        return
+    if reason:
+        print(
+            f"warning: this will not fit on {kind.words} GPUs: {reason}. softcot-ds plan shows what does; --gpu names "
+            "others"
+        )
 
 
 def _refuse_second_chain(folder: Path) -> None:
@@ -171,6 +216,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--nodes", required=True, help="4, or 3-4 where a restart may do with fewer after a dead node")
     parser.add_argument("--gpus-per-node", help="a rank for each; default: what slurm/*.sbatch say")
+    parser.add_argument("--gpu", help="their kind, as softcot-ds plan has it, to be warned where it is too small")
     parser.add_argument("--time", help="limit of each job, as sbatch takes it; training goes on in restarts")
     parser.add_argument(
         "--sbatch",
@@ -191,7 +237,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     options = [f"{name}={value}" for name, value in named.items() if value is not None]
     options += [option for text in args.sbatch for option in shlex.split(text)]
     return run_command(
-        lambda: submit(load_recipe(args.recipe, args.overrides), options, args.gpus_per_node, args.dry_run)
+        lambda: submit(load_recipe(args.recipe, args.overrides), options, args.gpus_per_node, args.dry_run, args.gpu)
     )
 
 

@@ -29,7 +29,7 @@ from softcot_ds.recipe import load_recipe
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 GIB = 2**30
-TITLES = ["versions", "devices", "communication", "folders", "disks", "models", "gathering", "launchers"]
+TITLES = ["versions", "devices", "communication", "folders", "disks", "models", "memory", "gathering", "launchers"]
 
 
 def healthy(rank: int) -> Facts:
@@ -80,14 +80,31 @@ def cluster(*changed_ranks: int, versions=(), output_dir=(), temporary=(), base=
 
 def test_a_healthy_cluster_gets_one_ok_for_each_check():
     findings = diagnosis.judge(cluster())
-    assert [finding.level for finding in findings] == ["ok"] * 8, findings
+    assert [finding.level for finding in findings] == ["ok"] * 9, findings
     assert [finding.title for finding in findings] == TITLES
     assert "4 ranks over NCCL, the sum is right, bus bandwidth 50.00 GB/s" in findings[2].text
+
+
+def test_what_the_gpus_cannot_hold_is_found_by_plan():
+    """By the memory of the smallest GPU that is there, also of a kind that is in no table."""
+    large = load_recipe(ROOT / "recipes/gsm8k_llama_70b.yaml", ["backbone.partition=none", "evaluation.partition=none"])
+    for gpu in ("NVIDIA H100 80GB HBM3, 79 GiB", "Somebody's X1, 79 GiB"):
+        said = examine.too_large(large, cluster(gpu=gpu, gpu_bytes=79 * GIB))
+        assert said.startswith("training 13"), said
+        assert "of a GPU, by plan, of which it has 79 GiB" in said
+    small = load_recipe(RECIPE, ["task.train_problems=20", "task.validation_problems=4", "task.test_problems=4"])
+    assert examine.too_large(small, cluster(gpu_bytes=79 * GIB)) == ""
+    assert examine.too_large(small, cluster(3, gpu_bytes=0)) is None
+    assert examine.too_large(small, cluster(gpu_bytes=79 * GIB)[:3]) is None, "nodes of different size"
 
 
 CPU = {"gpus": 0, "gpu": "", "gpus_allotted": 0}
 
 WRONG = {
+    "too large": (
+        cluster(too_large="training 134 GiB of a GPU, by plan"),
+        "warning", "memory", "training 134 GiB of a GPU, by plan is too much", "--nodes 2 --gpus-per-node 2 shows",
+    ),
     "version differs": (
         cluster(2, 3, versions={"torch": "2.13.1"}),
         "problem", "versions", "torch differs: 2.13.0+cu130 on node0; 2.13.1 on node1", "one environment",

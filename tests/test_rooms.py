@@ -21,13 +21,14 @@ FLOORS = (
     ("models",),
     ("methods",),
     ("experiment",),
+    ("planning",),
     ("agreement",),
     ("adapter",),
     ("thoughts",),
     ("inference",),
     ("training", "evaluation", "diagnosis"),
     ("command",),
-    ("cache", "train", "evaluate", "generate", "doctor", "submit", "slurm"),
+    ("cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan"),
     ("cli",),
 )
 """From the ground up. A room knows what lies below it; rooms of one floor do not know each other."""

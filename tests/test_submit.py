@@ -59,6 +59,24 @@ def test_dry_run_shows_all_and_leaves_nothing(recipe, capsys, tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+@pytest.mark.parametrize(
+    ("options", "gpu", "warned"),
+    [
+        (["--nodes=2", "--gpus-per-node=4"], None, ""),
+        (["--nodes=2-3", "--gpus-per-node=mine:4"], None, ""),
+        (["--nodes=2", "--gpus-per-node=l4:4"], None, "warning: this will not fit on L4 GPUs: training"),
+        (["--nodes=2", "--gpus-per-node=4"], "l4", "of which it has 22 GiB"),
+    ],
+)
+def test_what_the_gpus_cannot_hold_is_told(recipe, capsys, options, gpu, warned):
+    recipe.training.global_batch_size = 400_000
+    recipe.training.micro_batch_size = 50_000 if warned else 4
+    submit.submit(recipe, options, dry_run=True, gpu=gpu)
+    shown = capsys.readouterr().out
+    assert warned in shown
+    assert ("warning" in shown) == bool(warned)
+
+
 def test_without_slurm_it_says_so(recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SoftCoTError, match="no sbatch here"):

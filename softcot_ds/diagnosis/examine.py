@@ -17,6 +17,7 @@ import socket
 import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import timedelta
@@ -42,6 +43,8 @@ from softcot_ds.methods.trial import Role, Untried, why_unsuitable_ahead
 from softcot_ds.models import backbone
 from softcot_ds.models.model_files import is_here
 from softcot_ds.models.partition import engine_config, short_limits
+from softcot_ds.planning.fit import why_too_large
+from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
 
@@ -81,6 +84,8 @@ def doctor(recipe: Recipe | None) -> None:
     if recipes := difference(everyone, lambda facts: facts.recipe):
         # With other folders and models in them, nothing else can be compared.
         raise SoftCoTError(f"the recipe differs (hash {recipes}); give all nodes the same file")
+    if recipe is not None and facts.rank == 0:
+        facts.too_large = too_large(recipe, everyone)
     exchange(facts, on_gpu=all(other.has_gpu for other in everyone))
     with marks(facts, everyone[0].token):
         everyone = gather(facts)
@@ -165,6 +170,7 @@ def _look_at_device(facts: Facts) -> None:
         device = torch.device("cuda", facts.local_rank)
         torch.cuda.set_device(device)
         gpu = torch.cuda.get_device_properties(device)
+        facts.gpu_bytes = gpu.total_memory
         facts.gpu = f"{gpu.name}, {gpu.total_memory / 2**30:.0f} GiB"
     generator = torch.Generator().manual_seed(0)
     left, right = torch.randn(2, 256, 256, generator=generator)
@@ -241,6 +247,23 @@ def _look_at_limits(facts: Facts, recipe: Recipe) -> None:
         online = recipe.thoughts.source == "online"
         models = [recipe.base, recipe.assistant] if online else [recipe.base]
         facts.limits = short_limits(config, *map(backbone.shapes_of, models))
+
+
+def too_large(recipe: Recipe, everyone: Sequence[Facts]) -> str | None:
+    """What of the recipe does not fit the GPUs of these ranks, by plan; None where they are not alike or cannot be
+    planned for: what is wrong then is told by another check."""
+    ranks_on = Counter(facts.node for facts in everyone)
+    least = min(everyone, key=lambda facts: facts.gpu_bytes)
+    if not least.gpu_bytes or len({*ranks_on.values()}) > 1:
+        return None
+    table = load_hardware()
+    known = table.found(least.gpu.partition(",")[0]) or table.gpu("h100")  # of one that is not, the memory is
+    gpu = known.model_copy(update={"memory_gib": least.gpu_bytes / 2**30})
+    ranks = ranks_on[least.node]
+    try:
+        return why_too_large(recipe, Cluster(gpu, table.reached, len(ranks_on), ranks, gpu.network_gbps))
+    except SoftCoTError:
+        return None
 
 
 def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:

@@ -91,6 +91,7 @@ class Facts:
     """GPUs of this node that SLURM gave to the job; 0 outside SLURM, or when they are hidden on purpose."""
     gpu: str = ""
     """Model and memory."""
+    gpu_bytes: int = 0
     matmul_error: float = 0.0
     """Relative, of a product in float32."""
     device_failure: str = ""
@@ -103,6 +104,8 @@ class Facts:
     """By the setting that names them."""
     models: dict[str, Model] = field(default_factory=dict)
     """By role, on the first rank of each node."""
+    too_large: str | None = None
+    """Of rank 0: what of the recipe does not fit these GPUs, by plan; None where that is not known."""
     limits: dict[str, tuple[int, int]] | None = None
     """DeepSpeed's limits that the recipe's file sets too low for its models, and what they need; None where no weights
     are partitioned, or nothing is known of them."""
@@ -126,7 +129,7 @@ class Facts:
 
 def judge(everyone: Sequence[Facts]) -> list[Finding]:
     """What the facts of all ranks, in their order, mean: for each check its ok, or all that is wrong."""
-    checks = (_versions, _devices, _communication, _folders, _disks, _models, _gathering, _launchers)
+    checks = (_versions, _devices, _communication, _folders, _disks, _models, _memory, _gathering, _launchers)
     findings = []
     for check in checks:
         found = [Finding(verdict[0], check.__name__.strip("_"), *verdict[1:]) for verdict in check(everyone)]
@@ -346,6 +349,19 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     )
     same = f", the same on {len(firsts)} nodes" if len(firsts) > 1 else ""
     yield OK, f"{', '.join(texts)}{same}" if texts else "no recipe given: not looked at"
+
+
+def _memory(everyone: Sequence[Facts]) -> Iterator[Verdict]:
+    """What the recipe needs of a GPU is there."""
+    nodes = len({facts.node for facts in everyone})
+    if too_large := everyone[0].too_large:
+        yield (
+            WARNING,
+            f"{too_large} is too much",
+            f"softcot-ds plan RECIPE --nodes {nodes} --gpus-per-node {len(everyone) // nodes} shows what fits",
+        )
+    planned = everyone[0].too_large is not None
+    yield OK, "training and evaluation fit, by plan" if planned else "no recipe, or no GPUs alike: not planned"
 
 
 def _gathering(everyone: Sequence[Facts]) -> Iterator[Verdict]:

@@ -4,6 +4,7 @@ import hashlib
 import json
 from collections.abc import Iterable
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -64,7 +65,11 @@ def load_tokenizer(config: ModelConfig) -> PreTrainedTokenizerBase:
 
 def load_config(config: ModelConfig) -> PreTrainedConfig:
     """The configuration of a model, without its weights. Raises SoftCoTError when it cannot be loaded."""
-    folder = model_folder(config)
+    return read_config(model_folder(config), config)
+
+
+def read_config(folder: Path, config: ModelConfig) -> PreTrainedConfig:
+    """The same from the folder of its config.json."""
     try:
         return AutoConfig.from_pretrained(folder, trust_remote_code=False)
     except Exception as error:  # each family's configuration checks its values in its own way
@@ -102,15 +107,15 @@ def width(config: PreTrainedConfig) -> int:
     return empty_model(config).get_input_embeddings().weight.shape[1]
 
 
-def empty_model(config: PreTrainedConfig) -> PreTrainedModel:
-    """A model without weights, on the meta device, for its shapes.
+def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
+    """A model without weights, on the meta device, for its shapes. ``settings``: of ``from_config``, such as dtype.
 
     Raises:
         SoftCoTError: it is no configuration of a causal language model.
     """
     try:
         with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config)
+            return AutoModelForCausalLM.from_config(config, **settings)
     except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise SoftCoTError(f"model type {config.model_type!r} is no causal language model here: {reason}") from error

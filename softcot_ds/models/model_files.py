@@ -5,10 +5,12 @@ What is in the cache is never asked about again, so that a run does not change w
 
 import json
 import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from filelock import FileLock
-from huggingface_hub import HfApi, constants, snapshot_download, try_to_load_from_cache
+from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
 from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
 from huggingface_hub.utils import disable_progress_bars
 
@@ -52,6 +54,31 @@ def is_here(config: ModelConfig) -> bool:
     """Whether nothing needs to be downloaded."""
     location = resolve_location(config.model)
     return Path(location).is_dir() or _cached(location, config.revision, weights=True) is not None
+
+
+def config_folder(config: ModelConfig) -> Path | None:
+    """The folder of a model's config.json where it lies here already, which the rest of the model may not."""
+    location = resolve_location(config.model)
+    if Path(location).is_dir():
+        return Path(location)
+    found = try_to_load_from_cache(location, "config.json", revision=config.revision)
+    return Path(found).parent if isinstance(found, str) else None
+
+
+def fetch_config(config: ModelConfig) -> Path:
+    """Download a model's config.json and nothing else; returns its folder.
+
+    Raises:
+        SoftCoTError: it cannot be downloaded; with what to do.
+    """
+    with _plainly_said(config.model, config.revision, "config.json"):
+        return Path(hf_hub_download(config.model, "config.json", revision=config.revision)).parent
+
+
+def tokenizer_is_here(config: ModelConfig) -> bool:
+    """Whether configuration and tokenizer need no download."""
+    location = resolve_location(config.model)
+    return Path(location).is_dir() or _cached(location, config.revision, weights=False) is not None
 
 
 def weight_files(folder: Path, name: str) -> list[Path]:
@@ -113,11 +140,18 @@ def _cached(name: str, revision: str | None, weights: bool) -> Path | None:
 
 def _fetched(name: str, revision: str | None, weights: bool) -> Path:
     """Download a model. One process of those that share a cache does; the others wait for it."""
-    try:
+    with _plainly_said(name, revision):
         locks = Path(constants.HF_HUB_CACHE) / ".locks"
         locks.mkdir(parents=True, exist_ok=True)
         with FileLock(locks / f"softcot-ds--{name.replace('/', '--')}.lock"):
             return _cached(name, revision, weights) or _download(name, revision, weights)
+
+
+@contextmanager
+def _plainly_said(name: str, revision: str | None, file: str = "") -> Iterator[None]:
+    """Makes one message, with what to do, of what a download raises. ``file``: the one that is wanted, if not all."""
+    try:
+        yield
     except GatedRepoError as error:
         raise SoftCoTError(
             f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name}, then log in with that account: "
@@ -131,9 +165,11 @@ def _fetched(name: str, revision: str | None, weights: bool) -> Path:
         ) from error
     except Exception as error:  # whatever the HTTP library of the day raises without a network; a full disk
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        command = f"hf download {name}" + (f" --revision {revision}" if revision else "")
+        missing = f"{file} of {name} is not" if file else f"{name} is not (or not completely)"
+        command = f"hf download {name} {file}".rstrip()
+        command += f" --revision {revision}" if revision else ""
         raise SoftCoTError(
-            f"{name} is not (or not completely) in {constants.HF_HUB_CACHE}, and downloading it fails: {reason}. "
+            f"{missing} in {constants.HF_HUB_CACHE}, and downloading it fails: {reason}. "
             f"Where there is internet, with the same HF_HOME: {command}"
         ) from error
 

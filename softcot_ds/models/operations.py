@@ -1,9 +1,8 @@
-"""Floating-point operations, counted from shapes, and how many of them a GPU does at most.
+"""Floating-point operations, counted from shapes.
 
 Products of matrices alone count, two operations for each pair of factors, as PyTorch's own counter has it.
 """
 
-import re
 from dataclasses import dataclass
 from typing import Self
 
@@ -11,41 +10,6 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softcot_ds.models.partition import whole_shape
-from softcot_ds.recipe import Dtype
-
-_PEAK_TFLOPS = {
-    "B200": 2250,
-    "H200 NVL": 836,
-    "H200": 989,
-    "GH200": 990,
-    "H100 PCIe": 756,
-    "H100 NVL": 836,
-    "H100": 989,
-    "A100": 312,
-    "L40S": 362,
-    "L40": 181,
-    "L4": 121,
-    "A40": 150,
-    "A30": 165,
-    "A10": 125,
-}
-"""Dense bf16, by words of the GPU's name; NVIDIA's data sheets, which mostly give twice that, with sparsity."""
-
-
-def peak_flops(gpu: str, dtype: Dtype) -> float | None:
-    """Operations per second that a GPU does at most.
-
-    Args:
-        gpu: its name, as ``torch.cuda.get_device_name`` has it.
-
-    Returns:
-        None where it is not known: for GPUs that are not in the table, parts of one, and dtypes other than bfloat16.
-    """
-    words = re.split(r"[\s-]+", gpu)
-    if dtype != "bfloat16" or "MIG" in words:
-        return None
-    known = (peak for name, peak in _PEAK_TFLOPS.items() if set(name.split()) <= set(words))
-    return next((1e12 * peak for peak in known), None)
 
 
 @dataclass(frozen=True)

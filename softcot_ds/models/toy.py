@@ -21,9 +21,10 @@ _WIDTHS: dict[str, int] = (
     | dict.fromkeys(("moe_intermediate_size", "shared_expert_intermediate_size"), 24)
 )
 """What ranks divide that hold a model in slices."""
-_DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
+DEPTHS = ("num_hidden_layers", "n_layer", "n_layers", "num_layers", "num_blocks", "decoder_layers")
+"""What configurations call the number of layers."""
 _SIZES: dict[str, int] = (
-    dict.fromkeys(_DEPTHS, LAYERS)
+    dict.fromkeys(DEPTHS, LAYERS)
     | dict.fromkeys(("num_experts", "num_local_experts", "n_routed_experts", "mamba_dt_rank"), 4)
     | dict.fromkeys(("max_position_embeddings", "n_positions", "max_seq_len"), 256)
     | dict.fromkeys(("head_dim", "qk_rope_head_dim", "qk_nope_head_dim", "v_head_dim"), _HEAD_WIDTH)
@@ -58,7 +59,7 @@ def _shrunk(values: dict[str, Any], names: dict[str, str], ranks: int) -> dict[s
     """A configuration's settings made small, in its parts too. ``names``: other names of settings, and their own."""
     sizes = _SIZES | {name: ranks * size for name, size in _WIDTHS.items()}
     sizes |= {own: sizes[other] for other, own in names.items() if other in sizes}
-    depth = next((values[names.get(name, name)] for name in _DEPTHS if names.get(name, name) in values), None)
+    depth = next((values[names.get(name, name)] for name in DEPTHS if names.get(name, name) in values), None)
     return {key: _small(key, value, sizes, depth, values, ranks) for key, value in values.items()}
 
 

@@ -6,12 +6,8 @@ from typing import Any
 from softcot_ds.distributed import world_size
 from softcot_ds.models.limits import Limits, most_gathered
 from softcot_ds.models.partition import comes_and_goes, gathers_of, held_bytes, whole_shape
+from softcot_ds.planning.memory import trained_bytes
 from softcot_ds.progress import size
-
-_STATES = 12
-"""Bytes of a trained weight's copy and two moments in float32."""
-_GRADIENT = 4
-"""Bytes of a trained weight's gradient: it is summed in float32."""
 
 
 @dataclass(frozen=True)
@@ -60,7 +56,6 @@ def expected_memory(engine: Any) -> ExpectedMemory:
         itemsize = next(iter(come_and_go)).element_size()
         gathered = itemsize * min(most, sum(whole_shape(parameter).numel() for parameter in come_and_go))
     stage, ranks = engine.zero_optimization_stage(), world_size()
-    states = _STATES / ranks + _GRADIENT / (ranks if stage >= 2 else 1)
-    copies = sum(whole_shape(parameter).numel() * (parameter.element_size() + states) for parameter in trained)
+    copies = sum(trained_bytes(whole_shape(weight).numel(), weight.element_size(), ranks, stage) for weight in trained)
     tokens = 0 if engine.module.table is None else engine.module.table.rows_KD.nbytes
     return ExpectedMemory(weights, tokens, gathered, round(copies))

@@ -14,7 +14,7 @@ from softcot_ds.data.examples import Example
 from softcot_ds.distributed import device, is_main, on_main, say, sum_over_ranks, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_json, write_atomically
-from softcot_ds.models.operations import peak_flops
+from softcot_ds.planning.hardware import peak_flops
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
 from softcot_ds.training.metrics import PhaseTimer, TensorBoard, peak_memory_gib

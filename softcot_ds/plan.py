@@ -1,0 +1,54 @@
+"""``softcot-ds plan RECIPE --nodes N --gpus-per-node G``: what each way to hold the weights needs, moves and takes.
+
+From the models' configurations alone: no weight is read, and nothing but a config.json is ever downloaded.
+"""
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from softcot_ds.command import OVERRIDES_HELP, run_command
+from softcot_ds.planning.hardware import Cluster, load_hardware
+from softcot_ds.recipe import Recipe, load_recipe
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="softcot-ds plan", description="Memory, traffic and time of each way to hold the weights."
+    )
+    parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    parser.add_argument("--nodes", type=_positive, default=1)
+    parser.add_argument("--gpus-per-node", type=_positive, default=8, help="a rank for each; default: 8")
+    parser.add_argument("--gpu", default="h100", help="a name of the hardware table; default: h100")
+    parser.add_argument("--network", type=float, metavar="GBPS", help="of each GPU to other nodes, Gb/s")
+    parser.add_argument("--hardware", type=Path, metavar="FILE", help="YAML that adds to the hardware table")
+    parser.add_argument("--scaling", action="store_true", help="the best choice on one node to 1,024 GPUs too")
+    parser.add_argument("--json", action="store_true", help="for scripts")
+    args = parser.parse_intermixed_args(argv)
+    return run_command(lambda: _plan(load_recipe(args.recipe, args.overrides), args))
+
+
+def _plan(recipe: Recipe, args: argparse.Namespace) -> None:
+    hardware = load_hardware(args.hardware)
+    gpu = hardware.gpu(args.gpu)
+    cluster = Cluster(gpu, hardware.reached, args.nodes, args.gpus_per_node, args.network or gpu.network_gbps)
+
+    from softcot_ds.planning import report  # brings torch and transformers, which take seconds
+
+    plan = report.make_plan(recipe, cluster)
+    scaled = report.scale(plan) if args.scaling else []
+    print(json.dumps(report.as_json(plan, scaled), indent=2) if args.json else report.as_text(plan, scaled))
+
+
+def _positive(text: str) -> int:
+    if not text.isdecimal() or int(text) < 1:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    return int(text)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,116 @@
+"""How long the jobs of a recipe take: the assistant's cache, training with its validations, evaluation."""
+
+from dataclasses import dataclass
+from itertools import product
+
+from softcot_ds.planning.hardware import Cluster
+from softcot_ds.planning.search import GROUPED, SAMPLE_TOKENS, SAMPLES, Choice, Planner, Way
+from softcot_ds.planning.traffic import Traffic, summed_activations
+from softcot_ds.recipe import SPLIT
+
+_BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
+_LOGITS = 4
+"""Copies in float32 of the logits of a token, in choosing the next."""
+
+
+@dataclass(frozen=True)
+class Decoding:
+    """A way to decode the test problems."""
+
+    partition: str
+    group_size: int
+    bits: int
+    batch_size: int
+    bytes: float
+    """Of a GPU."""
+    fits: bool
+    token_seconds: float
+    """Of a token of all rows of a batch."""
+    seconds: float
+    """Of all conditions."""
+
+
+@dataclass(frozen=True)
+class Jobs:
+    """Seconds of each job."""
+
+    cache: float
+    training: float
+    validation: float
+    """Of that."""
+    evaluation: float
+
+
+def token_seconds(planner: Planner, cluster: Cluster, way: Way, rows: int) -> float:
+    """A token of each of ``rows``: weights are read, or gathered, whatever their number; keys and values of each."""
+    shape, gpu, reached = planner.shape, cluster.gpu, cluster.reached
+    weight = planner.weight_bytes(way.bits)
+    cached = planner.itemsize * rows * (planner.prompt + planner.new_tokens) * shape.keys_values
+    read = (weight * (shape.met(rows) + shape.head) + cached) / (way.group_size if way.partition == "tensor" else 1)
+    device = read / (1e9 * gpu.memory_gb_per_s * reached.memory)
+    host = planner.decode_operations * 1e-6 * reached.operation_us
+    if way.group_size == 1:
+        return max(device, host)
+    if way.partition == "tensor":
+        elements, sums = summed_activations(len(shape.layers), shape.width, rows, 0, False)
+        waited = cluster.seconds_of(Traffic(summed=planner.itemsize * elements, sums=sums), way.group_size)
+        return max(device, host) + max(waited)
+    gathered = shape.total - sum(shape.layers[: way.resident])
+    gathers = Traffic(gathered=weight * gathered, gathers=len(shape.layers) - way.resident + 2)
+    return max(device, host, *cluster.seconds_of(gathers, way.group_size))
+
+
+def decoding(planner: Planner, cluster: Cluster, way: Way) -> Decoding:
+    """The test problems under all conditions, as many of a rank together as ``way`` has examples in a micro-batch."""
+    recipe, rows = planner.recipe, way.micro_batch
+    streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
+    holding = way.partition, way.group_size, way.bits
+    memory = planner.held(*holding) + planner.resident_bytes(way) + planner.most_gathered(*holding)
+    memory += planner.cache_bytes(*holding[:2], rows, planner.prompt + recipe.evaluation.max_new_tokens)
+    memory += 4 * _LOGITS * rows * planner.shape.vocabulary
+    each = token_seconds(planner, cluster, way, rows)
+    rounds = -(-planner.data.test // (rows * streams))
+    seconds = len(recipe.evaluation.conditions) * rounds * planner.new_tokens * each
+    return Decoding(way.partition, way.group_size, way.bits, rows, memory, memory <= cluster.room, each, seconds)
+
+
+def decodings(planner: Planner, cluster: Cluster, training: Way) -> list[Decoding]:
+    """Ways to evaluate, the best first: those that fit, by time; then the others, by memory.
+
+    Args:
+        training: what the recipe has for that: group size, bits and resident layers are of both.
+    """
+    found = []
+    for (partition, size, bits), rows in product(planner.holdings(cluster), _BATCHES):
+        grouped = partition in GROUPED and training.partition in GROUPED
+        if bits == training.bits and (size == training.group_size or not grouped):
+            resident = training.resident if partition in SPLIT else 0
+            found.append(decoding(planner, cluster, Way(partition, size, bits, False, resident, rows, 1)))
+    return sorted(found, key=lambda way: (not way.fits, way.seconds if way.fits else way.bytes, way.batch_size))
+
+
+def jobs(planner: Planner, cluster: Cluster, choice: Choice, evaluation: Decoding) -> Jobs:
+    """The jobs of the recipe with these choices."""
+    recipe, way = planner.recipe, choice.way
+    times = recipe.training.steps // recipe.training.validate_every
+    step = choice.seconds / way.accumulation
+    streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
+    passes = -(-planner.data.validation // (way.micro_batch * streams))
+    # Forward alone is a good third of a step; every rank decodes the samples.
+    sampled = SAMPLE_TOKENS * token_seconds(planner, cluster, way, SAMPLES)
+    validation = times * (passes * step * 0.4 + sampled) if planner.data.validation else 0.0
+    training = recipe.training.steps * choice.seconds + validation
+    return Jobs(_cache_seconds(planner, cluster), training, validation, evaluation.seconds)
+
+
+def _cache_seconds(planner: Planner, cluster: Cluster) -> float:
+    """The assistant reads every problem once, each rank its part."""
+    recipe, data, shape = planner.recipe, planner.data, planner.assistant
+    if recipe.thoughts.source == "online" or not planner.needs_states:
+        return 0.0
+    tokens = (data.train + data.validation + data.test) * data.mean.assistant / cluster.ranks
+    compute = cluster.gpu.flops(recipe.assistant.dtype) or cluster.gpu.flops("bfloat16")
+    batches = max(1.0, tokens / recipe.cache.tokens_per_batch)
+    host = batches * planner.decode_operations / len(planner.shape.layers) * len(shape.layers)
+    products = 2 * shape.met(1) * tokens / (compute * cluster.reached.products)
+    return max(products, host * 1e-6 * cluster.reached.operation_us)

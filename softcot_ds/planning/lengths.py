@@ -1,0 +1,111 @@
+"""How long the examples of a recipe are: read from its data where that needs no network, else typical numbers."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from softcot_ds.choices import TASKS, chosen
+from softcot_ds.data.batches import Batch, collate, token_ids
+from softcot_ds.data.examples import Example, Splits
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
+from softcot_ds.models.model_files import tokenizer_is_here
+from softcot_ds.models.shared_prefix import common_prefix
+from softcot_ds.recipe import Recipe
+from softcot_ds.tasks import Problem
+
+
+@dataclass(frozen=True)
+class Lengths:
+    """Tokens of an example, the thoughts apart."""
+
+    shared: int
+    """What all prefixes begin with, which is read once."""
+    prefix: int
+    """The rest before the thoughts."""
+    suffix: int
+    """Of the prompt behind the thoughts."""
+    target: int
+    """What is supervised."""
+    assistant: int
+    """What the assistant reads, thoughts included."""
+
+    def batch(self, size: int, thoughts: int) -> Batch:
+        """``size`` examples of these lengths, on the CPU."""
+        inputs = AssistantInput("", [0] * self.assistant, list(range(self.assistant - thoughts, self.assistant)))
+        prefix, suffix, target = ([0] * number for number in (self.shared + self.prefix, self.suffix, self.target))
+        return collate([Example(Problem("", "", ""), inputs, prefix, suffix, target)] * size, 0, self.shared)
+
+
+@dataclass(frozen=True)
+class Data:
+    """The examples of a recipe."""
+
+    mean: Lengths
+    longest: Lengths
+    """The longest of each part among the training examples, as what decides the memory: a batch is padded to them."""
+    train: int
+    validation: int
+    test: int
+    tokens: int
+    """Different tokens in all training and validation examples, whose embeddings each rank keeps."""
+    source: str
+    """Where these numbers are from, in words."""
+
+
+def read_data(recipe: Recipe) -> Data:
+    """The recipe's own data where models' tokenizers and data lie here, else numbers of GSM8K.
+
+    Raises:
+        SoftCoTError: the data lies here and is wrong.
+    """
+    generated = chosen(TASKS, recipe.task.name).most_generated is not None
+    files = generated or all(Path(str(name)).is_file() for name in (recipe.task.train, recipe.task.test))
+    if not files or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
+        return _typical(recipe)
+    return data_of(Experiment(recipe).splits)
+
+
+def data_of(splits: Splits) -> Data:
+    """The lengths of examples that have been read."""
+    shared = len(common_prefix([example.prefix_ids for example in (*splits.train, *splits.validation)]))
+    return Data(
+        _lengths(splits.train, shared, lambda numbers: round(sum(numbers) / len(numbers))),
+        _lengths(splits.train, shared, max),
+        len(splits.train),
+        len(splits.validation),
+        len(splits.test),
+        len(token_ids([*splits.train, *splits.validation], 0)),
+        f"{len(splits.train):,} training problems of the recipe",
+    )
+
+
+def _lengths(examples: Sequence[Example], shared: int, of: Callable[[list[int]], int]) -> Lengths:
+    return Lengths(
+        shared,
+        of([len(example.prefix_ids) for example in examples]) - shared,
+        of([len(example.suffix_ids) for example in examples]),
+        of([len(example.target_ids) for example in examples]),
+        of([len(example.assistant.token_ids) for example in examples]),
+    )
+
+
+def _typical(recipe: Recipe) -> Data:
+    """GSM8K with Qwen2.5's tokenizer (docs/training-step.md): 7,473 problems for training, 1,319 for test."""
+    task, thoughts = recipe.task, recipe.thoughts.count
+    train = min(task.train_problems or 7473, 7473) - task.validation_problems
+    if train < 1:
+        raise SoftCoTError(
+            f"task.validation_problems is {task.validation_problems} of {task.train_problems or 7473} training "
+            "problems; leave some for training"
+        )
+    return Data(
+        Lengths(54, 66, 5, 91, 120 + thoughts),
+        Lengths(54, 218, 5, 342, 270 + thoughts),
+        train,
+        task.validation_problems,
+        min(task.test_problems or 1319, 1319),
+        14_000,
+        "lengths of GSM8K, as the recipe's data or tokenizers do not lie here",
+    )

@@ -1,0 +1,330 @@
+"""All ways to hold the weights and cut the batches that a recipe can name: what they need, move and take on GPUs."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache
+from itertools import product
+from typing import Any, Literal
+
+import torch
+from pydantic import TypeAdapter, ValidationError
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.base import projection_class
+from softcot_ds.models.limits import derive, most_gathered
+from softcot_ds.models.partition import gathers_of, make_layers_leaves
+from softcot_ds.planning.hardware import Cluster
+from softcot_ds.planning.lengths import Data
+from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
+from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
+from softcot_ds.planning.traffic import Traffic, gathered_elements, summed_activations
+from softcot_ds.planning.work import StepOnMeta
+from softcot_ds.recipe import SPLIT, BackboneConfig, Partition, Recipe
+
+PARTITIONS = ("none", "node", "zero3", "tensor")
+"""The simplest first: of two that are as fast, the first is the better."""
+GROUPED = ("node", "tensor")
+"""Those that ``backbone.group_size`` is for."""
+_WEIGHT_BYTES = {16: 2.0, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}
+"""Of a frozen weight, by its bits: below 16 with a scale in float32 for 64 of them."""
+_MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
+_AS_FAST = 1.02
+"""Ways whose times differ by less are as fast as each other: the model knows no better."""
+_FILLED = 0.95
+"""Part of the room that is filled with resident layers: a plan is not that exact."""
+SAMPLES, SAMPLE_TOKENS = 2, 128
+"""What validation decodes (training/validation.py)."""
+BoundBy = Literal["compute", "memory", "host", "within nodes", "between nodes"]
+
+
+@dataclass(frozen=True)
+class Way:
+    """What a recipe says of how weights are held and batches cut."""
+
+    partition: str
+    group_size: int
+    """Ranks that hold one copy of the weights between them."""
+    bits: int
+    activation_checkpointing: bool
+    resident: int
+    """Layers, from the first on, that are whole on every rank all the same."""
+    micro_batch: int
+    """Examples."""
+    accumulation: int
+    """Micro-batches of a rank in a step."""
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A way, and what it means for each GPU."""
+
+    way: Way
+    memory: dict[str, float]
+    """Bytes by part."""
+    fits: bool
+    within: float
+    """Bytes of a step's operations between ranks of one node: the whole of what each gathers or sums."""
+    between: float
+    """The same of operations between ranks of several nodes."""
+    seconds: float
+    """Of a step."""
+    bound_by: BoundBy
+
+    @property
+    def bytes(self) -> float:
+        return sum(self.memory.values())
+
+
+class Planner:
+    """The choices of a recipe, whatever the GPUs."""
+
+    def __init__(self, recipe: Recipe, data: Data) -> None:
+        """Raises SoftCoTError where a model's configuration is not to be had."""
+        self.recipe, self.data = recipe, data
+        self.config = find_config(recipe.base)
+        few = recipe.backbone.deepspeed_config()["zero_optimization"].get("stage3_param_persistence_threshold", 10_000)
+        self.shape = Shape.of(self.config, few)
+        self.assistant = Shape.of(find_config(recipe.assistant), few)
+        model = meta_model(self.config, torch.bfloat16)
+        make_layers_leaves(model)
+        self.gathers = gathers_of(model, few)
+        with torch.device("meta"):
+            kind = projection_class(recipe.projection.kind)
+            self.needs_states = kind.needs_states
+            projection = kind.empty(recipe, self.assistant.width, self.shape.width)
+        self._trained = sum(parameter.numel() for parameter in projection.parameters())
+        self.itemsize = 4 if recipe.base.dtype == "float32" else 2
+        longest = data.longest
+        self.prompt = longest.shared + longest.prefix + recipe.thoughts.count + longest.suffix
+        """Tokens of the longest prompt."""
+        self.new_tokens = min(recipe.evaluation.max_new_tokens, longest.target)
+        """Tokens until the last row of a batch has ended, about."""
+        self.step_on = cache(self._step_on)
+        self.sliced = cache(lambda ranks: sliced_elements(self.config, ranks))
+
+    def _step_on(self, slices: int) -> StepOnMeta:
+        return StepOnMeta(self.recipe, self.config, self.shape.layers, self.assistant.width, slices)
+
+    @property
+    def decode_operations(self) -> float:
+        """Operations of a forward pass, about: the step has one over the prefix, one over the rest and one back."""
+        return self.step_on(1).work(self.data.mean, 1, False).operations / 3
+
+    def weight_bytes(self, bits: int) -> float:
+        """Of a frozen weight."""
+        return _WEIGHT_BYTES[bits] * self.itemsize / 2
+
+    def choices(self, cluster: Cluster, global_batch: int | None = None) -> list[Choice]:
+        """All that can be named, the best first: those that fit, by time; then the others, by memory.
+
+        Args:
+            global_batch: examples of a step; default: the recipe's.
+
+        Raises:
+            SoftCoTError: the global batch does not feed the ranks, whatever is chosen.
+        """
+        global_batch = global_batch or self.recipe.training.global_batch_size
+        found = [self.choice(self._filled(way, cluster), cluster) for way in self._ways(cluster, global_batch)]
+        if not found:
+            raise _hungry(global_batch, cluster.ranks)
+        fastest = min((choice.seconds for choice in found if choice.fits), default=0.0)
+
+        def order(choice: Choice) -> tuple[Any, ...]:
+            if not choice.fits:
+                return True, choice.bytes
+            as_fast = choice.seconds <= _AS_FAST * fastest
+            simple = PARTITIONS.index(choice.way.partition), choice.way.activation_checkpointing
+            return (False, not as_fast, 0.0 if as_fast else choice.seconds, *simple, choice.between, choice.bytes)
+
+        return sorted(found, key=order)
+
+    def holdings(self, cluster: Cluster) -> Iterator[tuple[str, int, int]]:
+        """Ways to hold the weights that the recipe accepts: partition, ranks that share a copy, bits."""
+        for partition in filter(_accepted, PARTITIONS):
+            sizes = {"none": [1], "zero3": [cluster.ranks]}.get(partition, cluster.groups)
+            if partition == "node":  # over all ranks of several nodes it is zero3
+                sizes = [size for size in sizes if size < cluster.ranks or cluster.nodes == 1]
+            elif partition == "tensor":
+                sizes = [size for size in sizes if self.shape.heads % size == 0 and self.sliced(size)]
+            for size, bits in product(sizes, bits_of(partition)):
+                yield partition, size, bits
+
+    def _ways(self, cluster: Cluster, wanted: int) -> Iterator[Way]:
+        for partition, size, bits in self.holdings(cluster):
+            fed = cluster.ranks // size if partition == "tensor" else cluster.ranks
+            sizes = sorted({*_MICRO_BATCHES, self.recipe.training.micro_batch_size})
+            accumulations = {-(-wanted // (micro * fed)) for micro in sizes}
+            for steps in sorted(a for a in accumulations if wanted >= a * fed):
+                for checkpointing in (False, True):
+                    yield Way(partition, size, bits, checkpointing, 0, -(-wanted // (steps * fed)), steps)
+
+    def _filled(self, way: Way, cluster: Cluster) -> Way:
+        """With as many resident layers as there is room for; as many as the recipe names where it does."""
+        if way.partition not in SPLIT:
+            return way
+        named = self.recipe.backbone.resident_gib
+        spare = _FILLED * cluster.room - sum(self.memory(way, cluster).values()) if named is None else named * GIB
+        return replace(way, resident=self._layers_in(spare, way))
+
+    def _layers_in(self, spare: float, way: Way) -> int:
+        sizes = (self.resident_bytes(replace(way, resident=number)) for number in range(1, len(self.shape.layers) + 1))
+        return sum(size <= spare for size in sizes)
+
+    def resident_bytes(self, way: Way) -> float:
+        """What its resident layers take beside a rank's share of them."""
+        whole = self.weight_bytes(way.bits) * sum(self.gathers.sums[: way.resident])
+        return whole * (1 - 1 / way.group_size)
+
+    def own_holding(self, cluster: Cluster, partition: str) -> tuple[str, int, int]:
+        """How the recipe itself has the weights held under one of its partitions."""
+        group = self.recipe.backbone.group_size or cluster.gpus_per_node
+        if partition == "tensor" and not (self.shape.heads % group == 0 and self.sliced(group)):
+            partition = "node"  # as loading has it
+        size = {"none": 1, "zero3": cluster.ranks}.get(partition, group)
+        return partition, size, getattr(self.recipe.backbone, "bits", 16)
+
+    def own_way(self, cluster: Cluster) -> Way:
+        """What the recipe itself says. Raises SoftCoTError where its global batch does not feed the ranks."""
+        training = self.recipe.training
+        partition, size, bits = self.own_holding(cluster, self.recipe.backbone.partition)
+        fed = cluster.ranks // size if partition == "tensor" else cluster.ranks
+        steps = -(-training.global_batch_size // (training.micro_batch_size * fed))
+        if training.global_batch_size < steps * fed:
+            raise _hungry(training.global_batch_size, cluster.ranks)
+        micro_batch = -(-training.global_batch_size // (steps * fed))
+        way = Way(partition, size, bits, training.activation_checkpointing, 0, micro_batch, steps)
+        if partition not in SPLIT:
+            return way
+        if (named := self.recipe.backbone.resident_gib) is None:  # half of what is free once it is loaded
+            free = (cluster.gpu.memory_gib - cluster.reached.context_gib) * GIB - self.held(partition, size, bits)
+            spare = free / 2 - self.weight_bytes(bits) * (3 * max(self.gathers.sums) + self.shape.table)
+        else:
+            spare = named * GIB
+        return replace(way, resident=self._layers_in(spare, way))
+
+    def choice(self, way: Way, cluster: Cluster) -> Choice:
+        """What one way means on these GPUs."""
+        memory = self.memory(way, cluster)
+        frozen, trained, at_end = self._traffic(way)
+        seconds, bound_by = self._micro_step(way, frozen, cluster)
+        apart = [cluster.seconds_of(traffic, cluster.ranks) for traffic in (trained, at_end)]
+        seconds = way.accumulation * (seconds + max(apart[0])) + max(apart[1])
+        placed = [(frozen, way.group_size, way.accumulation), (trained, cluster.ranks, way.accumulation)]
+        placed.append((at_end, cluster.ranks, 1))
+        within, between = (
+            sum(times * traffic.size for traffic, ranks, times in placed if (ranks > cluster.gpus_per_node) == crosses)
+            for crosses in (False, True)
+        )
+        return Choice(way, memory, sum(memory.values()) <= cluster.room, within, between, seconds, bound_by)
+
+    def held(self, partition: str, group_size: int, bits: int) -> float:
+        """Bytes of the base's frozen weights on each rank, all the time."""
+        weight = self.weight_bytes(bits)
+        if partition == "tensor":
+            return weight * self.sliced(group_size)
+        return shared_bytes(self.shape.total, self.shape.small, group_size, weight)
+
+    def most_gathered(self, partition: str, group_size: int, bits: int) -> float:
+        """Bytes of other ranks' weights beside them, at most."""
+        if partition not in SPLIT or group_size == 1:
+            return 0.0
+        # A layer more: the buffer that one is gathered in.
+        layers = most_gathered([self.gathers], derive([self.gathers])) + max(self.gathers.sums)
+        return self.weight_bytes(bits) * layers
+
+    def cache_bytes(self, partition: str, group_size: int, rows: int, positions: int) -> float:
+        """Bytes of keys and values of decoding."""
+        return rows * positions * self.shape.keys_values * self.itemsize / (group_size if partition == "tensor" else 1)
+
+    def memory(self, way: Way, cluster: Cluster) -> dict[str, float]:
+        """Bytes of a GPU in training, by part."""
+        holding = way.partition, way.group_size, way.bits
+        step = self._step(way, self.data.longest)
+        stage = 3 if way.partition in SPLIT else 1
+        trained = trained_bytes(self._trained, self.itemsize, cluster.ranks, stage)
+        if stage == 3:  # a buffer for gradients on their way, whatever is in it
+            trained += 4 * self.recipe.backbone.deepspeed_config()["zero_optimization"].get("reduce_bucket_size", 5e8)
+        samples = self.cache_bytes(*holding[:2], SAMPLES, self.prompt + SAMPLE_TOKENS)
+        return {
+            "held": self.held(*holding) + self.resident_bytes(way),
+            "tokens": self.itemsize * self.data.tokens * self.shape.width,
+            "gathered": self.most_gathered(*holding),
+            "activations": step.activations,
+            "loss": step.loss,
+            "optimizer": trained,
+            "decoding": max(0.0, samples - step.activations - step.loss),  # validation comes between steps
+        }
+
+    def _step(self, way: Way, lengths: Any) -> Any:
+        slices = way.group_size if way.partition == "tensor" else 1
+        return self.step_on(slices).work(lengths, way.micro_batch, way.activation_checkpointing)
+
+    def _traffic(self, way: Way) -> tuple[Traffic, Traffic, Traffic]:
+        """Of a micro-step within the ranks that share a copy; of a micro-step over all ranks; of a step's end."""
+        weights = self._trained * self.itemsize
+        gradients = Traffic(summed=4 * self._trained, sums=1)
+        if way.partition in SPLIT:
+            elements, gathers = gathered_elements(self.gathers, way.resident)
+            frozen = Traffic(gathered=self.weight_bytes(way.bits) * elements, gathers=gathers)
+            # What stays whole is gathered at the end, as DeepSpeed does with whatever an optimizer may change.
+            stays = Traffic(gathered=self.weight_bytes(way.bits) * self.shape.small, gathers=1)
+            return frozen, Traffic(gathered=2 * weights, gathers=2) + gradients, stays
+        at_end = gradients + Traffic(gathered=weights, gathers=1)
+        if way.partition == "none":
+            return Traffic(), Traffic(), at_end
+        lengths, rows = self.data.mean, way.micro_batch
+        elements, sums = summed_activations(
+            len(self.shape.layers),
+            self.shape.width,
+            rows * lengths.prefix,
+            rows * (self.recipe.thoughts.count + lengths.suffix + lengths.target),
+            way.activation_checkpointing,
+        )
+        logits = rows * lengths.target * self.shape.vocabulary
+        return Traffic(self.itemsize * logits, 1, self.itemsize * elements, sums), Traffic(), at_end
+
+    def _micro_step(self, way: Way, frozen: Traffic, cluster: Cluster) -> tuple[float, BoundBy]:
+        step = self._step(way, self.data.mean)
+        compute = cluster.gpu.flops(self.recipe.base.dtype)
+        if compute is None:
+            raise SoftCoTError(
+                f"the hardware table has no tflops of {cluster.gpu.words} for base.dtype {self.recipe.base.dtype}; add "
+                "them with --hardware"
+            )
+        kernels = step.seconds(compute, cluster.gpu, cluster.reached)
+        products = step.flops / compute / cluster.reached.products
+        within, between = cluster.seconds_of(frozen, way.group_size)
+        host = step.operations * 1e-6 * cluster.reached.operation_us
+        times: dict[BoundBy, float] = {
+            "compute" if products > kernels / 2 else "memory": kernels,
+            "host": host,
+            "within nodes": within,
+            "between nodes": between,
+        }
+        bound_by = max(times, key=lambda name: times[name])
+        if way.partition == "tensor":  # sums of activations have nothing to hide behind
+            return max(kernels, host) + max(within, between), bound_by
+        return max(times.values()), bound_by
+
+
+def _hungry(global_batch: int, ranks: int) -> SoftCoTError:
+    return SoftCoTError(
+        f"training.global_batch_size {global_batch} does not feed {ranks} ranks; raise it or use fewer ranks"
+    )
+
+
+@cache
+def _accepted(partition: str) -> bool:
+    """Whether the recipe has it."""
+    try:
+        TypeAdapter(Partition).validate_python(partition)
+    except ValidationError:
+        return False
+    return True
+
+
+def bits_of(partition: str) -> list[int]:
+    """In how many bits weights that are held so can be."""
+    if "bits" not in BackboneConfig.model_fields:
+        return [16]
+    return [16, 8, 4] if partition == "none" else [16, 8]

@@ -1,0 +1,296 @@
+"""``softcot-ds plan``: sizes against published ones, work against what a real step does, the command's two forms."""
+
+import json
+from dataclasses import replace
+from itertools import pairwise
+
+import plan_worker
+import pytest
+import torch
+from launch import ROOT, deepspeed_command, run
+from plan_worker import overrides
+from test_step import make_model
+
+from softcot_ds import plan
+from softcot_ds.command import EXIT_MISTAKE
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.softcot import LinearProjection
+from softcot_ds.planning import search
+from softcot_ds.planning.hardware import Cluster, load_hardware
+from softcot_ds.planning.lengths import Data, Lengths, read_data
+from softcot_ds.planning.report import Plan, as_json, as_text, scale
+from softcot_ds.planning.search import Planner, Way
+from softcot_ds.planning.shapes import Shape, find_config, sliced_elements
+from softcot_ds.planning.work import StepOnMeta
+from softcot_ds.recipe import ModelConfig, load_recipe
+
+RECIPES = ROOT / "recipes"
+PUBLISHED = {
+    "meta-llama/Llama-3.2-1B-Instruct": 1_235_814_400,
+    "meta-llama/Llama-3.1-8B-Instruct": 8_030_261_248,
+    "meta-llama/Llama-3.1-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.3-70B-Instruct": 70_553_706_496,
+    "meta-llama/Llama-3.1-405B-Instruct": 405_853_388_800,
+    "Qwen/Qwen2.5-1.5B-Instruct": 1_543_714_304,
+    "Qwen/Qwen2.5-7B-Instruct": 7_615_616_512,
+    "Qwen/Qwen3-0.6B": 596_049_920,
+    "Qwen/Qwen3-8B": 8_190_735_360,
+    "Qwen/Qwen3-30B-A3B": 30_532_122_624,
+    "Qwen/Qwen3-235B-A22B": 235_093_634_560,
+}
+"""Parameters as the hub counts them in the models' files."""
+LENGTHS = Lengths(shared=3, prefix=6, suffix=2, target=5, assistant=9)
+
+
+def h100s(nodes: int, per_node: int = 8) -> Cluster:
+    table = load_hardware()
+    return Cluster(table.gpu("h100"), table.reached, nodes, per_node, 400)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_shipped_shapes_have_the_published_number_of_weights(name):
+    assert Shape.of(find_config(ModelConfig(model=name))).total == PUBLISHED[name]
+
+
+def test_a_token_meets_the_experts_that_it_is_sent_to():
+    shape = Shape.of(find_config(ModelConfig(model="Qwen/Qwen3-30B-A3B")))
+    assert shape.met(1) + shape.head + shape.table == pytest.approx(3.35e9, rel=0.01), "A3B: 3.3 billion, published"
+    assert shape.met(1) < shape.met(8) < shape.met(1000) == pytest.approx(sum(shape.layers))
+
+
+@pytest.mark.parametrize(("name", "slices"), [("meta-llama/Llama-3.3-70B-Instruct", 8), ("Qwen/Qwen3-30B-A3B", 4)])
+def test_slices_of_all_ranks_are_the_model(name, slices):
+    config = find_config(ModelConfig(model=name))
+    whole = Shape.of(config)
+    assert sliced_elements(config, 1) == whole.total
+    assert sliced_elements(config, slices) == pytest.approx(whole.total / slices, rel=0.005), "norms are whole"
+
+
+@pytest.mark.parametrize("family", ["llama", "qwen3"])
+def test_operations_are_those_of_the_step(family):
+    """``SoftCoT.operations`` is what PyTorch counts in real steps (test_operations.py)."""
+    model = make_model(family, num_hidden_layers=5, attn_implementation="eager")
+    recipe = load_recipe(RECIPES / "word_problems.yaml", ["thoughts.count=3", "base.attention=eager"])
+    planned = StepOnMeta(recipe, model.config, Shape.of(model.config).layers, 16).work(LENGTHS, 7, False)
+    step = SoftCoT(model, LinearProjection(16, model.config.hidden_size), shared_ids=[5, 6, 7])
+    batch = LENGTHS.batch(7, 3)
+    assert planned.flops == pytest.approx(step.operations(batch), rel=0.01), "the angles of rotary embeddings are more"
+
+
+def test_activations_are_those_that_a_real_step_keeps():
+    model = make_model("llama", num_hidden_layers=12, hidden_size=128, intermediate_size=320)
+    recipe = load_recipe(RECIPES / "word_problems.yaml", ["thoughts.count=3"])
+    planned = StepOnMeta(recipe, model.config, Shape.of(model.config).layers, 16).work(LENGTHS, 8, False)
+    step = SoftCoT(model, LinearProjection(16, 128), shared_ids=[5, 6, 7])
+    step.embed = None
+    batch = LENGTHS.batch(8, 3)
+    batch.thoughts = torch.randn(8, 3, 16)
+    step(batch)
+    weights = {tensor.untyped_storage().data_ptr() for tensor in (*step.parameters(), *step.buffers())}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: torch.Tensor) -> torch.Tensor:
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in weights:
+            kept[storage.data_ptr()] = storage.nbytes()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        loss = step(batch)
+    assert loss.requires_grad
+    assert planned.activations + planned.loss == pytest.approx(sum(kept.values()), rel=0.1)
+
+
+@pytest.mark.slow
+def test_the_prefix_is_run_without_gradient_and_layers_that_are_computed_again_leave_little():
+    recipe = load_recipe(RECIPES / "gsm8k_llama_8b.yaml")
+    config = find_config(recipe.base)
+    step = StepOnMeta(recipe, config, Shape.of(config).layers, 2048)
+    lengths = Lengths(54, 66, 5, 91, 152)
+    kept, again = (step.work(lengths, 4, checkpointing) for checkpointing in (False, True))
+    assert again.activations < 0.1 * kept.activations
+    # Thoughts, rest of the prompt and target are run forward once more, but for a layer's last product, a good quarter
+    # of its weights, whose result nobody needs.
+    layer = 4096 * (2 * 4096 + 2 * 1024 + 3 * 14336)
+    more = 1 - 4096 * 14336 / layer
+    assert again.flops / kept.flops == pytest.approx((66 + (2 + more) * 128) / (66 + 2 * 128), rel=0.02)
+    longer = step.work(Lengths(54, 660, 5, 91, 152), 4, False)
+    assert longer.activations < 2.5 * kept.activations, "of the prefix only keys and values are kept"
+
+
+def gsm8k(name: str, *overrides: str) -> Planner:
+    recipe = load_recipe(RECIPES / f"{name}.yaml", list(overrides))
+    return Planner(recipe, read_data(recipe))
+
+
+@pytest.fixture(scope="module")
+def small_plan() -> Plan:
+    """8B on one node."""
+    return Plan(gsm8k("gsm8k_llama_8b"), h100s(1))
+
+
+@pytest.mark.slow
+def test_what_fits_on_every_gpu_is_held_by_every_gpu(small_plan):
+    best = small_plan.best
+    assert (best.way.partition, best.way.group_size, best.fits) == ("none", 1, True)
+    assert best.memory["held"] == pytest.approx(2 * PUBLISHED["meta-llama/Llama-3.1-8B-Instruct"])
+    assert best.memory["gathered"] == 0
+    assert small_plan.planner.held("zero3", 8, 16) == pytest.approx(best.memory["held"] / 8, rel=0.001)
+
+
+@pytest.mark.slow
+def test_choices_are_in_order(small_plan):
+    fitting = [choice.seconds for choice in small_plan.choices if choice.fits]
+    assert len(fitting) == len(small_plan.choices) > 10
+    assert max(fitting[:1]) <= search._AS_FAST * min(fitting)
+    late = [seconds for seconds in fitting if seconds > search._AS_FAST * min(fitting)]
+    assert late == sorted(late)
+    for choice in small_plan.choices:
+        way = choice.way
+        assert 8 * way.micro_batch * way.accumulation >= 32 * (way.group_size if way.partition == "tensor" else 1)
+
+
+@pytest.mark.slow
+def test_json_has_the_keys_that_scripts_read(small_plan):
+    found = json.loads(json.dumps(as_json(small_plan, scale(small_plan))))
+    keys = "partition bits micro_batch memory_gib between_nodes_gb within_nodes_gb step_seconds bound_by fits"
+    for choice in [*found["choices"], found["best"]]:
+        assert set(keys.split()) <= set(choice)
+        assert choice["memory_gib"] == pytest.approx(sum(choice["memory"].values()))
+    assert found["best"] == found["choices"][0]
+    assert [row["gpus"] for row in found["scaling"]] == [8, 16, 32, 64, 128, 256, 512, 1024]
+    efficiencies = [row["efficiency"] for row in found["scaling"]]
+    assert efficiencies[0] == 1
+    assert all(later <= 1.03 * earlier for earlier, later in pairwise(efficiencies))
+
+
+@pytest.mark.slow
+def test_the_table_is_for_people(small_plan):
+    text = as_text(small_plan, scale(small_plan))
+    assert max(map(len, text.splitlines())) <= 120
+    assert "none         16  4x1" in text
+    assert "  backbone:\n    partition: none\n" in text
+
+
+@pytest.fixture(scope="module")
+def large() -> Planner:
+    return gsm8k("gsm8k_llama_70b")
+
+
+@pytest.mark.slow
+def test_70b_by_node_sends_no_weight_between_nodes(large):
+    choices = large.choices(h100s(4))
+    assert not any(choice.fits for choice in choices if choice.way.partition == "none")
+    weights = 2 * PUBLISHED["meta-llama/Llama-3.3-70B-Instruct"]
+    for choice in choices:
+        way = replace(choice.way, resident=0)
+        moved = large.choice(way, h100s(4))
+        if way.partition == "zero3" or (way.partition == "node" and way.group_size > 8):
+            assert 1.9 * weights < moved.between / way.accumulation < 2 * weights
+        elif way.partition == "node":
+            assert choice.between < 0.01 * weights * way.accumulation
+            assert 1.9 * weights < moved.within / way.accumulation < 2 * weights
+
+
+@pytest.mark.slow
+def test_spare_memory_is_filled_with_layers_that_are_not_gathered(large):
+    node = next(c for c in large.choices(h100s(4)) if (c.way.partition, c.way.group_size) == ("node", 8))
+    assert 0.9 * h100s(4).room < node.bytes < 0.96 * h100s(4).room
+    bare = large.choice(replace(node.way, resident=0), h100s(4))
+    layer = 2 * large.shape.layers[0]
+    assert node.bytes - bare.bytes == pytest.approx(node.way.resident * layer * 7 / 8, rel=0.01)
+    assert bare.within - node.within == pytest.approx(2 * node.way.resident * layer * node.way.accumulation, rel=0.01)
+    large.recipe.backbone.resident_gib = 20.0
+    try:
+        named = large.own_way(h100s(4)).resident
+    finally:
+        large.recipe.backbone.resident_gib = None
+    assert named == 20 * 2**30 // (layer * 7 / 8)
+
+
+@pytest.mark.slow
+def test_a_slow_network_is_what_bounds_zero3(large):
+    fast, slow = (
+        {choice.way: choice for choice in large.choices(cluster)}
+        for cluster in (h100s(4), Cluster(**{**vars(h100s(4)), "network_gbps": 12.5}))
+    )
+    zero3 = next(way for way in slow if way.partition == "zero3")
+    node = next(way for way in slow if way.partition == "node" and way.group_size == 8)
+    assert slow[zero3].bound_by == "between nodes"
+    assert slow[zero3].seconds > 10 * fast[zero3].seconds
+    assert slow[node].seconds < 1.1 * fast[node].seconds
+
+
+@pytest.mark.slow
+def test_a_global_batch_that_does_not_feed_the_ranks_is_told():
+    planner = gsm8k("gsm8k_llama_8b")
+    with pytest.raises(SoftCoTError, match=r"training.global_batch_size 32 does not feed 512 ranks; raise it"):
+        planner.choices(h100s(64))
+
+
+@pytest.mark.slow
+def test_own_data_is_read_where_it_lies_here():
+    recipe = load_recipe(RECIPES / "word_problems.yaml", ["task.train_problems=50", "task.validation_problems=10"])
+    data = read_data(recipe)
+    assert (data.train, data.validation, data.test) == (40, 10, 1000)
+    assert data.source == "40 training problems of the recipe"
+    assert data.mean.target < data.longest.target < 100
+    assert data.mean.shared == data.longest.shared > 0
+
+
+def test_the_command_says_what_is_wrong(capsys):
+    recipe = str(RECIPES / "gsm8k_llama_8b.yaml")
+    for arguments, said in (
+        (["--gpu", "h1000"], "no GPU 'h1000' in the hardware table; it has b200"),
+        (["--hardware", "no/such.yaml"], "no/such.yaml"),
+        (["training.step=3"], "1 mistake in the recipe"),
+        (["base.model=some/unknown"], "config.json of some/unknown is not in"),
+        (["assistant.model=some/unknown"], "hf download some/unknown config.json"),
+    ):
+        assert plan.main([recipe, *arguments]) == EXIT_MISTAKE
+        error = capsys.readouterr().err
+        assert said in error
+        assert "Traceback" not in error
+
+
+@pytest.mark.parametrize("nodes", ["0", "-1", "x"])
+def test_numbers_of_nodes_are_numbers(nodes, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["r.yaml", f"--nodes={nodes}"])
+    assert "is no number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.slow
+def test_the_command_prints_one_object_for_scripts(capsys):
+    arguments = ["--nodes", "2", "--gpus-per-node", "4", "--gpu", "a100", "--network", "100", "--json"]
+    assert plan.main([str(RECIPES / "gsm8k_llama_8b.yaml"), *arguments]) == 0
+    found = json.loads(capsys.readouterr().out)
+    assert found["gpus"]["network_gbps"] == 100
+    assert (found["gpus"]["nodes"], found["gpus"]["per_node"]) == (2, 4)
+    assert found["best"]["fits"]
+
+
+@pytest.mark.distributed
+def test_ranks_hold_and_move_what_was_planned(tmp_path):
+    """Three shapes: wide layers, many small ones, a large vocabulary; one for each way to hold weights whole or gather
+    them."""
+    for name in ("zero3", "replicated"):
+        config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        config["zero_optimization"]["reduce_bucket_size"] = 100_000  # 200 MB of buffer would hide the rest
+        (tmp_path / f"{name}.json").write_text(json.dumps(config))
+    jobs = ["words:none", "wide:zero3", "deep:node"]
+    run(
+        deepspeed_command(2, "plan_worker", RECIPES / "word_problems.yaml", tmp_path, *jobs),
+        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
+    )
+    for job, measured in json.loads((tmp_path / "results.json").read_text()).items():
+        name, partition = job.split(":")
+        recipe = load_recipe(RECIPES / "word_problems.yaml", overrides(tmp_path, name, partition))
+        lengths, tokens = plan_worker.LENGTHS, plan_worker.VOCABULARY[name]
+        planner = Planner(recipe, Data(lengths, lengths, 100, 10, 10, tokens, "made up"))
+        way = Way(partition, 1 if partition == "none" else 2, 16, False, 0, plan_worker.BATCH, 1)
+        choice = planner.choice(way, h100s(1, 2))
+        assert choice.bytes == pytest.approx(measured["held"], rel=0.1), job
+        assert choice.within == pytest.approx(measured["moved"], rel=0.02), job
+        assert choice.between == 0
