@@ -143,20 +143,30 @@ class CacheConfig(Section):
 class BackboneConfig(Section):
     """How the frozen weights are held."""
 
-    partition: Partition = "zero3"
+    partition: Annotated[Partition, FREE] = "zero3"
     """none: each rank holds all of the weights. zero3: each holds 1/N of them. node: the ranks of a node hold a whole
     copy between them, so that no frozen weight crosses nodes once it is loaded. tensor: likewise, but each computes
     with its slice of every layer, so that activations move instead of weights; node where a model cannot be sliced."""
-    group_size: Count | None = None
+    group_size: Annotated[Count | None, FREE] = None
     """Ranks that hold one copy of the weights between them, where a partition is node or tensor. Default: the ranks of
     a node."""
-    resident_gib: float | None = Field(None, ge=0)
+    resident_gib: Annotated[float | None, FREE] = Field(None, ge=0)
     """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
     partition is zero3 or node: they are not gathered. Default: half of what is free on the GPU that has least, without
     what is gathered at a time; 0 on CPUs."""
-    deepspeed: ExistingFile | None = None
+    bits: Literal[16, 8, 4] = 16
+    """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
+    the memory and of what ranks send each other, see models/quantized.py. 4: by bitsandbytes, for partition none."""
+    deepspeed: Annotated[ExistingFile | None, FREE] = None
     """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
     and node."""
+
+    @field_validator("bits")
+    @classmethod
+    def _partition_holds_so_few_bits(cls, value: int, info: ValidationInfo) -> int:
+        if "partition" in info.data:
+            _check_bits(value, info.data["partition"])
+        return value
 
     @model_validator(mode="after")
     def _deepspeed_fits(self) -> "BackboneConfig":
@@ -203,6 +213,20 @@ class BackboneConfig(Section):
         return config
 
 
+def _check_bits(bits: int, partition: Partition) -> None:
+    """Raises ValueError where weights cannot be held so."""
+    if bits == 4 and partition != "none":
+        raise ValueError(
+            f"4 bits are those of bitsandbytes, which cannot split weights, as partition {partition} does; set "
+            "backbone.bits=8, or the partition none"
+        )
+    if bits == 8 and partition == "tensor":
+        raise ValueError(
+            "8 bits go with the partitions none, zero3 and node: for tensor, transformers loads each rank's slices, in "
+            "base.dtype"
+        )
+
+
 _DECIDED = {
     "train_batch_size": "training.global_batch_size",
     "train_micro_batch_size_per_gpu": "training.micro_batch_size",
@@ -214,6 +238,7 @@ _DECIDED = {
     "fp16": "base.dtype",
     "data_types": "gradients are summed in float32",
     "communication_data_type": "gradients are summed in float32",
+    "weight_quantization": "backbone.bits",
 }
 """Keys of a DeepSpeed configuration that would contradict the recipe, and what to set instead."""
 
@@ -379,7 +404,7 @@ class Recipe(Section):
     thoughts: ThoughtsConfig = ThoughtsConfig()
     cache: CacheConfig = CacheConfig()
     # Validated with the rest, also where it is the default.
-    backbone: Annotated[BackboneConfig, FREE] = Field({}, validate_default=True)  # type: ignore[assignment]
+    backbone: BackboneConfig = Field({}, validate_default=True)  # type: ignore[assignment]
     projection: ProjectionConfig = ProjectionConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
@@ -390,6 +415,20 @@ class Recipe(Section):
         if value.dtype == "float16":
             raise ValueError("dtype float16 would need loss scaling, which there is not; use bfloat16 or float32")
         return value
+
+    @field_validator("evaluation")
+    @classmethod
+    def _evaluation_holds_as_few_bits(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
+        if value.partition is not None and "backbone" in info.data:
+            try:
+                _check_bits(info.data["backbone"].bits, value.partition)
+            except ValueError as error:
+                raise ValueError(f"partition: {error}") from error
+        return value
+
+    def bits_of(self, model: ModelConfig) -> int:
+        """Bits of a weight of one of the recipe's two models: the assistant keeps its dtype."""
+        return self.backbone.bits if model is self.base else 16
 
     @property
     def run_dir(self) -> Path:

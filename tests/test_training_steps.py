@@ -16,6 +16,7 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softcot_ds.data.batches import global_batches
 from softcot_ds.experiment import Experiment
+from softcot_ds.models.quantized import pack, unpack
 from softcot_ds.recipe import load_recipe
 from softcot_ds.training.engine import build_projection
 from softcot_ds.values import resolve_location
@@ -168,6 +169,10 @@ def random_pair(tmp_path_factory):
 def first_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
     """Of the recipe's first global batch at its first weights."""
     naive = Naive(recipe)
+    if recipe.backbone.bits == 8:
+        for module in naive.base.get_decoder().modules():
+            if isinstance(module, torch.nn.Linear):
+                module.weight.data = unpack(pack(module.weight.float()), module.weight.shape).double()
     projection = build_projection(recipe, Experiment(recipe), naive.base)
     weights = {name: value.detach().double() for name, value in projection.named_parameters()}
     return naive.loss_and_gradient(weights, next(naive.batches()))
@@ -198,23 +203,32 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             ("fast", "zero3", "false", "3 lookup"),
             ("fast", "zero3", "false", "1 apart"),
             ("fast", "zero3", "false", "5 training.micro_batch_tokens=300"),
+            ("fast", "none", "false", "1 backbone.bits=8"),
+            ("fast", "zero3", "false", "1 backbone.bits=8"),
+            ("full", "zero3", "true", "1 backbone.bits=8"),
         )
     ]
     output = tmp_path / "gradients.safetensors"
     run_worker(output, variants)
-    loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, common.split()))
+    truths = {
+        bits: first_loss_and_gradient(load_recipe(RECIPE, [*common.split(), f"backbone.bits={bits}"]))
+        for bits in (8, 16)
+    }
     found = load_file(output)
     for variant in variants:
+        loss, gradient = truths[8 if "bits=8" in variant else 16]
         assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6), variant
         for name, truth in gradient.items():
             error = (found[f"{variant}/{name}"] - truth).norm() / truth.norm()
             assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
 
     # What the ranks gather leaves nothing behind, and is the same whenever it is gathered.
-    split, recomputed, whole, _, full, whole_lookup, lookup, apart, budget = variants
+    split, recomputed, whole, _, full, whole_lookup, lookup, apart, budget, whole_in_8, split_in_8, _ = variants
     for name in gradient:
         assert torch.equal(found[f"{split}/{name}"], found[f"{recomputed}/{name}"]), name
     assert found[f"{split}/kept"] <= found[f"{whole}/kept"]
+    assert torch.equal(found[f"{whole_in_8}/losses"], found[f"{split_in_8}/losses"])
+    assert found[f"{split_in_8}/kept"] <= found[f"{split}/kept"]
 
     # The compact table changes no bit of what the base's own module gives.
     for variant, truth in ((whole, whole_lookup), (split, lookup), (apart, lookup)):

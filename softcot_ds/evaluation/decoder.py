@@ -183,7 +183,7 @@ class Decoder:
             "model": self._fingerprint,
             "dtype": self._model_config.dtype,
             "attention": self._model_config.attention,
-            "quantized": quantization(self._recipe) if self._wanted in SPLIT else {},
+            "quantized": self._quantized(),
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
@@ -203,6 +203,11 @@ class Decoder:
     @cached_property
     def _partition(self) -> Partition:
         return partition_that_fits(self._model_config, self._wanted, self._recipe.backbone.group_size)
+
+    def _quantized(self) -> Record:
+        """How the weights differ from those in the model's files: mostly not at all."""
+        bits = self._recipe.bits_of(self._model_config)
+        return (quantization(self._recipe) if self._wanted in SPLIT else {}) | ({} if bits == 16 else {"bits": bits})
 
     @cached_property
     def _model(self) -> PreTrainedModel:

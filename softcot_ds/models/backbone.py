@@ -1,17 +1,20 @@
 """Loading the two frozen models, whole or partitioned over ranks."""
 
 import hashlib
+import importlib.util
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -33,6 +36,7 @@ from softcot_ds.models.partition import (
     make_layers_leaves,
     with_limits,
 )
+from softcot_ds.models.quantized import can_quantize, check_bits, quantize
 from softcot_ds.models.slices import read_slices, why_not_sliced
 from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
@@ -182,6 +186,7 @@ def load_frozen(
     device: torch.device,
     deepspeed_config: dict[str, Any] | None = None,
     group_size: int | None = None,
+    bits: int = 16,
 ) -> PreTrainedModel:
     """A frozen causal language model in evaluation mode, no parameter of which wants a gradient.
 
@@ -191,11 +196,15 @@ def load_frozen(
             must then be given to ``deepspeed.initialize``, alone or as a part, before it runs. ``tensor`` is for
             models that ``partition_that_fits``: each rank of a group reads its slices.
         group_size: ranks of a group; None for those of a node.
+        bits: of a weight of its linear layers; 16 is the recipe's dtype, whatever that is.
 
     Raises:
-        SoftCoTError: the model cannot be loaded, weights are missing in its files, or the ranks make no such groups.
+        SoftCoTError: the model cannot be loaded or held in so few bits, weights are missing in its files, or the ranks
+            make no such groups.
     """
     check_weights(config)
+    quantized = _layers_in_8_bits(config) if bits == 8 else None
+    arguments = _in_4_bits(config, device) if bits == 4 else {}
     if partition == "tensor":
         model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
     else:
@@ -204,15 +213,50 @@ def load_frozen(
             # Buffers for weights on NVMe are made before there is a model.
             ranks = group.size if group else world_size()
             deepspeed_config = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
-        with loading(deepspeed_config if partition in SPLIT else None, group, config.model):
-            model, info = _from_pretrained(config, config.attention)
+        with loading(deepspeed_config if partition in SPLIT else None, group, config.model, quantized):
+            model, info = _from_pretrained(config, config.attention, **arguments)
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
     if partition not in SPLIT:
-        return model.to(device)
+        if quantized is not None:
+            quantize(model, quantized, device)
+        return model if bits == 4 else model.to(device)  # bitsandbytes has put it there
     keep_weights_by_name(model)
     return model
+
+
+def _layers_in_8_bits(config: ModelConfig) -> Callable[[nn.Module], bool]:
+    """Whether a layer of a model is to be held in 8 bits. Raises SoftCoTError where the model cannot be."""
+    settings = _of_whole_weights(config, 8)
+    with torch.device("meta"):
+        empty = AutoModelForCausalLM.from_config(settings)
+    wanted = partial(can_quantize, vocabulary=vocabulary(settings))
+    check_bits(empty, wanted, config.model)
+    return wanted
+
+
+def _in_4_bits(config: ModelConfig, device: torch.device) -> dict[str, Any]:
+    """Arguments of ``from_pretrained`` for NF4, which QLoRA (arXiv:2305.14314) came with, by bitsandbytes.
+
+    Raises:
+        SoftCoTError: the model cannot be held so, or bitsandbytes is not installed.
+    """
+    _of_whole_weights(config, 4)
+    if importlib.util.find_spec("bitsandbytes") is None:
+        raise SoftCoTError("backbone.bits=4 needs bitsandbytes, which is not installed: pip install bitsandbytes")
+    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
+    return {"quantization_config": settings, "device_map": {"": device}}
+
+
+def _of_whole_weights(config: ModelConfig, bits: int) -> PreTrainedConfig:
+    settings = load_config(config)
+    if getattr(settings, "quantization_config", None) is not None:
+        raise SoftCoTError(
+            f"backbone.bits={bits}: the weights of {config.model} are quantized in its files; set backbone.bits=16, "
+            "which leaves them as they are, or name a model with weights in 16 bits"
+        )
+    return settings
 
 
 def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:
@@ -221,11 +265,11 @@ def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> Pr
     Raises:
         SoftCoTError: see ``load_frozen``.
     """
-    group_size = recipe.backbone.group_size
+    group_size, bits = recipe.backbone.group_size, recipe.bits_of(config)
     if partition not in SPLIT:
-        return load_frozen(config, partition, own_device(), None, group_size)
+        return load_frozen(config, partition, own_device(), None, group_size, bits)
     settings = decoding_config(recipe)
-    model = load_frozen(config, partition, own_device(), settings, group_size)
+    model = load_frozen(config, partition, own_device(), settings, group_size, bits)
     if config is recipe.base:
         keep_layers(model, recipe.backbone.resident_gib)
     hook_partitioned(model, settings)

@@ -5,7 +5,7 @@ Whatever depends on that is asked here: the configuration, loading, running, and
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -25,6 +25,7 @@ from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_r
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import limits
 from softcot_ds.models.limits import Gathers
+from softcot_ds.models.quantized import prepare
 from softcot_ds.models.slices import slice_of
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, BackboneConfig, Dtype, Partition, Recipe
@@ -67,10 +68,8 @@ def engine_config(recipe: Recipe) -> dict[str, Any]:
     config["communication_data_type"] = "fp32"
     # The norm of the gradient is what tells one that is not finite.
     config["zero_optimization"].pop("compute_grad_norm", None)
-    # DeepSpeed would replace PyTorch's linear for the rest of the process: see keep_weights_by_name. But its own alone
-    # knows weights that it has quantized.
-    quantized = config.get("weight_quantization", {}).get("quantized_initialization")
-    config["zero_optimization"]["memory_efficient_linear"] = bool(quantized)
+    # DeepSpeed would replace PyTorch's linear for the rest of the process: see keep_weights_by_name.
+    config["zero_optimization"]["memory_efficient_linear"] = False
     config.pop("tensorboard", None)  # DeepSpeed's monitor would write a second set of curves
     # DeepSpeed's own progress lines; ours are better placed.
     config["steps_per_print"] = _NEVER
@@ -179,7 +178,9 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
 
 
 @contextmanager
-def loading(config: dict[str, Any] | None, group: Group | None, name: str) -> Iterator[None]:
+def loading(
+    config: dict[str, Any] | None, group: Group | None, name: str, quantized: Callable[[nn.Module], bool] | None = None
+) -> Iterator[None]:
     """Have ``from_pretrained`` split each weight while it reads it: no rank ever holds more than one whole.
 
     The first rank of a group reads a weight and sends it to the others: nothing moves between groups. Undone at the
@@ -189,13 +190,14 @@ def loading(config: dict[str, Any] | None, group: Group | None, name: str) -> It
         config: DeepSpeed's configuration; None to load whole.
         group: who splits the weights between them; None for all ranks.
         name: of the model, for lines on rank 0 that tell how far it is.
+        quantized: whether a layer is to be held in 8 bits; None where none is.
     """
     if config is None:
         yield
         return
     partitioning = HfDeepSpeedConfig(copy.deepcopy(config))  # in effect while it lives
     of_deepspeed, get_rank = deepspeed.zero.Init, dist.get_rank
-    deepspeed.zero.Init = partial(_Init, group, name)
+    deepspeed.zero.Init = partial(_Init, group, name, quantized)
     try:
         yield
     finally:
@@ -210,9 +212,12 @@ class _Init(deepspeed.zero.Init):
     It outlives the building: DeepSpeed later splits what is trained with it, over all ranks.
     """
 
-    def __init__(self, group: Group | None, name: str, **kwargs: Any) -> None:
+    def __init__(
+        self, group: Group | None, name: str, quantized: Callable[[nn.Module], bool] | None, **kwargs: Any
+    ) -> None:
         super().__init__(**kwargs)
         self._group = group
+        self._quantized = quantized
         self._name = name
         self._building = False
         self._all = self._loaded = 0  # bytes
@@ -232,6 +237,11 @@ class _Init(deepspeed.zero.Init):
             # of a weight's group: all groups but one would get garbage.
             get_rank = dist.get_rank
             dist.get_rank = lambda group=None: mine.rank if group is None else get_rank(group)
+
+    def _post_init_method(self, module: nn.Module) -> None:
+        if self._building and self._quantized is not None and self._quantized(module):
+            prepare(module)
+        super()._post_init_method(module)
 
     def _convert_to_deepspeed_param(self, param: nn.Parameter) -> None:
         if self._building and self._group is not None:

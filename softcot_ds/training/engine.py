@@ -25,7 +25,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     """The frozen base with the projection, whose weights come from ``start_from`` or from the seed."""
     config = engine_config(recipe)
     partition, group_size = recipe.backbone.partition, recipe.backbone.group_size
-    base = load_frozen(recipe.base, partition, device(), config, group_size)
+    base = load_frozen(recipe.base, partition, device(), config, group_size, recipe.backbone.bits)
     assistant = None
     if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
         # Where the base is in slices, the engine is of another stage than weights that are gathered need.
