@@ -9,6 +9,7 @@ import multiprocessing
 import os
 import sys
 from pathlib import Path
+from unittest import mock
 
 import torch
 from launch import free_port
@@ -52,8 +53,9 @@ def said(model: torch.nn.Module, ids: torch.Tensor) -> tuple[torch.Tensor, torch
 
 
 def toys(ranks: DataRanks) -> dict[str, list[float]]:
-    """Of each model that fits: errors of logits and gradient, the share that this rank holds."""
+    """Of each model that fits: errors of logits and gradient, the share that this rank holds, sums over its group."""
     found = {}
+    all_reduce = torch.distributed.all_reduce
     for name, settings in FIT.items():
         whole = toy.make_toy(toy.toy_config(make_config(name), NODE, **settings))
         if is_main():
@@ -64,11 +66,13 @@ def toys(ranks: DataRanks) -> dict[str, list[float]]:
             ModelConfig(model=f"{folder}/{name}", dtype="float32", attention=attention), "tensor", device()
         )
         ids = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(ranks.number))
-        errors = [float((a - b).norm() / b.norm()) for a, b in zip(said(model, ids), said(whole, ids), strict=True)]
+        with mock.patch.object(torch.distributed, "all_reduce", wraps=all_reduce) as sums:
+            sliced = said(model, ids)
+        errors = [float((a - b).norm() / b.norm()) for a, b in zip(sliced, said(whole, ids), strict=True)]
         parameters = dict(model.named_parameters())
         assert {n: whole_shape(p) for n, p in parameters.items()} == {n: p.shape for n, p in whole.named_parameters()}
         held = sum(map(held_bytes, parameters.values())) / sum(map(held_bytes, whole.parameters()))
-        found[name] = [*errors, held]
+        found[name] = [*errors, held, sums.call_count]
     return found
 
 

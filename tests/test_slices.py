@@ -58,10 +58,17 @@ def test_ranks_of_a_group_work_on_the_same_part_and_one_of_them_writes(done):
 def test_slices_compute_what_the_whole_does_and_each_rank_holds_its_share(done):
     for found in done[1]["toys"]:
         assert found.keys() == {"llama", "qwen2", "qwen3", "qwen3_moe", "phi3"}
-        for name, (logits, gradient, held) in found.items():
+        for name, (logits, gradient, held, _) in found.items():
             assert logits < 5e-6, name
             assert gradient < 5e-6, name
             assert 0.49 < held < 0.53, name  # norms are whole on each
+
+
+def test_ranks_add_up_twice_a_layer_in_each_pass_and_twice_on_the_way_back(done):
+    for found in done[1]["toys"]:
+        # Three layers; a pass without gradient, one with it, and its backward pass.
+        sums = {name: found[name][-1] for name in ("llama", "qwen2", "qwen3")}
+        assert sums == dict.fromkeys(sums, 3 * (2 + 2 + 2))
 
 
 def test_a_model_that_cannot_be_held_in_slices_is_told_with_the_reason(done):

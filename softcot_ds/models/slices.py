@@ -12,9 +12,11 @@ from functools import partial
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from torch import nn
 from torch.distributed.tensor import DTensor
 from transformers import AutoModelForCausalLM, DistributedConfig, PreTrainedConfig, PreTrainedModel
+from transformers.distributed.parallel_utils import replace_layer_number_by_wildcard
 from transformers.distributed.tensor_parallel import get_kv_heads_per_rank
 from transformers.initialization import no_tie_weights
 from transformers.utils import logging as transformers_logging
@@ -61,11 +63,7 @@ def read_slices(ranks: int, from_pretrained: Callable[..., Any]) -> Any:
     """
     with _quiet():
         model, info = from_pretrained(distributed_config=_sliced_over(ranks))
-    for module in model.modules():
-        if isinstance(module, nn.Linear) and any(isinstance(p, DTensor) for p in module.parameters(recurse=False)):
-            # Where gradients flow, transformers has DTensor look through every product, which takes three times as
-            # long as a small product itself. This is its own way around it, of modules that DTensor does not know.
-            module._hf_quantized_needs_local_tp = True
+    _compute_locally(model)
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             # DeepSpeed's own mark of weights that differ between ranks: it gives everyone rank 0's of all others.
@@ -73,6 +71,73 @@ def read_slices(ranks: int, from_pretrained: Callable[..., Any]) -> Any:
     # DeepSpeed moves all modules to the device where this one is, which PyTorch cannot do with DTensors in use.
     model._apply = lambda *_, **__: model
     return model, info
+
+
+def _compute_locally(model: PreTrainedModel) -> None:
+    """Have the linear layers of a plan compute with plain tensors, and sum each gradient once.
+
+    transformers has DTensor look through every product where gradients flow, and sums the gradient of what queries,
+    keys and values read for each of them: a pass and its backward pass took four times as long on toys, and five sums
+    of activations a layer where two do.
+    """
+    group = next((p.device_mesh.get_group() for p in model.parameters() if isinstance(p, DTensor)), None)
+    shared = _Shared(group)
+    for name, module in model.named_modules():
+        style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
+        if type(module) is nn.Linear and isinstance(module.weight, DTensor) and style in ("colwise", "rowwise"):
+            weight, bias = (None if p is None else slice_of(p).detach() for p in (module.weight, module.bias))
+            module.forward = partial(*((_columns, shared) if style == "colwise" else (_rows, group)), weight, bias)
+
+
+def _columns(shared: "_Shared", weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    """This rank's columns of a product with the whole of ``states``."""
+    return nn.functional.linear(shared(states), weight, bias)
+
+
+def _rows(group: Any, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+    """The whole of a product, on every rank, from each one's columns of ``states``."""
+    product = _Sum.apply(nn.functional.linear(states, weight), group)
+    return product if bias is None else product + bias
+
+
+class _Shared:
+    """Marks what ranks read together: its gradient is the sum over them, whoever reads it after the first."""
+
+    def __init__(self, group: Any) -> None:
+        self._group = group
+        self._last: tuple[torch.Tensor, torch.Tensor] | None = None
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        if not (torch.is_grad_enabled() and states.requires_grad):
+            return states
+        if self._last is None or self._last[0] is not states:
+            self._last = states, _SumGradient.apply(states, self._group)
+        return self._last[1]
+
+
+class _SumGradient(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, states: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.group = group
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=ctx.group)
+        return gradient, None
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, part: torch.Tensor, group: Any) -> torch.Tensor:
+        ctx.mark_dirty(part)
+        dist.all_reduce(part, group=group)
+        return part
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
+        return gradient, None
 
 
 @contextmanager
