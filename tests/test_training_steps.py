@@ -265,23 +265,23 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     torch.testing.assert_close(from_cache, online, rtol=1e-6, atol=0)
 
 
-def test_fused_loss_and_fused_embedding_of_a_partitioned_base_give_the_gradient_in_float64(
-    tmp_path, random_pair, monkeypatch
-):
-    """The kernels run in Triton's interpreter, slowly, so in one step on small batches."""
+def test_fused_kernels_give_the_gradient_in_float64_where_each_rank_has_a_part(tmp_path, random_pair, monkeypatch):
+    """They run in Triton's interpreter, slowly, so in one step on small batches."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
     batch = ["training.global_batch_size=4", "training.micro_batch_size=2", "training.warmup_steps=0"]
-    variant = " ".join([*SMALL, *random_pair, *batch, "training.steps=1", "backbone.partition=zero3"])
+    common = " ".join([*SMALL, *random_pair, *batch, "training.steps=1"])
     output = tmp_path / "gradients.safetensors"
     monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run_worker(output, [variant])
+    run_worker(output, [f"{common} backbone.partition={partition}" for partition in ("zero3", "tensor")])
     found = load_file(output)
-    assert found[f"{variant}/fuses_loss"]
-    assert found[f"{variant}/fuses_embedding"]
-    loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, variant.split()))
-    assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6)
-    for name, truth in gradient.items():
-        assert (found[f"{variant}/{name}"] - truth).norm() < 1e-5 * truth.norm(), name
+    loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, common.split()))
+    for partition in ("zero3", "tensor"):
+        variant = f"{common} backbone.partition={partition}"
+        assert found[f"{variant}/fuses_loss"] == (partition != "tensor"), "a slice of a head gives part of the logits"
+        assert found[f"{variant}/fuses_embedding"]
+        assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6)
+        for name, truth in gradient.items():
+            assert (found[f"{variant}/{name}"] - truth).norm() < 1e-5 * truth.norm(), name
 
 
 @pytest.fixture(scope="module")
