@@ -15,13 +15,12 @@ import torch
 
 
 def describe() -> dict[str, Any]:
-    """Date, commit, hardware and versions."""
-    commit = subprocess.run(
-        ["git", "describe", "--always", "--dirty"], cwd=Path(__file__).parent, capture_output=True, text=True
-    )
+    """Date, commit, hardware and versions. A copy without its history is told its commit by SOFTCOT_DS_COMMIT."""
+    git = ["git", "describe", "--always", "--dirty"]
+    commit = subprocess.run(git, cwd=Path(__file__).parent, capture_output=True, text=True).stdout.strip()
     return {
         "date": datetime.date.today().isoformat(),
-        "commit": commit.stdout.strip() or "unknown",
+        "commit": os.environ.get("SOFTCOT_DS_COMMIT") or commit or "unknown",
         "processor": _processor(),
         "cores": os.cpu_count(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -68,6 +68,7 @@ _FOR_ITS_END = 0.8
 _LEAST_SECONDS = 20.0
 """Nothing is begun with less: importing the libraries takes as long."""
 _GRACE_SECONDS = 10.0
+_SLOWEST = 12
 _SHOWN = 3000
 """Characters that are kept of the end of what a part that failed has printed."""
 
@@ -136,14 +137,17 @@ def _read(out: Path) -> dict[str, Any]:
 
 
 def _count_tests(xml: str) -> dict[str, Any]:
-    """How many tests passed, failed and were skipped, and the names of those that failed."""
-    counts, failed = Counter(), []
+    """How many tests passed, failed and were skipped, which ones failed, and the seconds of the slowest."""
+    counts, failed, seconds = Counter(), [], {}
     for case in ElementTree.fromstring(xml).iter("testcase"):
         outcome = next((child.tag for child in case if child.tag in ("failure", "error", "skipped")), "passed")
         counts[outcome] += 1
+        name = f"{case.get('classname')}::{case.get('name')}"
+        seconds[name] = float(case.get("time", 0))
         if outcome in ("failure", "error"):
-            failed.append(f"{case.get('classname')}::{case.get('name')}")
-    return {"tests": dict(counts), "failed": failed}
+            failed.append(name)
+    slowest = sorted(seconds, key=seconds.__getitem__, reverse=True)[:_SLOWEST]
+    return {"tests": dict(counts), "failed": failed, "slowest": {name: seconds[name] for name in slowest}}
 
 
 def default_out(gpu: str) -> Path:

@@ -30,11 +30,12 @@ The lengths, in gsm8k_lengths.json, are numbers of tokens of a sample of GSM8K's
 import argparse
 import copy
 import json
+import math
 import multiprocessing
 import random
 import statistics
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice, pairwise
 from operator import attrgetter
@@ -79,6 +80,26 @@ SIZES = (2, 4, 8, 16, 32)
 
 Models = tuple[LlamaForCausalLM, LlamaForCausalLM]
 """The base and the assistant."""
+
+
+def _attention(query: Sequence[int], key: Sequence[int], value: Sequence[int], *rest: Any, **named: Any) -> int:
+    """Operations of attention, from shapes (B, heads, S, width): a product for each pair with keys, and with values."""
+    return 2 * math.prod(query[:3]) * key[2] * (query[3] + value[3])
+
+
+def _attention_backward(_gradient: object, *shapes: Any, **named: Any) -> int:
+    return 2 * _attention(*shapes)
+
+
+def _operators(suffix: str) -> list[Any]:
+    """PyTorch's attention, in all its implementations."""
+    names = ("efficient_attention", "flash_attention", "cudnn_attention", "flash_attention_for_cpu")
+    return [getattr(torch.ops.aten, f"_scaled_dot_product_{name}{suffix}") for name in names]
+
+
+# PyTorch 2.11's own counter refuses fewer heads of keys than of queries, and counts what kernels of the backward pass
+# compute a second time.
+ATTENTION = dict.fromkeys(_operators(""), _attention) | dict.fromkeys(_operators("_backward"), _attention_backward)
 
 
 def record_lengths(tokenizer_name: str, data: str, sample: int = 2048) -> None:
@@ -223,7 +244,7 @@ class Variant:
         self.step.projection.zero_grad()
         self.operations = []
         for number in range(len(self.batches)):
-            with FlopCounterMode(display=False) as counter:
+            with FlopCounterMode(display=False, custom_mapping=ATTENTION) as counter:
                 self.run(number)
             self.operations.append(counter.get_total_flops())
         gradient = torch.cat([parameter.grad.flatten() for parameter in self.step.projection.parameters()])
@@ -292,8 +313,11 @@ def measure(
     rounds: int,
     budget: Budget,
     runs: dict[tuple[str, int], Runs],
-) -> None:
-    """Run all micro-batches of all variants ``rounds`` times, in turns; less often, but once, if the budget says so."""
+) -> Iterator[None]:
+    """Run all micro-batches of all variants ``rounds`` times, in turns; less often, but once, if the budget says so.
+
+    It stops after each round, so that what ``runs`` holds then can be kept.
+    """
     on_gpu = device.type == "cuda"
     for repeat in range(rounds):
         if repeat and budget.is_used_up():
@@ -313,6 +337,7 @@ def measure(
                 took.processor_seconds.append(ended[1] - began[1])
                 took.peak_gib.append(peak_memory_gib(device) - before)
         print(f"round {repeat + 1} of {rounds}: {', '.join(variants)}", flush=True)
+        yield
 
 
 def peak_memory(name: str) -> float:
@@ -434,17 +459,19 @@ def main() -> None:
         for variant in new.values():
             variant.count()
         variants |= new
-        measure(new, device, args.rounds, budget, runs)
-        result |= summarize(variants, runs, peak)
-        if on_gpu:
-            result["steps"] = steps(variants, runs)
-            keep(result, args.out)
+        for _ in measure(new, device, args.rounds, budget, runs):
+            result |= summarize(variants, runs, peak)
+            if on_gpu:
+                result["steps"] = steps(variants, runs)
+                keep(result, args.out)
     if on_gpu and not budget.is_used_up():
         sizes, size_runs = make_sizes(models), {}
         for variant in sizes.values():
             variant.count()
-        measure(sizes, device, args.rounds, budget, size_runs)
-        result["steps"] += steps(sizes, size_runs)
+        of_variants = result["steps"]
+        for _ in measure(sizes, device, args.rounds, budget, size_runs):
+            result["steps"] = of_variants + steps(sizes, size_runs)
+            keep(result, args.out)
     write_result(result, args.out)
 
 

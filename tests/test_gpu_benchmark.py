@@ -12,7 +12,7 @@ HANGS = "import json, sys, time; json.dump({'rows': [1]}, open(sys.argv[1], 'w')
 FAILS = "import sys; print('what went wrong'); sys.exit(3)"
 WORKS = "import json, sys; json.dump({'speedup': 2.0, 'python': 'as below'}, open(sys.argv[1], 'w'))"
 TESTS = """<testsuites><testsuite>
-<testcase classname="a" name="x"/>
+<testcase classname="a" name="x" time="2.5"/>
 <testcase classname="a" name="y"><failure/></testcase>
 <testcase classname="a" name="z"><skipped/></testcase>
 </testsuite></testsuites>"""
@@ -49,6 +49,7 @@ def test_every_part_is_kept_whatever_becomes_of_the_others(gpu, tmp_path, monkey
     assert {key: works[key] for key in works if key != "seconds"} == {"exit": 0, "speedup": 2.0}
     assert tests["tests"] == {"passed": 1, "failure": 1, "skipped": 1}
     assert tests["failed"] == ["a::y"]
+    assert tests["slowest"] == {"a::x": 2.5, "a::y": 0, "a::z": 0}
     assert "left_out" in late
     assert list(tmp_path.iterdir()) == [out]
 
