@@ -27,9 +27,18 @@ else as it is: as many layers, as large against the head and the parts of a laye
   DeepSpeed gathers nothing before a step begins, and there is next to no computation to hide behind
 - ``most_layers``: elements gathered at a time at most, in layers; ``expected_layers``: the package's bound of it
 - ``gathered_ahead_before``: the same with the limits that once were in ds_configs/zero3.json, made smaller alike
+
+``partitions`` holds what is moved by ``backbone.partition``, always on 4 ranks, two on each of two nodes:
+
+- ``frozen_bytes_between_nodes``, ``frozen_bytes_within_nodes``: size of the frozen weights gathered in one micro-batch
+  and optimizer step, by operations over ranks of both nodes, and of one
+- ``trained_bytes_between_nodes``: the same of the projection, with its gradient
+- ``loaded_bytes_between_nodes``: what has moved between nodes until the base was loaded
+- ``equals_zero3``: losses and trained weights of all steps are those of ``zero3``, bit for bit
 """
 
 import argparse
+import hashlib
 import json
 import os
 import socket
@@ -41,9 +50,10 @@ from typing import Any
 
 import deepspeed
 import torch
+import torch.distributed as dist
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
-from deepspeed.utils import z3_leaf_module
+from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
 from environment import describe, write_result
 from torch import nn
 from torch.multiprocessing import spawn
@@ -51,7 +61,7 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 import softcot_ds.training.engine
 from softcot_ds.data.batches import Batch, collate
-from softcot_ds.distributed import init_distributed, is_main, rank, shut_down, world_size
+from softcot_ds.distributed import from_all_ranks, init_distributed, is_main, rank, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
 from softcot_ds.models.partition import gathers_of
@@ -78,6 +88,8 @@ FORMER = {
     "stage3_max_reuse_distance": 1_000_000_000,
 }
 LIMITS: dict[str, dict[str, int]] = {"gathered_ahead": {}, "gathered_ahead_before": FORMER}
+RANKS_OF_A_NODE = 2
+PARTITIONS = ("zero3", "node")
 VARIANTS = ("full", "fast", "fast_checkpointed", "two_passes", "hooks_per_module", "hooks_per_module_kept", "fast_kept")
 
 
@@ -94,13 +106,30 @@ class Traffic:
     def reset(self) -> None:
         """Start counting anew."""
         self.gathered = self.gathers = self.reduced = 0
+        self.between_nodes = self.trained = 0
+
+    def tell_apart(self, model: SoftCoT) -> None:
+        """Count from now on how much of what is gathered is trained: weights may be gathered several at once."""
+        trained = {*model.projection.parameters()}
+        for parameter in model.parameters():
+            for name in ("all_gather", "all_gather_coalesced"):
+                setattr(parameter, name, partial(self._gather, trained, parameter, getattr(parameter, name)))
+
+    def _gather(self, trained: set[nn.Parameter], parameter: nn.Parameter, gather: Any, *args: Any, **rest: Any) -> Any:
+        weights = [*args[0]] if args else [parameter]
+        away = [p for p in weights if p in trained and p.ds_status == ZeroParamStatus.NOT_AVAILABLE]
+        self.trained += sum(world_size() * weight.ds_tensor.nbytes for weight in away)
+        return gather(weights, *args[1:], **rest)
 
     def _call(self, name: str, operation: Any, *args: Any, **kwargs: Any) -> Any:
         tensors = [value for value in (*args, *kwargs.values()) if isinstance(value, torch.Tensor)]
         lists = [value for value in (*args, *kwargs.values()) if isinstance(value, list)]
         # Of input and output, the larger is the whole and the other a rank's part.
         size = max(sum(t.nbytes for t in group) for group in [[tensor] for tensor in tensors] + lists)
+        groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup)]
+        ranks = dist.get_process_group_ranks(*groups) if groups else range(world_size())
         if name in GATHERS:
+            self.between_nodes += size if len({rank // RANKS_OF_A_NODE for rank in ranks}) > 1 else 0
             self.gathered += size
             self.gathers += 1
         else:
@@ -205,18 +234,23 @@ def traffic_recipe(base: Path, deepspeed_config: Path, *overrides: str) -> Recip
     )
 
 
-def train(engine: Any, model: SoftCoT, experiment: Experiment, recipe: Recipe, reset: Callable[[], None]) -> None:
-    """Some steps, each after a call of ``reset``: what is counted is the last one."""
-    examples = experiment.splits.train
+def train(
+    engine: Any, model: SoftCoT, experiment: Experiment, recipe: Recipe, reset: Callable[[], None]
+) -> list[float]:
+    """Some steps, each after a call of ``reset``: what is counted is the last one. Returns this rank's losses."""
+    examples, losses = experiment.splits.train, []
     for step in range(6):
         first = 4 * (step * world_size() + rank())
         batch = collate(examples[first : first + 4], experiment.base_pad_id, model.num_shared, model.number)
         # What the assistant says makes no difference: any states will do.
+        torch.manual_seed(first)
         batch.thoughts = torch.randn(4, recipe.thoughts.count, experiment.assistant_config.hidden_size)
         reset()
         loss = engine(batch)
         engine.backward(loss)
         engine.step()
+        losses.append(float(loss.detach()))
+    return losses
 
 
 def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
@@ -252,11 +286,35 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
     }
 
 
-def worker(local_rank: int, ranks: int, port: int, folder: Path, variants: list[str], sizes: list[str]) -> None:
-    """One rank: measure each variant and size; rank 0 writes the results."""
+def measure_partition(partition: str, folder: Path, traffic: Traffic) -> dict[str, Any]:
+    """Bytes that one step moves, frozen weights apart from trained ones, and what the steps come to."""
+    config = folder / "zero3.json"
+    recipe = traffic_recipe(folder, config, "training.step=fast", f"backbone.partition={partition}")
+    experiment = Experiment(recipe)
+    traffic.reset()
+    model = softcot_ds.training.engine.build_model(recipe, experiment, None)
+    loaded = traffic.between_nodes
+    engine = softcot_ds.training.engine.build_engine(model, recipe)
+    traffic.tell_apart(model)
+    losses = from_all_ranks(train(engine, model, experiment, recipe, traffic.reset))
+    moved = {
+        "frozen_bytes_between_nodes": traffic.between_nodes - traffic.trained,
+        "frozen_bytes_within_nodes": traffic.gathered - traffic.between_nodes,
+        "trained_bytes_between_nodes": traffic.trained + traffic.reduced,
+        "loaded_bytes_between_nodes": loaded,
+    }
+    weights = [safe_get_full_fp32_param(parameter) for parameter in model.projection.parameters()]
+    trained = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest()
+    return {**moved, "losses": losses, "trained": trained}
+
+
+def worker(
+    rank: int, ranks: int, port: int, folder: Path, variants: list[str], sizes: list[str], partitions: list[str]
+) -> None:
+    """One rank: measure each variant, size and partition; rank 0 writes the results."""
     os.environ.update(
-        RANK=str(local_rank),
-        LOCAL_RANK=str(local_rank),
+        RANK=str(rank),
+        LOCAL_RANK=str(rank % RANKS_OF_A_NODE),
         WORLD_SIZE=str(ranks),
         MASTER_ADDR="127.0.0.1",
         MASTER_PORT=str(port),
@@ -266,8 +324,11 @@ def worker(local_rank: int, ranks: int, port: int, folder: Path, variants: list[
     ahead = {name: {size: gathered_ahead(folder / size / f"{name}.json") for size in sizes} for name in LIMITS}
     traffic = Traffic()
     results = {variant: measure(variant, folder, traffic) for variant in variants}
+    found = {partition: measure_partition(partition, folder, traffic) for partition in partitions}
+    for row in found.values():
+        row["equals_zero3"] = all(row[key] == found["zero3"][key] for key in ("losses", "trained"))
     if is_main():
-        (folder / "results.json").write_text(json.dumps({"variants": results, **ahead}))
+        (folder / "results.json").write_text(json.dumps({"variants": results, "partitions": found, **ahead}))
     shut_down()
 
 
@@ -301,27 +362,35 @@ def write_base(folder: Path, **sizes: int) -> LlamaForCausalLM:
     return model
 
 
+def measure_on(ranks: int, *measured: Sequence[str]) -> dict[str, Any]:
+    """What so many ranks find; ``measured`` are variants, sizes and partitions."""
+    with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
+        listener.bind(("127.0.0.1", 0))
+        port = listener.getsockname()[1]
+        listener.close()
+        folder = Path(name)
+        prepare(folder, measured[1])
+        spawn(worker, (ranks, port, folder, *map(list, measured)), nprocs=ranks)
+        return json.loads((folder / "results.json").read_text())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--ranks", type=int, nargs="+", default=[2, 4])
+    parser.add_argument("--ranks", type=int, nargs="*", default=[2, 4])
     parser.add_argument("--variants", nargs="*", choices=VARIANTS, default=VARIANTS)
     parser.add_argument("--sizes", nargs="*", choices=SIZES, default=list(SIZES), help="on the first number of ranks")
+    parser.add_argument(
+        "--partitions", nargs="*", choices=PARTITIONS, default=PARTITIONS, help="zero3 first; on 4 ranks"
+    )
     parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
     args = parser.parse_args()
     result: dict[str, Any] = {"benchmark": "zero3_traffic", **describe()}
     for ranks in args.ranks:
-        sizes = args.sizes if ranks == args.ranks[0] else []
-        with tempfile.TemporaryDirectory() as name, socket.socket() as listener:
-            listener.bind(("127.0.0.1", 0))
-            port = listener.getsockname()[1]
-            listener.close()
-            folder = Path(name)
-            prepare(folder, sizes)
-            spawn(worker, (ranks, port, folder, list(args.variants), sizes), nprocs=ranks)
-            found = json.loads((folder / "results.json").read_text())
-        result[f"{ranks}_ranks"] = found.pop("variants")
-        if sizes:
-            result |= found
+        found = measure_on(ranks, args.variants, args.sizes if ranks == args.ranks[0] else [], [])
+        result[f"{ranks}_ranks"] = found["variants"]
+        result |= {name: found[name] for name in LIMITS if found[name]}
+    if args.partitions:
+        result["partitions"] = measure_on(2 * RANKS_OF_A_NODE, [], [], args.partitions)["partitions"]
     for ranks in args.ranks:
         for variant, row in result[f"{ranks}_ranks"].items():
             row["gathered_over_arithmetic"] = row["gathered"] / row["arithmetic"]
@@ -335,6 +404,11 @@ def main() -> None:
                 f"{name:22} {size:4} forward {row['forward']:.1%}, backward {row['backward']:.1%}; at most "
                 f"{row['most_layers']:.2f} layers are gathered, {row['expected_layers']:.2f} were expected"
             )
+    for partition, row in result.get("partitions", {}).items():
+        print(
+            f"{partition:22} frozen weights: {row['frozen_bytes_between_nodes']:,} bytes between nodes, "
+            f"{row['frozen_bytes_within_nodes']:,} within; equals zero3: {row['equals_zero3']}"
+        )
     write_result(result, args.out)
 
 

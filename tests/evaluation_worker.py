@@ -18,7 +18,9 @@ from softcot_ds.run_dir import recipe_and_adapter
 
 folder, output, *overrides = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 evaluate(*recipe_and_adapter(folder, overrides))
-adapter = softcot_ds.load(folder, *overrides, "evaluation.partition=null")  # then as in training
+adapter = softcot_ds.load(
+    folder, *overrides, "evaluation.partition=null", "backbone.partition=node"
+)  # then as in training
 assert needs_all_ranks(adapter.base), "the base is split"
 questions = [example.problem.question for example in adapter.experiment.splits.test]
 embedded = adapter.prompt_embeddings(questions)

@@ -178,13 +178,13 @@ def first_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
     return naive.loss_and_gradient(weights, next(naive.batches()))
 
 
-def run_worker(output: Path, variants: list[str]) -> None:
-    """gradient_worker.py on two ranks; its losses and gradients of each variant go to ``output``."""
+def run_worker(output: Path, variants: list[str]) -> str:
+    """gradient_worker.py on two ranks; its losses and gradients of each variant go to ``output``. What it prints."""
     # --module wants a module on the path: the tests' folder is put there.
-    run(
+    return run(
         deepspeed_command(2, "gradient_worker", RECIPE, output, *variants),
         PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    )
+    ).stdout
 
 
 def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, random_pair):
@@ -257,12 +257,21 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     common = [*SMALL, "training.steps=12", "training.learning_rate=1e-6", "training.warmup_steps=0"]
     cached = [*common, "thoughts.source=cache", f"cache.path={tmp_path / 'cache'}", "cache.tokens_per_batch=1"]
     run([sys.executable, "-m", "softcot_ds.cache", str(RECIPE), *cached])
-    variants = [" ".join([*overrides, "backbone.partition=zero3"]) for overrides in (common, cached)]
+    within = ["backbone.partition=node", "backbone.group_size=1"]  # two models, each read by each rank
+    resident = ["backbone.partition=zero3", "backbone.resident_gib=0.0015"]
+    zero3 = ["backbone.partition=zero3"]
+    variants = [
+        " ".join(overrides)
+        for overrides in ([*common, *zero3], [*cached, *zero3], [*common, *within], [*cached, *resident])
+    ]
     output = tmp_path / "losses.safetensors"
-    run_worker(output, variants)
+    printed = run_worker(output, variants)
     found = load_file(output)
-    online, from_cache = (found[f"{variant}/losses"] for variant in variants)
+    online, from_cache, *same = (found[f"{variant}/losses"] for variant in variants)
     torch.testing.assert_close(from_cache, online, rtol=1e-6, atol=0)
+    assert torch.equal(same[0], online), "however the weights are held: bit for bit"
+    assert torch.equal(same[1], from_cache)
+    assert printed.count(" of the base held whole on each rank") == 1
 
 
 def test_fused_kernels_give_the_gradient_in_float64_where_each_rank_has_a_part(tmp_path, random_pair, monkeypatch):

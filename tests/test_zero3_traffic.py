@@ -28,3 +28,17 @@ def test_fast_step_gathers_what_one_pass_gathers_before_it_is_asked_for_and_redu
     # The head, as large as 2.4 layers, beside the last layer; nothing of it is gathered in vain.
     assert 3.4 < ahead["most_layers"] <= ahead["expected_layers"] < 3.5
     assert before["most_layers"] <= before["expected_layers"]
+
+
+def test_nothing_of_the_frozen_weights_crosses_nodes_that_hold_them_within():
+    script = ROOT / "benchmarks" / "zero3_traffic.py"
+    done = run([sys.executable, str(script), "--ranks", "--partitions", "zero3", "node"])
+    zero3, node = json.loads(done.stdout.splitlines()[-1])["partitions"].values()
+    assert node["frozen_bytes_between_nodes"] == node["loaded_bytes_between_nodes"] == 0
+    assert zero3["frozen_bytes_between_nodes"] == zero3["frozen_bytes_within_nodes"] + node["frozen_bytes_within_nodes"]
+    assert node["losses"] == zero3["losses"]
+    assert node["trained"] == zero3["trained"]
+    few_bytes = 10_000  # biases, and the norm of the gradient
+    projection = 4 * 192 * 128
+    for row in (zero3, node):  # gathered forward and backward, and its gradient
+        assert row["trained_bytes_between_nodes"] == pytest.approx(3 * projection, abs=few_bytes)
