@@ -35,6 +35,8 @@ else as it is: as many layers, as large against the head and the parts of a laye
 - ``trained_bytes_between_nodes``: the same of the projection, with its gradient
 - ``loaded_bytes_between_nodes``: what has moved between nodes until the base was loaded
 - ``equals_zero3``: losses and trained weights of all steps are those of ``zero3``, bit for bit
+- ``activations_bytes_within_nodes``: what the ranks of a node sum and gather of activations, which hold ``tensor``'s
+  slices. They take the micro-batches of both together, and each has half of their loss
 """
 
 import argparse
@@ -51,6 +53,7 @@ from typing import Any
 import deepspeed
 import torch
 import torch.distributed as dist
+import torch.distributed._functional_collectives as funcol
 from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
 from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
@@ -61,10 +64,10 @@ from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausa
 
 import softcot_ds.training.engine
 from softcot_ds.data.batches import Batch, collate
-from softcot_ds.distributed import from_all_ranks, init_distributed, is_main, rank, shut_down, world_size
+from softcot_ds.distributed import from_all_ranks, init_distributed, is_main, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
-from softcot_ds.models.partition import gathers_of
+from softcot_ds.models.partition import data_ranks, gathers_of, is_partitioned
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.training.memory import expected_memory
 from softcot_ds.values import resolve_location
@@ -89,7 +92,7 @@ FORMER = {
 }
 LIMITS: dict[str, dict[str, int]] = {"gathered_ahead": {}, "gathered_ahead_before": FORMER}
 RANKS_OF_A_NODE = 2
-PARTITIONS = ("zero3", "node")
+PARTITIONS = ("zero3", "node", "tensor")
 VARIANTS = ("full", "fast", "fast_checkpointed", "two_passes", "hooks_per_module", "hooks_per_module_kept", "fast_kept")
 
 
@@ -102,16 +105,28 @@ class Traffic:
         for name in (*GATHERS, *REDUCES):
             if hasattr(backend, name):
                 setattr(backend, name, partial(self._call, name, getattr(backend, name)))
+        for module, name in ((dist, "all_reduce"), (funcol, "all_reduce"), (funcol, "all_gather_tensor")):
+            setattr(module, name, partial(self._call_of_slices, getattr(module, name)))
 
     def reset(self) -> None:
         """Start counting anew."""
         self.gathered = self.gathers = self.reduced = 0
-        self.between_nodes = self.trained = 0
+        self.between_nodes = self.trained = self.activations = 0
+
+    def _call_of_slices(self, operation: Any, tensor: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        """Of operations that do not come from DeepSpeed, those of a part of the ranks move activations."""
+        found = operation(tensor, *args, **kwargs)
+        groups = [value for value in (*args, *kwargs.values()) if isinstance(value, dist.ProcessGroup | tuple)]
+        of_mesh = groups and isinstance(groups[0], tuple)  # DTensor's: a mesh, and which of its dimensions
+        if of_mesh or (groups and dist.get_world_size(groups[0]) < world_size()):
+            self.activations += (tensor if found is None else found).nbytes
+        return found
 
     def tell_apart(self, model: SoftCoT) -> None:
         """Count from now on how much of what is gathered is trained: weights may be gathered several at once."""
         trained = {*model.projection.parameters()}
-        for parameter in model.parameters():
+        split = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
+        for parameter in split:
             for name in ("all_gather", "all_gather_coalesced"):
                 setattr(parameter, name, partial(self._gather, trained, parameter, getattr(parameter, name)))
 
@@ -239,14 +254,17 @@ def train(
 ) -> list[float]:
     """Some steps, each after a call of ``reset``: what is counted is the last one. Returns this rank's losses."""
     examples, losses = experiment.splits.train, []
+    ranks = data_ranks(recipe.backbone.partition, None)
+    size = 4 * ranks.alike
     for step in range(6):
-        first = 4 * (step * world_size() + rank())
-        batch = collate(examples[first : first + 4], experiment.base_pad_id, model.num_shared, model.number)
+        first = size * (step * ranks.count + ranks.number)
+        batch = collate(examples[first : first + size], experiment.base_pad_id, model.num_shared, model.number)
         # What the assistant says makes no difference: any states will do.
-        torch.manual_seed(first)
-        batch.thoughts = torch.randn(4, recipe.thoughts.count, experiment.assistant_config.hidden_size)
+        random = [torch.Generator().manual_seed(start) for start in range(first, first + size, 4)]
+        states = (4, recipe.thoughts.count, experiment.assistant_config.hidden_size)
+        batch.thoughts = torch.cat([torch.randn(states, generator=generator) for generator in random])
         reset()
-        loss = engine(batch)
+        loss = engine(batch) / ranks.alike
         engine.backward(loss)
         engine.step()
         losses.append(float(loss.detach()))
@@ -288,7 +306,7 @@ def measure(variant: str, folder: Path, traffic: Traffic) -> dict[str, int]:
 
 def measure_partition(partition: str, folder: Path, traffic: Traffic) -> dict[str, Any]:
     """Bytes that one step moves, frozen weights apart from trained ones, and what the steps come to."""
-    config = folder / "zero3.json"
+    config = ROOT / "ds_configs/replicated.json" if partition == "tensor" else folder / "zero3.json"
     recipe = traffic_recipe(folder, config, "training.step=fast", f"backbone.partition={partition}")
     experiment = Experiment(recipe)
     traffic.reset()
@@ -297,11 +315,14 @@ def measure_partition(partition: str, folder: Path, traffic: Traffic) -> dict[st
     engine = softcot_ds.training.engine.build_engine(model, recipe)
     traffic.tell_apart(model)
     losses = from_all_ranks(train(engine, model, experiment, recipe, traffic.reset))
+    if partition == "tensor":  # the projection is whole, and its parts are gathered once the optimizer has moved them
+        traffic.trained = sum(flat.nbytes for flat in engine.optimizer.bit16_groups_flat)
     moved = {
         "frozen_bytes_between_nodes": traffic.between_nodes - traffic.trained,
         "frozen_bytes_within_nodes": traffic.gathered - traffic.between_nodes,
         "trained_bytes_between_nodes": traffic.trained + traffic.reduced,
         "loaded_bytes_between_nodes": loaded,
+        "activations_bytes_within_nodes": traffic.activations,
     }
     weights = [safe_get_full_fp32_param(parameter) for parameter in model.projection.parameters()]
     trained = hashlib.sha256(b"".join(weight.numpy().tobytes() for weight in weights)).hexdigest()

@@ -4,6 +4,7 @@ import json
 import sys
 
 import pytest
+import torch
 from launch import ROOT, run
 
 pytestmark = pytest.mark.distributed
@@ -32,12 +33,17 @@ def test_fast_step_gathers_what_one_pass_gathers_before_it_is_asked_for_and_redu
 
 def test_nothing_of_the_frozen_weights_crosses_nodes_that_hold_them_within():
     script = ROOT / "benchmarks" / "zero3_traffic.py"
-    done = run([sys.executable, str(script), "--ranks", "--partitions", "zero3", "node"])
-    zero3, node = json.loads(done.stdout.splitlines()[-1])["partitions"].values()
+    done = run([sys.executable, str(script), "--ranks", "--partitions", "zero3", "node", "tensor"])
+    zero3, node, tensor = json.loads(done.stdout.splitlines()[-1])["partitions"].values()
     assert node["frozen_bytes_between_nodes"] == node["loaded_bytes_between_nodes"] == 0
     assert zero3["frozen_bytes_between_nodes"] == zero3["frozen_bytes_within_nodes"] + node["frozen_bytes_within_nodes"]
     assert node["losses"] == zero3["losses"]
     assert node["trained"] == zero3["trained"]
+    assert tensor["frozen_bytes_between_nodes"] == tensor["frozen_bytes_within_nodes"] == 0
+    assert torch.tensor(tensor["losses"]).sum(dim=0).tolist() == pytest.approx(
+        torch.tensor(zero3["losses"]).sum(dim=0).tolist(), rel=1e-5
+    )
+    assert tensor["activations_bytes_within_nodes"] > 0 == node["activations_bytes_within_nodes"]
     few_bytes = 10_000  # biases, and the norm of the gradient
     projection = 4 * 192 * 128
     for row in (zero3, node):  # gathered forward and backward, and its gradient
