@@ -1,6 +1,7 @@
 """``softcot-ds plan``: sizes against published ones, work against what a real step does, the command's two forms."""
 
 import json
+import re
 from dataclasses import replace
 from itertools import pairwise
 
@@ -17,7 +18,9 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.planning import search
+from softcot_ds.planning.fit import why_too_large
 from softcot_ds.planning.hardware import Cluster, load_hardware
+from softcot_ds.planning.jobs import jobs
 from softcot_ds.planning.lengths import Data, Lengths, read_data
 from softcot_ds.planning.report import Plan, as_json, as_text, scale
 from softcot_ds.planning.search import Planner, Way
@@ -269,6 +272,28 @@ def test_the_command_prints_one_object_for_scripts(capsys):
     assert found["gpus"]["network_gbps"] == 100
     assert (found["gpus"]["nodes"], found["gpus"]["per_node"]) == (2, 4)
     assert found["best"]["fits"]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("path", [path for path in sorted(RECIPES.glob("*.yaml")) if "Planned for" in path.read_text()])
+def test_a_recipe_is_next_to_the_best_on_the_hardware_that_its_comment_names(path):
+    nodes, gpus = re.search(r"Planned for\s+(?:# )?(\d+) nodes? with (\d+) H100", path.read_text()).groups()
+    cluster = h100s(int(nodes), int(gpus))
+    recipe = load_recipe(path)
+    planned = Plan(Planner(recipe, read_data(recipe)), cluster)
+    own = planned.planner.choice(planned.planner.own_way(cluster), cluster)
+    assert own.fits
+    assert own.seconds < 1.2 * planned.best.seconds
+    assert own.between < 0.01 * own.within or own.way.group_size > 8, "no weight crosses nodes that need not"
+    assert why_too_large(recipe, cluster) == ""
+    found = next(
+        way
+        for way in planned.decodings
+        if (way.partition, way.batch_size) == (recipe.evaluation.partition, recipe.evaluation.batch_size)
+    )
+    assert found.seconds < 2 * planned.evaluation.seconds
+    hours = jobs(planned.planner, cluster, own, found)
+    assert hours.validation < hours.training / 3
 
 
 @pytest.mark.distributed

@@ -15,12 +15,19 @@ from softcot_ds.values import resolve_location
 RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 # The families of the models that recipes name, so that they can be built without the hub.
-FAMILIES = {"meta-llama/Llama-3": "llama", "Qwen/Qwen2.5": "qwen2", "Qwen/Qwen3": "qwen3"}
+FAMILIES = {
+    "meta-llama/Llama-3": "llama",
+    "Qwen/Qwen2.5": "qwen2",
+    "Qwen/Qwen3": "qwen3",
+    "Qwen/Qwen3-30B-A3B": "qwen3_moe",
+    "Qwen/Qwen3-235B-A22B": "qwen3_moe",
+}
+EXPERTS = {"num_experts": 4, "num_experts_per_tok": 2}
 
 
 def toy_model(model: ModelConfig, folder: Path, width: int, placeholder: str) -> Path:
     """A random model of the family of ``model`` at toy width, with the embedded pair's tokenizer."""
-    (family,) = (family for prefix, family in FAMILIES.items() if model.model.startswith(prefix))
+    family = FAMILIES[max((prefix for prefix in FAMILIES if model.model.startswith(prefix)), key=len)]
     tokenizer = AutoTokenizer.from_pretrained(resolve_location("package:pair/base"))
     tokenizer.chat_template += "".join(f"{{% set unused = {name} %}}" for name in model.template_kwargs)
     tokenizer.add_special_tokens({"additional_special_tokens": [placeholder]})
@@ -37,6 +44,7 @@ def toy_model(model: ModelConfig, folder: Path, width: int, placeholder: str) ->
         bos_token_id=tokenizer.bos_token_id,
         eos_token_id=tokenizer.eos_token_id,
         pad_token_id=tokenizer.pad_token_id,
+        **(EXPERTS | {"moe_intermediate_size": width} if family == "qwen3_moe" else {}),
     )
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(folder)
@@ -61,6 +69,9 @@ def test_recipes_cover_the_named_pairs():
         ("Qwen/Qwen2.5-7B-Instruct", "Qwen/Qwen2.5-1.5B-Instruct"),
         ("Qwen/Qwen3-8B", "Qwen/Qwen3-0.6B"),
         ("meta-llama/Llama-3.3-70B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("meta-llama/Llama-3.1-405B-Instruct", "meta-llama/Llama-3.2-1B-Instruct"),
+        ("Qwen/Qwen3-30B-A3B", "Qwen/Qwen3-0.6B"),
+        ("Qwen/Qwen3-235B-A22B", "Qwen/Qwen3-0.6B"),
     }
 
 
@@ -87,7 +98,9 @@ def test_recipes_of_real_models_train_at_toy_width(tmp_path):
         commands += [
             path,
             f"base.model={base} assistant.model={assistant} task.train={data} task.test={test} output_dir={tmp_path} "
-            f"task.validation_problems=4 cache.path={tmp_path}/cache training.steps=2 training.warmup_steps=0",
+            f"task.validation_problems=4 cache.path={tmp_path}/cache training.steps=2 training.warmup_steps=0 "
+            # One rank is fewer than a group, and the data less than a global batch.
+            f"backbone.group_size=null training.global_batch_size={min(64, recipe.training.global_batch_size)}",
         ]
     done = run(
         deepspeed_command(1, "train_worker", *commands), PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}"
