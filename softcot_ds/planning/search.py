@@ -7,7 +7,6 @@ from itertools import product
 from typing import Any, Literal
 
 import torch
-from pydantic import TypeAdapter, ValidationError
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
@@ -19,14 +18,14 @@ from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
 from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
 from softcot_ds.planning.traffic import Traffic, gathered_elements, summed_activations
 from softcot_ds.planning.work import StepOnMeta
-from softcot_ds.recipe import SPLIT, BackboneConfig, Partition, Recipe
+from softcot_ds.recipe import SPLIT, Recipe
 
 PARTITIONS = ("none", "node", "zero3", "tensor")
 """The simplest first: of two that are as fast, the first is the better."""
 GROUPED = ("node", "tensor")
 """Those that ``backbone.group_size`` is for."""
-_WEIGHT_BYTES = {16: 2.0, 8: 1 + 4 / 64, 4: 0.5 + 4 / 64}
-"""Of a frozen weight, by its bits: below 16 with a scale in float32 for 64 of them."""
+_LAYER_BYTES = {8: 8.5 / 8, 4: 4.5 / 8}
+"""Of a weight of the layers in fewer bits than 16, with what scales it."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _AS_FAST = 1.02
 """Ways whose times differ by less are as fast as each other: the model knows no better."""
@@ -111,8 +110,9 @@ class Planner:
         return self.step_on(1).work(self.data.mean, 1, False).operations / 3
 
     def weight_bytes(self, bits: int) -> float:
-        """Of a frozen weight."""
-        return _WEIGHT_BYTES[bits] * self.itemsize / 2
+        """Of a frozen weight, on average: below 16 bits, table and head are as they were."""
+        layers = sum(self.shape.layers) / self.shape.total
+        return layers * _LAYER_BYTES.get(bits, self.itemsize) + (1 - layers) * self.itemsize
 
     def choices(self, cluster: Cluster, global_batch: int | None = None) -> list[Choice]:
         """All that can be named, the best first: those that fit, by time; then the others, by memory.
@@ -127,26 +127,37 @@ class Planner:
         found = [self.choice(self._filled(way, cluster), cluster) for way in self._ways(cluster, global_batch)]
         if not found:
             raise _hungry(global_batch, cluster.ranks)
-        fastest = min((choice.seconds for choice in found if choice.fits), default=0.0)
+        # Fewer bits are another model: never chosen for being faster.
+        own = [choice for choice in found if choice.fits and choice.way.bits == self.recipe.backbone.bits]
+        fastest = min((choice.seconds for choice in own), default=0.0)
 
         def order(choice: Choice) -> tuple[Any, ...]:
             if not choice.fits:
-                return True, choice.bytes
+                return True, False, choice.bytes
             as_fast = choice.seconds <= _AS_FAST * fastest
+            other_bits = choice.way.bits != self.recipe.backbone.bits
             simple = PARTITIONS.index(choice.way.partition), choice.way.activation_checkpointing
-            return (False, not as_fast, 0.0 if as_fast else choice.seconds, *simple, choice.between, choice.bytes)
+            return (
+                False,
+                other_bits,
+                not as_fast,
+                0.0 if as_fast else choice.seconds,
+                *simple,
+                choice.between,
+                choice.bytes,
+            )
 
         return sorted(found, key=order)
 
     def holdings(self, cluster: Cluster) -> Iterator[tuple[str, int, int]]:
         """Ways to hold the weights that the recipe accepts: partition, ranks that share a copy, bits."""
-        for partition in filter(_accepted, PARTITIONS):
+        for partition in PARTITIONS:
             sizes = {"none": [1], "zero3": [cluster.ranks]}.get(partition, cluster.groups)
             if partition == "node":  # over all ranks of several nodes it is zero3
                 sizes = [size for size in sizes if size < cluster.ranks or cluster.nodes == 1]
             elif partition == "tensor":
                 sizes = [size for size in sizes if self.shape.heads % size == 0 and self.sliced(size)]
-            for size, bits in product(sizes, bits_of(partition)):
+            for size, bits in product(sizes, bits_of(partition) if self.shape.experts == 0 else [16]):
                 yield partition, size, bits
 
     def _ways(self, cluster: Cluster, wanted: int) -> Iterator[Way]:
@@ -181,7 +192,7 @@ class Planner:
         if partition == "tensor" and not (self.shape.heads % group == 0 and self.sliced(group)):
             partition = "node"  # as loading has it
         size = {"none": 1, "zero3": cluster.ranks}.get(partition, group)
-        return partition, size, getattr(self.recipe.backbone, "bits", 16)
+        return partition, size, self.recipe.backbone.bits
 
     def own_way(self, cluster: Cluster) -> Way:
         """What the recipe itself says. Raises SoftCoTError where its global batch does not feed the ranks."""
@@ -292,6 +303,10 @@ class Planner:
                 "them with --hardware"
             )
         kernels = step.seconds(compute, cluster.gpu, cluster.reached)
+        if way.bits < 16:  # each use of a matrix makes it anew: before the thoughts, for the rest, and backward
+            made = (_LAYER_BYTES[way.bits] + 2 * self.itemsize) * sum(self.shape.layers)
+            uses = 4 if way.activation_checkpointing else 3
+            kernels += uses * made / (1e9 * cluster.gpu.memory_gb_per_s * cluster.reached.memory)
         products = step.flops / compute / cluster.reached.products
         within, between = cluster.seconds_of(frozen, way.group_size)
         host = step.operations * 1e-6 * cluster.reached.operation_us
@@ -313,18 +328,6 @@ def _hungry(global_batch: int, ranks: int) -> SoftCoTError:
     )
 
 
-@cache
-def _accepted(partition: str) -> bool:
-    """Whether the recipe has it."""
-    try:
-        TypeAdapter(Partition).validate_python(partition)
-    except ValidationError:
-        return False
-    return True
-
-
 def bits_of(partition: str) -> list[int]:
-    """In how many bits weights that are held so can be."""
-    if "bits" not in BackboneConfig.model_fields:
-        return [16]
-    return [16, 8, 4] if partition == "none" else [16, 8]
+    """In how many bits weights that are held so can be (recipe.py)."""
+    return {"none": [16, 8, 4], "tensor": [16]}.get(partition, [16, 8])
