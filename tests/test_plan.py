@@ -144,8 +144,11 @@ def test_what_fits_on_every_gpu_is_held_by_every_gpu(small_plan):
 
 @pytest.mark.slow
 def test_choices_are_in_order(small_plan):
-    fitting = [choice.seconds for choice in small_plan.choices if choice.fits]
-    assert len(fitting) == len(small_plan.choices) > 10
+    assert all(choice.fits for choice in small_plan.choices)
+    bits = [choice.way.bits for choice in small_plan.choices]
+    assert bits == [16] * bits.count(16) + [b for b in bits if b != 16], "fewer bits are another model"
+    assert {8, 4} < {*bits}
+    fitting = [choice.seconds for choice in small_plan.choices if choice.way.bits == 16]
     assert max(fitting[:1]) <= search._AS_FAST * min(fitting)
     late = [seconds for seconds in fitting if seconds > search._AS_FAST * min(fitting)]
     assert late == sorted(late)
@@ -184,9 +187,9 @@ def large() -> Planner:
 @pytest.mark.slow
 def test_70b_by_node_sends_no_weight_between_nodes(large):
     choices = large.choices(h100s(4))
-    assert not any(choice.fits for choice in choices if choice.way.partition == "none")
+    assert not any(choice.fits for choice in choices if (choice.way.partition, choice.way.bits) == ("none", 16))
     weights = 2 * PUBLISHED["meta-llama/Llama-3.3-70B-Instruct"]
-    for choice in choices:
+    for choice in (choice for choice in choices if choice.way.bits == 16):
         way = replace(choice.way, resident=0)
         moved = large.choice(way, h100s(4))
         if way.partition == "zero3" or (way.partition == "node" and way.group_size > 8):
@@ -291,7 +294,7 @@ def test_a_recipe_is_next_to_the_best_on_the_hardware_that_its_comment_names(pat
         for way in planned.decodings
         if (way.partition, way.batch_size) == (recipe.evaluation.partition, recipe.evaluation.batch_size)
     )
-    assert found.seconds < 2 * planned.evaluation.seconds
+    assert found.seconds < 2.5 * planned.evaluation.seconds
     hours = jobs(planned.planner, cluster, own, found)
     assert hours.validation < hours.training / 3
 
