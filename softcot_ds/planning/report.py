@@ -226,7 +226,7 @@ def _scaling_table(scaled: Sequence[Scaled]) -> str:
             continue
         lines.append(
             f"{row.gpus:>6}  {name:<10} {row.global_batch:>12,} {_seconds(row.choice.seconds):>7} "
-            f"{row.per_second:>11,.1f} {efficiency:>9.0%}"
+            f"{row.per_second:>11,.1f} {efficiency:>9.0%}" + (f"  in {way.bits} bits" if way.bits != 16 else "")
         )
     return "\n".join(lines)
 
