@@ -116,7 +116,7 @@ def test_tokens_and_thoughts_stand_side_by_side_with_the_kernel_and_without(fami
     model = make_toy(family)
     examples = draw_examples(UNEVEN, thoughts=3)
     for projection in (LinearProjection(P, WIDTH), StaticThoughts(torch.randn(3, WIDTH))):
-        step = SoftCoT(model, projection, tokens=tokens_of(examples))
+        step = SoftCoT(model, projection, step="full", tokens=tokens_of(examples))
         assert len(step.table.rows_KD) < step.base.config.vocab_size
         batch, ids = make_batch(examples, torch.float32, number=step.number), make_batch(examples, torch.float32)
         prefix, thoughts, rest = step._embeds(batch).split([batch.prefix_ids.shape[1], 3, batch.suffix_ids.shape[1]], 1)
