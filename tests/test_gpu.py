@@ -52,6 +52,8 @@ def test_a_run_on_a_gpu_resumes_and_has_the_losses_of_one_on_the_cpu(tmp_path):
         *(
             "training.schedule=constant",
             "training.warmup_steps=2",
+            # At the rate of the recipe the pair amplifies rounding: an H200 and a CPU were 0.15% apart by step 6.
+            "training.learning_rate=1e-5",
             "training.save_every=3",
             "training.validate_every=3",
             "training.log_every=1",

@@ -23,6 +23,7 @@ from test_step import (
     make_projection,
     true_loss_and_gradient,
 )
+from torch.utils.flop_counter import FlopCounterMode
 from transformers import GraniteConfig
 
 from softcot_ds.methods.soft_thoughts import SoftCoT
@@ -108,6 +109,16 @@ def test_targets_that_count_nothing_give_no_loss():
     with torch.no_grad():
         assert step(batch).item() == 0
     assert step.prefixed.fuses_loss
+
+
+@runs_triton
+def test_operations_of_a_step_can_be_counted():
+    """PyTorch's counter follows the modules that tensors with a gradient reach, and fails at views made without one."""
+    step = SoftCoT(make_model("llama"), make_projection()).to(DEVICE)
+    batch = make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32).to(torch.device(DEVICE))
+    with FlopCounterMode(display=False) as counter:
+        step(batch).backward()
+    assert counter.get_total_flops() > 0
 
 
 @pytest.mark.gpu

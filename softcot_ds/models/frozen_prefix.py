@@ -212,7 +212,7 @@ class FrozenPrefix:
         trial_V = torch.linspace(-1000, 1000, self._head.out_features, dtype=embeds_BSD.dtype, device=embeds_BSD.device)
         self._trial = trial_V[None, None]
         try:
-            logits = self._model(inputs_embeds=embeds_BSD[:1, :1], use_cache=False).logits
+            logits = self._model(inputs_embeds=embeds_BSD[:1, :1].detach(), use_cache=False).logits
             return torch.equal(logits.to(trial_V.dtype), self._trial)
         finally:
             self._trial = None
