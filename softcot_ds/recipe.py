@@ -154,9 +154,9 @@ class BackboneConfig(Section):
     """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
     partition is zero3 or node: they are not gathered. Default: half of what is free on the GPU that has least, without
     what is gathered at a time; 0 on CPUs."""
-    bits: Literal[16, 8, 4] = 16
+    bits: int = 16
     """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
-    the memory and of what ranks send each other, see models/quantized.py. 4: by bitsandbytes, for partition none."""
+    the memory and of what ranks send each other, see models/quantized.py."""
     deepspeed: Annotated[ExistingFile | None, FREE] = None
     """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
     and node."""
@@ -215,11 +215,12 @@ class BackboneConfig(Section):
 
 def _check_bits(bits: int, partition: Partition) -> None:
     """Raises ValueError where weights cannot be held so."""
-    if bits == 4 and partition != "none":
+    if bits == 4:
         raise ValueError(
-            f"4 bits are those of bitsandbytes, which cannot split weights, as partition {partition} does; set "
-            "backbone.bits=8, or the partition none"
+            "4 would be bitsandbytes', whose layers pass no gradient back on CPUs (seen with 0.50.2); set 8"
         )
+    if bits not in (16, 8):
+        raise ValueError(f"16 or 8, found {bits}")
     if bits == 8 and partition == "tensor":
         raise ValueError(
             "8 bits go with the partitions none, zero3 and node: for tensor, transformers loads each rank's slices, in "

@@ -147,7 +147,7 @@ def test_choices_are_in_order(small_plan):
     assert all(choice.fits for choice in small_plan.choices)
     bits = [choice.way.bits for choice in small_plan.choices]
     assert bits == [16] * bits.count(16) + [b for b in bits if b != 16], "fewer bits are another model"
-    assert {8, 4} < {*bits}
+    assert 8 in bits
     fitting = [choice.seconds for choice in small_plan.choices if choice.way.bits == 16]
     assert max(fitting[:1]) <= search._AS_FAST * min(fitting)
     late = [seconds for seconds in fitting if seconds > search._AS_FAST * min(fitting)]

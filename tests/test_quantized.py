@@ -108,8 +108,8 @@ def test_a_model_of_which_little_would_shrink_is_refused(family):
 @pytest.mark.parametrize(
     ("override", "wrong"),
     [
-        ("backbone.bits=4", "bitsandbytes, which cannot split weights, as partition zero3 does; set backbone.bits=8"),
-        ("backbone.bits=12", "16, 8 or 4"),
+        ("backbone.bits=4", "4 would be bitsandbytes', whose layers"),
+        ("backbone.bits=12", "16 or 8, found 12"),
     ],
 )
 def test_bits_that_cannot_be_are_told_why(override, wrong):
@@ -118,8 +118,10 @@ def test_bits_that_cannot_be_are_told_why(override, wrong):
 
 
 def test_bits_go_with_the_partition_of_an_evaluation():
-    with pytest.raises(SoftCoTError, match=r"evaluation: partition: 4 bits are those of bitsandbytes"):
-        load_recipe(RECIPE, ["backbone.bits=4", "backbone.partition=none", "evaluation.partition=node"])
+    with pytest.raises(
+        SoftCoTError, match=r"evaluation: partition: 8 bits go with the partitions none, zero3 and node"
+    ):
+        load_recipe(RECIPE, ["backbone.bits=8", "evaluation.partition=tensor"])
 
 
 def test_outputs_of_another_number_of_bits_are_others(tmp_path):

@@ -6,8 +6,10 @@ One run, cut short in every way there is, ends with the curve of a run that nobo
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
+import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -335,7 +337,7 @@ def be_killed_timed_out_preempted_and_cancelled(batch: Batch, undisturbed: Path)
     assert curve(batch.run_dir) == curve(undisturbed), "TensorBoard has one point per step"
 
 
-def test_run_that_nodes_held_within_themselves_goes_on_over_all_ranks(batch, undisturbed):
+def test_run_that_nodes_held_within_themselves_goes_on_over_all_ranks_and_is_evaluated_in_slices(batch, undisturbed):
     within = ("backbone.partition=node",)
     job = batch.submit("train.sbatch", "--nodes=2", overrides=within, SOFTCOT_RANKS_PER_NODE="2")
     batch.wait_for_progress()
@@ -353,6 +355,16 @@ def test_run_that_nodes_held_within_themselves_goes_on_over_all_ranks(batch, und
     # Micro-batches of other sizes are rounded in other ways, which Adam's first steps amplify: later steps say nothing.
     early = range(1, 8)
     assert [found[step] for step in early] == pytest.approx([straight[step] for step in early], rel=2e-5)
+
+    slices = ("evaluation.partition=tensor",)
+    batch.wait(batch.submit("evaluate.sbatch", "--nodes=2", overrides=slices, SOFTCOT_RANKS_PER_NODE="2"), "COMPLETED")
+    alone = batch.folder / "alone"
+    decoded = shutil.ignore_patterns("outputs", "evaluation", "report.json")
+    shutil.copytree(batch.run_dir, alone / "demo", ignore=decoded)
+    whole = [*batch.overrides, f"output_dir={alone}", "evaluation.partition=none"]
+    run([sys.executable, "-m", "softcot_ds.evaluate", RECIPE, *whole])
+    assert outputs(batch.run_dir) == outputs(alone / "demo")
+    assert outputs(alone / "demo").keys() == {"learned", "none"}
 
 
 def test_full_disk_ends_clearly_and_room_is_all_that_it_takes(side_by_side):

@@ -1,7 +1,6 @@
 """Loading the two frozen models, whole or partitioned over ranks."""
 
 import hashlib
-import importlib.util
 import json
 from collections.abc import Callable, Iterable
 from functools import partial
@@ -14,7 +13,6 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
-    BitsAndBytesConfig,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
@@ -204,7 +202,6 @@ def load_frozen(
     """
     check_weights(config)
     quantized = _layers_in_8_bits(config) if bits == 8 else None
-    arguments = _in_4_bits(config, device) if bits == 4 else {}
     if partition == "tensor":
         model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
     else:
@@ -214,49 +211,29 @@ def load_frozen(
             ranks = group.size if group else world_size()
             deepspeed_config = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
         with loading(deepspeed_config if partition in SPLIT else None, group, config.model, quantized):
-            model, info = _from_pretrained(config, config.attention, **arguments)
+            model, info = _from_pretrained(config, config.attention)
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()
     if partition not in SPLIT:
         if quantized is not None:
             quantize(model, quantized, device)
-        return model if bits == 4 else model.to(device)  # bitsandbytes has put it there
+        return model.to(device)
     keep_weights_by_name(model)
     return model
 
 
 def _layers_in_8_bits(config: ModelConfig) -> Callable[[nn.Module], bool]:
     """Whether a layer of a model is to be held in 8 bits. Raises SoftCoTError where the model cannot be."""
-    settings = _of_whole_weights(config, 8)
-    with torch.device("meta"):
-        empty = AutoModelForCausalLM.from_config(settings)
-    wanted = partial(can_quantize, vocabulary=vocabulary(settings))
-    check_bits(empty, wanted, config.model)
-    return wanted
-
-
-def _in_4_bits(config: ModelConfig, device: torch.device) -> dict[str, Any]:
-    """Arguments of ``from_pretrained`` for NF4, which QLoRA (arXiv:2305.14314) came with, by bitsandbytes.
-
-    Raises:
-        SoftCoTError: the model cannot be held so, or bitsandbytes is not installed.
-    """
-    _of_whole_weights(config, 4)
-    if importlib.util.find_spec("bitsandbytes") is None:
-        raise SoftCoTError("backbone.bits=4 needs bitsandbytes, which is not installed: pip install bitsandbytes")
-    settings = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True)
-    return {"quantization_config": settings, "device_map": {"": device}}
-
-
-def _of_whole_weights(config: ModelConfig, bits: int) -> PreTrainedConfig:
     settings = load_config(config)
     if getattr(settings, "quantization_config", None) is not None:
         raise SoftCoTError(
-            f"backbone.bits={bits}: the weights of {config.model} are quantized in its files; set backbone.bits=16, "
-            "which leaves them as they are, or name a model with weights in 16 bits"
+            f"backbone.bits=8: the weights of {config.model} are quantized in its files; set backbone.bits=16, which "
+            "leaves them as they are, or name a model with weights in 16 bits"
         )
-    return settings
+    wanted = partial(can_quantize, vocabulary=vocabulary(settings))
+    check_bits(empty_model(settings), wanted, config.model)
+    return wanted
 
 
 def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:

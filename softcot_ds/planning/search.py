@@ -24,7 +24,7 @@ PARTITIONS = ("none", "node", "zero3", "tensor")
 """The simplest first: of two that are as fast, the first is the better."""
 GROUPED = ("node", "tensor")
 """Those that ``backbone.group_size`` is for."""
-_LAYER_BYTES = {8: 8.5 / 8, 4: 4.5 / 8}
+_LAYER_BYTES = {8: 8.5 / 8}
 """Of a weight of the layers in fewer bits than 16, with what scales it."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _AS_FAST = 1.02
@@ -330,4 +330,4 @@ def _hungry(global_batch: int, ranks: int) -> SoftCoTError:
 
 def bits_of(partition: str) -> list[int]:
     """In how many bits weights that are held so can be (recipe.py)."""
-    return {"none": [16, 8, 4], "tensor": [16]}.get(partition, [16, 8])
+    return {"tensor": [16]}.get(partition, [16, 8])
