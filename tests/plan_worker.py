@@ -92,7 +92,7 @@ def measure(recipe_path: str, folder: Path, name: str, partition: str) -> dict[s
     recipe = load_recipe(recipe_path, overrides(folder, name, partition))
     base = load_frozen(recipe.base, partition, device(), engine_config(recipe))
     projection = LinearProjection(STATES, base.config.hidden_size).to(base.dtype)
-    engine = build_engine(SoftCoT(base, projection), recipe, 1)
+    engine = build_engine(SoftCoT(base, projection), recipe)
     batch = LENGTHS.batch(BATCH, recipe.thoughts.count)
     batch.thoughts = torch.randn(BATCH, recipe.thoughts.count, STATES)
     for _ in range(2):  # then DeepSpeed knows what comes next
