@@ -233,6 +233,8 @@ class Decoder:
     def _decode_rest(self, job: Job) -> dict[int, list[Output]]:
         """Outputs by batch, of those that this rank has written."""
         ranks = data_ranks(self._partition, self._recipe.backbone.group_size)
+        if self._partition != "none":
+            _ = self._model  # ranks that hold it together load it together, also those that will have no batch
         progress = Progress(len(job.todo), "batches")
         fresh = {}
         for start in range(0, len(job.todo), ranks.count):
