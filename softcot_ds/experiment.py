@@ -8,7 +8,7 @@ from typing import Any, Literal
 from transformers import PreTrainedTokenizerBase
 
 from softcot_ds.data.examples import ContextLimits, Example, Splits, load_splits
-from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile, placeholder_id
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
 from softcot_ds.recipe import ModelConfig, Recipe
@@ -37,6 +37,8 @@ class Experiment:
         self._check_tokens("assistant", [self.assistant_prompts.placeholder_id])
         if "text" in recipe.evaluation.conditions:
             _ = self.assistant_prompts.stop_ids  # what is wrong with them is said now, not when the words are asked for
+        if "placeholder" in recipe.evaluation.conditions:
+            self._check_tokens("base", [self.base_placeholder_id])
 
     @property
     def chat_identity(self) -> dict[str, dict[str, Any]]:
@@ -46,6 +48,12 @@ class Experiment:
         of the tokens that end an answer.
         """
         return {"base": self.base_prompts.chat.identity, "assistant": self.assistant_prompts.chat.identity}
+
+    @cached_property
+    def base_placeholder_id(self) -> int:
+        """What stands at a thought's position in the condition placeholder. Raises SoftCoTError where it is not one
+        token."""
+        return placeholder_id(self.base_prompts.chat, self.recipe.evaluation.placeholder, "evaluation.placeholder")
 
     @property
     def base_pad_id(self) -> int:
@@ -86,7 +94,7 @@ class Experiment:
                 f"the tokenizer of the {role} makes token {largest} ({name!r}), but "
                 f"{getattr(self.recipe, role).model} has embeddings for {vocabulary(config)} tokens only: tokens were "
                 "added to the tokenizer and not to the model. Take the tokenizer that belongs to it, another "
-                "thoughts.placeholder, or enlarge the model's table (resize_token_embeddings) and save it"
+                "placeholder, or enlarge the model's table (resize_token_embeddings) and save it"
             )
 
 

@@ -34,7 +34,7 @@ Attention = Literal["sdpa", "eager", "flash_attention_2"]
 Partition = Literal["none", "zero3", "node", "tensor"]
 SPLIT = ("zero3", "node")
 """The partitions in which DeepSpeed splits each weight, and gathers it for each use."""
-Condition = Literal["learned", "shuffled", "mean", "zero", "none", "text", "static"]
+Condition = Literal["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
 
 FREE = "may change between the attempts of one run"
 """Marks a setting that decides where and how fast, not what is computed: a resumed run may have another value of it.
@@ -335,7 +335,7 @@ class TrainingConfig(Section):
 
 _NOT_A_STRATEGYS = {
     *("conditions", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p", "partition"),
-    "static_adapter",
+    *("placeholder", "static_adapter"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
@@ -357,6 +357,9 @@ class EvaluationConfig(Section):
     top_p: float = Field(1.0, gt=0, le=1)
     partition: Partition | None = None
     """How the base is held while decoding. Default: backbone.partition."""
+    placeholder: str | None = None
+    """The base's token at a thought's position, for the condition placeholder. Default: its unknown token, else pad,
+    else end-of-sequence."""
     static_adapter: AnyPath | None = None
     """Adapter directory of a projection.kind=static run, for the condition static."""
 

@@ -46,7 +46,7 @@ def make_recipe(tmp_path, *overrides):
 
 @pytest.fixture
 def recipe(tmp_path):
-    return make_recipe(tmp_path, "evaluation.conditions=[learned,shuffled,mean,zero,none,text]")
+    return make_recipe(tmp_path, "evaluation.conditions=[learned,shuffled,mean,zero,placeholder,none,text]")
 
 
 @pytest.fixture
@@ -81,7 +81,7 @@ def test_report_agrees_with_the_outputs(recipe, adapter):
         for bound in (low, high):
             if 0 < bound < 1:
                 assert abs(row["accuracy"] - bound) == pytest.approx(1.959964 * math.sqrt(bound * (1 - bound) / 24))
-    assert set(report["comparisons"]) == {f"learned-{c}" for c in ("shuffled", "mean", "zero", "none", "text")}
+    assert set(report["comparisons"]) == {f"learned-{name}" for name in recipe.evaluation.conditions[1:]}
 
 
 def test_conditions_are_what_they_say(recipe, adapter):
@@ -104,6 +104,13 @@ def test_conditions_are_what_they_say(recipe, adapter):
     mean = inputs.of("mean").thoughts(everything)
     assert torch.allclose(mean.double(), truth.mean(dim=0).expand_as(mean).double(), rtol=1e-5, atol=1e-6)
     assert not inputs.of("zero").thoughts(everything).any()
+
+    placeholder = inputs.of("placeholder")
+    assert placeholder.thoughts is None
+    pad = experiment.base_tokenizer.pad_token_id  # it has no unknown token
+    assert [[*prompt.prefix_ids, *prompt.suffix_ids] for prompt in placeholder.prompts] == [
+        [*prompt.prefix_ids, *[pad] * 4, *prompt.suffix_ids] for prompt in inputs.of("zero").prompts
+    ]
 
     none = inputs.of("none")
     assert none.thoughts is None
@@ -151,6 +158,8 @@ def test_each_condition_reads_its_own_prompt(recipe, adapter, scribe):
             elif condition == "text":
                 asked = BasePrompt(experiment.assistant_prompts.words_prompt(question), [])
                 assert record["prompt"] == rendered(wording.base, question, f"0.000 0 {scribe.ending(asked)[0]}")
+            elif condition == "placeholder":
+                assert record["prompt"] == rendered(wording.base, question, "<|pad|>" * 4)
             else:
                 assert record["prompt"] == rendered(wording.base, question, "[4 thoughts]")
     assert {len(records(recipe, condition)) for condition in recipe.evaluation.conditions} == {24}
@@ -177,7 +186,7 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
 
 
 THOUGHTS = {"learned", "shuffled", "mean"}
-EVERY = THOUGHTS | {"zero", "none", "text", "static"}
+EVERY = THOUGHTS | {"zero", "placeholder", "none", "text", "static"}
 WORDS = {"assistant"}
 
 
@@ -245,6 +254,7 @@ def edit(path, old, new):
         pytest.param(THOUGHTS, [], lambda f: scaled(f / "adapter/projection.safetensors"), id="adapter retrained"),
         pytest.param(THOUGHTS | WORDS, ["assistant.attention=eager"], None, id="assistant's attention"),
         pytest.param({"static"}, [], lambda f: scaled(f / "static/projection.safetensors"), id="static retrained"),
+        pytest.param({"placeholder"}, ["evaluation.placeholder=<|end|>"], None, id="placeholder"),
         pytest.param({"shuffled"}, ["seed=1"], None, id="greedily a seed only shuffles"),
         pytest.param(WORDS, ["evaluation.text_max_tokens=5"], None, id="words of other lengths, the same here"),
         pytest.param(
@@ -357,6 +367,7 @@ def forbid_models(monkeypatch):
             "base .* holds ot",
         ),
         ([], lambda f: (f / "adapter/trainer.json").write_text("{"), "trainer.json is damaged"),
+        (["evaluation.placeholder='so it'"], None, r"evaluation.placeholder 'so it' is 5 tokens for the tokenizer of"),
         (["task.test_problems=1"], None, r"shuffled gives .* but 1 of the 1 test problems are the same"),
         (
             ["projection.kind=static"],

@@ -134,7 +134,7 @@ class AssistantPrompts:
         self.chat = chat
         self.prompts = prompts
         self.count = count
-        self.placeholder_id = _placeholder_id(chat, placeholder)
+        self.placeholder_id = placeholder_id(chat, placeholder, "thoughts.placeholder")
         chat.check(prompts.assistant)
         chat.check(prompts.assistant_text)
 
@@ -156,10 +156,16 @@ class AssistantPrompts:
         return self.chat.stop_ids(Turn(self.chat, self.prompts.assistant_text).end_id)
 
 
-def _placeholder_id(chat: ChatFormat, placeholder: str | None) -> int:
+def placeholder_id(chat: ChatFormat, placeholder: str | None, setting: str) -> int:
+    """The one token that ``placeholder`` is; where it is None the tokenizer's unknown token, else pad, else
+    end-of-sequence.
+
+    Raises:
+        SoftCoTError: it is not one token, or there is none of these; ``setting`` is what the recipe calls it.
+    """
     tokenizer = chat.tokenizer
     if placeholder is None:
         placeholder = tokenizer.unk_token or tokenizer.pad_token or tokenizer.eos_token
         if placeholder is None:
-            raise SoftCoTError(f"the tokenizer of {chat.name} has no unk, pad or eos token; set thoughts.placeholder")
-    return chat.one_token(placeholder, "thoughts.placeholder")
+            raise SoftCoTError(f"the tokenizer of {chat.name} has no unk, pad or eos token; set {setting}")
+    return chat.one_token(placeholder, setting)

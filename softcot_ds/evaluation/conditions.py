@@ -1,12 +1,13 @@
 """The conditions of an evaluation: what stands for the thoughts.
 
-learned    the projected thoughts of the question
-shuffled   the projected thoughts of another question
-mean       the average of the projected thoughts of all problems
-zero       zero vectors
-none       nothing: the prompt without thoughts
-text       the assistant's words in the prompt (the paper's Assist-CoT)
-static     a learned prompt of free vectors, from the adapter of a projection.kind=static run
+learned      the projected thoughts of the question
+shuffled     the projected thoughts of another question
+mean         the average of the projected thoughts of all problems
+zero         zero vectors
+placeholder  a token of the base that says nothing (the paper's CoT-Unk)
+none         nothing: the prompt without thoughts
+text         the assistant's words in the prompt (the paper's Assist-CoT)
+static       a learned prompt of free vectors, from the adapter of a projection.kind=static run
 """
 
 import hashlib
@@ -78,6 +79,11 @@ class Conditions:
         shape = self._recipe.thoughts.count, width(self._experiment.base_config)
         zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
         return self._room(), zeros
+
+    def _placeholder(self) -> _Given:
+        """As tokens, so that the base reads them as it reads any other."""
+        ids = [self._experiment.base_placeholder_id] * self._recipe.thoughts.count
+        return [BasePrompt([*prompt.prefix_ids, *ids, *prompt.suffix_ids], []) for prompt in self._room()], None
 
     def _none(self) -> _Given:
         prompts = self._experiment.base_prompts
@@ -164,6 +170,7 @@ CONDITIONS: dict[Condition, Callable[[Conditions], _Given]] = {
     "shuffled": Conditions._shuffled,
     "mean": Conditions._mean,
     "zero": Conditions._zero,
+    "placeholder": Conditions._placeholder,
     "none": Conditions._none,
     "text": Conditions._text,
     "static": Conditions._static,

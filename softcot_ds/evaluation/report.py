@@ -63,12 +63,12 @@ def table(report: Record) -> str:
     lines = [
         f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
         + (f", strategy {report['strategy']}" if "strategy" in report else ""),
-        f"{'condition':<10}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
+        f"{'condition':<12}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
         f"{'p (McNemar)':>13}",
     ]
     for name, row in report["conditions"].items():
         low, high = row["ci95"]
-        line = f"{name:<10}{row['accuracy']:>9.1%}{f'{low:.1%} - {high:.1%}':>17}{row['unparsed']:>10}{row['cut']:>7}"
+        line = f"{name:<12}{row['accuracy']:>9.1%}{f'{low:.1%} - {high:.1%}':>17}{row['unparsed']:>10}{row['cut']:>7}"
         comparison = report["comparisons"].get(f"learned-{name}")
         if comparison:
             line += f"{100 * comparison['difference']:>+13.1f} {comparison['p_value']:>13.2g}"
