@@ -50,7 +50,7 @@ def main() -> None:
     init_distributed(timeout_minutes=5)
     result = {"benchmark": "bits", **describe(), "trained": args.projection is not None, "bits": {}}
     whole = None
-    for bits in (16, 8):
+    for bits in (16, 8, 4):
         row, gradient = measure(args.recipe, [*args.overrides, f"backbone.bits={bits}"], args.projection)
         whole = gradient if whole is None else whole
         row["gradient_difference"] = ((gradient - whole).norm() / whole.norm()).item()

@@ -156,7 +156,7 @@ class BackboneConfig(Section):
     what is gathered at a time; 0 on CPUs."""
     bits: int = 16
     """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
-    the memory and of what ranks send each other, see models/quantized.py."""
+    the memory and of what ranks send each other. 4: a quarter, with bitsandbytes; see models/quantized.py."""
     deepspeed: Annotated[ExistingFile | None, FREE] = None
     """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
     and node."""
@@ -215,16 +215,12 @@ class BackboneConfig(Section):
 
 def _check_bits(bits: int, partition: Partition) -> None:
     """Raises ValueError where weights cannot be held so."""
-    if bits == 4:
+    if bits not in (16, 8, 4):
+        raise ValueError(f"16, 8 or 4, found {bits}")
+    if bits < 16 and partition == "tensor":
         raise ValueError(
-            "4 would be bitsandbytes', whose layers pass no gradient back on CPUs (seen with 0.50.2); set 8"
-        )
-    if bits not in (16, 8):
-        raise ValueError(f"16 or 8, found {bits}")
-    if bits == 8 and partition == "tensor":
-        raise ValueError(
-            "8 bits go with the partitions none, zero3 and node: for tensor, transformers loads each rank's slices, in "
-            "base.dtype"
+            f"{bits} bits go with the partitions none, zero3 and node: for tensor, transformers loads each rank's "
+            "slices, in base.dtype"
         )
 
 

@@ -143,11 +143,27 @@ def test_what_fits_on_every_gpu_is_held_by_every_gpu(small_plan):
 
 
 @pytest.mark.slow
+def test_an_8b_and_its_assistant_online_share_a_gpu_of_24_gb_in_4_bits():
+    table = load_hardware()
+    a10 = Cluster(table.gpu("a10"), table.reached, 1, 1, 50)
+    planner, memory = gsm8k("gsm8k_llama_8b", "thoughts.source=online"), {}
+    for bits in (16, 4):
+        planner.recipe.backbone.bits = bits
+        choice = planner.choice(planner.own_way(a10), a10)
+        assert choice.fits == (bits == 4)
+        assert choice.memory["assistant"] == 2 * PUBLISHED["meta-llama/Llama-3.2-1B-Instruct"]
+        memory[bits] = choice.memory["held"]
+    ends = 2 * 128_256 * 4096 + 65 * 4096  # table, head, norms
+    whole = PUBLISHED["meta-llama/Llama-3.1-8B-Instruct"]
+    assert memory == pytest.approx({16: 2 * whole, 4: 2 * ends + (whole - ends) * 4.25 / 8}, rel=1e-3)
+
+
+@pytest.mark.slow
 def test_choices_are_in_order(small_plan):
     assert all(choice.fits for choice in small_plan.choices)
     bits = [choice.way.bits for choice in small_plan.choices]
-    assert bits == [16] * bits.count(16) + [b for b in bits if b != 16], "fewer bits are another model"
-    assert 8 in bits
+    assert bits == sorted(bits, reverse=True), "fewer bits are another model"
+    assert {*bits} == {16, 8, 4}
     fitting = [choice.seconds for choice in small_plan.choices if choice.way.bits == 16]
     assert max(fitting[:1]) <= search._AS_FAST * min(fitting)
     late = [seconds for seconds in fitting if seconds > search._AS_FAST * min(fitting)]

@@ -2,13 +2,12 @@
 
 import hashlib
 import json
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
@@ -34,7 +33,7 @@ from softcot_ds.models.partition import (
     make_layers_leaves,
     with_limits,
 )
-from softcot_ds.models.quantized import can_quantize, check_bits, quantize
+from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import read_slices, why_not_sliced
 from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
@@ -201,7 +200,7 @@ def load_frozen(
             make no such groups.
     """
     check_weights(config)
-    quantized = _layers_in_8_bits(config) if bits == 8 else None
+    quantized = _in_few_bits(config, bits, device) if bits < 16 else None
     if partition == "tensor":
         model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
     else:
@@ -217,23 +216,23 @@ def load_frozen(
     model.eval()
     if partition not in SPLIT:
         if quantized is not None:
-            quantize(model, quantized, device)
+            quantized.quantize(model, device)
         return model.to(device)
     keep_weights_by_name(model)
     return model
 
 
-def _layers_in_8_bits(config: ModelConfig) -> Callable[[nn.Module], bool]:
-    """Whether a layer of a model is to be held in 8 bits. Raises SoftCoTError where the model cannot be."""
+def _in_few_bits(config: ModelConfig, bits: int, device: torch.device) -> FewBits:
+    """The layers of a model to be held so. Raises SoftCoTError where they cannot be."""
     settings = load_config(config)
     if getattr(settings, "quantization_config", None) is not None:
         raise SoftCoTError(
-            f"backbone.bits=8: the weights of {config.model} are quantized in its files; set backbone.bits=16, which "
-            "leaves them as they are, or name a model with weights in 16 bits"
+            f"backbone.bits={bits}: the weights of {config.model} are quantized in its files; set backbone.bits=16, "
+            "which leaves them as they are, or name a model with weights in 16 bits"
         )
-    wanted = partial(can_quantize, vocabulary=vocabulary(settings))
-    check_bits(empty_model(settings), wanted, config.model)
-    return wanted
+    layers = FewBits(bits, vocabulary(settings))
+    layers.check(empty_model(settings), config.model, device)
+    return layers
 
 
 def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:

@@ -5,7 +5,7 @@ Whatever depends on that is asked here: the configuration, loading, running, and
 """
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -25,7 +25,7 @@ from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_r
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import limits
 from softcot_ds.models.limits import Gathers
-from softcot_ds.models.quantized import prepare
+from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import slice_of
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, BackboneConfig, Dtype, Partition, Recipe
@@ -179,7 +179,7 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def loading(
-    config: dict[str, Any] | None, group: Group | None, name: str, quantized: Callable[[nn.Module], bool] | None = None
+    config: dict[str, Any] | None, group: Group | None, name: str, quantized: FewBits | None = None
 ) -> Iterator[None]:
     """Have ``from_pretrained`` split each weight while it reads it: no rank ever holds more than one whole.
 
@@ -190,7 +190,7 @@ def loading(
         config: DeepSpeed's configuration; None to load whole.
         group: who splits the weights between them; None for all ranks.
         name: of the model, for lines on rank 0 that tell how far it is.
-        quantized: whether a layer is to be held in 8 bits; None where none is.
+        quantized: the layers to be held in few bits.
     """
     if config is None:
         yield
@@ -212,9 +212,7 @@ class _Init(deepspeed.zero.Init):
     It outlives the building: DeepSpeed later splits what is trained with it, over all ranks.
     """
 
-    def __init__(
-        self, group: Group | None, name: str, quantized: Callable[[nn.Module], bool] | None, **kwargs: Any
-    ) -> None:
+    def __init__(self, group: Group | None, name: str, quantized: FewBits | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._group = group
         self._quantized = quantized
@@ -239,8 +237,8 @@ class _Init(deepspeed.zero.Init):
             dist.get_rank = lambda group=None: mine.rank if group is None else get_rank(group)
 
     def _post_init_method(self, module: nn.Module) -> None:
-        if self._building and self._quantized is not None and self._quantized(module):
-            prepare(module)
+        if self._building and self._quantized is not None:
+            self._quantized.prepare(module)
         super()._post_init_method(module)
 
     def _convert_to_deepspeed_param(self, param: nn.Parameter) -> None:

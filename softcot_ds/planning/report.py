@@ -174,8 +174,8 @@ def _table(plan: Plan) -> str:
     lines.append(
         "\nThe best of each way to hold the weights, the fastest first. node and tensor: ranks that share a copy. "
         "batch:\nexamples of a micro-batch x micro-batches of a rank in a step; ckpt: with activation checkpointing. "
-        "total: with\nwhat is trained and its buffers. GB: what is gathered or summed between ranks of one node and of "
-        "several."
+        "total: with\nwhat is trained and its buffers, and an assistant that runs online. GB: what is gathered or "
+        "summed between ranks of one\nnode and of several."
     )
     return "\n".join(lines)
 

@@ -24,7 +24,7 @@ PARTITIONS = ("none", "node", "zero3", "tensor")
 """The simplest first: of two that are as fast, the first is the better."""
 GROUPED = ("node", "tensor")
 """Those that ``backbone.group_size`` is for."""
-_LAYER_BYTES = {8: 8.5 / 8}
+_LAYER_BYTES = {8: 8.5 / 8, 4: 4.25 / 8}
 """Of a weight of the layers in fewer bits than 16, with what scales it."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _AS_FAST = 1.02
@@ -127,7 +127,7 @@ class Planner:
         found = [self.choice(self._filled(way, cluster), cluster) for way in self._ways(cluster, global_batch)]
         if not found:
             raise _hungry(global_batch, cluster.ranks)
-        # Fewer bits are another model: never chosen for being faster.
+        # Another number of bits is another model: never chosen for being faster, and more of them before fewer.
         own = [choice for choice in found if choice.fits and choice.way.bits == self.recipe.backbone.bits]
         fastest = min((choice.seconds for choice in own), default=0.0)
 
@@ -135,11 +135,11 @@ class Planner:
             if not choice.fits:
                 return True, False, choice.bytes
             as_fast = choice.seconds <= _AS_FAST * fastest
-            other_bits = choice.way.bits != self.recipe.backbone.bits
+            other_bits = choice.way.bits != self.recipe.backbone.bits, -choice.way.bits
             simple = PARTITIONS.index(choice.way.partition), choice.way.activation_checkpointing
             return (
                 False,
-                other_bits,
+                *other_bits,
                 not as_fast,
                 0.0 if as_fast else choice.seconds,
                 *simple,
@@ -235,6 +235,13 @@ class Planner:
             return weight * self.sliced(group_size)
         return shared_bytes(self.shape.total, self.shape.small, group_size, weight)
 
+    def _assistant_bytes(self, group_size: int) -> float:
+        """Its frozen weights on each rank of a training that runs it; from the cache it is not there."""
+        if self.recipe.thoughts.source != "online" or not self.needs_states:
+            return 0.0
+        itemsize = 4 if self.recipe.assistant.dtype == "float32" else 2
+        return shared_bytes(self.assistant.total, self.assistant.small, group_size, itemsize)
+
     def most_gathered(self, partition: str, group_size: int, bits: int) -> float:
         """Bytes of other ranks' weights beside them, at most."""
         if partition not in SPLIT or group_size == 1:
@@ -258,6 +265,7 @@ class Planner:
         samples = self.cache_bytes(*holding[:2], SAMPLES, self.prompt + SAMPLE_TOKENS)
         return {
             "held": self.held(*holding) + self.resident_bytes(way),
+            "assistant": self._assistant_bytes(way.group_size),
             "tokens": self.itemsize * self.data.tokens * self.shape.width,
             "gathered": self.most_gathered(*holding),
             "activations": step.activations,
@@ -330,4 +338,4 @@ def _hungry(global_batch: int, ranks: int) -> SoftCoTError:
 
 def bits_of(partition: str) -> list[int]:
     """In how many bits weights that are held so can be (recipe.py)."""
-    return {"tensor": [16]}.get(partition, [16, 8])
+    return {"tensor": [16]}.get(partition, [16, 8, 4])
