@@ -51,6 +51,7 @@ from pathlib import Path
 from typing import Any
 
 import deepspeed
+import deepspeed.runtime.zero.muon.original_muon  # an engine imports it, and with it PyTorch's compiler
 import torch
 import torch.distributed as dist
 import torch.distributed._functional_collectives as funcol
@@ -59,12 +60,12 @@ from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedPara
 from deepspeed.utils import safe_get_full_fp32_param, z3_leaf_module
 from environment import describe, write_result
 from torch import nn
-from torch.multiprocessing import spawn
+from torch.multiprocessing import start_processes
 from transformers import AutoTokenizer, DynamicCache, LlamaConfig, LlamaForCausalLM
 
 import softcot_ds.training.engine
 from softcot_ds.data.batches import Batch, collate
-from softcot_ds.distributed import from_all_ranks, init_distributed, is_main, shut_down, world_size
+from softcot_ds.distributed import barrier, from_all_ranks, init_distributed, is_main, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
 from softcot_ds.models.partition import data_ranks, gathers_of, is_partitioned
@@ -342,6 +343,9 @@ def worker(
     )
     torch.set_num_threads(1)
     init_distributed(timeout_minutes=5)
+    if is_main():
+        prepare(folder, sizes)
+    barrier()
     ahead = {name: {size: gathered_ahead(folder / size / f"{name}.json") for size in sizes} for name in LIMITS}
     traffic = Traffic()
     results = {variant: measure(variant, folder, traffic) for variant in variants}
@@ -390,8 +394,8 @@ def measure_on(ranks: int, *measured: Sequence[str]) -> dict[str, Any]:
         port = listener.getsockname()[1]
         listener.close()
         folder = Path(name)
-        prepare(folder, measured[1])
-        spawn(worker, (ranks, port, folder, *map(list, measured)), nprocs=ranks)
+        # Imports take longer than the work: ranks are forked from a process that has computed nothing yet.
+        start_processes(worker, (ranks, port, folder, *map(list, measured)), nprocs=ranks, start_method="fork")
         return json.loads((folder / "results.json").read_text())
 
 
@@ -405,7 +409,7 @@ def main() -> None:
     )
     parser.add_argument("--out", type=Path, help="write the result, indented, to this file")
     args = parser.parse_args()
-    result: dict[str, Any] = {"benchmark": "zero3_traffic", **describe()}
+    result: dict[str, Any] = {}
     for ranks in args.ranks:
         found = measure_on(ranks, args.variants, args.sizes if ranks == args.ranks[0] else [], [])
         result[f"{ranks}_ranks"] = found["variants"]
@@ -430,7 +434,7 @@ def main() -> None:
             f"{partition:22} frozen weights: {row['frozen_bytes_between_nodes']:,} bytes between nodes, "
             f"{row['frozen_bytes_within_nodes']:,} within; equals zero3: {row['equals_zero3']}"
         )
-    write_result(result, args.out)
+    write_result({"benchmark": "zero3_traffic", **describe(), **result}, args.out)
 
 
 if __name__ == "__main__":

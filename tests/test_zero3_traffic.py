@@ -10,18 +10,24 @@ from launch import ROOT, run
 pytestmark = pytest.mark.distributed
 
 
-def test_fast_step_gathers_what_one_pass_gathers_before_it_is_asked_for_and_reduces_the_projection_alone():
-    variants = ["full", "fast", "fast_checkpointed", "two_passes"]
+VARIANTS = ["full", "fast", "fast_checkpointed", "two_passes"]
+
+
+@pytest.fixture(scope="module")
+def found():
     script = ROOT / "benchmarks" / "zero3_traffic.py"
-    done = run([sys.executable, str(script), "--ranks", "2", "--variants", *variants, "--sizes", "8b"])
-    found = json.loads(done.stdout.splitlines()[-1])
+    chosen = ["--ranks", "2", "--variants", *VARIANTS, "--sizes", "8b", "--partitions", "zero3", "node", "tensor"]
+    return json.loads(run([sys.executable, str(script), *chosen]).stdout.splitlines()[-1])
+
+
+def test_fast_step_gathers_what_one_pass_gathers_before_it_is_asked_for_and_reduces_the_projection_alone(found):
     rows = found["2_ranks"]
     few_bytes = 20_000  # projection's bias, flags and norms; a layer has 1.8 million
     for name in ("full", "fast", "fast_checkpointed"):
         assert rows[name]["gathered"] == pytest.approx(rows[name]["arithmetic"], abs=few_bytes), name
         assert rows[name]["gathers"] == rows["full"]["gathers"], name
     assert rows["two_passes"]["gathered"] > 1.4 * rows["full"]["gathered"]
-    for name in variants:
+    for name in VARIANTS:
         assert rows[name]["reduced"] == pytest.approx(rows[name]["projection"], abs=100), name
     ahead, before = found["gathered_ahead"]["8b"], found["gathered_ahead_before"]["8b"]
     assert ahead["forward"] == ahead["backward"] == 1
@@ -31,10 +37,8 @@ def test_fast_step_gathers_what_one_pass_gathers_before_it_is_asked_for_and_redu
     assert before["most_layers"] <= before["expected_layers"]
 
 
-def test_nothing_of_the_frozen_weights_crosses_nodes_that_hold_them_within():
-    script = ROOT / "benchmarks" / "zero3_traffic.py"
-    done = run([sys.executable, str(script), "--ranks", "--partitions", "zero3", "node", "tensor"])
-    zero3, node, tensor = json.loads(done.stdout.splitlines()[-1])["partitions"].values()
+def test_nothing_of_the_frozen_weights_crosses_nodes_that_hold_them_within(found):
+    zero3, node, tensor = found["partitions"].values()
     assert node["frozen_bytes_between_nodes"] == node["loaded_bytes_between_nodes"] == 0
     assert zero3["frozen_bytes_between_nodes"] == zero3["frozen_bytes_within_nodes"] + node["frozen_bytes_within_nodes"]
     assert node["losses"] == zero3["losses"]
