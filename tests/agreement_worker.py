@@ -21,7 +21,7 @@ from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import checkpoints
 from softcot_ds.training import resume
 
-folder = Path(next(argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")))
+folder = Path(sys.argv[1])
 init_distributed(5)
 second = rank() == 1
 read_bytes = Path.read_bytes

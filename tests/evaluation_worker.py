@@ -16,7 +16,7 @@ from softcot_ds.generate import main as generate_main
 from softcot_ds.models.partition import needs_all_ranks
 from softcot_ds.run_dir import recipe_and_adapter
 
-folder, output, *overrides = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+folder, output, *overrides = sys.argv[1:]
 evaluate(*recipe_and_adapter(folder, overrides))
 adapter = softcot_ds.load(
     folder, *overrides, "evaluation.partition=null", "backbone.partition=node"

@@ -13,7 +13,7 @@ BIN = Path(sys.executable).parent
 
 
 def environment() -> dict[str, str]:
-    """One thread per rank; our checkout first; no launcher's variables from outside."""
+    """One thread per rank; our checkout and its tests first; no launcher's variables from outside."""
     import torch  # takes seconds; not for those who only want to know where the project is
 
     kept = {key: value for key, value in os.environ.items() if not key.startswith(("SLURM_", "OMPI_", "PMI"))}
@@ -21,7 +21,7 @@ def environment() -> dict[str, str]:
         kept.pop(key, None)
     if torch.cuda.device_count() < 2:
         kept |= {"CUDA_VISIBLE_DEVICES": "", "DS_ACCELERATOR": "cpu"}  # two ranks cannot share one GPU
-    folders = [str(ROOT), str(ROOT / "kernels"), kept.get("PYTHONPATH", "")]
+    folders = [str(ROOT), str(ROOT / "kernels"), str(ROOT / "tests"), kept.get("PYTHONPATH", "")]
     return kept | {
         "PYTHONPATH": os.pathsep.join(filter(None, folders)),
         "OMP_NUM_THREADS": "1",

@@ -78,7 +78,7 @@ SoftCoT.forward, Validator._samples = disturbed_forward, disturbed_samples
 loop.StopRequest, loop.Record, loop.save_checkpoint = late_request, visible_record, slow_save
 # The ranks stay together from one training to the next, and only one of them speaks.
 distributed.shut_down, command._report = lambda *_: None, report
-recipe, *trainings = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
+recipe, *trainings = sys.argv[1:]
 for name, overrides in zip(trainings[::2], trainings[1::2], strict=True):
     fault, passes = name, 0
     try:

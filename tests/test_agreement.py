@@ -1,11 +1,11 @@
 """Ranks that differ do not train; processes that do not know of each other neither."""
 
 import os
-import sys
 from pathlib import Path
 
 import pytest
-from launch import ROOT, deepspeed_command, environment, run
+from forked import run_forked
+from launch import ROOT, environment
 
 from softcot_ds import agreement
 from softcot_ds.agreement import agree
@@ -43,10 +43,7 @@ def test_rank_that_has_not_looked_agrees_with_those_that_have(monkeypatch):
 @pytest.fixture(scope="module")
 def begun(tmp_path_factory) -> Path:
     folder = tmp_path_factory.mktemp("agreement")
-    run(
-        deepspeed_command(2, "agreement_worker", folder),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    )
+    run_forked(2, "agreement_worker", folder)
     return folder
 
 
@@ -92,9 +89,9 @@ def test_one_of_several_processes_that_torch_does_not_know_is_refused(monkeypatc
 
 @pytest.mark.distributed
 def test_second_training_in_a_directory_is_refused(tmp_path):
-    train = [sys.executable, "-m", "softcot_ds.train", str(RECIPE), f"output_dir={tmp_path}"]
+    arguments = [RECIPE, f"output_dir={tmp_path}", "training.timeout_minutes=0.1"]
     with sole_owner(tmp_path / "demo/train.lock", "training", print):
-        done = run([*train, "training.timeout_minutes=0.1"], check=False)
+        done = run_forked(1, "softcot_ds.train", *arguments, check=False)
     assert done.returncode == 2
     assert "another training (" in done.stdout
     assert f"process {os.getpid()}, since" in done.stdout

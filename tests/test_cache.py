@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
-from launch import deepspeed_command, run
+from forked import run_forked
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import (
     Gemma3ForCausalLM,
@@ -523,9 +523,9 @@ def test_verify_computes_rows_again_and_names_a_wrong_one(recipe_file, capsys):
 
 @pytest.mark.distributed
 def test_an_assistant_split_over_two_ranks_has_the_same_thoughts(recipe_file, tmp_path):
-    """Under the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save."""
+    """Ranks as of the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save."""
     split = [str(recipe_file), f"cache.path={tmp_path / 'split'}", "cache.partition=zero3", "cache.tokens_per_batch=1"]
-    run(deepspeed_command(2, "softcot_ds.cache", *split), timeout=120)
+    run_forked(2, "softcot_ds.cache", *split)
     assert cache.main([str(recipe_file)]) == 0
     recipe = load_recipe(recipe_file)
     inputs = Experiment(recipe).splits.assistant_inputs()

@@ -10,9 +10,10 @@ from typing import get_args
 import pytest
 import torch
 from adapters import make_adapter
+from forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from launch import ROOT, deepspeed_command, run
+from launch import ROOT
 from safetensors.torch import load_file, save_file
 from scribe import Scribe, replace_decoding
 
@@ -59,6 +60,7 @@ def records(recipe, condition):
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+@pytest.mark.slow
 def test_report_agrees_with_the_outputs(recipe, adapter):
     report = evaluate(recipe, adapter)
     assert json.loads((recipe.run_dir / "report.json").read_text())["conditions"] == json.loads(
@@ -165,6 +167,7 @@ def test_each_condition_reads_its_own_prompt(recipe, adapter, scribe):
     assert {len(records(recipe, condition)) for condition in recipe.evaluation.conditions} == {24}
 
 
+@pytest.mark.slow
 def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     recipe = make_recipe(tmp_path, "evaluation.conditions=[learned]")
     adapter = make_adapter(tmp_path / "adapter", recipe)
@@ -469,6 +472,7 @@ def test_a_check_on_few_problems_has_a_report_of_its_own(first_evaluation, tmp_p
     assert json.loads(of_the_run.read_text())["num_problems"] == 7
 
 
+@pytest.mark.slow
 def test_static_prompt_is_a_condition_of_its_own(tmp_path):
     static = make_recipe(tmp_path, "projection.kind=static", "name=static")
     static_adapter = make_adapter(tmp_path / "static-adapter", static)
@@ -547,10 +551,9 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition
         f"evaluation.conditions=[{','.join(conditions)}]",
     ]
     if partition == "none":
-        run(deepspeed_command(2, "softcot_ds.evaluate", adapter, *overrides))
+        run_forked(2, "softcot_ds.evaluate", adapter, *overrides)
     else:
-        worker = deepspeed_command(2, "evaluation_worker", adapter, tmp_path / "door", *overrides)
-        done = run(worker, PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}")
+        done = run_forked(2, "evaluation_worker", adapter, tmp_path / "door", *overrides)
         check_what_ranks_are_given(recipe, adapter, tmp_path, done.stdout)
     two = recipe.model_copy(update={"name": name})
     for condition in conditions:

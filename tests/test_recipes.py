@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, deepspeed_command, run
+from forked import run_forked
+from launch import ROOT
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
@@ -102,9 +103,7 @@ def test_recipes_of_real_models_train_at_toy_width(tmp_path):
             # One rank is fewer than a group, and the data less than a global batch.
             f"backbone.group_size=null training.global_batch_size={min(64, recipe.training.global_batch_size)}",
         ]
-    done = run(
-        deepspeed_command(1, "train_worker", *commands), PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}"
-    )
+    done = run_forked(1, "train_worker", *commands)
     for path in RECIPES:
         recipe = load_recipe(path)
         if recipe.task.name == "gsm8k":

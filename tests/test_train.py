@@ -11,7 +11,8 @@ from functools import partial
 
 import pytest
 import torch
-from launch import ROOT, deepspeed_command, run, run_and_signal
+from forked import kill_forked, run_forked
+from launch import ROOT, deepspeed_command, run_and_signal
 from runs import losses, read_events
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
@@ -45,16 +46,16 @@ pytestmark = pytest.mark.distributed
 def straight_run(tmp_path_factory):
     """Twelve steps on two ZeRO-3 ranks without interruption, two of them profiled."""
     folder, profiled = tmp_path_factory.mktemp("straight"), "training.profile_steps=[5,6]"
-    done = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={folder}", *LONG, profiled))
+    done = run_forked(2, "softcot_ds.train", RECIPE, f"output_dir={folder}", *LONG, profiled)
     return folder / "demo", done.stdout
 
 
 def test_killed_run_resumes_to_the_same_curve(straight_run, tmp_path):
     straight, _ = straight_run
-    command = deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={tmp_path}", *LONG)
-    run_and_signal(command, signal.SIGKILL, when=tmp_path / "demo/checkpoints/step-4/COMPLETE")
+    train = [2, "softcot_ds.train", RECIPE, f"output_dir={tmp_path}", *LONG]
+    kill_forked(tmp_path / "demo/checkpoints/step-4/COMPLETE", *train)
 
-    resumed = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={tmp_path}", *LONG))
+    resumed = run_forked(*train)
     assert "resuming from" in resumed.stdout
     assert losses(tmp_path / "demo") == losses(straight), "same ranks: bit for bit"
     final = "checkpoints/step-12/projection.safetensors"
@@ -150,7 +151,7 @@ def test_profiled_steps_are_a_trace_of_rank_0(straight_run):
 def test_finished_run_is_not_trained_again(straight_run):
     run_dir, _ = straight_run
     before = sorted((run_dir / "checkpoints").iterdir())
-    again = run(deepspeed_command(1, "softcot_ds.train", RECIPE, f"output_dir={run_dir.parent}", *LONG))
+    again = run_forked(1, "softcot_ds.train", RECIPE, f"output_dir={run_dir.parent}", *LONG)
     assert "trained to step 12 before" in again.stdout
     assert sorted((run_dir / "checkpoints").iterdir()) == before
 
@@ -160,8 +161,7 @@ def test_another_recipe_does_not_touch_the_run(straight_run, tmp_path):
     prompts = (ROOT / "softcot_ds/tasks/word_problems.yaml").read_text()
     (tmp_path / "prompts.yaml").write_text(prompts.replace("make a plan", "plan"))
     other = [*LONG, "training.learning_rate=1e-4", f"task.prompts={tmp_path}/prompts.yaml"]
-    command = deepspeed_command(1, "softcot_ds.train", RECIPE, f"output_dir={run_dir.parent}", *other)
-    refused = run(command, check=False)
+    refused = run_forked(1, "softcot_ds.train", RECIPE, f"output_dir={run_dir.parent}", *other, check=False)
     assert refused.returncode != 0
     assert "the wording there is not that of" in refused.stdout
     assert "training.learning_rate is 0.001 there and 0.0001 here" in refused.stdout
@@ -189,7 +189,7 @@ def test_full_disk_ends_clearly_and_leaves_nothing_half_written(tmp_path):
         pytest.skip("this machine does not let root mount a tmpfs")
     try:
         often = [*LONG, "training.save_every=1", "training.keep_checkpoints=12"]
-        done = run(deepspeed_command(2, "softcot_ds.train", RECIPE, f"output_dir={disk}", *often), check=False)
+        done = run_forked(2, "softcot_ds.train", RECIPE, f"output_dir={disk}", *often, check=False)
         assert done.returncode != 0
         assert "No space left on device" in done.stdout
         assert "Traceback" not in done.stdout

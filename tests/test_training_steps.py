@@ -2,7 +2,6 @@
 
 import json
 import re
-import sys
 from dataclasses import dataclass
 from functools import cache
 from importlib.util import find_spec
@@ -11,11 +10,13 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import run_forked
 from launch import ROOT, deepspeed_command, run
 from runs import losses, scalars
 from safetensors.torch import load_file, save_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
+from softcot_ds.cache import main as build_cache
 from softcot_ds.data.batches import global_batches
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.quantized import pack, unpack
@@ -182,11 +183,7 @@ def first_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
 
 def run_worker(output: Path, variants: list[str]) -> str:
     """gradient_worker.py on two ranks; its losses and gradients of each variant go to ``output``. What it prints."""
-    # --module wants a module on the path: the tests' folder is put there.
-    return run(
-        deepspeed_command(2, "gradient_worker", RECIPE, output, *variants),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    ).stdout
+    return run_forked(2, "gradient_worker", RECIPE, output, *variants).stdout
 
 
 def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, random_pair):
@@ -259,7 +256,7 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     """
     common = [*SMALL, "training.steps=12", "training.learning_rate=1e-6", "training.warmup_steps=0"]
     cached = [*common, "thoughts.source=cache", f"cache.path={tmp_path / 'cache'}", "cache.tokens_per_batch=1"]
-    run([sys.executable, "-m", "softcot_ds.cache", str(RECIPE), *cached])
+    assert build_cache([str(RECIPE), *cached]) == 0
     within = ["backbone.partition=node", "backbone.group_size=1"]  # two models, each read by each rank
     resident = ["backbone.partition=zero3", "backbone.resident_gib=0.0015"]
     zero3 = ["backbone.partition=zero3"]
@@ -283,8 +280,9 @@ def test_fused_kernels_give_the_gradient_in_float64_where_each_rank_has_a_part(t
     batch = ["training.global_batch_size=4", "training.micro_batch_size=2", "training.warmup_steps=0"]
     common = " ".join([*SMALL, *random_pair, *batch, "training.steps=1"])
     output = tmp_path / "gradients.safetensors"
-    monkeypatch.setenv("TRITON_INTERPRET", "1")
-    run_worker(output, [f"{common} backbone.partition={partition}" for partition in ("zero3", "tensor")])
+    variants = [f"{common} backbone.partition={partition}" for partition in ("zero3", "tensor")]
+    worker = deepspeed_command(2, "gradient_worker", RECIPE, output, *variants)
+    run(worker, TRITON_INTERPRET="1")  # read when Triton is imported
     found = load_file(output)
     loss, gradient = first_loss_and_gradient(load_recipe(RECIPE, common.split()))
     for partition in ("zero3", "tensor"):
@@ -324,10 +322,7 @@ def trainings(tmp_path_factory, random_pair):
         "hang": [clipped, whole, "training.step_timeout_minutes=0.1"],
     }
     arguments = [text for name, special in variants.items() for text in (name, " ".join([*common, *special]))]
-    done = run(
-        deepspeed_command(2, "loop_worker", RECIPE, *arguments),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    )
+    done = run_forked(2, "loop_worker", RECIPE, *arguments)
     return folder, start, done.stdout
 
 

@@ -7,7 +7,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.computing import build
 from softcot_ds.training.loop import train
 
-arguments = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+arguments = sys.argv[1:]
 for recipe, overrides in zip(arguments[::2], arguments[1::2], strict=True):
     resolved = load_recipe(recipe, overrides.split())
     build(resolved)
