@@ -48,6 +48,10 @@ def submit(
     """
     commands, data = _left_to_do(recipe)
     folder = recipe.run_dir / "slurm"
+    if not dry_run:
+        if shutil.which("sbatch") is None:
+            raise SoftCoTError("there is no sbatch here; submit from a login node of the cluster, or see --dry-run")
+        _refuse_second_chain(folder)
     scripts = {command: _script(command, recipe, options, tasks_per_node) for command in commands}
     _warn_if_too_large(recipe, data, scripts["evaluate"], gpu)
     if dry_run:
@@ -55,9 +59,6 @@ def submit(
             print(f"# {folder / command}.sbatch\n{text}")
         print(f"# {recipe.run_dir / 'recipe.yaml'}\n{recipe.to_yaml()}", end="")
         return
-    if shutil.which("sbatch") is None:
-        raise SoftCoTError("there is no sbatch here; submit from a login node of the cluster, or see --dry-run")
-    _refuse_second_chain(folder)
     try:
         for path in (folder, recipe.run_dir / "logs"):  # SLURM does not make the folder of a job's log
             path.mkdir(parents=True, exist_ok=True)
