@@ -594,6 +594,7 @@ def test_a_model_that_repeats_a_digit_for_ever_gives_no_answer(text):
     assert extract_number(text) is None
 
 
+@pytest.mark.slow
 @given(st.text())
 def test_no_text_crashes_it(text):
     number = extract_number(text)

@@ -234,7 +234,7 @@ DAMAGE = {
 
 
 @pytest.mark.parametrize("kind", DAMAGE)
-@pytest.mark.parametrize("victim", ["shard", "manifest"])
+@pytest.mark.parametrize("victim", [pytest.param("shard", marks=pytest.mark.slow), "manifest"])
 def test_damaged_files_are_noticed_and_only_their_rows_redone(tmp_path, kind, victim, capfd):
     rng = random.Random(f"{kind} {victim}")
     folder, log = tmp_path / "cache", tmp_path / "log"

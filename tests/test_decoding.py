@@ -88,7 +88,9 @@ def test_a_batch_decodes_like_each_prompt_alone(family, dtype):
     assert len({tuple(output.token_ids) for output in outputs}) > 1
 
 
-@pytest.mark.parametrize("family", OTHERS)
+@pytest.mark.parametrize(
+    "family", [pytest.param(name, marks=pytest.mark.slow if name in ONE_BY_ONE else ()) for name in OTHERS]
+)
 def test_other_families_decode_a_batch_like_each_prompt_alone(family):
     model = make_toy(family)
     assert try_decoding(model) == (family not in ONE_BY_ONE)
@@ -241,6 +243,7 @@ def test_sampling_is_repeated_by_its_seed_and_differs_without(model):
     assert sample(1, temperature=5.0, top_p=1e-6) == greedy
 
 
+@pytest.mark.slow
 def test_sampled_tokens_have_the_frequencies_of_the_softmax(model):
     (prompt,), thoughts = draw([(5, 2)], 2)
     embed = model.get_input_embeddings().weight

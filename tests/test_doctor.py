@@ -86,6 +86,7 @@ def test_a_healthy_cluster_gets_one_ok_for_each_check():
     assert "4 ranks over NCCL, the sum is right, bus bandwidth 50.00 GB/s" in findings[2].text
 
 
+@pytest.mark.slow
 def test_what_the_gpus_cannot_hold_is_found_by_plan():
     """By the memory of the smallest GPU that is there, also of a kind that is in no table."""
     large = load_recipe(ROOT / "recipes/gsm8k_llama_70b.yaml", ["backbone.partition=none", "evaluation.partition=none"])
@@ -371,6 +372,7 @@ def test_a_device_that_raises_becomes_a_fact(tmp_path, monkeypatch):
     assert wrong.text == f"the device fails on {socket.gethostname()}: division by zero"
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_full_disk_is_a_problem_with_a_remedy(tmp_path):
     disk = tmp_path / "disk"
@@ -393,6 +395,7 @@ def test_a_full_disk_is_a_problem_with_a_remedy(tmp_path):
     assert f"cannot be written on {socket.gethostname()}: No space left on device" in full[0].text
 
 
+@pytest.mark.slow
 def test_an_nvme_folder_that_is_missing_is_a_problem(tmp_path):
     config = (ROOT / "ds_configs/zero3_nvme_offload.json").read_text().replace("/local_nvme", f"{tmp_path}/nvme")
     (tmp_path / "ds.json").write_text(config)
@@ -419,6 +422,7 @@ def test_a_limit_below_a_layers_size_is_a_warning_with_the_size(tmp_path):
     assert f"stage3_prefetch_bucket_size is 5000, and these models need {layer}: the rest of a layer" in wrong.text
 
 
+@pytest.mark.slow
 def test_a_model_that_cannot_be_read_is_a_problem(tmp_path):
     base = tmp_path / "base"
     shutil.copytree(ROOT / "softcot_ds/pair/base", base)

@@ -60,7 +60,7 @@ def loaded(monkeypatch):
 
 
 @pytest.mark.parametrize("arguments", [[], ["--no-thoughts"]])
-@pytest.mark.parametrize("name", ["word_problems", "word_problems_static"])
+@pytest.mark.parametrize("name", ["word_problems", pytest.param("word_problems_static", marks=pytest.mark.slow)])
 def test_answers_are_those_of_the_command(folder, name, arguments, monkeypatch, capsys):
     monkeypatch.setattr(sys, "stdin", io.StringIO("\n".join(QUESTIONS) + "\n"))
     assert generate_main([str(folder / name), *arguments]) == 0

@@ -70,6 +70,7 @@ def counts_of(start: int, events: tuple[tuple[str, int], ...]) -> list[int]:
     return counts
 
 
+@pytest.mark.slow
 def test_splits_share_no_problem():
     problems = [[p for seed in range(3) for p in generate(split, 800, seed)] for split in SPLITS]
     signatures = [{p.signature for p in part} for part in problems]

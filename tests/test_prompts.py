@@ -253,6 +253,7 @@ MESSAGES = st.lists(
 )
 
 
+@pytest.mark.slow
 @settings(suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(
     st.dictionaries(st.sampled_from([*SECTIONS]) | VALUES.filter(lambda v: v.__hash__), MESSAGES | VALUES, max_size=5)

@@ -449,6 +449,7 @@ def fuzzed(tmp_path_factory) -> Path:
     return tmp_path_factory.mktemp("fuzz") / "recipe.yaml"
 
 
+@pytest.mark.slow
 @given(path=st.sampled_from(paths_in(WHOLE)), value=VALUES, as_override=st.booleans())
 @settings(max_examples=150)
 def test_any_value_at_any_key_is_a_recipe_or_a_mistake_with_its_name(fuzzed, path, value, as_override):

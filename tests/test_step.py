@@ -226,6 +226,7 @@ def steps():
 length_lists = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 5), st.integers(1, 6)), min_size=1, max_size=4)
 
 
+@pytest.mark.slow
 @settings(max_examples=25)
 @given(length_lists, st.integers(1, 5), st.integers(0, 5), st.integers(0, 99), st.sampled_from([0, 2, VOCAB - 1]))
 def test_any_lengths_match_examples_run_alone(steps, lengths, thoughts, shared, seed, pad_id):

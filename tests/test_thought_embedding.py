@@ -385,6 +385,7 @@ def assert_fits(kernels, target, shared_limit, tmp_path):
         assert spilled_bytes(kernel, tmp_path) == 0, f"{name} {config} spills registers"
 
 
+@pytest.mark.slow
 @compiled_only
 @pytest.mark.parametrize("chip", TARGETS)
 def test_kernels_compile_without_spills_and_fit_in_shared_memory(monkeypatch, tmp_path, chip):
