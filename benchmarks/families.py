@@ -27,7 +27,7 @@ from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_N
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.methods.trial import why_not_fast, why_unsuitable
+from softcot_ds.methods.trial import why_gradient_wrong, why_not_fast, why_unsuitable
 from softcot_ds.models.decoding import try_decoding
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 
@@ -54,7 +54,7 @@ def look_at(family: str) -> dict[str, Any]:
     except Exception as error:
         return {"family": family, "step": "not tried", "reason": first_line(error)}
     row = {"family": family, "class": type(model).__name__, "attention": model.config._attn_implementation}
-    reason = why_unsuitable(model, "base")
+    reason = why_unsuitable(model, "base") or why_gradient_wrong(model)
     if reason is not None:
         row |= {"step": "refused", "reason": reason}
     else:

@@ -4,16 +4,19 @@ import json
 
 import pytest
 import torch
+from test_quantized import FOUR
+from torch import nn
 from toy_models import VOCABULARY, WIDTH, make_toy
 from transformers import AutoConfig
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods import trial
 from softcot_ds.methods.trial import Untried, check_ahead, why_unsuitable_ahead
-from softcot_ds.models import toy
+from softcot_ds.models import quantized, toy
 from softcot_ds.models.backbone import width
 from softcot_ds.models.toy import toy_config
 from softcot_ds.recipe import ModelConfig
+from softcot_ds.values import resolve_location
 
 REAL = {
     "llama-70b": {
@@ -183,6 +186,33 @@ def test_a_toy_says_ahead_what_the_model_would_say(tmp_path, monkeypatch, family
         SoftCoTError, match=rf"{tmp_path} \(model type '{family}'\) cannot be the {role}: a small model"
     ):
         check_ahead(config, role)
+
+
+@pytest.mark.parametrize("small_bytes", [trial.SMALL_BYTES, 0])
+def test_a_base_whose_layers_pass_back_a_wrong_gradient_is_told_ahead(tmp_path, monkeypatch, small_bytes):
+    config = save_toy(tmp_path, "llama")
+    monkeypatch.setattr(trial, "SMALL_BYTES", small_bytes)
+    product = nn.Linear.forward
+    monkeypatch.setattr(
+        nn.Linear, "forward", lambda layer, states: product(layer, 0.9 * states + 0.1 * states.detach())
+    )
+    with pytest.raises(SoftCoTError, match=r"a small model .* the gradient .* off from .* Name another model in base"):
+        check_ahead(config, "base")
+    check_ahead(config, "assistant")
+
+
+@pytest.mark.parametrize("bits", [8, FOUR])
+def test_a_base_is_tried_ahead_in_the_bits_that_it_will_have(monkeypatch, nothing_is_small, bits):
+    config = ModelConfig(model=str(resolve_location("package:pair/base")))
+    monkeypatch.setattr(trial, "try_decoding", lambda model: tried.append(model))
+    tried = []
+    check_ahead(config, "base", bits)
+    (decoder,) = (model.get_decoder() for model in tried)
+    assert {module.weight.ndim for module in decoder.modules() if isinstance(module, nn.Linear)} == {1}, "all packed"
+    backward = quantized._Product.backward
+    monkeypatch.setattr(quantized._Product, "backward", lambda ctx, g: backward(ctx, 0.9 * g))
+    with pytest.raises(SoftCoTError, match=rf"pass back none, or a wrong one \(with backbone.bits={bits}\)"):
+        check_ahead(config, "base", bits)
 
 
 def test_a_base_that_cannot_decode_is_told_ahead(tmp_path, monkeypatch, nothing_is_small):

@@ -1,5 +1,6 @@
 """What the trial says of a model, against what the step and the thoughts give: examples run alone are the truth."""
 
+import re
 from functools import partial, wraps
 
 import pytest
@@ -12,7 +13,7 @@ from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.methods.trial import check_model, why_not_fast, why_unsuitable
+from softcot_ds.methods.trial import check_model, why_gradient_wrong, why_not_fast, why_unsuitable
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.shared_prefix import NO_PREFIX
@@ -61,6 +62,7 @@ def test_what_is_called_fit_gives_what_examples_alone_give(family):
         truth = true_loss_and_gradient(model, make_projection(base_width), examples, torch.float32)
 
     assert why_unsuitable(model, "base") is None
+    assert why_gradient_wrong(model) is None
     fast = why_no_fast_step(model) is None
     assert fast == (family in FAST)
     step = SoftCoT(model, make_projection(base_width), step="fast" if fast else "full", shared_ids=examples[0][0][:6])
@@ -207,6 +209,34 @@ def test_what_does_not_fit_is_refused_with_the_reason(make, base, assistant):
 )
 def test_families_that_do_not_fit_are_refused_with_the_reason(family, role, reason):
     assert reason in why_unsuitable(make_toy(family), role)
+
+
+class Passes(torch.autograd.Function):
+    """What it is given, and back a part of the gradient."""
+
+    @staticmethod
+    def forward(ctx, states, part):
+        ctx.part = part
+        return states.view_as(states)
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return ctx.part * gradient, None
+
+
+@pytest.mark.parametrize("part", [0.0, 0.9])
+@pytest.mark.parametrize(
+    ("family", "kind"), [("llama", ""), ("llama", "q_proj"), ("llama", "down_proj"), ("mixtral", "v_proj")]
+)
+def test_layers_that_pass_back_a_wrong_gradient_are_found_though_some_arrives(family, kind, part):
+    model = make_toy(family)
+    for name, module in model.get_decoder().named_modules():
+        if isinstance(module, nn.Linear) and kind in name:
+            module.register_forward_pre_hook(lambda _, inputs: (Passes.apply(inputs[0], part),))
+    assert why_unsuitable(model, "base") is None, "a gradient arrives, and is the same in a batch"
+    reason = why_gradient_wrong(model)
+    found = re.fullmatch(r"the gradient that reaches the thoughts is (\d+)% off from .* pass back none, .*", reason)
+    assert int(found[1]) >= (15 if part == 0 else 2)
 
 
 def change_layer(model, change):

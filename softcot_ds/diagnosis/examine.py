@@ -129,7 +129,10 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
     if facts.has_gpu:
         facts.kernel_failure = _failure_of(lambda: _run_kernel(facts, "cuda"))
     if recipe is not None and facts.local_rank == 0:
-        facts.models = {"base": _model(recipe.base, "base"), "assistant": _model(recipe.assistant, "assistant")}
+        facts.models = {
+            "base": _model(recipe.base, "base", recipe.backbone.bits),
+            "assistant": _model(recipe.assistant, "assistant"),
+        }
         if not any(model.failure for model in facts.models.values()):
             facts.prompts_failure = _failure_of(lambda: Experiment(recipe))
             facts.limits_failure = _failure_of(lambda: _look_at_limits(facts, recipe))
@@ -217,7 +220,7 @@ def _shared_folder(path: Path) -> Folder:
     return Folder(str(path), shared=True, absent=[str(p) for p in (path, *path.parents) if not os.path.exists(p)])
 
 
-def _model(config: ModelConfig, role: Role) -> Model:
+def _model(config: ModelConfig, role: Role, bits: int = 16) -> Model:
     model = Model(config.model)
 
     def read() -> None:
@@ -230,7 +233,7 @@ def _model(config: ModelConfig, role: Role) -> Model:
 
     def run() -> None:
         try:
-            if (reason := why_unsuitable_ahead(config, role)) is not None:
+            if (reason := why_unsuitable_ahead(config, role, bits)) is not None:
                 raise SoftCoTError(reason)
         except Untried as untried:
             model.untried = str(untried)

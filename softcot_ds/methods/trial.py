@@ -3,15 +3,19 @@
 Two short rows of unequal length go through the very code that the work will run, and must come out as each row alone;
 embeddings of tokens must do what the tokens' ids do. So no list of families says which models fit: one that ignores
 masks, needs ids beside embeddings or looks ahead shows it here, one that takes or returns something else fails here.
+Whether the gradient is right is asked ahead, of a toy: see ``why_gradient_wrong``.
 
 N tokens, S tokens of a row, T thoughts, D base width, V vocabulary.
 """
 
 import random
 from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from typing import Literal
 
 import torch
+from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from softcot_ds.data.batches import pad
@@ -21,13 +25,13 @@ from softcot_ds.distributed import from_all_ranks, lost_rank
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
-from softcot_ds.models.backbone import load_config, load_frozen, weight_bytes
+from softcot_ds.models.backbone import layers_in_few_bits, load_config, load_frozen, weight_bytes
 from softcot_ds.models.decoding import try_decoding
 from softcot_ds.models.embedding import device_of
 from softcot_ds.models.frozen_prefix import FrozenPrefix
 from softcot_ds.models.loss import cross_entropy
 from softcot_ds.models.model_files import is_here
-from softcot_ds.models.toy import make_toy, toy_config
+from softcot_ds.models.toy import VOCABULARY, make_toy, toy_config
 from softcot_ds.recipe import ModelConfig, Recipe
 
 Role = Literal["base", "assistant"]
@@ -35,6 +39,10 @@ Role = Literal["base", "assistant"]
 SMALL_BYTES = 2 * 10**9
 """A model of no more weights than this is loaded just to be tried."""
 _NOT_FINITE = "what it makes of ordinary tokens is not finite: its weights may be damaged, fetch or save them again"
+_OF_A_TOY = "a small model made from its configuration shows that "
+_DIRECTIONS, _STEP = 16, 5e-4
+"""In which the thoughts are moved, and how far, in parts of their length: further bends, nearer drowns in rounding."""
+_GRADIENT_TOLERANCE = 1e-2
 _SHARED, _THOUGHTS = 2, 2
 _LENGTHS = ((9, 5), (2, 3))
 """Tokens of each row before and after the thoughts; the first ones, which are shared, are among them."""
@@ -62,10 +70,10 @@ def load_assistant(recipe: Recipe) -> PreTrainedModel:
     return assistant
 
 
-def check_ahead(config: ModelConfig, role: Role) -> None:
+def check_ahead(config: ModelConfig, role: Role, bits: int = 16) -> None:
     """Raises SoftCoTError when ``why_unsuitable_ahead`` has a reason; nothing where that cannot be told ahead."""
     try:
-        reason = why_unsuitable_ahead(config, role)
+        reason = why_unsuitable_ahead(config, role, bits)
     except Untried:
         return
     if reason is not None:
@@ -83,32 +91,45 @@ class Untried(Exception):
     """Whether a model fits shows only when it is loaded; says why."""
 
 
-def why_unsuitable_ahead(config: ModelConfig, role: Role) -> str | None:
+def why_unsuitable_ahead(config: ModelConfig, role: Role, bits: int = 16) -> str | None:
     """Why a model that is not loaded yet cannot be the base, decoding included, or the assistant; None when it can.
 
     Asked of the model itself where it is here and small; else of a toy made from its configuration, in a second or two.
-    On one process, on the CPU.
+    Of a toy alone it is asked whether the base's gradient is right. On one process, on the CPU.
+
+    Args:
+        bits: of a weight of its linear layers, as ``load_frozen`` takes them.
 
     Raises:
         Untried: no toy can be made, or it does not do what every causal model does.
-        SoftCoTError: the model's files are not what they should be.
+        SoftCoTError: the model's files are not what they should be, or it cannot be held in so few bits.
     """
-    if is_here(config) and weight_bytes(config) <= SMALL_BYTES and "flash" not in config.attention:
-        model, tried = load_frozen(config, "none", torch.device("cpu")), ""
-    else:
-        model, tried = _toy(config, role), "a small model made from its configuration shows that "
+    small = is_here(config) and weight_bytes(config) <= SMALL_BYTES and "flash" not in config.attention
+    model = load_frozen(config, "none", torch.device("cpu"), bits=bits) if small else _toy(config, role, bits)
     reason = why_unsuitable(model, role)
     if reason is None and role == "base":
         try:
             try_decoding(model)
         except SoftCoTError as error:
             reason = str(error)
-    return None if reason is None else tried + reason
+    if reason is not None:
+        return reason if small else _OF_A_TOY + reason
+    if role == "base":
+        with suppress(Untried):
+            toy = _toy(config, role, bits) if small else model
+            if (reason := _reason(lambda: why_gradient_wrong(toy))) is not None:
+                return _OF_A_TOY + reason + ("" if bits == 16 else f" (with backbone.bits={bits})")
+    return None
 
 
-def _toy(config: ModelConfig, role: Role) -> PreTrainedModel:
+def _toy(config: ModelConfig, role: Role, bits: int) -> PreTrainedModel:
+    settings = load_config(config)
+    layers = layers_in_few_bits(config, bits, torch.device("cpu")) if bits < 16 else None
     try:
-        toy = make_toy(toy_config(load_config(config)))
+        # Of one that is so much wider all layers can be held in few bits.
+        toy = make_toy(toy_config(settings, 1 if layers is None else 4))
+        if layers is not None:
+            replace(layers, vocabulary=VOCABULARY).quantize(toy, torch.device("cpu"))
         ids = _tensor(_rows(toy)[0], toy)[None]
         with torch.no_grad():
             finite = toy(input_ids=ids, use_cache=False).logits.isfinite().all()
@@ -131,6 +152,45 @@ def why_unsuitable(model: PreTrainedModel, role: Role) -> str | None:
     DeepSpeed's hands; all ranks call this together.
     """
     return _reason(lambda: (_try_base if role == "base" else _try_assistant)(model))
+
+
+def why_gradient_wrong(toy: PreTrainedModel) -> str | None:
+    """Why the gradient of a toy base is not to be trusted; None where it is what moving the thoughts does to the loss.
+
+    That a gradient arrives says little: what the residual stream carries past a layer hides a layer that passes none.
+    Along a few random directions, as an error across the thoughts' gradient is along some of them; the median of them,
+    because a step may send a token to another expert. Where half a step says something else, nothing is said. In
+    float32, on a model made for it: of a real one in 16 bits, rounding would be most of what is seen.
+    """
+    ids, first = _tensor(_rows(toy)[0], toy), _LENGTHS[0][0]
+    thoughts = slice(first, first + _THOUGHTS)
+
+    def losses(embeds: torch.Tensor) -> torch.Tensor:
+        logits = toy(inputs_embeds=embeds.clone(), use_cache=False).logits[:, first:-1].double()
+        targets = ids[first + 1 :].expand(len(embeds), -1)
+        return nn.functional.cross_entropy(logits.transpose(1, 2), targets, reduction="none").sum(dim=1)
+
+    with torch.no_grad():
+        embeds = toy.get_input_embeddings()(ids[None])
+        _put_thoughts(embeds, first)
+        steps = torch.randn(_DIRECTIONS, *embeds[0, thoughts].shape, generator=torch.Generator().manual_seed(0))
+        steps *= _STEP * embeds[:, thoughts].norm() / steps.norm(dim=(1, 2), keepdim=True)
+        steps = torch.cat([steps, steps / 2])
+        moved = embeds.repeat(2 * len(steps), 1, 1)
+        moved[:, thoughts] += torch.cat([steps, -steps])
+        ahead, back = losses(moved).chunk(2)
+    with torch.enable_grad():
+        embeds.requires_grad_()
+        (gradient,) = torch.autograd.grad(losses(embeds).sum(), [embeds])
+    found, _ = (gradient[:, thoughts].double() * steps).sum(dim=(1, 2)).chunk(2)
+    truth, half = ((ahead - back) / 2).chunk(2)
+    error, doubt = ((other - truth).abs().median() / truth.abs().median() for other in (found, 2 * half))
+    if error <= max(_GRADIENT_TOLERANCE, 2 * doubt):
+        return None
+    return (
+        f"the gradient that reaches the thoughts is {error:.0%} off from what moving them does to the loss: some of "
+        "its layers pass back none, or a wrong one"
+    )
 
 
 def why_not_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:

@@ -200,7 +200,7 @@ def load_frozen(
             make no such groups.
     """
     check_weights(config)
-    quantized = _in_few_bits(config, bits, device) if bits < 16 else None
+    quantized = layers_in_few_bits(config, bits, device) if bits < 16 else None
     if partition == "tensor":
         model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
     else:
@@ -222,7 +222,7 @@ def load_frozen(
     return model
 
 
-def _in_few_bits(config: ModelConfig, bits: int, device: torch.device) -> FewBits:
+def layers_in_few_bits(config: ModelConfig, bits: int, device: torch.device) -> FewBits:
     """The layers of a model to be held so. Raises SoftCoTError where they cannot be."""
     settings = load_config(config)
     if getattr(settings, "quantization_config", None) is not None:

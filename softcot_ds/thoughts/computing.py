@@ -45,7 +45,7 @@ def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
 
     def load() -> Compute:
         if ranks.rank == 0:
-            check_ahead(recipe.base, "base")
+            check_ahead(recipe.base, "base", recipe.backbone.bits)
             ranks.post("base", "fit")
         ranks.fetch("base")  # before the ranks meet to load: there they would wait for one that has given up
         return load_assistant(recipe, inputs, ranks)
