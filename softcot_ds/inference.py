@@ -89,7 +89,8 @@ class Adapter:
     @cached_property
     def base(self) -> PreTrainedModel:
         """Raises SoftCoTError when it cannot be loaded, or cannot decode with thoughts in its prompt."""
-        partition = partition_that_fits(self.recipe.base, self._partition, self.recipe.backbone.group_size)
+        backbone = self.recipe.backbone
+        partition = partition_that_fits(self.recipe.base, self._partition, backbone.group_size, backbone.bits)
         return load_to_decode(self.recipe.base, self.recipe, partition)
 
     def answer(self, questions: Sequence[str], with_thoughts: bool = True) -> list[str]:

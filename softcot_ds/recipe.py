@@ -154,19 +154,12 @@ class BackboneConfig(Section):
     """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
     partition is zero3 or node: they are not gathered. Default: half of what is free on the GPU that has least, without
     what is gathered at a time; 0 on CPUs."""
-    bits: int = 16
+    bits: Literal[16, 8, 4] = 16
     """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
     the memory and of what ranks send each other. 4: a quarter, with bitsandbytes; see models/quantized.py."""
     deepspeed: Annotated[ExistingFile | None, FREE] = None
     """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
     and node."""
-
-    @field_validator("bits")
-    @classmethod
-    def _partition_holds_so_few_bits(cls, value: int, info: ValidationInfo) -> int:
-        if "partition" in info.data:
-            _check_bits(value, info.data["partition"])
-        return value
 
     @model_validator(mode="after")
     def _deepspeed_fits(self) -> "BackboneConfig":
@@ -211,17 +204,6 @@ class BackboneConfig(Section):
         if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
             raise ValueError(f"{path}: no DeepSpeed configuration: expected objects, outermost and zero_optimization")
         return config
-
-
-def _check_bits(bits: int, partition: Partition) -> None:
-    """Raises ValueError where weights cannot be held so."""
-    if bits not in (16, 8, 4):
-        raise ValueError(f"16, 8 or 4, found {bits}")
-    if bits < 16 and partition == "tensor":
-        raise ValueError(
-            f"{bits} bits go with the partitions none, zero3 and node: for tensor, transformers loads each rank's "
-            "slices, in base.dtype"
-        )
 
 
 _DECIDED = {
@@ -414,16 +396,6 @@ class Recipe(Section):
     def _base_needs_no_loss_scaling(cls, value: ModelConfig) -> ModelConfig:
         if value.dtype == "float16":
             raise ValueError("dtype float16 would need loss scaling, which there is not; use bfloat16 or float32")
-        return value
-
-    @field_validator("evaluation")
-    @classmethod
-    def _evaluation_holds_as_few_bits(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
-        if value.partition is not None and "backbone" in info.data:
-            try:
-                _check_bits(info.data["backbone"].bits, value.partition)
-            except ValueError as error:
-                raise ValueError(f"partition: {error}") from error
         return value
 
     def bits_of(self, model: ModelConfig) -> int:

@@ -20,7 +20,8 @@ from softcot_ds.evaluation.run import evaluate
 from softcot_ds.models import toy
 from softcot_ds.models.backbone import load_frozen, settled
 from softcot_ds.models.partition import data_ranks, held_bytes, whole_shape
-from softcot_ds.models.slices import why_not_sliced
+from softcot_ds.models.quantized import FewBits
+from softcot_ds.models.slices import slice_of, why_not_sliced
 from softcot_ds.recipe import ModelConfig, load_recipe
 from softcot_ds.training.loop import train
 
@@ -76,6 +77,31 @@ def toys(ranks: DataRanks) -> dict[str, list[float]]:
     return found
 
 
+def in_8_bits(ranks: DataRanks) -> dict[str, object]:
+    """Errors in slices against the whole, both in 8 bits; the share held; what is other on ranks without a mark."""
+    config = toy.toy_config(make_config("qwen2"), 4, intermediate_size=256)
+    if is_main():
+        toy.make_toy(config).save_pretrained(f"{folder}/wide")
+    barrier()
+    chosen = ModelConfig(model=f"{folder}/wide", dtype="float32")
+    model, whole = (load_frozen(chosen, partition, device(), bits=8) for partition in ("tensor", "none"))
+    ids = torch.randint(0, 96, (2, 9), generator=torch.Generator().manual_seed(ranks.number))
+    errors = [float((a - b).norm() / b.norm()) for a, b in zip(said(model, ids), said(whole, ids), strict=True)]
+    parameters = dict(model.named_parameters())
+    held = sum(map(held_bytes, parameters.values())) / sum(map(held_bytes, whole.parameters()))
+    sums = from_all_ranks({name: int(slice_of(p).view(torch.uint8).sum()) for name, p in parameters.items()})
+    split = {name for name in parameters if len({found[name] for found in sums}) > 1}
+    narrow = toy.toy_config(make_config("qwen2"), NODE)
+    return {
+        "errors": errors,
+        "held": held,
+        "split": len(split),
+        "unmarked": [name for name in split if not getattr(parameters[name], "ds_optim_param", False)],
+        "narrow": why_not_sliced(narrow, NODE, FewBits(8, narrow.vocab_size)),
+        "wide": why_not_sliced(config, NODE, FewBits(8, config.vocab_size)),
+    }
+
+
 def work(number: int, port: str) -> None:
     place = {"RANK": number, "LOCAL_RANK": number % NODE, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
@@ -85,6 +111,7 @@ def work(number: int, port: str) -> None:
     results = {
         "ranks": from_all_ranks([ranks.number, ranks.count, ranks.alike, ranks.is_first]),
         "toys": from_all_ranks(toys(ranks)),
+        "in_8_bits": from_all_ranks(in_8_bits(ranks)),
         "unfit": {},
     }
     for name, settings in UNFIT.items():

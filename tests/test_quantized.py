@@ -155,14 +155,6 @@ def test_bits_that_cannot_be_are_told():
         load_recipe(RECIPE, ["backbone.bits=12"])
 
 
-@pytest.mark.parametrize("bits", [8, 4])
-def test_bits_go_with_the_partition_of_an_evaluation(bits):
-    with pytest.raises(
-        SoftCoTError, match=rf"evaluation: partition: {bits} bits go with the partitions none, zero3 and node"
-    ):
-        load_recipe(RECIPE, [f"backbone.bits={bits}", "evaluation.partition=tensor"])
-
-
 def test_outputs_of_another_number_of_bits_are_others(tmp_path):
     keys = set()
     for bits in (16, 8, 4):

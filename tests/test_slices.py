@@ -64,6 +64,19 @@ def test_slices_compute_what_the_whole_does_and_each_rank_holds_its_share(done):
             assert 0.49 < held < 0.53, name  # norms are whole on each
 
 
+def test_slices_in_8_bits_compute_what_the_whole_in_8_bits_does(done):
+    for found in done[1]["in_8_bits"]:
+        logits, gradient = found["errors"]
+        assert max(logits, gradient) < 5e-6
+        assert 0.49 < found["held"] < 0.53
+        assert found["split"] > 3 * 7
+        assert found["unmarked"] == [], "DeepSpeed would give all ranks those of the first"
+        assert found["wide"] is None
+        assert (
+            found["narrow"] == "2 ranks cannot hold their slices of model.layers.0.self_attn.o_proj (rowwise) in 8 bits"
+        )
+
+
 def test_ranks_add_up_twice_a_layer_in_each_pass_and_twice_on_the_way_back(done):
     for found in done[1]["toys"]:
         # Three layers; a pass without gradient, one with it, and its backward pass.

@@ -202,7 +202,8 @@ class Decoder:
 
     @cached_property
     def _partition(self) -> Partition:
-        return partition_that_fits(self._model_config, self._wanted, self._recipe.backbone.group_size)
+        bits = self._recipe.bits_of(self._model_config)
+        return partition_that_fits(self._model_config, self._wanted, self._recipe.backbone.group_size, bits)
 
     def _quantized(self) -> Record:
         """How the weights differ from those in the model's files: mostly not at all."""

@@ -150,7 +150,7 @@ def vocabulary(config: PreTrainedConfig) -> int:
 
 
 def partition_that_fits(
-    config: ModelConfig, partition: Partition, group_size: int | None, otherwise: Partition = "node"
+    config: ModelConfig, partition: Partition, group_size: int | None, bits: int = 16, otherwise: Partition = "node"
 ) -> Partition:
     """``partition``; or ``otherwise``, which is said, where it is ``tensor`` and the model cannot be held in slices.
 
@@ -161,7 +161,9 @@ def partition_that_fits(
     """
     if partition != "tensor":
         return partition
-    if reason := why_not_sliced(load_config(config), Group.of(group_size).size):
+    settings = load_config(config)
+    quantized = FewBits(bits, vocabulary(settings)) if bits < 16 else None
+    if reason := why_not_sliced(settings, Group.of(group_size).size, quantized):
         say(f"{config.model} is held as by partition={otherwise}, not tensor: {reason}")
         return otherwise
     return partition
@@ -170,7 +172,7 @@ def partition_that_fits(
 def settled(recipe: Recipe) -> Recipe:
     """The recipe with ``partition_that_fits`` its base. All ranks call it together."""
     backbone = recipe.backbone
-    fits = partition_that_fits(recipe.base, backbone.partition, backbone.group_size)
+    fits = partition_that_fits(recipe.base, backbone.partition, backbone.group_size, backbone.bits)
     if fits == backbone.partition:
         return recipe
     held = backbone.model_copy(update={"partition": fits, "deepspeed": None})  # its file is of another stage
@@ -202,7 +204,9 @@ def load_frozen(
     check_weights(config)
     quantized = layers_in_few_bits(config, bits, device) if bits < 16 else None
     if partition == "tensor":
-        model, info = read_slices(Group.of(group_size).size, partial(_from_pretrained, config, config.attention))
+        model, info = read_slices(
+            Group.of(group_size).size, partial(_from_pretrained, config, config.attention), quantized
+        )
     else:
         group = Group.of(group_size) if partition == "node" else None
         if partition in SPLIT:
@@ -215,7 +219,7 @@ def load_frozen(
     model.requires_grad_(False)
     model.eval()
     if partition not in SPLIT:
-        if quantized is not None:
+        if quantized is not None and partition == "none":
             quantized.quantize(model, device)
         return model.to(device)
     keep_weights_by_name(model)

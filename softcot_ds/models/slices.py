@@ -22,12 +22,17 @@ from transformers.initialization import no_tie_weights
 from transformers.utils import logging as transformers_logging
 
 from softcot_ds.distributed import device, from_all_ranks, lost_rank, world_size
+from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.toy import VOCABULARY, make_toy, toy_config
 
 _TOLERANCE = 1e-3
 """Relative error in float32: a fault changes all of a model's logits, the order of a sum their last digits."""
 _MOST_HELD = 1.5
 """What a rank may hold at most, in shares of 1/N: some plans leave the larger part of a model whole."""
+
+
+_LOCAL = ("colwise", "rowwise")
+"""Styles of a plan whose layers compute with plain tensors here."""
 
 
 class _Groups(DistributedConfig):
@@ -56,14 +61,17 @@ def is_sliced(parameter: torch.Tensor) -> bool:
     return isinstance(parameter, DTensor) and not all(placement.is_replicate() for placement in parameter.placements)
 
 
-def read_slices(ranks: int, from_pretrained: Callable[..., Any]) -> Any:
+def read_slices(ranks: int, from_pretrained: Callable[..., Any], quantized: FewBits | None = None) -> Any:
     """What ``from_pretrained`` returns, a model with its loading report, the model in slices over each ``ranks`` ranks.
 
     All ranks call it together. The model must have been found fit by ``why_not_sliced``.
+
+    Args:
+        quantized: the layers to be held in few bits, once they are loaded.
     """
     with _quiet():
         model, info = from_pretrained(distributed_config=_sliced_over(ranks))
-    _compute_locally(model)
+    _compute_locally(model, quantized)
     for parameter in model.parameters():
         if isinstance(parameter, DTensor):
             # DeepSpeed's own mark of weights that differ between ranks: it gives everyone rank 0's of all others.
@@ -73,7 +81,7 @@ def read_slices(ranks: int, from_pretrained: Callable[..., Any]) -> Any:
     return model, info
 
 
-def _compute_locally(model: PreTrainedModel) -> None:
+def _compute_locally(model: PreTrainedModel, quantized: FewBits | None) -> None:
     """Have the linear layers of a plan compute with plain tensors, and sum each gradient once.
 
     transformers has DTensor look through every product where gradients flow, and sums the gradient of what queries,
@@ -83,21 +91,42 @@ def _compute_locally(model: PreTrainedModel) -> None:
     group = next((p.device_mesh.get_group() for p in model.parameters() if isinstance(p, DTensor)), None)
     shared = _Shared(group)
     for name, module in model.named_modules():
+        few = quantized is not None and quantized.holds(module)
         style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
-        if type(module) is nn.Linear and isinstance(module.weight, DTensor) and style in ("colwise", "rowwise"):
-            weight, bias = (None if p is None else slice_of(p).detach() for p in (module.weight, module.bias))
-            module.forward = partial(*((_columns, shared) if style == "colwise" else (_rows, group)), weight, bias)
+        if type(module) is nn.Linear and isinstance(module.weight, DTensor) and style in _LOCAL:
+            product = _own_part(module)
+            if few:
+                quantized.quantize(product, product.weight.device)
+                module.weight = product.weight
+                module.weight.ds_optim_param = True  # as of other slices, see read_slices
+            bias = None if module.bias is None else slice_of(module.bias).detach()
+            if style == "colwise":
+                product.bias = None if bias is None else nn.Parameter(bias, requires_grad=False)
+                module.forward = partial(_columns, shared, product)
+            else:
+                module.forward = partial(_rows, group, product, bias)
+        elif few:
+            module.weight = _own_part(module).weight
+            quantized.quantize(module, module.weight.device)
 
 
-def _columns(shared: "_Shared", weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+def _own_part(module: nn.Linear) -> nn.Linear:
+    """A layer of what this rank holds of a layer's weight, in the same memory, and no bias."""
+    weight = slice_of(module.weight).detach()
+    part = nn.Linear(weight.shape[1], weight.shape[0], bias=False, device="meta")
+    part.weight = nn.Parameter(weight, requires_grad=False)
+    return part
+
+
+def _columns(shared: "_Shared", product: nn.Linear, states: torch.Tensor) -> torch.Tensor:
     """This rank's columns of a product with the whole of ``states``."""
-    return nn.functional.linear(shared(states), weight, bias)
+    return product(shared(states))
 
 
-def _rows(group: Any, weight: torch.Tensor, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
+def _rows(group: Any, product: nn.Linear, bias: torch.Tensor | None, states: torch.Tensor) -> torch.Tensor:
     """The whole of a product, on every rank, from each one's columns of ``states``."""
-    product = _Sum.apply(nn.functional.linear(states, weight), group)
-    return product if bias is None else product + bias
+    whole = _Sum.apply(product(states), group)
+    return whole if bias is None else whole + bias
 
 
 class _Shared:
@@ -151,18 +180,21 @@ def _quiet() -> Iterator[None]:
         transformers_logging.set_verbosity(verbosity)
 
 
-def why_not_sliced(config: PreTrainedConfig, ranks: int) -> str | None:
+def why_not_sliced(config: PreTrainedConfig, ranks: int, quantized: FewBits | None = None) -> str | None:
     """Why a model of this configuration cannot be held in slices by groups of ``ranks``; None when it can.
 
     All ranks call it together, which takes a second or two, and get the same answer. No weight is read.
+
+    Args:
+        quantized: the layers to be held in few bits.
     """
-    reasons = from_all_ranks(_why_no_plan(config, ranks))
+    reasons = from_all_ranks(_why_no_plan(config, ranks, quantized))
     if not any(reasons):  # the ranks must agree before they try together
         reasons = from_all_ranks(_why_toy_fails(config, ranks))
     return next((reason for reason in reasons if reason is not None), None)
 
 
-def _why_no_plan(config: PreTrainedConfig, ranks: int) -> str | None:
+def _why_no_plan(config: PreTrainedConfig, ranks: int, quantized: FewBits | None) -> str | None:
     with torch.device("meta"), no_tie_weights():  # as it is when its weights are read
         model = AutoModelForCausalLM.from_config(config)
     if not model.tp_plan:
@@ -186,6 +218,11 @@ def _why_no_plan(config: PreTrainedConfig, ranks: int) -> str | None:
             parts = ranks * getattr(placement, "split_factor", 1)
             if hasattr(placement, "dim") and parameter.shape[placement.dim] % parts:
                 return f"{ranks} ranks do not divide {name} of {tuple(parameter.shape)}"
+    for name, module in model.named_modules() if quantized is not None else ():
+        if quantized.holds(module) and is_sliced(module.weight):
+            style = model.tp_plan.get(replace_layer_number_by_wildcard(name))
+            if style not in _LOCAL or not quantized.holds(_own_part(module)):
+                return f"{ranks} ranks cannot hold their slices of {name} ({style}) in {quantized.bits} bits"
     held = sum(slice_of(parameter).numel() for parameter in parameters.values())
     if held * ranks > _MOST_HELD * whole:
         return f"transformers' plan leaves {held / whole:.0%} of {config.model_type} on each of {ranks} ranks"

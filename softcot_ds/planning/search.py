@@ -24,6 +24,7 @@ PARTITIONS = ("none", "node", "zero3", "tensor")
 """The simplest first: of two that are as fast, the first is the better."""
 GROUPED = ("node", "tensor")
 """Those that ``backbone.group_size`` is for."""
+_BITS = (16, 8, 4)
 _LAYER_BYTES = {8: 8.5 / 8, 4: 4.25 / 8}
 """Of a weight of the layers in fewer bits than 16, with what scales it."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
@@ -157,7 +158,7 @@ class Planner:
                 sizes = [size for size in sizes if size < cluster.ranks or cluster.nodes == 1]
             elif partition == "tensor":
                 sizes = [size for size in sizes if self.shape.heads % size == 0 and self.sliced(size)]
-            for size, bits in product(sizes, bits_of(partition) if self.shape.experts == 0 else [16]):
+            for size, bits in product(sizes, _BITS if self.shape.experts == 0 else [16]):
                 yield partition, size, bits
 
     def _ways(self, cluster: Cluster, wanted: int) -> Iterator[Way]:
@@ -334,8 +335,3 @@ def _hungry(global_batch: int, ranks: int) -> SoftCoTError:
     return SoftCoTError(
         f"training.global_batch_size {global_batch} does not feed {ranks} ranks; raise it or use fewer ranks"
     )
-
-
-def bits_of(partition: str) -> list[int]:
-    """In how many bits weights that are held so can be (recipe.py)."""
-    return {"tensor": [16]}.get(partition, [16, 8, 4])
