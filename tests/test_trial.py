@@ -239,6 +239,12 @@ def test_layers_that_pass_back_a_wrong_gradient_are_found_though_some_arrives(fa
     assert int(found[1]) >= (15 if part == 0 else 2)
 
 
+def test_a_family_that_cuts_its_gradient_short_is_found():
+    model = make_toy("hrm_text")  # most rounds through its layers are without gradient
+    assert why_unsuitable(model, "base") is None
+    assert "pass back none" in why_gradient_wrong(model)
+
+
 def change_layer(model, change):
     layer = model.model.layers[1]
     layer.forward = wraps(layer.forward)(partial(change, layer.forward))
