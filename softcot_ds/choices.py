@@ -18,6 +18,11 @@ PROJECTIONS = {
 """``projection.kind``: a ``methods.base.Projection``."""
 TASKS = {
     "gsm8k": "softcot_ds.tasks.gsm8k:GSM8K",
+    "asdiv_aug": "softcot_ds.tasks.asdiv_aug:ASDivAug",
+    "aqua": "softcot_ds.tasks.aqua:AQuA",
+    "strategy_qa": "softcot_ds.tasks.strategy_qa:StrategyQA",
+    "date_understanding": "softcot_ds.tasks.date_understanding:DateUnderstanding",
+    "custom": "softcot_ds.tasks.custom:Custom",
     "word_problems": "softcot_ds.tasks.word_problems:WordProblems",
 }
 """``task.name``: a ``tasks.base.Task``. Its wording is the file beside its module, of the same name: NAME.yaml."""

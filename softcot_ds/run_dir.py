@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import cannot_write, parse_json
+from softcot_ds.files import cannot_write, parse_json, read_yaml
 from softcot_ds.recipe import Recipe, load_recipe
 
 MARKER = "COMPLETE"
@@ -54,6 +54,9 @@ def require_complete(folder: Path) -> None:
 def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
     """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
 
+    Where the overrides name another task, its settings are those of the overrides alone: data and wording of the one
+    that the adapter was trained on are none of its.
+
     Raises:
         SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
     """
@@ -61,15 +64,24 @@ def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]
     recipe_file = folder / "recipe.yaml" if folder.is_dir() else folder
     if folder.is_dir():
         require_complete(folder)
-    else:
-        run_dir = load_recipe(source, overrides).run_dir
+    without = "task" if _name_another_task(overrides, recipe_file) else None
+    if not folder.is_dir():
+        run_dir = load_recipe(source, overrides, without).run_dir
         folder = latest_checkpoint(run_dir)
         if folder is None:
             raise SoftCoTError(
                 f"no complete checkpoint in {run_dir}/checkpoints; train first: softcot-ds train {source}"
             )
     # The adapter's own copy of the wording: the file that it was trained with may have changed since.
-    return load_recipe(recipe_file, [f"task.prompts={folder / 'prompts.yaml'}", *overrides]), folder
+    wording = [] if without else [f"task.prompts={folder / 'prompts.yaml'}"]
+    return load_recipe(recipe_file, [*wording, *overrides], without), folder
+
+
+def _name_another_task(overrides: list[str], recipe_file: Path) -> bool:
+    names = [override.removeprefix("task.name=") for override in overrides if override.startswith("task.name=")]
+    values = read_yaml(recipe_file) if names and recipe_file.is_file() else None
+    task = values.get("task") if isinstance(values, dict) else None
+    return isinstance(task, dict) and task.get("name") != names[-1]
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -39,6 +39,14 @@ class Splits:
     notes: list[str]
     """What was left out, and why; to be printed."""
 
+    def require_training(self) -> None:
+        """Raises SoftCoTError where there is nothing to train on, because the task is for evaluation alone."""
+        if not self.train:
+            raise SoftCoTError(
+                "this task has no training data, so nothing can be trained on it. Name some in task.train, or evaluate "
+                "the adapter of another task on it: softcot-ds evaluate ADAPTER task.name=... task.test=..."
+            )
+
     def assistant_inputs(self) -> list[AssistantInput]:
         return [example.assistant for example in (*self.train, *self.validation, *self.test)]
 
@@ -78,12 +86,13 @@ def load_splits(
             f"and {limits.base} tokens (base); take fewer thoughts"
         )
     problems, notes = _split_problems(task, config)
+    notes = [*dict.fromkeys(task.notes), *notes]
     splits = {}
     for name, chosen in problems.items():
         examples = [make_example(problem, task.target(problem), base, assistant) for problem in chosen]
         splits[name], note = _leave_out_long(examples, name, config.max_tokens, limits)
         notes += note
-    if not splits["train"]:
+    if not splits["train"] and task.trains:
         raise SoftCoTError("no training problem is left; " + ("; ".join(notes) or "the data is empty"))
     return Splits(**splits, notes=notes)
 
@@ -91,6 +100,8 @@ def load_splits(
 def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Problem]], list[str]]:
     notes = []
     test = _without_repeats(task.read("test"))
+    if not task.trains:
+        return {"train": [], "validation": [], "test": test[: config.test_problems]}, notes
     test_questions = {_normalized(problem.question) for problem in test}
     train = _without_repeats(task.read("train"))
     kept = [problem for problem in train if _normalized(problem.question) not in test_questions]

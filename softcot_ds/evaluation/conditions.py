@@ -45,6 +45,8 @@ class Posed:
     prompts: list[BasePrompt]
     thoughts: Thoughts | None
     """None where the prompts have no room for any."""
+    options: list[tuple[str, ...]]
+    """The options of each problem, of A, B, and so on; none where it has none."""
 
 
 class Conditions:
@@ -60,7 +62,8 @@ class Conditions:
 
     def of(self, condition: Condition) -> Posed:
         """Raises SoftCoTError when the condition cannot be met. No model is loaded for it, nor states read."""
-        return Posed(condition, *CONDITIONS[condition](self))
+        options = [example.problem.options for example in self._examples]
+        return Posed(condition, *CONDITIONS[condition](self), options)
 
     def read_states(self) -> torch.Tensor:
         """(problems, T, P) assistant states, read once; without a cache of them the assistant is loaded for it."""

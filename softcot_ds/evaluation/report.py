@@ -32,6 +32,7 @@ def make_report(
             "correct": correct,
             "unparsed": sum(record["answer"] is None for record in rows),
             "cut": sum(record["cut"] for record in rows),
+            "by_rule": {rule: _by_rule(rule, rows) for rule in rows[0]["by_rule"]},
         }
     learned = verdicts.get("learned")
     comparisons = {
@@ -42,6 +43,8 @@ def make_report(
     evaluation = recipe.evaluation
     return {
         "task": recipe.task.name,
+        "trained_on": config.task,
+        "metric_rule": recipe.task.metric_rule,
         "num_problems": len(next(iter(records.values()))),
         "seeds": [recipe.seed],
         "assistant": recipe.assistant.model,
@@ -58,13 +61,23 @@ def make_report(
     }
 
 
+def _by_rule(rule: str, rows: list[Record]) -> Record:
+    found = [record["by_rule"][rule] for record in rows]
+    correct = sum(one["correct"] for one in found)
+    unparsed = sum(one["answer"] is None for one in found)
+    return {"accuracy": correct / len(rows), "correct": correct, "unparsed": unparsed}
+
+
 def table(report: Record) -> str:
     """The report for a terminal."""
+    first = next(iter(report["conditions"].values()))
+    others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
     lines = [
         f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
+        + (f" (trained on {report['trained_on']})" if report["trained_on"] != report["task"] else "")
         + (f", strategy {report['strategy']}" if "strategy" in report else ""),
         f"{'condition':<12}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
-        f"{'p (McNemar)':>13}",
+        f"{'p (McNemar)':>13}" + "".join(f"{f'by {rule}':>14}" for rule in others),
     ]
     for name, row in report["conditions"].items():
         low, high = row["ci95"]
@@ -72,7 +85,9 @@ def table(report: Record) -> str:
         comparison = report["comparisons"].get(f"learned-{name}")
         if comparison:
             line += f"{100 * comparison['difference']:>+13.1f} {comparison['p_value']:>13.2g}"
-        lines.append(line)
+        elif others:
+            line += " " * 27
+        lines.append(line + "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others))
     if any(row["cut"] for row in report["conditions"].values()):
         lines.append(f"cut: outputs that ended at evaluation.max_new_tokens={report['max_new_tokens']}")
     return "\n".join(lines)
@@ -80,7 +95,7 @@ def table(report: Record) -> str:
 
 def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record]], report: Record) -> str:
     """Write records and report into the evaluation's own ``folder``; the report also as the run's, unless that one says
-    more (a quick check does not replace it). Returns a sentence about where they are.
+    more (a quick check does not replace it) or this one is of another task. Returns a sentence about where they are.
 
     Raises:
         SoftCoTError: they cannot be written.
@@ -92,6 +107,8 @@ def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record
         for name, rows in records.items():
             write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
         write_atomically(folder / "report.json", text)
+        if report["task"] != report["trained_on"]:
+            return f"results: {folder}; {of_the_run} is for the run's own task, {report['trained_on']}"
         more = what_it_says_more(_read_report(of_the_run), report)
         if not more:
             write_atomically(of_the_run, text)
@@ -109,6 +126,9 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
     """What a run's report ``old`` says that ``new`` does not, in words; nothing when ``old`` is no report."""
     if not isinstance(old, dict) or not isinstance(old.get("conditions"), dict):
         return []
+    rules = [report.get("metric_rule", "ours") for report in (old, new)]
+    if rules[0] != rules[1]:
+        return [f"its answers were found by the rule {rules[0]}, those of this one by {rules[1]}"]
     if old.get("strategy") != new.get("strategy"):
         return [f"its strategy is {old.get('strategy', 'single')}, that of this one {new.get('strategy', 'single')}"]
     missing = [name for name in old["conditions"] if name not in new["conditions"]]

@@ -1,7 +1,7 @@
 """The story of an evaluation: every condition is decoded on the same problems with the same settings."""
 
 import contextlib
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -89,6 +89,7 @@ class _Inquiry:
         self._experiment = experiment
         self._decoding = False
         self._jobs: dict[str, Job] = {}
+        self._asked: set[str] = set()
         with contextlib.suppress(_Undecoded):
             self.answers()
         self._decoding = True
@@ -104,11 +105,15 @@ class _Inquiry:
         """Of all that was asked."""
         return "+".join(self._jobs)
 
-    def answers(self) -> list[Answer]:
-        """One per problem. All ranks call it together."""
-        settings = self._experiment.recipe.evaluation
+    def answers(self) -> dict[str, list[Answer]]:
+        """One per problem, under each rule by which they are found. All ranks call it together."""
         self._jobs.clear()
-        answers = chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, self._experiment.task, settings)
+        return {rule: self._answers_under(rule) for rule in self._experiment.task.kind.rules}
+
+    def _answers_under(self, rule: str) -> list[Answer]:
+        settings, task = self._experiment.recipe.evaluation, self._experiment.task.under(rule)
+        self._asked.clear()
+        answers = chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, task, settings)
         if len(answers) != len(self.problems.prompts) or not all(isinstance(answer, Answer) for answer in answers):
             raise TypeError(
                 f"the strategy {settings.strategy!r} is to return an Answer for each of {len(self.problems.prompts)} "
@@ -128,11 +133,12 @@ class _Inquiry:
         if not prompts:
             return []
         job = self._decoder.job(name, prompts, thoughts, sampling, draw)
-        if job.key in self._jobs:
+        if job.key in self._asked:
             raise SoftCoTError(
                 f"{name}: the strategy asks the same again, and would be told the same: sampled rounds want a draw of "
                 f"their own each, and evaluation.temperature above 0 (it is {sampling.temperature:g})"
             )
+        self._asked.add(job.key)
         self._jobs[job.key] = job
         if job.todo and not self._decoding:
             raise _Undecoded
@@ -157,26 +163,34 @@ def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[
 
 
 def _grade(
-    answers: Sequence[Answer], problems: Posed, examples: Sequence[Example], experiment: Experiment
+    answers: Mapping[str, Sequence[Answer]], problems: Posed, examples: Sequence[Example], experiment: Experiment
 ) -> list[Record]:
+    """A record for each problem: by the recipe's rule, and by each that there is."""
     decode, task = experiment.base_tokenizer.decode, experiment.task
     marker = "" if problems.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
-    return [
-        {
-            "id": example.problem.id,
-            "prompt": decode(prompt.prefix_ids) + marker + decode(prompt.suffix_ids),
-            "output": answer.reply.text,
-            "cut": answer.reply.cut,
-            "answer": answer.value,
-            "reference": example.problem.answer,
-            "correct": task.is_correct(answer.value, example.problem),
-        }
-        for answer, prompt, example in zip(answers, problems.prompts, examples, strict=True)
-    ]
+    records = []
+    for index, (prompt, example) in enumerate(zip(problems.prompts, examples, strict=True)):
+        found = {rule: of_rule[index].value for rule, of_rule in answers.items()}
+        correct = {rule: task.is_correct(value, example.problem) for rule, value in found.items()}
+        reply = answers[task.rule][index].reply
+        records.append(
+            {
+                "id": example.problem.id,
+                "prompt": decode(prompt.prefix_ids) + marker + decode(prompt.suffix_ids),
+                "output": reply.text,
+                "cut": reply.cut,
+                "answer": found[task.rule],
+                "reference": example.problem.answer,
+                "correct": correct[task.rule],
+                "by_rule": {rule: {"answer": found[rule], "correct": correct[rule]} for rule in answers},
+            }
+        )
+    return records
 
 
 def _evaluation_hash(recipe: Recipe, inquiries: dict[Condition, _Inquiry], examples: Sequence[Example]) -> str:
     """Of all that decides a report, the references too: none is ever overwritten by another."""
     problems = [[example.problem.question, example.problem.answer] for example in examples]
     keys = {name: inquiry.key for name, inquiry in inquiries.items()}
-    return content_digest([recipe.task.name, keys, problems, *recipe.evaluation.other_strategy.values()])[:8]
+    rule = [] if recipe.task.metric_rule == "ours" else [recipe.task.metric_rule]
+    return content_digest([recipe.task.name, keys, problems, *recipe.evaluation.other_strategy.values(), *rule])[:8]

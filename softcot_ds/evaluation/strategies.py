@@ -2,8 +2,9 @@
 
 A strategy is a plain function, the same under every condition: what stands for the thoughts is given to it. Each
 round is one call of ``ask`` with all problems, whose replies are kept on disk: an interrupted evaluation goes on where
-it was, and they are the same on any number of ranks. So a strategy depends on nothing but its arguments; it may be run
-more than once. To add one: a function here or in a module of its own, and a line in choices.py.
+it was, and they are the same on any number of ranks. So a strategy depends on nothing but its arguments; it is run more
+than once, for each rule by which answers are found. To add one: a function here or in a module of its own, and a line
+in choices.py.
 """
 
 from collections.abc import Sequence
@@ -64,4 +65,7 @@ class Ask(Protocol):
 def single(ask: Ask, problems: Posed, task: Task, settings: EvaluationConfig) -> list[Answer]:
     """The answer that stands in what is written after the prompt."""
     replies = ask(problems.name, problems.prompts, problems.thoughts, Sampling.of(settings))
-    return [Answer(task.extract(reply.text, reply.cut), reply) for reply in replies]
+    return [
+        Answer(task.extract(reply.text, reply.cut, options), reply)
+        for reply, options in zip(replies, problems.options, strict=True)
+    ]

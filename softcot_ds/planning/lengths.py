@@ -61,10 +61,13 @@ def read_data(recipe: Recipe) -> Data:
         SoftCoTError: the data lies here and is wrong.
     """
     generated = chosen(TASKS, recipe.task.name).most_generated is not None
-    files = generated or all(Path(str(name)).is_file() for name in (recipe.task.train, recipe.task.test))
+    sources = [name for name in (recipe.task.train, recipe.task.test) if name is not None]
+    files = generated or all(Path(name).is_file() for name in sources)
     if not files or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
         return _typical(recipe)
-    return data_of(Experiment(recipe).splits)
+    splits = Experiment(recipe).splits
+    splits.require_training()
+    return data_of(splits)
 
 
 def data_of(splits: Splits) -> Data:

@@ -18,6 +18,7 @@ from fractions import Fraction
 from itertools import groupby, pairwise
 
 from softcot_ds.tasks.numerals import Numeral, numerals, plain
+from softcot_ds.tasks.outputs import NEXT_PROBLEM, after_thinking, boxes
 
 
 @dataclass(frozen=True)
@@ -48,10 +49,10 @@ def extract_number(text: str, cut: bool = False) -> Fraction | None:
         cut: the output ended at a limit. Its last number may be anything, so only an answer that was announced
             counts, and not one at the very end, which may have gone on.
     """
-    text = _THOUGHT.sub("", plain(text), count=1)
+    text = after_thinking(plain(text))
     items = _items(text)
     hashes = _after_hashes(text, items, cut)
-    if hashes and not _NEXT_PROBLEM.search(text, 0, hashes.start):
+    if hashes and not NEXT_PROBLEM.search(text, 0, hashes.start):
         return hashes.value  # the common case; what follows would find the same, at ten times the cost
     readings = _readings(text, items, 0, len(text))
     announced = list(_announcements(text, items, readings))
@@ -162,18 +163,8 @@ def _reading(text: str, chain: list[Numeral]) -> _Reading:
 
 # ---------------------------------------------------------------------------------------------- announced answers
 
-_THOUGHT = re.compile(r"\A.*?</think(?:ing)?>", re.DOTALL)
-_NEXT_PROBLEM = re.compile(
-    r"""<\|[^|<>\n]{1,40}\|>|</s>|<(?:eos|end_of_turn|start_of_turn)>|\[/?INST\]
-        |^[#*\s>]{0,8}(?:next\ |new\ |another\ )?(?:problem|question|exercise|example|instruction|input
-            |user|human|student|teacher|q)(?:(?:\ ?\#?\d{1,4})?\**\ ?[:.]|\ ?\#?\d{1,4}\**\ ?$)
-        |^[^\n.:]{0,30}\b(?:another|next|new|similar)\ (?:problem|question|example|exercise)\b""",
-    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
-)
 _HASHES = re.compile(r"####(?!#)[^\S\n]*\**")
 _VISIBLE = re.compile(r"\S")
-_BOX = re.compile(r"\\boxed ?\{")
-_BRACE = re.compile(r"[{}]")
 _ANSWER = re.compile(
     r"""(?P<final>final[\ _])?
         (?: (?:(?<![^\W_])(?:answer|ans|respuesta|réponse|resposta|risposta|antwort|ответ)\b
@@ -212,7 +203,7 @@ def _announcements(text: str, items: set[int], readings: list[_Reading]) -> Iter
         if within and (is_sentence or ":" in text[within[0].start - 3 : within[0].start]):
             yield _chosen(within) if is_sentence else within[0]
     last_equation = max((reading.end for reading in readings if reading.is_equation), default=0)
-    for start, stop in _boxes(text):
+    for start, stop in boxes(text):
         for reading in _readings(text, items, start, stop)[:1] or [_Reading(start, stop, None, False, False, False)]:
             yield replace(reading, end=stop, is_box=True)
     for mark in _ANSWER.finditer(text):
@@ -244,23 +235,6 @@ def _index(readings: list[_Reading], position: int) -> int:
     return bisect_left(readings, position, key=lambda reading: reading.start)
 
 
-def _boxes(text: str) -> Iterator[tuple[int, int]]:
-    """Where the contents of the boxes are that stand in no other box; an open last one ends with the text."""
-    position = 0
-    for match in _BOX.finditer(text):
-        if match.start() < position:
-            continue
-        depth, start = 1, match.end()
-        for brace in _BRACE.finditer(text, start):
-            depth += 1 if brace[0] == "{" else -1
-            if depth == 0:
-                position = brace.end()
-                break
-        else:
-            position = len(text)
-        yield start, position - (depth == 0)
-
-
 def _opens_solution(text: str, readings: list[_Reading], index: int) -> bool:
     """Whether a number after "Answer:" begins a worked solution, and is not the answer ("18 dollars per day.")."""
     first = readings[index]
@@ -275,7 +249,7 @@ def _end_of_first_output(text: str, readings: list[_Reading], announced: list[_R
     """Where a model that has answered goes on with another problem or another turn; else where the text ends."""
     ends = [reading.end for reading in readings if reading.is_equation] + [one.end for one in announced]
     ends += [reading.end for reading in readings[:1] if _follows(text, 0, reading)]
-    match = _NEXT_PROBLEM.search(text, min(ends, default=len(text)))
+    match = NEXT_PROBLEM.search(text, min(ends, default=len(text)))
     return match.start() if match else len(text)
 
 

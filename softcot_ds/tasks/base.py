@@ -1,15 +1,19 @@
 """What a task is."""
 
+import copy
 import hashlib
 import inspect
 from abc import ABC, abstractmethod
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Literal
+from typing import ClassVar, Literal, Self
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import TaskConfig
-from softcot_ds.tasks.answers import extract_number
+from softcot_ds.tasks.kinds import KINDS, Kind
+from softcot_ds.tasks.options import LETTERS
+from softcot_ds.tasks.records import Record, Types, read_records
 
 
 @dataclass(frozen=True)
@@ -17,10 +21,13 @@ class Problem:
     """One question with its reference solution."""
 
     question: str
+    """As the models read it, with its options where it has some."""
     reasoning: str
     """The worked solution without the final answer; what the base is trained to write before the answer."""
     answer: str
     """The correct answer in its canonical form."""
+    options: tuple[str, ...] = ()
+    """The texts of the options of A, B, and so on; the answer is a letter then."""
 
     @property
     def id(self) -> str:
@@ -43,16 +50,24 @@ def check_question(question: str) -> None:
 class Task(ABC):
     """Records, target text, answer extraction, grading and wording.
 
-    A subclass reads its records and says what is to be written; tasks whose answer is a number share the rest.
+    A subclass says where its problems come from, what is to be written, and of what kind an answer is.
     """
 
     most_generated: ClassVar[int | None] = None
     """How many problems of a split it makes at most, where it makes them; None where they are read from data."""
-    kind_of_answer: ClassVar[str] = "number"
-    """What ``extract`` finds, in a word for messages."""
+    published: ClassVar[str | None] = None
+    """The data set of the hub that is meant where a recipe names no data."""
+    has_training_data: ClassVar[bool] = True
+    """False for a task that there is only test data of."""
+    is_described_by_recipe: ClassVar[bool] = False
+    """Whether ``task.fields``, ``task.answer`` and ``task.prompts`` say what its records, answers and wording are."""
+    kind: Kind = KINDS["number"]
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
+        self.rule: str = config.metric_rule
+        self.notes: list[str] = []
+        """What was left out of the data, and why; to be printed."""
 
     @property
     def prompt_file(self) -> Path:
@@ -66,6 +81,11 @@ class Task(ABC):
             raise SoftCoTError(f"task {self.config.name} has no wording: write {own}, or name a file in task.prompts")
         return self.config.prompts or own
 
+    @property
+    def trains(self) -> bool:
+        """Whether there is something to train on; without, adapters of other tasks are evaluated."""
+        return self.config.train is not None or self.most_generated is not None
+
     @abstractmethod
     def read(self, split: Literal["train", "test"]) -> list[Problem]:
         """All problems of a split, in a fixed order.
@@ -78,7 +98,13 @@ class Task(ABC):
     def target(self, problem: Problem) -> str:
         """The text that the base is trained to write: reasoning, then the answer."""
 
-    def extract(self, output: str, cut: bool = False) -> str | None:
+    def under(self, rule: str) -> Self:
+        """The same task, whose answers are found by the rule of this name."""
+        other = copy.copy(self)
+        other.rule = rule
+        return other
+
+    def extract(self, output: str, cut: bool = False, options: Sequence[str] = ()) -> str | None:
         """The answer that an output gives, in canonical form, or None when it cannot be parsed.
 
         A reference answer alone is read by it too (``check``), so that both are read by one rule.
@@ -87,33 +113,111 @@ class Task(ABC):
             output: what the model wrote, without its stop token.
             cut: the output ended at the limit of new tokens. Its last number may be anything, so only an answer that
                 was announced, and is complete, counts.
+            options: of the problem.
         """
-        number = extract_number(output, cut)
-        return None if number is None else str(number)
+        return self.kind.rule(self.rule)(output, cut, options)
 
     def is_correct(self, answer: str | None, problem: Problem) -> bool:
-        """Whether an extracted answer is the reference's: what is read in the text that the base is trained to write.
-        An unparsed answer is wrong."""
-        return answer is not None and answer == self.extract(self.target(problem))
+        """Whether an extracted answer is the reference's: what our rule reads in the text that the base is trained to
+        write. An unparsed answer is wrong."""
+        return answer is not None and answer == self._read(self.target(problem), problem)
 
-    def check(self, problem: Problem, where: str) -> None:
+    def check(self, problem: Problem) -> None:
         """For problems from data: there is a question, and what the base is trained to write is graded as right.
 
         Raises:
             SoftCoTError: the answer alone, and the text that ends in it, are not read as the same.
         """
         if not problem.question:
-            raise SoftCoTError(f"{where}: 'question' is empty")
-        kind = self.kind_of_answer
-        reference, written = self.extract(problem.answer), self.extract(self.target(problem))
+            raise SoftCoTError("'question' is empty")
+        kind = self.kind.words
+        reference, written = self._read(problem.answer, problem), self._read(self.target(problem), problem)
         if reference is None:
-            raise SoftCoTError(f"{where}: the answer {_shown(problem.answer)} is not a {kind}; write one {kind}")
+            raise SoftCoTError(f"the answer {_shown(problem.answer)} is not a {kind}; write one {kind}")
         if written != reference:
             found = f"no {kind}" if written is None else _shown(written)
             raise SoftCoTError(
-                f"{where}: the answer {_shown(problem.answer)} is read as {_shown(reference)}, but the solution that "
+                f"the answer {_shown(problem.answer)} is read as {_shown(reference)}, but the solution that "
                 f"ends in it as {found}; write one {kind} as the answer and announce none before it"
             )
+
+    def _read(self, text: str, problem: Problem) -> str | None:
+        return self.under("ours").extract(text, options=problem.options)
+
+
+class DataTask(Task):
+    """A task whose problems are records, of a file or of the hub."""
+
+    subset: ClassVar[str | None] = None
+    """Of the published data set."""
+    required: Mapping[str, Types]
+    """Keys that every record has, with the types of their values."""
+    why_left_out: ClassVar[str] = ""
+    """What is the matter with the records that are left out, where some are."""
+
+    @abstractmethod
+    def problem(self, record: Record) -> Problem | None:
+        """What a record says; None for one that is left out.
+
+        Raises:
+            SoftCoTError: what is wrong with it, without its place.
+        """
+
+    def read(self, split: Literal["train", "test"]) -> list[Problem]:
+        """See ``Task``. Where the recipe names no test data, a fifth of the training data is it."""
+        problems, left_out = [], 0
+        cut_from_train = self.config.test_from_train
+        for where, record in self.records("train" if cut_from_train else split):
+            try:
+                problem = self.problem(record)
+                if problem is None:
+                    left_out += 1
+                    continue
+                self.check(problem)
+                problems.append(problem)
+            except SoftCoTError as error:
+                raise SoftCoTError(f"{where}: {error}") from error
+        if left_out:
+            total = left_out + len(problems)
+            self.notes.append(
+                f"{left_out} of {total} records of {self._source(split)} are left out: {self.why_left_out}"
+            )
+        return problems if cut_from_train is None else _part(problems, split, cut_from_train)
+
+    def records(self, split: Literal["train", "test"]) -> Iterator[tuple[str, Record]]:
+        """Records with the place where each stands, checked for what is ``required``."""
+        source = self._source(split)
+        hub_split = self.config.train_split if split == "train" else self.config.test_split
+        subset = self.config.subset or (self.subset if source == self.published else None)
+        return read_records(source, split, self.required, subset, hub_split)
+
+    def _source(self, split: Literal["train", "test"]) -> str:
+        source = self.config.train if split == "train" or self.config.test_from_train else self.config.test
+        assert source is not None  # the recipe has seen to it
+        return source
+
+
+def _part(problems: list[Problem], split: str, by: Literal["order", "content"]) -> list[Problem]:
+    """Four fifths for training, the rest for test: the first ones, or those that a hash of the question chooses."""
+    if by == "order":
+        first = len(problems) * 4 // 5
+        return problems[:first] if split == "train" else problems[first:]
+
+    def is_test(problem: Problem) -> bool:
+        return hashlib.sha256(b"test" + " ".join(problem.question.lower().split()).encode()).digest()[0] < 256 / 5
+
+    return [problem for problem in problems if is_test(problem) == (split == "test")]
+
+
+def with_options(question: str, options: Sequence[str]) -> str:
+    """A question as the models read it, its options in lines of their own."""
+    lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False)]
+    return "\n".join([question, "Options:", *lines]) if lines else question
+
+
+def boxed(reasoning: str, answer: str) -> str:
+    """What the base is trained to write where a data set has no ending of its own: the answer in a box."""
+    return f"{reasoning}\nThe answer is \\boxed{{{answer}}}.".lstrip("\n")
 
 
 def _shown(text: str) -> str:

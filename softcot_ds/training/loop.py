@@ -50,6 +50,7 @@ def _train(recipe: Recipe) -> None:
     config = recipe.training
     experiment = Experiment(recipe)
     splits = experiment.splits
+    splits.require_training()
     for note in splits.notes:
         say(f"data: {note}")
     folder = agreed_start(experiment)

@@ -95,7 +95,7 @@ class Validator:
         parts = []
         for example, output in zip(examples, outputs, strict=True):
             text = experiment.base_tokenizer.decode(output.token_ids)
-            answer = experiment.task.extract(text, output.cut)
+            answer = experiment.task.extract(text, output.cut, example.problem.options)
             cut = " [cut]" if output.cut else ""
             verdict = "right" if experiment.task.is_correct(answer, example.problem) else "wrong"
             parts.append(
