@@ -11,6 +11,7 @@ from asdiv_like import problems, write_jsonl, write_xml
 from conftest import CHATML, byte_tokenizer
 from launch import ROOT
 
+from softcot_ds.choices import TASKS
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import TaskConfig, load_recipe
 from softcot_ds.tasks import Problem, make_task
@@ -404,9 +405,11 @@ def test_the_references_rule_for_letters_reads_the_solutions_of_aqua_as_it_is_kn
     assert sum(answer == problem.answer for answer, problem in zip(found, test, strict=True)) == 243
 
 
-def test_negative_answers_are_never_right_by_the_references_rule(shared_data):
-    task = published(shared_data, "gsm8k", train="gsm8k/test.jsonl", test="gsm8k/test.jsonl").under("reference")
-    test = [problem for problem in task.read("test") if problem.answer.startswith("-")]
+def test_negative_answers_are_never_right_by_the_references_rule(shared_data, tmp_path):
+    lines = (shared_data / "gsm8k/test.jsonl").read_text().splitlines()
+    (tmp_path / "negative.jsonl").write_text("\n".join(line for line in lines if "#### -" in line))
+    task = published(tmp_path, "gsm8k", test="negative.jsonl").under("reference")
+    test = task.read("test")
     assert [problem.answer for problem in test] == ["-10", "-3"]
     assert not [p for p in test if task.is_correct(task.extract(task.target(p)), p)]
 
@@ -472,5 +475,15 @@ def test_subset_and_splits_of_the_hub_can_be_named(monkeypatch):
     assert asked == [
         ("lukaemon/bbh", "date_understanding", "test"),
         ("some/set", "dates", "train+validation"),
-        ("some/set", None, "test"),
+        ("some/set", "date_understanding", "test"),
     ]
+
+
+def test_the_lines_of_the_readme_are_read(read):
+    block = (ROOT / "README.md").read_text().split("**Tasks**")[1].split("```")[1]
+    lines = [line.split(maxsplit=1) for line in block.strip().splitlines()]
+    assert {name for name, _ in lines} == set(TASKS) - {"word_problems"}
+    fields = {"question": "problem", "reasoning": "solution", "answer": "result"}
+    for name, line in lines:
+        _, (problem,), _ = read(name, [json.loads(line)], **({"fields": fields} if name == "custom" else {}))
+        assert problem.answer in ("12", "5", "B", "A", "no")

@@ -534,6 +534,59 @@ def test_a_recipe_means_its_newest_checkpoint_and_the_wording_it_was_trained_wit
     assert found.evaluation.batch_size == 3
 
 
+def write_dates(path):
+    """In BIG-bench's format; which letter is right is a matter of the seeded order of the options."""
+    inputs = [f"today is may {day} . which day is tomorrow ?" for day in range(1, 9)]
+    scores = [{f"may {day + 1}": 1, f"may {day + 2}": 0, f"june {day}": 0} for day in range(1, 9)]
+    examples = [{"input": text, "target_scores": score} for text, score in zip(inputs, scores, strict=True)]
+    path.write_text(json.dumps({"name": "dates", "examples": examples}, indent=1))
+
+
+def test_an_adapter_of_one_task_is_evaluated_on_another(recipe, adapter, tmp_path, scribe):
+    write_dates(tmp_path / "task.json")
+    scribe.ENDINGS = (("The answer is B, as a day is over.", False), ("Answer: (C)", False), ("no idea", False))
+    named = ["task.name=date_understanding", f"task.test={tmp_path}/task.json"]
+    found, folder = recipe_and_adapter(str(adapter), named)
+    assert found.task.train is None
+    assert found.task.prompts is None, "the wording is not that of the adapter's own task"
+    assert found.task.validation_problems != recipe.task.validation_problems, "nor is anything else"
+    wording = f"task.prompts={ROOT}/softcot_ds/tasks/word_problems.yaml"  # short enough for the embedded pair
+    found, folder = recipe_and_adapter(str(adapter), [*named, wording, "evaluation.conditions=[learned,none]"])
+    report = evaluate(found, folder)
+    assert (report["task"], report["trained_on"], report["num_problems"]) == ("date_understanding", "word_problems", 8)
+    read = {"B": ("B", "A"), "(": ("C", "C"), "n": (None, None)}  # by our rule, and by the last letter
+    for condition in ("learned", "none"):
+        rows = records(found, condition)
+        assert {len(row["reference"]) for row in rows} == {1}
+        for row in rows:
+            ours, reference = read[
+                row["output"].split(" ", 2)[2].removeprefix("The answer is ").removeprefix("Answer: ")[0]
+            ]
+            assert (row["answer"], row["correct"]) == (ours, ours == row["reference"])
+            assert row["by_rule"]["reference"] == {"answer": reference, "correct": reference == row["reference"]}
+        counted = report["conditions"][condition]["by_rule"]["reference"]["correct"]
+        assert counted == sum(row["by_rule"]["reference"]["correct"] for row in rows)
+    lines = table(report).splitlines()
+    assert "(trained on word_problems)" in lines[0]
+    assert lines[1].endswith("by reference")
+    assert lines[-1].endswith(f"{report['conditions']['none']['by_rule']['reference']['accuracy']:.1%}")
+    assert not (found.run_dir / "report.json").exists(), "the run's report is of its own task"
+
+    by_reference = found.task.model_copy(update={"metric_rule": "reference"})
+    again = evaluate(found.model_copy(update={"task": by_reference}), folder)
+    assert len(scribe.batches) == 4, "the outputs are the same"
+    for condition, row in again["conditions"].items():
+        assert row["by_rule"] == report["conditions"][condition]["by_rule"]
+        assert row["by_rule"]["reference"].items() <= row.items()
+        assert row["by_rule"]["ours"].items() <= report["conditions"][condition].items()
+        assert row["correct"] != row["by_rule"]["ours"]["correct"]
+    assert table(again).splitlines()[1].endswith("by ours")
+
+    (tmp_path / "own.yaml").write_text(found.to_yaml())
+    with pytest.raises(SoftCoTError, match="this task has no training data"):
+        Experiment(load_recipe(tmp_path / "own.yaml")).splits.require_training()
+
+
 @pytest.mark.distributed
 @pytest.mark.parametrize(
     ("partition", "temperature", "conditions"),

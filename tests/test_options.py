@@ -273,8 +273,9 @@ def test_letters_reach_as_far_as_the_options():
 
 
 def test_two_options_of_one_value_are_not_chosen_by_it():
-    assert extract_option("Therefore 5", options=["5", "5.0", "6"]) is None
-    assert extract_option("Therefore 6", options=["5", "5.0", "6"]) == "C"
+    assert extract_option("Therefore 5", options=["5", "5.", "6"]) is None
+    assert extract_option("Therefore 6", options=["5", "5.", "6"]) == "C"
+    assert extract_option("Therefore 5 days", options=["5 hours", "5 days", "6"]) == "B"
 
 
 @pytest.mark.parametrize(("name", "right"), [("test.json", 250), ("dev.json", 252)])

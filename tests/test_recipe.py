@@ -139,7 +139,6 @@ def test_all_mistakes_are_reported_together(write):
         [
             "override 'nonsense'",
             "task.train",
-            "task.test",
             "task.validation_problems",
             "training.warmup_steps",
             "training.micro_batch_size",
@@ -228,7 +227,7 @@ def test_all_mistakes_are_reported_together(write):
         (["evaluation.conditions=[none,zero,none]"], "evaluation.conditions: none stands there more than once"),
         ([f"seed={2**64}"], f"seed: input should be less than or equal to {2**64 - 1}, found {2**64}"),
         (["evaluation.conditions=[static]"], "evaluation.static_adapter: missing; the condition static needs"),
-        (["task.test=null"], "task.test: missing; name a JSON-lines file or a hub name"),
+        (["task.test=null", "task.test_from_train=all"], "task.test_from_train: input should be 'order' or 'content'"),
         (["task.name=gsm"], f"task.name: input should be {' or '.join(map(repr, TASKS))}, found 'gsm'"),
         (
             ["projection.kind=lora"],

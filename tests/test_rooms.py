@@ -12,7 +12,8 @@ from softcot_ds.choices import PROJECTIONS, STRATEGIES, TASKS
 PACKAGE = ROOT / "softcot_ds"
 FLOORS = (
     ("errors", "launchers", "differences", "progress", "values"),
-    ("choices", "files"),
+    ("choices", "files", "section"),
+    ("task_config",),
     ("recipe", "lock", "distributed"),
     ("run_dir",),
     ("pair",),

@@ -12,7 +12,8 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_yaml
 from softcot_ds.planning.memory import GIB
 from softcot_ds.planning.traffic import Traffic
-from softcot_ds.recipe import Dtype, Section
+from softcot_ds.recipe import Dtype
+from softcot_ds.section import Section
 
 SHIPPED = Path(__file__).with_suffix(".yaml")
 

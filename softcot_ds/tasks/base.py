@@ -188,8 +188,7 @@ class DataTask(Task):
         """Records with the place where each stands, checked for what is ``required``."""
         source = self._source(split)
         hub_split = self.config.train_split if split == "train" else self.config.test_split
-        subset = self.config.subset or (self.subset if source == self.published else None)
-        return read_records(source, split, self.required, subset, hub_split)
+        return read_records(source, split, self.required, self.config.subset or self.subset, hub_split)
 
     def _source(self, split: Literal["train", "test"]) -> str:
         source = self.config.train if split == "train" or self.config.test_from_train else self.config.test
