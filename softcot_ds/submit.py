@@ -86,7 +86,7 @@ def _left_to_do(recipe: Recipe) -> tuple[list[str], Any]:
     from softcot_ds.training.resume import refuse_other_run
 
     experiment = Experiment(recipe)
-    experiment.splits.require_training()
+    experiment.task.require_training()
     inputs = experiment.splits.assistant_inputs()
     refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
     commands = []

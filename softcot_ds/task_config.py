@@ -2,7 +2,7 @@
 
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, ValidationInfo, field_validator
 
 from softcot_ds.choices import TASKS, chosen, one_of
 from softcot_ds.section import FREE, Section
@@ -53,7 +53,7 @@ class TaskConfig(Section):
     """How many problems are cut from the training data for validation."""
     test_problems: Count | None = None
     """Use at most this many test problems (generated tasks: generate this many)."""
-    prompts: Annotated[ExistingFile | None, FREE] = Field(None, validate_default=True)
+    prompts: Annotated[ExistingFile | None, FREE] = None
     """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""
     max_tokens: Count | None = None
     """Problems longer than this, in base tokens, are left out: prompt, thoughts and target; of test problems without
@@ -63,6 +63,9 @@ class TaskConfig(Section):
     @classmethod
     def _some_tasks_read_data(cls, value: str | None, info: ValidationInfo) -> str | None:
         if info.data.get("test_from_train") is not None:
+            task = chosen(TASKS, info.data["name"]) if "name" in info.data else None
+            if task is not None and (task.most_generated is not None or not task.has_training_data):
+                raise ValueError(f"{info.data['name']} has no training data that test_from_train could cut some from")
             if value is not None:
                 raise ValueError("test_from_train is for data without test problems; leave one of the two out")
             return None
@@ -72,12 +75,13 @@ class TaskConfig(Section):
     @classmethod
     def _some_tasks_train(cls, value: str | None, info: ValidationInfo) -> str | None:
         task = chosen(TASKS, info.data["name"]) if "name" in info.data else None
-        if task is None or task.has_training_data:
-            is_published = task is not None and info.data.get("test") == task.published
-            return value or (cls._published(info) if is_published or info.data.get("test_from_train") else None)
-        if value is not None:
-            raise ValueError(f"{info.data['name']} has no training data; leave it out, and evaluate another's adapter")
-        return None
+        if task is None or value is not None:
+            if task is not None and not task.has_training_data:
+                raise ValueError(f"{info.data['name']} has none; leave it out, and evaluate another task's adapter")
+            return value
+        test = info.data.get("test")
+        is_wanted = info.data.get("test_from_train") or (test is not None and test == task.published)
+        return cls._published(info) if is_wanted and task.has_training_data else None
 
     @classmethod
     def _published(cls, info: ValidationInfo) -> str | None:

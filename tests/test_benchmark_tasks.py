@@ -425,7 +425,7 @@ def test_a_task_without_a_rule_of_the_reference_is_told(tmp_path):
 @pytest.mark.parametrize(
     ("settings", "message"),
     [
-        (["task.name=date_understanding", "task.train=a/b"], "task.train: date_understanding has no training data"),
+        (["task.name=date_understanding", "task.train=a/b"], "task.train: date_understanding has none; leave it out"),
         (["task.name=custom"], "task.fields: missing; say what the keys of a record are called"),
         (["task.name=custom"], "task.answer: missing; say what an answer is: number, option, yes_no or text"),
         (["task.name=custom"], "task.prompts: missing; write a prompt file"),
@@ -443,6 +443,10 @@ def test_a_task_without_a_rule_of_the_reference_is_told(tmp_path):
         (
             ["task.name=aqua", "task.test=a/b", "task.test_from_train=order"],
             "task.test: test_from_train is for data without test problems; leave one of the two out",
+        ),
+        (
+            ["task.name=date_understanding", "task.test_from_train=order"],
+            "task.test: date_understanding has no training data that test_from_train could cut some from",
         ),
         (["task.name=gsm8k", "task.metric_rule=theirs"], "task.metric_rule: "),
     ],

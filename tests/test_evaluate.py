@@ -31,9 +31,11 @@ from softcot_ds.methods import trial
 from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.partition import decoding_config
+from softcot_ds.planning.lengths import read_data
 from softcot_ds.recipe import Condition, load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.thoughts import reader as thought_reader
+from softcot_ds.training.loop import train
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -583,8 +585,9 @@ def test_an_adapter_of_one_task_is_evaluated_on_another(recipe, adapter, tmp_pat
     assert table(again).splitlines()[1].endswith("by ours")
 
     (tmp_path / "own.yaml").write_text(found.to_yaml())
-    with pytest.raises(SoftCoTError, match="this task has no training data"):
-        Experiment(load_recipe(tmp_path / "own.yaml")).splits.require_training()
+    for command in (train, read_data):
+        with pytest.raises(SoftCoTError, match="no training data for date_understanding: train on another task"):
+            command(load_recipe(tmp_path / "own.yaml"))
 
 
 @pytest.mark.distributed

@@ -39,14 +39,6 @@ class Splits:
     notes: list[str]
     """What was left out, and why; to be printed."""
 
-    def require_training(self) -> None:
-        """Raises SoftCoTError where there is nothing to train on, because the task is for evaluation alone."""
-        if not self.train:
-            raise SoftCoTError(
-                "this task has no training data, so nothing can be trained on it. Name some in task.train, or evaluate "
-                "the adapter of another task on it: softcot-ds evaluate ADAPTER task.name=... task.test=..."
-            )
-
     def assistant_inputs(self) -> list[AssistantInput]:
         return [example.assistant for example in (*self.train, *self.validation, *self.test)]
 

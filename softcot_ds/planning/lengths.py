@@ -13,7 +13,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.models.model_files import tokenizer_is_here
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.recipe import Recipe
-from softcot_ds.tasks import Problem
+from softcot_ds.tasks import Problem, make_task
 
 
 @dataclass(frozen=True)
@@ -60,14 +60,13 @@ def read_data(recipe: Recipe) -> Data:
     Raises:
         SoftCoTError: the data lies here and is wrong.
     """
+    make_task(recipe.task).require_training()
     generated = chosen(TASKS, recipe.task.name).most_generated is not None
     sources = [name for name in (recipe.task.train, recipe.task.test) if name is not None]
     files = generated or all(Path(name).is_file() for name in sources)
     if not files or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
         return _typical(recipe)
-    splits = Experiment(recipe).splits
-    splits.require_training()
-    return data_of(splits)
+    return data_of(Experiment(recipe).splits)
 
 
 def data_of(splits: Splits) -> Data:

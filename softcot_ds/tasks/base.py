@@ -86,6 +86,16 @@ class Task(ABC):
         """Whether there is something to train on; without, adapters of other tasks are evaluated."""
         return self.config.train is not None or self.most_generated is not None
 
+    def require_training(self) -> None:
+        """Raises SoftCoTError where there is nothing to train on."""
+        if not self.trains:
+            name = self.config.name
+            remedy = "name some in task.train, or" if self.has_training_data else "train on another task, and"
+            raise SoftCoTError(
+                f"there is no training data for {name}: {remedy} evaluate an adapter of another task: "
+                f"softcot-ds evaluate ADAPTER task.name={name}"
+            )
+
     @abstractmethod
     def read(self, split: Literal["train", "test"]) -> list[Problem]:
         """All problems of a split, in a fixed order.

@@ -49,8 +49,8 @@ def train(recipe: Recipe) -> None:
 def _train(recipe: Recipe) -> None:
     config = recipe.training
     experiment = Experiment(recipe)
+    experiment.task.require_training()
     splits = experiment.splits
-    splits.require_training()
     for note in splits.notes:
         say(f"data: {note}")
     folder = agreed_start(experiment)
