@@ -586,7 +586,7 @@ def test_an_adapter_of_one_task_is_evaluated_on_another(recipe, adapter, tmp_pat
 
     (tmp_path / "own.yaml").write_text(found.to_yaml())
     for command in (train, read_data):
-        with pytest.raises(SoftCoTError, match="no training data for date_understanding: train on another task"):
+        with pytest.raises(SoftCoTError, match="no training data for date_understanding; train on another task"):
             command(load_recipe(tmp_path / "own.yaml"))
 
 

@@ -1,10 +1,12 @@
 """An option is chosen by its letter where something makes it one, or by its value; what is ambiguous is no answer."""
 
 import json
+import time
 
 import pytest
 
 from softcot_ds.tasks.options import extract_option
+from softcot_ds.tasks.yes_no import extract_yes_no
 
 KM = ("100 km", "125 km", "130 km", "150 km", "None of these")
 DATES = ("05/01/2021", "02/23/2021", "03/11/2021", "05/09/2021", "06/12/2021", "04/29/2021")
@@ -284,3 +286,12 @@ def test_solutions_of_aqua_are_read_better_than_by_the_last_letter(shared_data, 
     found = [extract_option(record["rationale"], options=[o[2:] for o in record["options"]]) for record in records]
     assert sum(f == record["correct"] for f, record in zip(found, records, strict=True)) == right
     assert not [f for f, record in zip(found, records, strict=True) if f not in (None, record["correct"])]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("unit", ["answer is ", "#### ", "((A) ", "Option A is not ", "A is ", "* ", "B) 125\n", "\n"])
+def test_what_a_model_repeats_for_ever_is_read_in_a_moment(unit):
+    began = time.process_time()
+    for find in (extract_option, extract_yes_no):
+        find(unit * (30_000 // len(unit)), options=KM)
+    assert time.process_time() - began < 6  # seconds; it was a minute

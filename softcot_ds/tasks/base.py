@@ -90,10 +90,13 @@ class Task(ABC):
         """Raises SoftCoTError where there is nothing to train on."""
         if not self.trains:
             name = self.config.name
-            remedy = "name some in task.train, or" if self.has_training_data else "train on another task, and"
+            remedy = (
+                "name some in task.train, or evaluate an adapter of another task on it"
+                if self.has_training_data
+                else "train on another task, and evaluate its adapter on this one"
+            )
             raise SoftCoTError(
-                f"there is no training data for {name}: {remedy} evaluate an adapter of another task: "
-                f"softcot-ds evaluate ADAPTER task.name={name}"
+                f"there is no training data for {name}; {remedy}: softcot-ds evaluate ADAPTER task.name={name}"
             )
 
     @abstractmethod

@@ -9,6 +9,7 @@ numbers; their faults are its own.
 
 import re
 import unicodedata
+from bisect import bisect_left
 from collections.abc import Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -60,7 +61,7 @@ def _number(text: str, cut: bool = False, options: Sequence[str] = ()) -> str | 
     return None if number is None else str(number)
 
 
-_ANNOUNCED = re.compile(r"####(?!#)|\banswer\b[\s*_]*(?::|\bis\b:?)[\s*_]*|<answer>", re.IGNORECASE)
+_ANNOUNCED = re.compile(r"(?:####(?!#)|\banswer\b[\s*_]*(?::|\bis\b:?)[\s*_]*|<answer>)\s*", re.IGNORECASE)
 _TEXT_ENDS = re.compile(r"\n|[.!?](?=\s|$)|</answer>")
 
 
@@ -73,10 +74,10 @@ def _text(text: str, cut: bool = False, options: Sequence[str] = ()) -> str | No
     text = after_thinking(text)
     found = [(stop, text[start:stop]) for start, stop in boxes(text)]
     if not found:
+        ends = [*(ending.start() for ending in _TEXT_ENDS.finditer(text)), len(text)]
         for mark in _ANNOUNCED.finditer(text):
-            start = mark.end() + len(text[mark.end() :]) - len(text[mark.end() :].lstrip())
-            ending = _TEXT_ENDS.search(text, start)
-            found.append((ending.start() if ending else len(text), text[start : ending.start() if ending else None]))
+            stop = ends[bisect_left(ends, mark.end())]
+            found.append((stop, text[mark.end() : stop]))
     if found and (following := NEXT_PROBLEM.search(text, found[0][0])):
         found = [one for one in found if one[0] <= following.start()]
     if cut:

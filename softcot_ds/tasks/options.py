@@ -17,7 +17,7 @@ import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
-from functools import cached_property
+from functools import cached_property, lru_cache
 from string import ascii_uppercase
 from typing import Any
 
@@ -79,9 +79,10 @@ _EMPHASIS = re.compile(r"\*{2,3}|(?<![\w*])[*_]+(?=[\w(\\])|(?<=[\w).:])[*_]+(?!
 
 def _flat(text: str) -> str:
     """The text without markup: Markdown's, LaTeX's, quotes."""
-    return _EMPHASIS.sub("", plain(text.replace("`", '"')))
+    return re.sub("  +", " ", _EMPHASIS.sub("", plain(text.replace("`", '"'))))
 
 
+@lru_cache(4096)  # a model that repeats itself asks for the same ones again
 def value_key(text: str) -> str:
     """The value of an option in a form in which two that look alike are equal: small letters, single spaces, numbers
     without separators and leading zeros, no currency and no full stop."""
@@ -155,6 +156,7 @@ class _Options:
         return outer.pop() if len(outer) == 1 else _TWO if outer else None
 
 
+@lru_cache(4096)
 def _only_number(text: str) -> Fraction | None:
     """The value of a text that holds one number, perhaps with a unit; None otherwise."""
     text = plain(text)
@@ -192,7 +194,7 @@ _FILLERS = re.compile(
     r"""(?: [\s:=\-—>('\[{#.,]
           | \b(?:the|correct|right|final|best|definitely|clearly|simply|therefore|thus|so|hence|then|most|likely
               |probably|indeed|also|only|our|my|option|choice|letter|answer|alternative|is|be|it)\b
-          | \bnot\ \(?[A-Za-z]\)?,?\ but(?:\ rather)?\b )*""",
+          | \bnot\ \(?[A-Za-z]\)?,?\ but(?:\ rather)?\b ){0,40}""",
     re.VERBOSE | re.IGNORECASE,
 )
 _LETTER = re.compile(r"([A-Za-z])(?![^\W_]|'[a-z]| ?(?:[=+*^÷≤≥]|<(?!/))|/[A-Za-z]|-[A-Z]\b)")
@@ -310,7 +312,9 @@ def _concluded(text: str, known: _Options) -> str | None:
         found = set()
         for match in _MENTION.finditer(sentence):
             letter = match["enclosed"] or match["named"]
-            denied = _DENIED.search(sentence[: match.start()]) or _DENIED_AFTER.match(sentence, match.end())
+            denied = _DENIED.search(sentence[max(0, match.start() - 40) : match.start()]) or _DENIED_AFTER.match(
+                sentence, match.end()
+            )
             if letter.upper() in known.letters and not denied and not (letter == "a" and not match["enclosed"]):
                 found.add(letter.upper())
         mentioned |= found

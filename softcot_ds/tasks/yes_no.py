@@ -23,7 +23,7 @@ _WORD = r"""(?P<word>yes|no)\b(?![\w-])
     (?= ['\s)\]}*]* (?: [.,;:!—)\]}]|\ -\ |$|\n|<
         |\ (?:because|since|as|for|it|they|he|she|this|that|there|if|you|we|the|due|sir|i)\b ) )
     (?! ['\s,]*(?:/|or\b|and\b)\ *'?(?:yes|no)\b )"""
-_ALONE = re.compile(rf"[\s>#-]*(?:answer\b)?['\s(\[:]*{_WORD}['\s)\].!:,]*", re.VERBOSE | re.IGNORECASE)
+_ALONE = re.compile(rf"[\s>#-]{{0,20}}(?:answer\b)?['\s(\[:]{{0,20}}{_WORD}['\s)\].!:,]*", re.VERBOSE | re.IGNORECASE)
 _SAYS = re.compile(
     r"""(?<![^\W_]) (?:answer|ans|verdict|conclusion)\b
           (?: [\s_')\]]{0,4}(?::|=|→|->|>|\ -)
@@ -33,7 +33,7 @@ _SAYS = re.compile(
 )
 _SAID = re.compile(
     r"""(?:[\s:=—>('\[{#.,-]|\b(?:the|correct|right|final|best|clearly|simply|therefore|thus|so|most|likely|probably
-          |definitely|indeed|also|answer|is|be|a|an|would|should|it|that|to|this|question|statement|resounding)\b)*
+          |definitely|indeed|also|answer|is|be|a|an|would|should|it|that|to|this|question|statement|resounding)\b){0,40}
         (?P<word>yes|no|true|false)\b(?![\w-]) (?!\ (?:one|longer|more|way|evidence|clear|definitive|such|doubt)\b)
         (?!['\s,]*(?:/|or\b|and\b)\ *'?(?:yes|no|true|false)\b)""",
     re.VERBOSE | re.IGNORECASE,
@@ -50,7 +50,7 @@ _CONCLUDES = re.compile(
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _STATEMENT = re.compile(
-    rf"(?:^|(?<=[.!?;:])\s)[\s>#-]*(?:\d+[.)]\ +)?(?:well|hmm|oh|actually|ok)?[\s,'(]*{_WORD}",
+    rf"(?:^|(?<=[.!?;:])\s)[\s>#-]{{0,20}}(?:\d+[.)]\ +)?(?:well|hmm|oh|actually|ok)?[\s,'(]{{0,20}}{_WORD}",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _TAKEN_BACK = re.compile(
