@@ -19,7 +19,7 @@ from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.loop import train
 
-folder, recipe, *configurations = [argument for argument in sys.argv[1:] if not argument.startswith("--local_rank")]
+folder, recipe, *configurations = sys.argv[1:]
 init_distributed(5)
 for number, overrides in enumerate(configurations):
 

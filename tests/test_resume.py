@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import ROOT, deepspeed_command, run
+from forked import run_forked
+from launch import ROOT
 from runs import losses
 from safetensors.torch import load_file
 
@@ -48,10 +49,7 @@ def trained(tmp_path_factory) -> Path:
     (folder / "stage2.json").write_text(json.dumps(stage2))
     configurations = [text.format(stage2=folder / "stage2.json") for text in CONFIGURATIONS.values()]
     for ranks in (2, 1):
-        run(
-            deepspeed_command(ranks, "resume_worker", folder, RECIPE, *configurations),
-            PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-        )
+        run_forked(ranks, "resume_worker", folder, RECIPE, *configurations)
     return folder
 
 

@@ -274,7 +274,7 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     assert printed.count(" of the base held whole on each rank") == 1
 
 
-def test_fused_kernels_give_the_gradient_in_float64_where_each_rank_has_a_part(tmp_path, random_pair, monkeypatch):
+def test_fused_kernels_give_the_gradient_in_float64_where_each_rank_has_a_part(tmp_path, random_pair):
     """They run in Triton's interpreter, slowly, so in one step on small batches."""
     pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
     batch = ["training.global_batch_size=4", "training.micro_batch_size=2", "training.warmup_steps=0"]
