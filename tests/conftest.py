@@ -104,7 +104,11 @@ END_OF_TURN = {
 """The text that ends an answer, for every tokenizer of the fixture below."""
 
 
-@pytest.fixture(scope="session", params=END_OF_TURN)
+# A real vocabulary of 152,000 tokens takes seconds where logits are computed; its template is chatml.
+_CHATS = [pytest.param(name, marks=pytest.mark.slow if name == "qwen2.5" else ()) for name in END_OF_TURN]
+
+
+@pytest.fixture(scope="session", params=_CHATS)
 def chat(request) -> tuple[PreTrainedTokenizerFast, str]:
     """A tokenizer with a chat template, and the text of its end of turn."""
     own = {"chatml": CHATML, "llama3": LLAMA3, "instruct": INSTRUCT}
