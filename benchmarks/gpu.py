@@ -29,7 +29,7 @@ from xml.etree import ElementTree
 from environment import Budget, describe, keep, write_result
 
 ROOT = Path(__file__).parent.parent
-TESTS = ("test_gpu.py", "test_thought_embedding.py", "test_loss.py")
+TESTS = ("test_gpu.py", "test_thought_embedding.py", "test_loss.py", "test_fused_layers.py")
 
 
 @dataclass(frozen=True)

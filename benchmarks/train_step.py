@@ -16,6 +16,8 @@ micro-batch by micro-batch; a variant's time is the sum over micro-batches of it
 - ``prefix_cache_bound``: seconds of fast / of fast on examples without a question, more than a cache of each
   example's prefix could ever bring
 - ``samples_per_second``, ``mfu`` (with a GPU, the latter where its peak is known): model FLOPs utilisation
+- ``liger_layers`` (with a GPU and liger-kernel): fast with liger-kernel's norms, rotary embeddings and SwiGLUs, as
+  training has it there by default; ``with_liger_layers``: its seconds / seconds of fast
 - ``steps`` (with a GPU): each micro-batch's shape, seconds, operations and memory; ``sizes`` are micro-batches of 2 to
   32 examples of one length, with activation checkpointing and without
 
@@ -54,7 +56,8 @@ from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompt
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.assistant import compute_thoughts
-from softcot_ds.models.loss import IGNORE
+from softcot_ds.models.fused_layers import fuse_layers
+from softcot_ds.models.loss import IGNORE, runs_liger
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.planning.hardware import peak_flops
 from softcot_ds.recipe import TaskConfig
@@ -66,6 +69,7 @@ NUM_THOUGHTS = 32
 MICRO_BATCH = 16
 GLOBAL_BATCH = 32
 NUM_BATCHES = 4
+LIGER = "liger_layers"
 INGREDIENTS = (
     "prefix_without_gradient",
     "shared_instruction",
@@ -201,6 +205,11 @@ def with_head_everywhere(step: SoftCoT) -> None:
     step.prefixed.loss = run
 
 
+def with_liger_layers(step: SoftCoT) -> None:
+    """Have liger-kernel compute in the base's layers."""
+    print(fuse_layers(step.base), flush=True)
+
+
 class Variant:
     """A way to do the training step: a model, and the micro-batches for it."""
 
@@ -266,8 +275,8 @@ def make_models(device: torch.device) -> Models:
     return tuple(make_llama(shape, device) for shape in shapes)
 
 
-def make_variants(models: Models, names: Sequence[str] | None = None) -> dict[str, Variant]:
-    """All variants, or those named."""
+def make_variants(models: Models, names: Sequence[str]) -> dict[str, Variant]:
+    """The variants of these names."""
     examples = read_examples(models[0].config.vocab_size)
     grouped, arrival = choose_batches(examples)
     ids = common_prefix([example.prefix_ids for example in examples])
@@ -279,12 +288,13 @@ def make_variants(models: Models, names: Sequence[str] | None = None) -> dict[st
         "head_on_supervised_positions": {"batches": grouped, "shared_ids": ids, "change": with_head_everywhere},
         "length_grouping": {"batches": arrival, "shared_ids": ids},
         "no_assistant": {"batches": grouped, "shared_ids": ids, "online": True},
+        LIGER: {"batches": grouped, "shared_ids": ids, "change": with_liger_layers},
         "prefix_for_nothing": {
             "batches": [[replace(example, prefix_ids=ids) for example in batch] for batch in grouped],
             "shared_ids": ids,
         },
     }
-    return {name: Variant(models, **options[name]) for name in names or options}
+    return {name: Variant(models, **options[name]) for name in names}
 
 
 def make_sizes(models: Models) -> dict[str, Variant]:
@@ -373,7 +383,8 @@ def summarize(variants: dict[str, Variant], runs: dict[tuple[str, int], Runs], p
     operations = {name: sum(variant.operations) for name, variant in variants.items()}
     fast, full = variants["fast"], variants["full"]
     on_gpu = fast.gradient.is_cuda
-    ingredients = [name for name in variants if name not in ("full", "fast", "prefix_for_nothing")]
+    leading = [name for name in ("fast", "full", LIGER) if name in variants]
+    ingredients = [name for name in variants if name not in (*leading, "prefix_for_nothing")]
     examples = NUM_BATCHES * MICRO_BATCH
     summary: dict[str, Any] = {
         "speedup": wall["full"] / wall["fast"],
@@ -387,15 +398,17 @@ def summarize(variants: dict[str, Variant], runs: dict[tuple[str, int], Runs], p
         difference = variants["length_grouping"].gradient - full.gradient
         summary["grad_rel_err"] = (difference.norm() / full.gradient.norm()).item()
         summary["prefix_cache_bound"] = wall["fast"] / wall["prefix_for_nothing"]
+    if LIGER in variants:
+        summary["with_liger_layers"] = wall[LIGER] / wall["fast"]
     if on_gpu:
-        peaks = {name: min(runs[name, NUM_BATCHES - 1].peak_gib) for name in ("fast", "full")}
+        peaks = {name: min(runs[name, NUM_BATCHES - 1].peak_gib) for name in leading}
         summary |= {
-            "samples_per_second": {name: examples / wall[name] for name in ("fast", "full")},
+            "samples_per_second": {name: examples / wall[name] for name in leading},
             "peak_gib_beyond_weights": peaks,
             "peak_memory_ratio": peaks["fast"] / peaks["full"],
         }
     if peak:
-        summary["mfu"] = {name: operations[name] / wall[name] / peak for name in ("fast", "full")}
+        summary["mfu"] = {name: operations[name] / wall[name] / peak for name in leading}
     return summary
 
 
@@ -452,7 +465,8 @@ def main() -> None:
     variants: dict[str, Variant] = {}
     runs: dict[tuple[str, int], Runs] = {}
     # On a processor, which other work disturbs, all take turns; on a GPU what matters most comes first.
-    for names in (("fast", "full"), INGREDIENTS) if on_gpu else (("fast", "full", *INGREDIENTS),):
+    leading = ["fast", "full", *([LIGER] if runs_liger(device, models[0].dtype) else [])]
+    for names in (leading, INGREDIENTS) if on_gpu else ([*leading, *INGREDIENTS],):
         if budget.is_used_up():
             break
         new = make_variants(models, names)

@@ -101,6 +101,9 @@ class BackboneConfig(Section):
     bits: Literal[16, 8, 4] = 16
     """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
     the memory and of what ranks send each other. 4: a quarter, with bitsandbytes; see models/quantized.py."""
+    use_liger_kernel: Annotated[bool, FREE] = True
+    """In training, on a GPU with liger-kernel installed: let its kernels compute norms, rotary embeddings and SwiGLUs
+    of the base where a trial shows that they change nothing but rounding; see models/fused_layers.py."""
     deepspeed: Annotated[ExistingFile | None, FREE] = None
     """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
     and node."""

@@ -10,6 +10,7 @@ embedding.py      what tokens look like to a model, asked of its own module; tho
 shared_prefix.py  what all rows begin with, read once
 assistant.py      running the assistant: the states at the placeholders
 frozen_prefix.py  the base's prefix without gradient, layer by layer
+fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head
 decoding.py       batched decoding with thoughts in the prompt
 operations.py     how many operations a step takes

@@ -27,7 +27,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import is_flash_attention_requested
 
-from softcot_ds.models.loss import can_fuse, cross_entropy, fused_cross_entropy
+from softcot_ds.models.loss import cross_entropy, fused_cross_entropy, runs_liger
 from softcot_ds.models.shared_prefix import KeysValues, SharedPrefix
 from softcot_ds.models.slices import is_sliced
 
@@ -74,7 +74,9 @@ class _Call:
             if values.ndim < 2 or values.shape[1] != self.length:
                 return values
             if values not in self.parts:
-                self.parts[values] = values[:, : self.prefix_length], values[:, self.prefix_length :]
+                # In one piece each, as kernels want them, which would copy them in each layer.
+                cut = values[:, : self.prefix_length], values[:, self.prefix_length :]
+                self.parts[values] = cut[0].contiguous(), cut[1].contiguous()
             return self.parts[values][which]
         if isinstance(values, tuple):
             return tuple(self.part(value, which) for value in values)
@@ -162,7 +164,11 @@ class FrozenPrefix:
             A scalar as of ``loss.cross_entropy``, with gradient with respect to the suffix part of ``embeds_BSD``.
         """
         if self.fuses_loss is None:
-            self.fuses_loss = self._head is not None and can_fuse(embeds_BSD) and self._head_makes_logits(embeds_BSD)
+            self.fuses_loss = (
+                self._head is not None
+                and runs_liger(embeds_BSD.device, embeds_BSD.dtype)
+                and self._head_makes_logits(embeds_BSD)
+            )
         call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, targets_K if self.fuses_loss else None, shared)
         found_1KV = self._run(call, embeds_BSD, mask_BN, positions_BS)  # with the loss in its place where they are one
         return found_1KV.squeeze() if self.fuses_loss else cross_entropy(found_1KV[0], targets_K)

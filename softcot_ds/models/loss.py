@@ -22,10 +22,10 @@ def cross_entropy(logits_KV: torch.Tensor, targets_K: torch.Tensor) -> torch.Ten
     return nn.functional.cross_entropy(logits_KV, targets_K, ignore_index=IGNORE, reduction="sum")
 
 
-def can_fuse(states: torch.Tensor) -> bool:
-    """Whether ``fused_cross_entropy`` works here: with liger-kernel installed, on a GPU or in Triton's interpreter."""
-    runs_triton = states.is_cuda or triton.knobs.runtime.interpret
-    return runs_triton and states.dtype != torch.float64 and _liger() is not None
+def runs_liger(device: torch.device, dtype: torch.dtype) -> bool:
+    """Whether liger-kernel works there: it is installed, and there is a GPU or Triton's interpreter."""
+    runs_triton = device.type == "cuda" or triton.knobs.runtime.interpret
+    return runs_triton and dtype != torch.float64 and _liger() is not None
 
 
 def fused_cross_entropy(states_KD: torch.Tensor, weight_VD: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:

@@ -23,10 +23,8 @@ from transformers.utils import logging as transformers_logging
 
 from softcot_ds.distributed import device, from_all_ranks, lost_rank, world_size
 from softcot_ds.models.quantized import FewBits
-from softcot_ds.models.toy import VOCABULARY, make_toy, toy_config
+from softcot_ds.models.toy import make_toy, said, says_the_same, toy_config
 
-_TOLERANCE = 1e-3
-"""Relative error in float32: a fault changes all of a model's logits, the order of a sum their last digits."""
 _MOST_HELD = 1.5
 """What a rank may hold at most, in shares of 1/N: some plans leave the larger part of a model whole."""
 
@@ -238,26 +236,12 @@ def _why_toy_fails(config: PreTrainedConfig, ranks: int) -> str | None:
             whole.save_pretrained(folder)
             load = partial(AutoModelForCausalLM.from_pretrained, folder, dtype=torch.float32, output_loading_info=True)
             sliced, _ = read_slices(ranks, partial(load, attn_implementation=whole.config._attn_implementation))
-        found, true = _said(sliced), _said(whole.to(device()))
+        found, true = said(sliced), said(whole.to(device()))
     except Exception as error:  # whatever a family's code raises when it meets a part of what it expects
         if isinstance(error, RuntimeError) and lost_rank(error):
             raise
         reason = (str(error).strip() or "no message").splitlines()[0]
         return f"a small model of its configuration in slices ended in {type(error).__name__}: {reason}"
-    if all((a - b).norm() <= _TOLERANCE * b.norm() for a, b in zip(found, true, strict=True)):
+    if says_the_same(found, true):
         return None
     return f"transformers' plan for slices of {config.model_type} computes something else"
-
-
-def _said(model: PreTrainedModel) -> list[torch.Tensor]:
-    """Logits and gradient of one pass through what shall be trained, and logits without gradient."""
-    model.requires_grad_(False)
-    ids = torch.arange(VOCABULARY // 4, VOCABULARY // 4 + 10, device=device()).view(2, 5)
-    with torch.enable_grad():
-        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
-        logits = model(inputs_embeds=embeds, use_cache=False).logits
-        (gradient,) = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), [embeds])
-    with torch.no_grad():
-        run: Any = model(input_ids=ids, use_cache=False).logits
-    # Some families mask entries of their vocabulary.
-    return [gradient, *(found.detach().clamp(min=-1e4) for found in (logits, run))]

@@ -8,9 +8,13 @@ from typing import Any
 import torch
 from transformers import AutoModelForCausalLM, PreTrainedConfig, PreTrainedModel
 
+from softcot_ds.distributed import device
+
 LAYERS, WIDTH, VOCABULARY = 3, 32, 96
 _HEADS, _HEAD_WIDTH = 4, 8
 _MOST_PARAMETERS = 2**24
+_TOLERANCE = 1e-3
+"""Relative error in float32: a fault changes all of a toy's logits, the order of a sum their last digits."""
 
 _WIDTHS: dict[str, int] = (
     dict.fromkeys(("hidden_size", "d_model", "n_embd", "embedding_dim", "word_embed_proj_dim"), WIDTH)
@@ -125,3 +129,23 @@ def make_toy(config: PreTrainedConfig) -> PreTrainedModel:
                 elif not name.endswith(("A_log", "dt_bias", ".D")):  # rates that must stay in range
                     parameter.add_(torch.randn_like(parameter), alpha=0.1)
     return model.eval().requires_grad_(False)
+
+
+def says_the_same(found: list[torch.Tensor], true: list[torch.Tensor]) -> bool:
+    """Whether two toys differ by rounding alone."""
+    return all((a - b).norm() <= _TOLERANCE * b.norm() for a, b in zip(found, true, strict=True))
+
+
+def said(model: PreTrainedModel) -> list[torch.Tensor]:
+    """What a toy on this rank's device says: a gradient with respect to embeddings, the logits of that pass, and logits
+    without gradient."""
+    model.requires_grad_(False)
+    ids = torch.arange(VOCABULARY // 4, VOCABULARY // 4 + 10, device=device()).view(2, 5)
+    with torch.enable_grad():
+        embeds = model.get_input_embeddings()(ids).detach().requires_grad_()
+        logits = model(inputs_embeds=embeds, use_cache=False).logits
+        (gradient,) = torch.autograd.grad(logits.logsumexp(dim=-1).sum(), [embeds])
+    with torch.no_grad():
+        run: Any = model(input_ids=ids, use_cache=False).logits
+    # Some families mask entries of their vocabulary.
+    return [gradient, *(found.detach().clamp(min=-1e4) for found in (logits, run))]

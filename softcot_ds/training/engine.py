@@ -15,6 +15,7 @@ from softcot_ds.methods.base import Projection, check_fits, load_projection, pro
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
 from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
+from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.progress import count
@@ -33,6 +34,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         assistant = load_frozen(recipe.assistant, partition, device(), config, group_size)
     if kept := keep_layers(base, recipe.backbone.resident_gib):
         say(f"{count(kept, 'layer')} of the base held whole on each rank")
+    if recipe.backbone.use_liger_kernel and (line := fuse_layers(base)):
+        say(line)
     projection = build_projection(recipe, experiment, base)
     if start_from is not None:
         weights = load_projection(start_from)

@@ -1,0 +1,198 @@
+"""Layers that liger-kernel computes, against the naive float64 computation of test_step.py.
+
+Its kernels are Triton's: without a GPU they run in the interpreter, in a process of its own that runs this file again.
+"""
+
+import copy
+import multiprocessing
+import os
+import subprocess
+import sys
+
+import interpreter
+import pytest
+import torch
+import triton
+from kept import Kept
+from launch import free_port
+from test_decoding import draw
+from test_step import TOLERANCES, check, draw_examples, make_batch, make_model, make_projection, true_loss_and_gradient
+from torch.utils.flop_counter import FlopCounterMode
+from toy_models import make_config, make_toy
+from transformers.models.llama import modeling_llama
+
+from softcot_ds.distributed import device, from_all_ranks, init_distributed, shut_down
+from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.models import fused_layers, toy
+from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models.decoding import Sampling, decode
+from softcot_ds.models.fused_layers import fuse_layers
+from softcot_ds.models.partition import hook_partitioned, plain_config
+from softcot_ds.models.toy import said
+from softcot_ds.recipe import ModelConfig
+
+pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
+
+INTERPRETED = triton.knobs.runtime.interpret
+DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
+if INTERPRETED:
+    interpreter.complete()
+
+
+def runs_triton(test):
+    no_triton = DEVICE.type == "cpu" and not INTERPRETED
+    return pytest.mark.gpu(pytest.mark.skipif(no_triton, reason="no GPU; see the interpreter's test")(test))
+
+
+@pytest.fixture(autouse=True)
+def _on_this_device(monkeypatch):
+    for module in (fused_layers, toy):
+        monkeypatch.setattr(module, "device", lambda: DEVICE)
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
+def test_every_claim_holds_in_the_interpreter():
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
+    process = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
+    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
+    assert "passed" in process.stdout
+
+
+@pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="here they run")
+def test_nothing_is_done_where_they_do_not_run():
+    model = make_model("llama")
+    assert fuse_layers(model) is None
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@runs_triton
+@pytest.mark.parametrize(
+    ("family", "parts", "checkpointing"),
+    [
+        ("llama", "3 SwiGLUs, 7 norms, 3 rotary embeddings", True),
+        ("gemma", "7 norms, 3 rotary embeddings", False),  # norms with an offset, GELU
+    ],
+)
+def test_loss_and_gradient_match_examples_run_alone(family, parts, checkpointing):
+    model = make_model(family)
+    examples = draw_examples([(4, 1, 2), (2, 0, 1)], thoughts=2, shared=2)
+    truth = true_loss_and_gradient(model, make_projection(), examples)
+    base = copy.deepcopy(model).to(DEVICE)
+    assert fuse_layers(base) == f"liger-kernel computes {parts} of the base"
+    step = SoftCoT(base, make_projection(), None, "fast", checkpointing, examples[0][0][:2]).to(DEVICE)
+    batch = make_batch(examples, torch.float32, num_shared=2).to(DEVICE)
+    with FlopCounterMode(display=False) as counter:  # which follows gradients through the modules, and may stumble
+        loss = step(batch) / sum(len(target) for *_, target in examples)
+        loss.backward()
+    assert counter.get_total_flops() > 0
+    gradient = torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad]).cpu()
+    check((loss.item(), gradient), truth, *TOLERANCES[torch.float32])
+    assert all(parameter.grad is None for parameter in step.base.parameters())
+
+
+@runs_triton
+def test_one_model_is_changed_and_no_other():
+    names = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb", "LlamaAttention")
+    before = {name: getattr(modeling_llama, name) for name in names}
+    forwards = {name: kind.forward for name, kind in before.items() if isinstance(kind, type)}
+    model, other = (make_model("llama").to(DEVICE) for _ in range(2))
+    expected = said(other)
+    assert fuse_layers(model)
+    assert all(torch.equal(*pair) for pair in zip(said(other), expected, strict=True))
+    assert not torch.equal(said(model)[0], expected[0]), "another order of sums: it is another kernel"
+    assert {name: getattr(modeling_llama, name) for name in names} == before
+    assert {name: before[name].forward for name in forwards} == forwards
+
+
+@runs_triton
+def test_less_is_kept_for_the_backward_pass():
+    model = make_model("llama").to(DEVICE)
+    fused = copy.deepcopy(model)
+    assert "SwiGLUs" in fuse_layers(fused)  # in float32: the interpreter's products in bfloat16 are garbage
+    model, fused = model.bfloat16(), fused.bfloat16()
+    embeds = torch.randn(1, 4, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    held = []
+    for either in (model, fused):
+        with Kept() as kept:
+            logits = either(inputs_embeds=embeds, use_cache=False).logits
+        held.append(kept.bytes(either))
+        del logits
+    assert held[1] < 0.9 * held[0]
+
+
+@runs_triton
+def test_the_same_is_decoded():
+    model = make_model("llama").to(DEVICE)
+    prompts, thoughts = draw([(3, 1), (1, 2)], 2, dtype=torch.float32)
+    expected = decode(model, prompts, thoughts.to(DEVICE), [2], Sampling(2))
+    fuse_layers(model)
+    assert decode(model, prompts, thoughts.to(DEVICE), [2], Sampling(2)) == expected
+
+
+@runs_triton
+@pytest.mark.parametrize(
+    ("family", "reason"),
+    [
+        ("opt", "no norm, rotary embedding or SwiGLU of opt is one of its kind"),
+        ("llama", "a small llama with its kernels computes something else"),
+    ],
+)
+def test_a_model_that_they_do_not_fit_is_left_as_it_is_with_the_reason(family, reason, monkeypatch):
+    model = make_toy(family).to(DEVICE)
+    monkeypatch.setattr(fused_layers, "_closest", lambda module: None)
+    if family == "llama":  # as where the rotation is another than the kernel's, and norms too
+        wrong = ("norm", lambda norm, x: x * norm.weight)
+        monkeypatch.setattr(fused_layers, "_closest", lambda module: wrong if "Norm" in str(type(module)) else None)
+    assert fuse_layers(model) == f"liger-kernel computes no layers of the base: {reason}"
+    assert not any("forward" in vars(module) for module in model.modules())
+
+
+@runs_triton
+def test_rotations_that_the_kernel_does_not_know_keep_their_own():
+    model = make_toy("cohere").to(DEVICE)  # its pairs are neighbours
+    expected = said(model)
+    assert fuse_layers(model) == "liger-kernel computes 3 SwiGLUs of the base"
+    assert toy.says_the_same(said(model), expected)
+
+
+def on_two_ranks(rank: int, port: str, folder: str, answers) -> None:
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    init_distributed(5)
+    found = {}
+    for partition, bits in (("zero3", 8), ("tensor", 16)):
+        settings = plain_config("float32")
+        model = load_frozen(ModelConfig(model=folder, dtype="float32"), partition, device(), settings, None, bits)
+        line = fuse_layers(model)
+        if partition == "zero3":
+            hook_partitioned(model, settings)
+        found[partition] = line, [tensor.numpy() for tensor in said(model)]
+    if rank == 0:
+        answers.put(found)
+    from_all_ranks(None)
+    shut_down()
+
+
+@pytest.mark.distributed
+@pytest.mark.skipif(not INTERPRETED, reason="two ranks on CPUs")
+def test_ranks_that_hold_parts_of_a_model_compute_the_same(tmp_path):
+    shape = {"intermediate_size": 128, "num_hidden_layers": 1, "layer_types": ["full_attention"]}
+    toy.make_toy(toy.toy_config(make_config("qwen3"), 2, **shape)).save_pretrained(tmp_path)
+    config = ModelConfig(model=str(tmp_path), dtype="float32")
+    whole = {bits: said(load_frozen(config, "none", DEVICE, bits=bits)) for bits in (8, 16)}
+    fork, port = multiprocessing.get_context("fork"), free_port()
+    answers = fork.Queue()
+    ranks = [fork.Process(target=on_two_ranks, args=(rank, port, str(tmp_path), answers)) for rank in range(2)]
+    for process in ranks:
+        process.start()
+    found = answers.get(timeout=120)
+    for process in ranks:
+        process.join()
+    # In slices, the norms of queries and keys stay as transformers has them there.
+    for partition, bits, norms in (("zero3", 8, 5), ("tensor", 16, 3)):
+        line, values = found[partition]
+        assert line == f"liger-kernel computes 1 SwiGLU, {norms} norms, 1 rotary embedding of the base"
+        for value, truth in zip(values, whole[bits], strict=True):
+            assert (torch.tensor(value) - truth).norm() < 5e-6 * truth.norm(), partition
