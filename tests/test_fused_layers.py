@@ -15,7 +15,6 @@ import torch
 import triton
 from kept import Kept
 from launch import free_port
-from test_decoding import draw
 from test_step import TOLERANCES, check, draw_examples, make_batch, make_model, make_projection, true_loss_and_gradient
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import make_config, make_toy
@@ -25,7 +24,6 @@ from softcot_ds.distributed import device, from_all_ranks, init_distributed, shu
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.models import fused_layers, toy
 from softcot_ds.models.backbone import load_frozen
-from softcot_ds.models.decoding import Sampling, decode
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import hook_partitioned, plain_config
 from softcot_ds.models.toy import said
@@ -44,10 +42,20 @@ def runs_triton(test):
     return pytest.mark.gpu(pytest.mark.skipif(no_triton, reason="no GPU; see the interpreter's test")(test))
 
 
-@pytest.fixture(autouse=True)
-def _on_this_device(monkeypatch):
-    for module in (fused_layers, toy):
-        monkeypatch.setattr(module, "device", lambda: DEVICE)
+@pytest.fixture(autouse=True, scope="module")
+def _on_this_device():
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (fused_layers, toy):
+            patch.setattr(module, "device", lambda: DEVICE)
+        yield
+
+
+@pytest.fixture(scope="module")
+def llamas():
+    """A model, the same with the kernels, and what has been said of them."""
+    model = make_model("llama").to(DEVICE)
+    fused = copy.deepcopy(model)
+    return model, fused, fuse_layers(fused)
 
 
 @pytest.mark.distributed
@@ -67,21 +75,20 @@ def test_nothing_is_done_where_they_do_not_run():
 
 
 @runs_triton
-@pytest.mark.parametrize(
-    ("family", "parts", "checkpointing"),
-    [
-        ("llama", "3 SwiGLUs, 7 norms, 3 rotary embeddings", True),
-        ("gemma", "7 norms, 3 rotary embeddings", False),  # norms with an offset, GELU
-    ],
-)
-def test_loss_and_gradient_match_examples_run_alone(family, parts, checkpointing):
-    model = make_model(family)
-    examples = draw_examples([(4, 1, 2), (2, 0, 1)], thoughts=2, shared=2)
-    truth = true_loss_and_gradient(model, make_projection(), examples)
-    base = copy.deepcopy(model).to(DEVICE)
-    assert fuse_layers(base) == f"liger-kernel computes {parts} of the base"
-    step = SoftCoT(base, make_projection(), None, "fast", checkpointing, examples[0][0][:2]).to(DEVICE)
-    batch = make_batch(examples, torch.float32, num_shared=2).to(DEVICE)
+@pytest.mark.parametrize("family", ["llama", "gemma"])
+def test_loss_and_gradient_match_examples_run_alone(family, llamas):
+    examples = draw_examples([(2, 1, 1), (1, 0, 1)], thoughts=1, shared=1)
+    if family == "llama":
+        model, fused, line = llamas
+        fused, parts = copy.deepcopy(fused), "3 SwiGLUs, 7 norms, 3 rotary embeddings"
+    else:  # norms with an offset, and GELU
+        model = make_model(family).to(DEVICE)
+        fused, parts = copy.deepcopy(model), "7 norms, 3 rotary embeddings"
+        line = fuse_layers(fused)
+    assert line == f"liger-kernel computes {parts} of the base"
+    truth = true_loss_and_gradient(model.cpu(), make_projection(), examples)
+    step = SoftCoT(fused, make_projection(), None, "fast", family == "llama", examples[0][0][:1]).to(DEVICE)
+    batch = make_batch(examples, torch.float32, num_shared=1).to(DEVICE)
     with FlopCounterMode(display=False) as counter:  # which follows gradients through the modules, and may stumble
         loss = step(batch) / sum(len(target) for *_, target in examples)
         loss.backward()
@@ -92,42 +99,43 @@ def test_loss_and_gradient_match_examples_run_alone(family, parts, checkpointing
 
 
 @runs_triton
-def test_one_model_is_changed_and_no_other():
-    names = ("LlamaRMSNorm", "LlamaMLP", "apply_rotary_pos_emb", "LlamaAttention")
-    before = {name: getattr(modeling_llama, name) for name in names}
-    forwards = {name: kind.forward for name, kind in before.items() if isinstance(kind, type)}
-    model, other = (make_model("llama").to(DEVICE) for _ in range(2))
-    expected = said(other)
-    assert fuse_layers(model)
-    assert all(torch.equal(*pair) for pair in zip(said(other), expected, strict=True))
-    assert not torch.equal(said(model)[0], expected[0]), "another order of sums: it is another kernel"
-    assert {name: getattr(modeling_llama, name) for name in names} == before
-    assert {name: before[name].forward for name in forwards} == forwards
+def test_one_model_is_changed_and_no_other(llamas):
+    _, fused, _ = llamas
+    other = make_model("llama").to(DEVICE)
+    embeds = torch.randn(1, 3, 16, device=DEVICE)
+    logits = [either(inputs_embeds=embeds, use_cache=False).logits for either in (other, fused)]
+    torch.testing.assert_close(*logits, rtol=1e-4, atol=1e-5)
+    assert not torch.equal(*logits), "another order of sums: it is another kernel"
+    for name in ("LlamaRMSNorm", "LlamaMLP", "LlamaAttention", "apply_rotary_pos_emb"):
+        part = getattr(modeling_llama, name)
+        assert getattr(part, "forward", part).__module__ == modeling_llama.__name__
+        assert getattr(part, "forward", part).__globals__["apply_rotary_pos_emb"].__module__ == modeling_llama.__name__
 
 
 @runs_triton
-def test_less_is_kept_for_the_backward_pass():
-    model = make_model("llama").to(DEVICE)
-    fused = copy.deepcopy(model)
-    assert "SwiGLUs" in fuse_layers(fused)  # in float32: the interpreter's products in bfloat16 are garbage
-    model, fused = model.bfloat16(), fused.bfloat16()
+def test_less_is_kept_for_the_backward_pass(llamas):
     embeds = torch.randn(1, 4, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     held = []
-    for either in (model, fused):
+    for either in llamas[:2]:
+        either = copy.deepcopy(either).to(DEVICE, torch.bfloat16)
         with Kept() as kept:
             logits = either(inputs_embeds=embeds, use_cache=False).logits
         held.append(kept.bytes(either))
         del logits
-    assert held[1] < 0.9 * held[0]
+    assert held[1] < 0.8 * held[0]
 
 
 @runs_triton
-def test_the_same_is_decoded():
-    model = make_model("llama").to(DEVICE)
-    prompts, thoughts = draw([(3, 1), (1, 2)], 2, dtype=torch.float32)
-    expected = decode(model, prompts, thoughts.to(DEVICE), [2], Sampling(2))
-    fuse_layers(model)
-    assert decode(model, prompts, thoughts.to(DEVICE), [2], Sampling(2)) == expected
+def test_the_same_is_generated_token_by_token(llamas):
+    ids = torch.tensor([[7, 3]], device=DEVICE)
+    written = [
+        either.to(DEVICE).generate(
+            ids, max_new_tokens=3, do_sample=False, output_logits=True, return_dict_in_generate=True
+        )
+        for either in llamas[:2]
+    ]
+    assert torch.equal(*(output.sequences for output in written))
+    torch.testing.assert_close(*(torch.stack(output.logits) for output in written), rtol=1e-4, atol=1e-5)
 
 
 @runs_triton
@@ -161,6 +169,7 @@ def on_two_ranks(rank: int, port: str, folder: str, answers) -> None:
     os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
     torch.set_num_threads(1)
     init_distributed(5)
+    fused_layers._why_not = lambda *_: None  # each takes its seconds
     found = {}
     for partition, bits in (("zero3", 8), ("tensor", 16)):
         settings = plain_config("float32")
