@@ -1,18 +1,15 @@
 """Run by test_slices.py: four ranks as two nodes of two, each of which holds models in slices.
 
-They are forked, not started: imports take longer than the work. Arguments: a folder, where results.json is left; a
-recipe; overrides.
+Arguments: a folder, where results.json is left; a recipe; overrides.
 """
 
 import json
-import multiprocessing
 import os
 import sys
 from pathlib import Path
 from unittest import mock
 
 import torch
-from launch import free_port
 from toy_models import make_config, make_toy
 
 from softcot_ds.distributed import DataRanks, barrier, device, from_all_ranks, init_distributed, is_main, shut_down
@@ -25,7 +22,7 @@ from softcot_ds.models.slices import slice_of, why_not_sliced
 from softcot_ds.recipe import ModelConfig, load_recipe
 from softcot_ds.training.loop import train
 
-RANKS, NODE = 4, 2
+NODE = 2
 folder, recipe, *overrides = sys.argv[1:]
 FIT = {
     "llama": {"tie_word_embeddings": True, "vocab_size": 97},  # a number that ranks do not divide
@@ -102,10 +99,8 @@ def in_8_bits(ranks: DataRanks) -> dict[str, object]:
     }
 
 
-def work(number: int, port: str) -> None:
-    place = {"RANK": number, "LOCAL_RANK": number % NODE, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
+def work() -> None:
+    os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % NODE)
     init_distributed(5)
     ranks = data_ranks("tensor", None)
     results = {
@@ -132,12 +127,4 @@ def work(number: int, port: str) -> None:
     shut_down()
 
 
-if __name__ == "__main__":
-    fork = multiprocessing.get_context("fork")
-    port = free_port()
-    started = [fork.Process(target=work, args=(number, port)) for number in range(RANKS)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    sys.exit(max(abs(process.exitcode) for process in started))
+work()

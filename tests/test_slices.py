@@ -1,11 +1,11 @@
 """Models of which each rank of a group holds a slice, against whole ones: four ranks in two groups."""
 
 import json
-import sys
 
 import pytest
 import torch
-from launch import ROOT, run
+from forked import run_forked
+from launch import ROOT
 from runs import losses
 from safetensors.torch import load_file
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
@@ -46,8 +46,7 @@ def done(tmp_path_factory):
         model.save_pretrained(folder / name)
         AutoTokenizer.from_pretrained(location).save_pretrained(folder / name)
         models.append(f"{name}.model={folder / name}")
-    worker = [sys.executable, ROOT / "tests/slices_worker.py", folder, RECIPE, *models, *SETTINGS]
-    done = run([*map(str, worker), f"output_dir={folder / 'runs'}"])
+    done = run_forked(4, "slices_worker", folder, RECIPE, *models, *SETTINGS, f"output_dir={folder / 'runs'}")
     return folder, json.loads((folder / "results.json").read_text()), done.stdout
 
 
