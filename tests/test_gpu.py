@@ -13,6 +13,7 @@ import torch
 from launch import ROOT, run
 from runs import losses, scalars
 from test_decoding import make_model as make_decoding_model
+from test_quantized import FOUR
 from test_step import TOLERANCES, UNEVEN, check, draw_examples, make_batch, make_model, make_projection
 from test_step import true_loss_and_gradient as true_step
 from test_thought_embedding import _no_tuning  # noqa: F401, a fixture: nothing is tuned here either
@@ -22,6 +23,7 @@ from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.models.assistant import compute_thoughts, read_shared
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
+from softcot_ds.models.quantized import pack, unpack
 from softcot_ds.training.metrics import PhaseTimer, peak_memory_gib
 from softcot_ds.values import resolve_location
 
@@ -193,6 +195,17 @@ def test_thoughts_are_those_of_the_cpu():
     model = model.to(GPU)
     found = compute_thoughts(model, inputs, read_shared(model, inputs))
     torch.testing.assert_close(found.cpu(), expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("bits", [8, FOUR])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_few_bits_hold_the_weights_that_they_hold_on_the_cpu(bits, dtype):
+    weight = torch.randn(256, 320, generator=torch.Generator().manual_seed(0)).to(dtype)
+    found = unpack(pack(weight.to(GPU), bits), weight.shape, bits)
+    truth = unpack(pack(weight, bits), weight.shape, bits)
+    assert found.dtype == dtype
+    off = (found.cpu() - truth).abs() > 2 * torch.finfo(dtype).eps * weight.abs().max()
+    assert off.float().mean() < 1e-3  # what lies halfway between two levels may go either way
 
 
 def test_phases_are_timed_where_the_work_is_done():
