@@ -114,7 +114,8 @@ def test_one_model_is_changed_and_no_other(llamas):
 
 @runs_triton
 def test_less_is_kept_for_the_backward_pass(llamas):
-    embeds = torch.randn(1, 4, 16, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
+    tokens, layers, width, inner = 4, 3, 16, 24
+    embeds = torch.randn(1, tokens, width, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
     held = []
     for either in llamas[:2]:
         either = copy.deepcopy(either).to(DEVICE, torch.bfloat16)
@@ -122,7 +123,8 @@ def test_less_is_kept_for_the_backward_pass(llamas):
             logits = either(inputs_embeds=embeds, use_cache=False).logits
         held.append(kept.bytes(either))
         del logits
-    assert held[1] < 0.8 * held[0]
+    # A norm keeps what it reads, not that in float32; a SwiGLU what it multiplies, not what comes between.
+    assert held[0] - held[1] >= 2 * tokens * layers * (2 * width + inner)
 
 
 @runs_triton
@@ -148,10 +150,10 @@ def test_the_same_is_generated_token_by_token(llamas):
 )
 def test_a_model_that_they_do_not_fit_is_left_as_it_is_with_the_reason(family, reason, monkeypatch):
     model = make_toy(family).to(DEVICE)
-    monkeypatch.setattr(fused_layers, "_closest", lambda module: None)
+    monkeypatch.setattr(fused_layers, "_closest", lambda *_: None)
     if family == "llama":  # as where the rotation is another than the kernel's, and norms too
         wrong = ("norm", lambda norm, x: x * norm.weight)
-        monkeypatch.setattr(fused_layers, "_closest", lambda module: wrong if "Norm" in str(type(module)) else None)
+        monkeypatch.setattr(fused_layers, "_closest", lambda module, _: wrong if "Norm" in str(type(module)) else None)
     assert fuse_layers(model) == f"liger-kernel computes no layers of the base: {reason}"
     assert not any("forward" in vars(module) for module in model.modules())
 

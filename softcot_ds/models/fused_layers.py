@@ -78,7 +78,7 @@ def _fuse(model: PreTrainedModel, rope: bool) -> Counter[str]:
             continue
         kind = f"{type(module)} {module}"  # with its shapes and settings
         if kind not in chosen:
-            chosen[kind] = _closest(module) or (_with_rope(module) if rope else None)
+            chosen[kind] = _closest(module, model.dtype) or (_with_rope(module) if rope else None)
         if (found := chosen[kind]) is not None:
             part, forward = found
             module.forward = partial(forward, module)
@@ -105,38 +105,40 @@ def _candidates(module: nn.Module) -> Iterator[tuple[str, _Forward]]:
         yield "SwiGLU", lambda mlp, x: mlp.down_proj(LigerSiLUMulFunction.apply(mlp.gate_proj(x), mlp.up_proj(x)))
 
 
-def _closest(module: nn.Module) -> tuple[str, _Forward] | None:
+def _closest(module: nn.Module, dtype: torch.dtype) -> tuple[str, _Forward] | None:
     """Of what may replace a module's forward, what is nearest to it, but for rounding the same; None if nothing is."""
     candidates = list(_candidates(module))
     if not candidates:
         return None
     weights = list(module.parameters())
     width = module.gate_proj.in_features if hasattr(module, "gate_proj") else whole_shape(module.weight)[0]
-    x = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(0)).to(device(), weights[0].dtype)
+    x = torch.randn(_ROWS, width, generator=torch.Generator().manual_seed(0)).to(device(), dtype)
     with gathered(*weights):
-        truth = _run(module.forward, x)
-        errors = [_error(partial(forward, module), x, truth) for _, forward in candidates]
+        truth, *found = (_run(forward, x) for forward in (module.forward, *(partial(f, module) for _, f in candidates)))
+    errors = [_error(results, truth) for results in found]
     best = min(range(len(candidates)), key=errors.__getitem__)
-    return candidates[best] if errors[best] <= 4 * torch.finfo(x.dtype).eps else None
+    return candidates[best] if errors[best] <= 4 * torch.finfo(dtype).eps else None
 
 
-def _run(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor]:
-    """The result, and a gradient: not of its squares, whose sum is the same for a norm whatever it reads."""
-    with torch.enable_grad():
-        x = x.clone().requires_grad_()
-        result = forward(x)
-        return [result.detach(), *torch.autograd.grad(result, [x], [x.detach().flip(0)])]
-
-
-def _error(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor, truth: list[torch.Tensor]) -> float:
-    """Of result and gradient, relative, the larger one; infinite where the kernel does not run at all."""
+def _run(forward: Callable[[torch.Tensor], torch.Tensor], x: torch.Tensor) -> list[torch.Tensor] | None:
+    """The result, and a gradient: not of its squares, whose sum is the same for a norm whatever it reads. None where
+    it does not run: a part that wants something else, a kernel that does not compile."""
     try:
-        pairs = [(a.float(), b.float()) for a, b in zip(_run(forward, x), truth, strict=True)]
+        with torch.enable_grad():
+            x = x.clone().requires_grad_()
+            result = forward(x)
+            return [result.detach(), *torch.autograd.grad(result, [x], [x.detach().flip(0)])]
     except torch.OutOfMemoryError:
         raise  # says nothing about the module
-    except Exception:  # Triton's compiler, driver and interpreter have their own
+    except Exception:  # each family has its own, and so have Triton's compiler, driver and interpreter
+        return None
+
+
+def _error(found: list[torch.Tensor] | None, truth: list[torch.Tensor] | None) -> float:
+    """Of result and gradient, relative, the larger one."""
+    if found is None or truth is None:
         return math.inf
-    return max(((a - b).norm() / b.norm()).item() for a, b in pairs)
+    return max(((a.float() - b.float()).norm() / b.float().norm()).item() for a, b in zip(found, truth, strict=True))
 
 
 def _with_rope(module: nn.Module) -> tuple[str, _Forward] | None:
