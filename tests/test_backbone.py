@@ -97,6 +97,7 @@ def test_attention_that_a_family_or_this_machine_lacks_is_named_with_the_setting
         load_frozen(config.model_copy(update={"attention": "eager"}), "none", torch.device("cpu"))
 
 
+@pytest.mark.slow
 def test_the_width_is_that_of_the_embeddings_wherever_a_family_writes_it():
     assert [width(make_config(name)) for name in ("llama", "gemma3", "opt", "opt-projected")] == [32, 32, 32, 16]
     with pytest.raises(SoftCoTError, match="model type 'clip' is no causal language model here: Unrecognized"):
