@@ -1,6 +1,7 @@
 """An option is chosen by its letter where something makes it one, or by its value; what is ambiguous is no answer."""
 
 import json
+import re
 import time
 
 import pytest
@@ -284,6 +285,40 @@ def test_two_options_of_one_value_are_not_chosen_by_it():
 def test_solutions_of_aqua_are_read_better_than_by_the_last_letter(shared_data, name, right):
     records = [json.loads(line) for line in (shared_data / "aqua" / name).read_text().splitlines()]
     found = [extract_option(record["rationale"], options=[o[2:] for o in record["options"]]) for record in records]
+    assert sum(f == record["correct"] for f, record in zip(found, records, strict=True)) == right
+    assert not [f for f, record in zip(found, records, strict=True) if f not in (None, record["correct"])]
+
+
+STYLES = {
+    "{list}\n\n{steps}\n\nAnswer: {letter}": 254,
+    "Answer: {letter}\n\nExplanation: {steps}": 254,
+    "{letter}) {value}\n\n{steps}": 254,
+    "{steps}\n\nTherefore, the answer is {value}.": 250,  # of 4 questions, two options have the same value
+    "{steps}\nThe answer is {letter}.\n\nQuestion: {next}\nThe answer is {other}.": 254,
+    "{judged}": 247,
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("style", "right"), STYLES.items())
+def test_what_aqua_has_as_right_is_read_in_styles_that_models_write(shared_data, style, right):
+    records = [json.loads(line) for line in (shared_data / "aqua" / "test.json").read_text().splitlines()]
+    found = []
+    for number, record in enumerate(records):
+        following, options = records[(number + 1) % len(records)], dict(o.split(")", 1) for o in record["options"])
+        output = style.format(
+            steps=re.sub(r"\n?[^\n]*\b(?i:answer|ans|option|choice)\b[^\n]*$", "", record["rationale"]),
+            list="\n".join(f"({letter}) {value}" for letter, value in options.items()),
+            letter=record["correct"],
+            value=options[record["correct"]],
+            next=following["question"],
+            other=following["correct"],
+            judged="\n".join(
+                f"- {letter}) {value} is {'correct' if letter == record['correct'] else 'incorrect'}."
+                for letter, value in options.items()
+            ),
+        )
+        found.append(extract_option(output, options=list(options.values())))
     assert sum(f == record["correct"] for f, record in zip(found, records, strict=True)) == right
     assert not [f for f, record in zip(found, records, strict=True) if f not in (None, record["correct"])]
 

@@ -133,7 +133,9 @@ class _Options:
 
     def allows(self, text: str, letter: str) -> bool:
         """Whether ``text`` may follow the label of an option: its value, a reason, or nothing."""
-        return bool(_NOTHING_OR_REASON.match(text)) or self.of_beginning(text) == letter
+        own = value_key(self._options[self.letters.index(letter)])
+        says_own = own and re.match(rf"{re.escape(own)}(?![\w/^*+-]|[.,:]\d)", value_key(text))
+        return bool(_NOTHING_OR_REASON.match(text) or says_own) or self.of_beginning(text) == letter
 
     def of_statement(self, text: str) -> str | None:
         """The option whose value the last statement gives, where it is one only."""
@@ -205,8 +207,8 @@ _SECOND = re.compile(
 _AFFIRMED = re.compile(
     r"""(?: \b(?:option|choice|answer|statement|only|alternative)\ \(?(?P<named>[A-Za-z])\b\)?
           | \((?P<enclosed>[A-Za-z])\)
-          | (?<![\w'(/*+=-])(?<![\w)]\ [+*/=-]\ )(?P<bare>[A-Z])(?=\)?\ (?:is|must)\ |\)\ ) )
-        (?P<value>[):,]?\ ?[^.!?\n;]{0,50}?)
+          | (?<![\w'(/*+=-])(?<![\w)]\ [+*/=-]\ )(?P<bare>(?-i:[A-Z]))(?=\)?\ (?:is|must)\ |\)\ ) )
+        (?P<value>[):,]?\ ?(?:[^.!?\n;]|\.(?=\d)){0,60}?)
         (?:\b(?:is|must\ be|would\ be|seems|appears|has\ to\ be|are)\b(?P<what>[^.!?\n;]{0,30})
           | \b(?P<does>satisfies|matches|works|fits|holds)\b
           | (?:\ ?[:—]|\ -)\ (?P<verdict>correct|right|yes)\b)""",
@@ -227,7 +229,8 @@ def _announced(text: str, known: _Options) -> Iterator[_Choice]:
             continue
         start = _FILLERS.match(text, mark.end()).end()
         stop = min(_sentence_end(text, start), start + 120)
-        letter = _named_at(text, start, known) or known.of_beginning(text[start:stop])
+        value = text[mark.end() : stop].lstrip(" :=\n")
+        letter = _named_at(text, start, known) or known.of_beginning(text[start:stop]) or known.of_beginning(value)
         if letter and not _DOUBT.match(text, start + 1) and not text.startswith("\\boxed", start):
             yield _Choice(start, start + 1, letter)
     for match in _AFFIRMED.finditer(text):
