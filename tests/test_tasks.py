@@ -353,6 +353,10 @@ def test_the_real_gsm8k_is_read_whole(shared_data):
     task = make_task(TaskConfig(name="gsm8k", train=str(folder / "train.jsonl"), test=str(folder / "test.jsonl")))
     train, test = task.read("train"), task.read("test")
     assert (len(train), len(test)) == (7473, 1319)
+    assert train[0].question.startswith("Natalia sold clips to 48 of her friends in April")
+    assert train[0].reasoning.splitlines()[0] == "Natalia sold 48/2 = 24 clips in May."
+    assert train[0].answer == "72"
+    assert [problem.answer for problem in test if problem.answer.startswith("-")] == ["-10", "-3"]
     assert not [p for p in train + test if "<<" in p.reasoning or "####" in p.reasoning]
     assert all(Fraction(task.extract(p.answer)) == Fraction(p.answer.replace(",", "")) for p in train + test)
 

@@ -175,7 +175,8 @@ _SAYS = re.compile(
     r"""(?<![^\W_]) (?:(?:answer|ans)(?:\ (?:choice|option|letter))?
           | (?:correct|right|best|final|closest|matching|appropriate)\ (?:option|choice|alternative|letter|one))\b
         (?: [\s_')\]]{0,4}(?::|=|→|->|>|-|\.(?=\ ?[A-Z]\b[.)]?\ *$))
-          | [^.!?\n:;=]{0,60}?(?<!could\ )(?<!may\ )(?<!might\ )(?<!can\ )\b(?:is|was|be|equals)\b(?!n't)
+          | [^.!?\n:;=]{0,60}?(?<!could\ )(?<!may\ )(?<!might\ )(?<!can\ )(?<!not\ )(?<!n't\ )
+            \b(?:is|was|be|equals)\b(?!n't)
           | 's(?=\ ) | (?=\ \(?[A-Z]\)?[.!)]?\ *$) )
         | (?<![^\W_])(?:option|choice|letter)(?:\ (?:that|which)\ [a-z\ ]{1,40})?(?:\ ?:|\ (?:is|should\ be|must\ be)\b)
         | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|think|guess|it's|it\ is|must\ be)

@@ -27,7 +27,8 @@ _ALONE = re.compile(rf"[\s>#-]{{0,20}}(?:answer\b)?['\s(\[:]{{0,20}}{_WORD}['\s)
 _SAYS = re.compile(
     r"""(?<![^\W_]) (?:answer|ans|verdict|conclusion)\b
           (?: [\s_')\]]{0,4}(?::|=|→|->|>|\ -)
-            | [^.!?\n:;=]{0,80}?(?<!could\ )(?<!may\ )(?<!might\ )\b(?:is|was|be|seems)\b(?!n't|\ not\b) )
+            | [^.!?\n:;=]{0,80}?(?<!could\ )(?<!may\ )(?<!might\ )(?<!not\ )(?<!n't\ )
+              \b(?:is|was|be|seems)\b(?!n't|\ not\b) )
         | \#{4}(?!\#) | <answer>""",
     re.VERBOSE | re.IGNORECASE,
 )
