@@ -29,9 +29,10 @@ class Letters:
 class Given:
     """A task with the problems that a test wants."""
 
-    def __init__(self, train: list[str], test: list[str]) -> None:
+    def __init__(self, train: list[str] | None, test: list[str]) -> None:
+        self.trains, self.notes = train is not None, []
         self.problems = {
-            "train": [Problem(question, "r", str(i)) for i, question in enumerate(train)],
+            "train": [Problem(question, "r", str(i)) for i, question in enumerate(train or [])],
             "test": [Problem(question, "r", str(i)) for i, question in enumerate(test)],
         }
 
@@ -63,6 +64,12 @@ def test_validation_is_cut_from_training_and_nothing_overlaps():
     assert parts[0] | parts[1] == set(NAMES)
     assert not parts[0] & parts[1]
     assert splits.notes == []
+
+
+def test_without_training_data_there_are_test_problems_alone():
+    splits = split(None, ["t 1", "t 2", "t 3"], validation_problems=7, test_problems=2)
+    assert (splits.train, splits.validation) == ([], [])
+    assert questions(splits.test) == ["t 1", "t 2"]
 
 
 def test_training_keeps_the_order_of_the_file():
