@@ -4,6 +4,8 @@ Its kernels are Triton's: without a GPU they run in the interpreter, in a proces
 """
 
 import copy
+import importlib
+import json
 import multiprocessing
 import os
 import subprocess
@@ -14,7 +16,8 @@ import pytest
 import torch
 import triton
 from kept import Kept
-from launch import free_port
+from launch import ROOT, free_port
+from softcot_kernels import reference
 from test_step import TOLERANCES, check, draw_examples, make_batch, make_model, make_projection, true_loss_and_gradient
 from torch.utils.flop_counter import FlopCounterMode
 from toy_models import make_config, make_toy
@@ -164,6 +167,36 @@ def test_rotations_that_the_kernel_does_not_know_keep_their_own():
     expected = said(model)
     assert fuse_layers(model) == "liger-kernel computes 3 SwiGLUs of the base"
     assert toy.says_the_same(said(model), expected)
+
+
+@pytest.mark.skipif(not INTERPRETED, reason="on a GPU the benchmark itself is run")
+def test_the_benchmark_of_the_step_counts_and_times_it_with_the_kernels_and_without(tmp_path, monkeypatch):
+    """It stumbled on a GPU twice, over what only kernels do: here they are all run, a few tokens long."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    benchmark = importlib.import_module("train_step")
+    for name in ("thought_embedding", "weight_grads"):  # what takes the kernels' place on a CPU
+        monkeypatch.delattr(reference, name)
+    lengths = {"shared_prefix": 1, "prefix": [3, 4], "suffix": [1, 1], "target": [2, 1], "assistant": [4, 5]}
+    (tmp_path / "lengths.json").write_text(json.dumps(lengths))
+    short = {"LENGTHS": tmp_path / "lengths.json", "NUM_THOUGHTS": 2, "SIZES": (2,)}
+    for name, value in (short | {"MICRO_BATCH": 1, "GLOBAL_BATCH": 2, "NUM_BATCHES": 1}).items():
+        monkeypatch.setattr(benchmark, name, value)
+    tiny = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1, "num_attention_heads": 4}
+    models = tuple(benchmark.make_llama(tiny | {"vocab_size": 96}, DEVICE) for _ in range(2))
+
+    runs, names = {}, ("fast", "full", benchmark.LIGER)
+    variants = benchmark.make_variants(models, names)
+    sizes = benchmark.make_sizes(models)
+    for variant in (*variants.values(), *sizes.values()):
+        variant.count()
+    for _ in benchmark.measure(variants, DEVICE, 1, benchmark.Budget(None), runs):
+        found = benchmark.summarize(variants, runs, peak=1e12)
+    assert found["mfu"].keys() == set(names)
+    assert all(0 < value < 1 for value in found["mfu"].values())
+    fast, full, fused = (variants[name].gradient for name in names)
+    assert (full - fast).norm() < 1e-5 * fast.norm()
+    assert 0 < (fused - fast).norm() < 1e-5 * fast.norm()
+    assert len(benchmark.steps(variants, runs)) == len(names)
 
 
 def on_two_ranks(rank: int, port: str, folder: str, answers) -> None:
