@@ -254,6 +254,7 @@ def test_dates_are_options_too(output, letter):
         ("The answer is A's 12 days.", "A"),
         ("The answer is A's share.", None),
         ("Answer: D", "D"),
+        ("P(A and B) / P(B) = 1/3, so P(A) is more.", None),
     ],
 )
 def test_people_named_like_options_are_none(output, letter):

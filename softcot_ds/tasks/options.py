@@ -89,7 +89,7 @@ def value_key(text: str) -> str:
     text = _flat(text).lower()
     text = re.sub(r"(?<=\d),(?=\d{3}\b)|\brs\.? ?(?=\d)|[$€£₹]|[\\{}]", "", text)
     text = re.sub(r"(?<![\d.])0+(?=\d)", "", text)
-    text = re.sub(r"\s*([-+*/=^<>:,()])\s*", r"\1", text)
+    text = re.sub(r"\s*([+*/=^<>:,()])\s*|\s+(-)\s+", r"\1\2", text)  # "to -x" keeps its sign
     text = " ".join(text.split()).strip(" .;,")
     return "none" if _NONE.fullmatch(text) else text
 
@@ -146,7 +146,7 @@ class _Options:
         key = value_key(last)
         spans = {}
         for value, letter in self._values.items():
-            for match in re.finditer(rf"(?<![\w.])(?<![\d][/,:]){re.escape(value)}(?![\w/^]|[.,:]\d)", key):
+            for match in re.finditer(rf"(?<![\w.√])(?<![\d)][/,:*^+]){re.escape(value)}(?![\w/^]|[.,:]\d)", key):
                 # A number is told on the way to the answer, too: it counts where it ends the statement.
                 if match.end() == len(key) or _only_number(value) is None:
                     spans[match.span()] = letter
@@ -207,7 +207,7 @@ _SECOND = re.compile(
 )
 _AFFIRMED = re.compile(
     r"""(?: \b(?:option|choice|answer|statement|only|alternative)\ \(?(?P<named>[A-Za-z])\b\)?
-          | \((?P<enclosed>[A-Za-z])\)
+          | (?<!\w)\((?P<enclosed>[A-Za-z])\)
           | (?<![\w'(/*+=-])(?<![\w)]\ [+*/=-]\ )(?P<bare>(?-i:[A-Z]))(?=\)?\ (?:is|must)\ |\)\ ) )
         (?P<value>[):,]?\ ?(?:[^.!?\n;]|\.(?=\d)){0,60}?)
         (?:\b(?:is|must\ be|would\ be|seems|appears|has\ to\ be|are)\b(?P<what>[^.!?\n;]{0,30})
@@ -304,7 +304,7 @@ def _labelled_line(text: str, known: _Options) -> str | None:
 
 
 _MENTION = re.compile(
-    r"\((?P<enclosed>[A-Za-z])\)|\b(?:option|choice|answer) \(?(?P<named>[A-Za-z])\b\)?", re.IGNORECASE
+    r"(?<!\w)\((?P<enclosed>[A-Za-z])\)|\b(?:option|choice|answer) \(?(?P<named>[A-Za-z])\b\)?", re.IGNORECASE
 )
 _CONCLUDES = re.compile(r"\b(?:so|thus|therefore|hence|conclu\w+|finally|overall|must be)\b", re.IGNORECASE)
 _DENIED_AFTER = re.compile(r"[^.!?\n;]{0,40}?(?:\b(?:not|incorrect|wrong|false|too|impossible)\b|n't\b)", re.IGNORECASE)
