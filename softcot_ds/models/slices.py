@@ -138,21 +138,26 @@ class _Shared:
         if not (torch.is_grad_enabled() and states.requires_grad):
             return states
         if self._last is None or self._last[0] is not states:
-            self._last = states, _SumGradient.apply(states, self._group)
+            self._last = states, _SumGradient.apply(states, self)
         return self._last[1]
+
+    def sum(self, gradient: torch.Tensor) -> torch.Tensor:
+        """The whole gradient of what was marked, from each rank's part of it. Nobody reads it any more."""
+        self._last = None
+        gradient = gradient.contiguous()
+        dist.all_reduce(gradient, group=self._group)
+        return gradient
 
 
 class _SumGradient(torch.autograd.Function):
     @staticmethod
-    def forward(ctx: Any, states: torch.Tensor, group: Any) -> torch.Tensor:
-        ctx.group = group
+    def forward(ctx: Any, states: torch.Tensor, shared: _Shared) -> torch.Tensor:
+        ctx.shared = shared
         return states.view_as(states)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[torch.Tensor, None]:
-        gradient = gradient.contiguous()
-        dist.all_reduce(gradient, group=ctx.group)
-        return gradient, None
+        return ctx.shared.sum(gradient), None
 
 
 class _Sum(torch.autograd.Function):
