@@ -5,7 +5,7 @@ B questions, T thoughts, S positions of a prompt, P assistant width, D base widt
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 
 import torch
@@ -23,6 +23,7 @@ from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.models.backbone import context_length, partition_that_fits, width
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.embedding import whole_embedding
+from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.recipe import Recipe
 from softcot_ds.tasks.base import check_question
 
@@ -91,7 +92,8 @@ class Adapter:
         """Raises SoftCoTError when it cannot be loaded, or cannot decode with thoughts in its prompt."""
         backbone = self.recipe.backbone
         partition = partition_that_fits(self.recipe.base, self._partition, backbone.group_size, backbone.bits)
-        return load_to_decode(self.recipe.base, self.recipe, partition)
+        spare_of = partial(spare_to_decode, self.recipe, partition)
+        return load_to_decode(self.recipe.base, self.recipe, partition, spare_of)
 
     def answer(self, questions: Sequence[str], with_thoughts: bool = True) -> list[str]:
         """The base's answer to each question, decoded as the recipe's ``evaluation`` says.

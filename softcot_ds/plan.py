@@ -4,7 +4,9 @@ From the models' configurations alone: no weight is read, and nothing but a conf
 """
 
 import argparse
+import gc
 import json
+import math
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -24,7 +26,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--nodes", type=_positive, default=1)
     parser.add_argument("--gpus-per-node", type=_positive, default=8, help="a rank for each; default: 8")
     parser.add_argument("--gpu", default="h100", help="a name of the hardware table; default: h100")
-    parser.add_argument("--network", type=float, metavar="GBPS", help="of each GPU to other nodes, Gb/s")
+    parser.add_argument("--network", type=_rate, metavar="GBPS", help="of each GPU to other nodes, Gb/s")
     parser.add_argument("--hardware", type=Path, metavar="FILE", help="YAML that adds to the hardware table")
     parser.add_argument("--scaling", action="store_true", help="the best choice on one node to 1,024 GPUs too")
     parser.add_argument("--json", action="store_true", help="for scripts")
@@ -37,11 +39,25 @@ def _plan(recipe: Recipe, args: argparse.Namespace) -> None:
     gpu = hardware.gpu(args.gpu)
     cluster = Cluster(gpu, hardware.reached, args.nodes, args.gpus_per_node, args.network or gpu.network_gbps)
 
-    from softcot_ds.planning import report  # brings torch and transformers, which take seconds
+    # Torch and transformers take seconds. Whatever they make stays: looking for garbage takes a fifth longer.
+    gc.disable()
+    from softcot_ds.planning import report
+
+    gc.enable()
 
     plan = report.make_plan(recipe, cluster)
     scaled = report.scale(plan) if args.scaling else []
     print(json.dumps(report.as_json(plan, scaled), indent=2) if args.json else report.as_text(plan, scaled))
+
+
+def _rate(text: str) -> float:
+    try:
+        rate = float(text)
+    except ValueError:
+        rate = math.nan
+    if not 0 < rate < math.inf:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number of Gb/s above 0")
+    return rate
 
 
 def _positive(text: str) -> int:

@@ -96,8 +96,8 @@ class BackboneConfig(Section):
     a node."""
     resident_gib: Annotated[float | None, FREE] = Field(None, ge=0)
     """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
-    partition is zero3 or node: they are not gathered. Default: half of what is free on the GPU that has least, without
-    what is gathered at a time; 0 on CPUs."""
+    partition is zero3 or node: they are not gathered. Default: what a GPU has to spare beside all else that training,
+    or evaluation, needs, by `softcot-ds plan`; 0 on CPUs."""
     bits: Literal[16, 8, 4] = 16
     """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
     the memory and of what ranks send each other. 4: a quarter, with bitsandbytes; see models/quantized.py."""

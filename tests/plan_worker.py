@@ -1,44 +1,64 @@
-"""Run by test_plan.py on several ranks: what a training step really holds and moves."""
+"""Run by test_plan.py: what two ranks really hold and move in a training step, and hold in decoding.
+
+They are forked, not started: imports take longer than the work. Arguments: a folder, where results.json is left, and
+jobs as ``job`` names them.
+"""
 
 import gc
 import json
+import multiprocessing
+import os
+import re
 import sys
 import weakref
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
+from launch import ROOT, free_port
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
-from transformers import AutoTokenizer, LlamaConfig, LlamaForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM
 
+from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import device, init_distributed, is_main, on_main, shut_down
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models.decoding import Sampling, decode, try_decoding
 from softcot_ds.models.partition import engine_config
 from softcot_ds.planning.lengths import Lengths
-from softcot_ds.recipe import load_recipe
-from softcot_ds.training.engine import build_engine
-from softcot_ds.values import resolve_location
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.training import engine as engine_module
 
-SHAPES: dict[str, dict[str, int]] = {
-    "wide": {"hidden_size": 256, "intermediate_size": 704, "num_hidden_layers": 4, "num_key_value_heads": 8},
-    "deep": {"hidden_size": 96, "intermediate_size": 256, "num_hidden_layers": 16, "num_key_value_heads": 2},
-    "words": {"hidden_size": 128, "intermediate_size": 320, "num_hidden_layers": 3, "num_key_value_heads": 4},
+RANKS = 2
+_LLAMA = {"num_attention_heads": 8, "num_key_value_heads": 2, "max_position_embeddings": 256}
+SHAPES: dict[str, dict[str, Any]] = {
+    "deep": {"model_type": "llama", "vocab_size": 1000, "hidden_size": 256, "intermediate_size": 512}
+    | {"num_hidden_layers": 6, "tie_word_embeddings": True, **_LLAMA},
+    "words": {"model_type": "qwen2", "vocab_size": 20_000, "hidden_size": 128, "intermediate_size": 320}
+    | {"num_hidden_layers": 3, "tie_word_embeddings": False, **_LLAMA},
+    "experts": {"model_type": "qwen3_moe", "vocab_size": 2000, "hidden_size": 128, "moe_intermediate_size": 192}
+    | {"num_hidden_layers": 3, "num_experts": 8, "num_experts_per_tok": 2, "head_dim": 16}
+    | {"tie_word_embeddings": False, **_LLAMA},
 }
-VOCABULARY = {"wide": 1000, "deep": 2000, "words": 20_000}
+DTYPES = {"deep": "float32", "words": "float32", "experts": "bfloat16"}
 LENGTHS = Lengths(shared=0, prefix=24, suffix=4, target=40, assistant=32)
-
-
 STATES, BATCH = 128, 8
+DECODED = ("deep:none:16",)
+ROWS, NEW_TOKENS = 6, 20
 
 
-def overrides(folder: Path, name: str, partition: str) -> list[str]:
-    """What makes word_problems.yaml a recipe of one of the shapes."""
+def recipe_of(folder: Path, job: str) -> Recipe:
+    """Of a job such as ``deep:none:8``: the shape, how its weights are held, in how many bits."""
+    name, partition, bits = job.split(":")
     stage = "zero3" if partition in ("zero3", "node") else "replicated"
-    deepspeed = f"backbone.deepspeed={folder / stage}.json"
-    return [f"base.model={folder / name}", f"backbone.partition={partition}", deepspeed]
+    base = [f"base.model={folder / name}", f"base.dtype={DTYPES[name]}"]
+    backbone = [f"backbone.partition={partition}", f"backbone.bits={bits}", f"backbone.deepspeed={folder / stage}.json"]
+    evaluation = [f"evaluation.batch_size={ROWS}", f"evaluation.max_new_tokens={NEW_TOKENS}"]
+    return load_recipe(ROOT / "recipes" / "word_problems.yaml", [*base, *backbone, *evaluation])
 
 
 class Held(TorchDispatchMode):
@@ -48,53 +68,73 @@ class Held(TorchDispatchMode):
         super().__init__()
         self._alive = 0
         self._known: weakref.WeakSet = weakref.WeakSet()
+        files = mapped_files()
         for thing in gc.get_objects():
-            if isinstance(thing, torch.Tensor):
-                self._see(thing)
-        self.peak = self._alive
+            # DTensor keeps some without values, with which it tries its operations.
+            if isinstance(thing, torch.Tensor) and not thing.is_meta and not isinstance(thing, FakeTensor):
+                tensor = _local(thing)
+                # On CPUs a slice of a weight is a window on its file: what it does not show is nowhere in memory.
+                mapped = any(start <= tensor.data_ptr() < stop for start, stop in files)
+                self._see(tensor, tensor.nbytes if mapped else tensor.untyped_storage().nbytes())
+        self.at_start = self.peak = self._alive
         self.moved = 0
 
-    def _see(self, tensor: torch.Tensor) -> None:
-        storage = getattr(tensor, "_local_tensor", tensor).untyped_storage()
+    def _see(self, tensor: torch.Tensor, size: int) -> None:
+        storage = tensor.untyped_storage()
         if storage not in self._known:
             self._known.add(storage)
-            self._alive += storage.nbytes()
-            weakref.finalize(storage, self._gone, storage.nbytes())
+            self._alive += size
+            weakref.finalize(storage, self._gone, size)
 
     def _gone(self, size: int) -> None:
         self._alive -= size
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         found = operation(*args, **(kwargs or {}))
-        if operation.namespace in ("c10d", "_c10d_functional") and "wait" not in operation.name():
+        if operation.namespace in ("c10d", "_c10d_functional") and not re.search("wait|wrap", operation.name()):
             parts = [leaf for leaf in (*args, found) if isinstance(leaf, torch.Tensor | list | tuple)]
             # Of what goes in and what comes out, the larger is the whole and the other a rank's part.
             self.moved += max(sum(t.nbytes for t in tree_leaves(p) if isinstance(t, torch.Tensor)) for p in parts)
         for leaf in tree_leaves(found):
-            if isinstance(leaf, torch.Tensor):
-                self._see(leaf)
+            if isinstance(leaf, torch.Tensor) and not leaf.is_meta:
+                self._see(_local(leaf), _local(leaf).untyped_storage().nbytes())
         self.peak = max(self.peak, self._alive)
         return found
 
 
-def make_base(folder: Path, name: str) -> None:
-    torch.manual_seed(0)
-    shape = {**SHAPES[name], "vocab_size": VOCABULARY[name], "num_attention_heads": 8}
-    config = LlamaConfig(**shape, max_position_embeddings=256, tie_word_embeddings=False)
-    LlamaForCausalLM(config).save_pretrained(folder / name)
-    AutoTokenizer.from_pretrained(resolve_location("package:pair/base")).save_pretrained(folder / name)
+def _local(tensor: torch.Tensor) -> torch.Tensor:
+    return getattr(tensor, "_local_tensor", tensor)
 
 
-def measure(recipe_path: str, folder: Path, name: str, partition: str) -> dict[str, int]:
-    """Bytes that the third step holds at most and those that it moves."""
-    on_main(lambda: make_base(folder, name))
-    others = Held().peak
-    recipe = load_recipe(recipe_path, overrides(folder, name, partition))
-    base = load_frozen(recipe.base, partition, device(), engine_config(recipe))
+def mapped_files() -> list[tuple[int, int]]:
+    """Addresses of the weight files that are mapped into memory."""
+    lines = (line for line in Path("/proc/self/maps").read_text().splitlines() if line.endswith(".safetensors"))
+    return [tuple(int(address, 16) for address in line.split()[0].split("-")) for line in lines]
+
+
+def make_files(folder: Path) -> None:
+    for name, settings in SHAPES.items():
+        torch.manual_seed(0)
+        AutoModelForCausalLM.from_config(AutoConfig.for_model(**settings)).save_pretrained(folder / name)
+    for name in ("zero3", "replicated"):
+        config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
+        # 200 MB of buffer would hide the rest; and what is large stays large in 8 bits.
+        config["zero_optimization"] |= {"reduce_bucket_size": 100_000, "stage3_param_persistence_threshold": 2000}
+        (folder / f"{name}.json").write_text(json.dumps(config))
+
+
+def measure(folder: Path, job: str) -> dict[str, int]:
+    """Bytes held between steps, held at most in the third one and moved in it, and held by decoding beside these."""
+    gc.collect()
+    others = Held().at_start
+    recipe = recipe_of(folder, job)
+    backbone = recipe.backbone
+    base = load_frozen(recipe.base, backbone.partition, device(), engine_config(recipe), None, backbone.bits)
     projection = LinearProjection(STATES, base.config.hidden_size).to(base.dtype)
-    engine = build_engine(SoftCoT(base, projection), recipe)
+    with mock.patch.multiple(engine_module, check_model=mock.DEFAULT, why_not_fast=lambda *_: None):  # tried elsewhere
+        engine = engine_module.build_engine(SoftCoT(base, projection), recipe)
     batch = LENGTHS.batch(BATCH, recipe.thoughts.count)
-    batch.thoughts = torch.randn(BATCH, recipe.thoughts.count, STATES)
+    batch.thoughts = torch.randn(BATCH, recipe.thoughts.count, STATES).to(base.dtype)
     for _ in range(2):  # then DeepSpeed knows what comes next
         engine.backward(engine(batch))
         engine.step()
@@ -102,13 +142,36 @@ def measure(recipe_path: str, folder: Path, name: str, partition: str) -> dict[s
     with Held() as held:
         engine.backward(engine(batch))
         engine.step()
-    return {"held": held.peak - others, "moved": held.moved}
+    found = {"between": held.at_start - others, "peak": held.peak - others, "moved": held.moved}
+    if job not in DECODED:
+        return found
+    prompts = [BasePrompt([1] * LENGTHS.prefix, [2] * LENGTHS.suffix)] * ROWS
+    thoughts = torch.randn(ROWS, recipe.thoughts.count, base.config.hidden_size)
+    try_decoding(base)
+    with Held() as held:
+        decode(base, prompts, thoughts, [], Sampling(NEW_TOKENS))
+    return found | {"decoding": held.peak - held.at_start}
+
+
+def work(number: int, port: str, folder: Path, jobs: list[str]) -> None:
+    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
+    torch.set_num_threads(1)
+    init_distributed(5)
+    on_main(lambda: make_files(folder))
+    results = {job: measure(folder, job) for job in jobs}
+    if is_main():
+        (folder / "results.json").write_text(json.dumps(results))
+    shut_down()
 
 
 if __name__ == "__main__":
-    recipe_path, folder, *jobs = (a for a in sys.argv[1:] if not a.startswith("--local_rank"))
-    init_distributed(5)
-    results = {job: measure(recipe_path, Path(folder), *job.split(":")) for job in jobs}
-    if is_main():
-        (Path(folder) / "results.json").write_text(json.dumps(results))
-    shut_down()
+    folder, *jobs = sys.argv[1:]
+    fork = multiprocessing.get_context("fork")
+    port = free_port()
+    started = [fork.Process(target=work, args=(number, port, Path(folder), jobs)) for number in range(RANKS)]
+    for process in started:
+        process.start()
+    for process in started:
+        process.join()
+    sys.exit(max(abs(process.exitcode) for process in started))

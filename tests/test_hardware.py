@@ -8,7 +8,7 @@ from softcot_ds.planning.traffic import Traffic
 
 OWN = """
 gpus:
-  mine: {words: Mine, tflops: {bfloat16: 100}, memory_gib: 10, memory_gb_per_s: 1000, link_gb_per_s: 10,
+  Mine: {words: Mine, tflops: {bfloat16: 100}, memory_gib: 10, memory_gb_per_s: 1000, link_gb_per_s: 10,
          network_gbps: 80}
 reached: {links: 0.5}
 """
@@ -43,7 +43,7 @@ def test_memory_is_that_of_the_very_gpu():
 def test_a_file_of_ones_own_adds_and_replaces(tmp_path):
     (tmp_path / "own.yaml").write_text(OWN)
     table = load_hardware(tmp_path / "own.yaml")
-    assert table.gpu("Mine").flops("bfloat16") == 1e14
+    assert table.gpu("mine").flops("bfloat16") == 1e14
     assert table.gpu("h100") == load_hardware().gpu("h100")
     assert table.reached.links == 0.5 != load_hardware().reached.links
     assert table.reached.products == load_hardware().reached.products

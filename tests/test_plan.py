@@ -2,29 +2,30 @@
 
 import json
 import re
+import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import plan_worker
 import pytest
 import torch
-from launch import ROOT, deepspeed_command, run
-from plan_worker import overrides
+from launch import ROOT, run
 from test_step import make_model
 
 from softcot_ds import plan
 from softcot_ds.command import EXIT_MISTAKE
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
-from softcot_ds.planning import search
+from softcot_ds.planning import fit, search
 from softcot_ds.planning.fit import why_too_large
 from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.planning.jobs import jobs
-from softcot_ds.planning.lengths import Data, Lengths, read_data
+from softcot_ds.planning.lengths import Data, Lengths, data_of, read_data
 from softcot_ds.planning.report import Plan, as_json, as_text, scale
 from softcot_ds.planning.search import Planner, Way
-from softcot_ds.planning.shapes import Shape, find_config, sliced_elements
+from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
 from softcot_ds.planning.work import StepOnMeta
 from softcot_ds.recipe import ModelConfig, load_recipe
 
@@ -66,8 +67,9 @@ def test_a_token_meets_the_experts_that_it_is_sent_to():
 def test_slices_of_all_ranks_are_the_model(name, slices):
     config = find_config(ModelConfig(model=name))
     whole = Shape.of(config)
-    assert sliced_elements(config, 1) == whole.total
-    assert sliced_elements(config, slices) == pytest.approx(whole.total / slices, rel=0.005), "norms are whole"
+    model = meta_model(config, torch.bfloat16)
+    assert sliced_elements(model, 1) == whole.total
+    assert sliced_elements(model, slices) == pytest.approx(whole.total / slices, rel=0.005), "norms are whole"
 
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
@@ -223,6 +225,8 @@ def test_spare_memory_is_filled_with_layers_that_are_not_gathered(large):
     layer = 2 * large.shape.layers[0]
     assert node.bytes - bare.bytes == pytest.approx(node.way.resident * layer * 7 / 8, rel=0.01)
     assert bare.within - node.within == pytest.approx(2 * node.way.resident * layer * node.way.accumulation, rel=0.01)
+    small = replace(h100s(4), gpu=h100s(4).gpu.model_copy(update={"memory_gib": 50}))
+    assert large.own_way(small).resident < large.own_way(h100s(4)).resident == node.way.resident
     large.recipe.backbone.resident_gib = 20.0
     try:
         named = large.own_way(h100s(4)).resident
@@ -268,6 +272,7 @@ def test_the_command_says_what_is_wrong(capsys):
         (["--hardware", "no/such.yaml"], "no/such.yaml"),
         (["training.step=3"], "1 mistake in the recipe"),
         (["base.model=some/unknown"], "config.json of some/unknown is not in"),
+        (["--hardware", str(RECIPES / "gsm8k_llama_8b.yaml")], "a hardware table has the mappings gpus and reached"),
         (["assistant.model=some/unknown"], "hf download some/unknown config.json"),
     ):
         assert plan.main([recipe, *arguments]) == EXIT_MISTAKE
@@ -281,6 +286,13 @@ def test_numbers_of_nodes_are_numbers(nodes, capsys):
     with pytest.raises(SystemExit):
         plan.main(["r.yaml", f"--nodes={nodes}"])
     assert "is no number from 1 on" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "x"])
+def test_a_network_has_a_rate(rate, capsys):
+    with pytest.raises(SystemExit):
+        plan.main(["r.yaml", f"--network={rate}"])
+    assert "is no number of Gb/s above 0" in capsys.readouterr().err
 
 
 @pytest.mark.slow
@@ -315,26 +327,49 @@ def test_a_recipe_is_next_to_the_best_on_the_hardware_that_its_comment_names(pat
     assert hours.validation < hours.training / 3
 
 
+@pytest.mark.slow
+def test_layers_that_stay_are_as_many_as_training_leaves_room_for(monkeypatch):
+    """What a run asks, against what the plan says of the same recipe: a rank that has its share of the base."""
+    monkeypatch.setattr(fit, "world_size", lambda: 8)
+    kept = []
+    for size, memory_gib in ((2, 1.861), (8, 1.861), (2, 1.859)):
+        overrides = [f"training.micro_batch_size={size}", "backbone.partition=zero3", "training.global_batch_size=64"]
+        data = ["task.train_problems=40", "task.validation_problems=10"]
+        recipe = load_recipe(RECIPES / "word_problems.yaml", [*overrides, *data])
+        splits = Experiment(recipe).splits
+        planner = Planner(recipe, data_of(splits))
+        cluster = replace(h100s(1), gpu=h100s(1).gpu.model_copy(update={"memory_gib": memory_gib}))
+        way = planner.own_way(cluster)
+        free = (cluster.room - planner.held("zero3", 8, 16)) / cluster.reached.room
+        spare = fit.spare_to_train(recipe, splits, free)
+        assert planner.resident_bytes(way) <= spare < planner.resident_bytes(replace(way, resident=way.resident + 1))
+        kept.append(way.resident)
+    assert kept[1] < kept[0], "a larger micro-batch"
+    assert kept[2] < kept[0], "a smaller GPU"
+
+
 @pytest.mark.distributed
 def test_ranks_hold_and_move_what_was_planned(tmp_path):
-    """Three shapes: wide layers, many small ones, a large vocabulary; one for each way to hold weights whole or gather
-    them."""
-    for name in ("zero3", "replicated"):
-        config = json.loads((ROOT / "ds_configs" / f"{name}.json").read_text())
-        config["zero_optimization"]["reduce_bucket_size"] = 100_000  # 200 MB of buffer would hide the rest
-        (tmp_path / f"{name}.json").write_text(json.dumps(config))
-    jobs = ["words:none", "wide:zero3", "deep:node"]
-    run(
-        deepspeed_command(2, "plan_worker", RECIPES / "word_problems.yaml", tmp_path, *jobs),
-        PYTHONPATH=f"{ROOT}:{ROOT / 'kernels'}:{ROOT / 'tests'}",
-    )
+    """Three shapes, each held in every way: many layers of a small vocabulary, whose table is the head; a vocabulary
+    that is most of the model; experts, in bfloat16."""
+    jobs = [f"{name}:{partition}:16" for name in plan_worker.SHAPES for partition in search.PARTITIONS]
+    jobs += [f"deep:{partition}:8" for partition in search.PARTITIONS]
+    run([sys.executable, str(ROOT / "tests" / "plan_worker.py"), str(tmp_path), *jobs])
+    lengths, table = plan_worker.LENGTHS, load_hardware()
     for job, measured in json.loads((tmp_path / "results.json").read_text()).items():
-        name, partition = job.split(":")
-        recipe = load_recipe(RECIPES / "word_problems.yaml", overrides(tmp_path, name, partition))
-        lengths, tokens = plan_worker.LENGTHS, plan_worker.VOCABULARY[name]
+        recipe = plan_worker.recipe_of(tmp_path, job)
+        tokens = plan_worker.SHAPES[job.partition(":")[0]]["vocab_size"]
         planner = Planner(recipe, Data(lengths, lengths, 100, 10, 10, tokens, "made up"))
-        way = Way(partition, 1 if partition == "none" else 2, 16, False, 0, plan_worker.BATCH, 1)
-        choice = planner.choice(way, h100s(1, 2))
-        assert choice.bytes == pytest.approx(measured["held"], rel=0.1), job
+        partition, bits = recipe.backbone.partition, recipe.backbone.bits
+        way = Way(partition, 1 if partition == "none" else 2, bits, False, 0, plan_worker.BATCH, 1)
+        choice = planner.choice(way, Cluster(table.gpu("h100"), table.reached, 1, 2, 400))
+        assert choice.bytes == pytest.approx(measured["peak"], rel=0.1), job
+        between = sum(choice.memory[part] for part in ("held", "tokens", "optimizer"))
+        assert between == pytest.approx(measured["between"], rel=0.1), job
         assert choice.within == pytest.approx(measured["moved"], rel=0.02), job
         assert choice.between == 0
+        if job in plan_worker.DECODED:
+            needed = planner.decoding_bytes(
+                partition, way.group_size, plan_worker.ROWS, planner.prompt, recipe.evaluation.max_new_tokens
+            )
+            assert needed == pytest.approx(measured["decoding"], rel=0.1), job

@@ -9,7 +9,7 @@ import json
 import uuid
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,7 @@ from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.models.backbone import partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.partition import data_ranks, quantization
+from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
@@ -212,7 +213,8 @@ class Decoder:
 
     @cached_property
     def _model(self) -> PreTrainedModel:
-        return load_to_decode(self._model_config, self._recipe, self._partition)
+        spare_of = partial(spare_to_decode, self._recipe, self._partition)
+        return load_to_decode(self._model_config, self._recipe, self._partition, spare_of)
 
     def run(self, job: Job) -> list[Output]:
         """The outputs of all prompts, in their order, on every rank."""

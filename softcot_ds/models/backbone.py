@@ -2,7 +2,7 @@
 
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -16,6 +16,7 @@ from transformers import (
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
@@ -115,11 +116,13 @@ def empty_model(config: PreTrainedConfig, **settings: Any) -> PreTrainedModel:
         SoftCoTError: it is no configuration of a causal language model.
     """
     try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, **settings)
+        with torch.device("meta"), no_init_weights():
+            model = AutoModelForCausalLM.from_config(config, **settings)
     except (ValueError, ImportError) as error:
         reason = str(error).strip().splitlines()[0].partition(". ")[0]
         raise SoftCoTError(f"model type {config.model_type!r} is no causal language model here: {reason}") from error
+    model.tie_weights()  # which goes with filling in values
+    return model
 
 
 def shapes_of(config: ModelConfig) -> PreTrainedModel:
@@ -239,8 +242,13 @@ def layers_in_few_bits(config: ModelConfig, bits: int, device: torch.device) -> 
     return layers
 
 
-def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:
+def load_to_run(
+    config: ModelConfig, recipe: Recipe, partition: Partition, spare_of: Callable[[int], float]
+) -> PreTrainedModel:
     """One of the recipe's frozen models on this rank's device, ready to run, not to be trained through.
+
+    Args:
+        spare_of: see ``keep_layers``.
 
     Raises:
         SoftCoTError: see ``load_frozen``.
@@ -251,7 +259,7 @@ def load_to_run(config: ModelConfig, recipe: Recipe, partition: Partition) -> Pr
     settings = decoding_config(recipe)
     model = load_frozen(config, partition, own_device(), settings, group_size, bits)
     if config is recipe.base:
-        keep_layers(model, recipe.backbone.resident_gib)
+        keep_layers(model, recipe.backbone.resident_gib, spare_of)
     hook_partitioned(model, settings)
     return model
 

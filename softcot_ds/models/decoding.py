@@ -11,7 +11,7 @@ B batch, S tokens of the longest prompt, T thoughts, D base width.
 """
 
 import math
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from typing import Self
@@ -119,13 +119,18 @@ def _until_stop(row: list[int], stops: set[int]) -> Output:
     return Output(row[:end], cut=end is None)
 
 
-def load_to_decode(config: ModelConfig, recipe: Recipe, partition: Partition) -> PreTrainedModel:
+def load_to_decode(
+    config: ModelConfig, recipe: Recipe, partition: Partition, spare_of: Callable[[int], float]
+) -> PreTrainedModel:
     """One of the recipe's models, loaded and tried. All ranks call it together.
+
+    Args:
+        spare_of: see ``partition.keep_layers``.
 
     Raises:
         SoftCoTError: it cannot be loaded, or cannot decode with thoughts in its prompt.
     """
-    model = load_to_run(config, recipe, partition)
+    model = load_to_run(config, recipe, partition, spare_of)
     try_decoding(model)
     return model
 

@@ -5,7 +5,7 @@ Whatever depends on that is asked here: the configuration, loading, running, and
 """
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import partial, wraps
 from typing import Any
@@ -21,7 +21,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_ranks, rank, world_size
+from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_ranks, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import limits
 from softcot_ds.models.limits import Gathers
@@ -266,19 +266,25 @@ class _Init(deepspeed.zero.Init):
             print(f"{self._name}: {line}", flush=True)
 
 
-def keep_layers(model: PreTrainedModel, gib: float | None) -> int:
+def keep_layers(model: PreTrainedModel, gib: float | None, spare_of: Callable[[int], float]) -> int:
     """Have each rank hold the weights of the first layers whole, so that nothing is gathered for them.
 
     All ranks call it together, after loading and before the model is given to ``deepspeed.initialize``.
 
     Args:
         gib: memory of a rank that may be taken beside its share, GiB; None for what a GPU has to spare.
+        spare_of: those bytes, from the free ones of the GPU that has least; the same on all ranks. It raises
+            SoftCoTError where they are not known: none are taken then, which is said.
 
     Returns:
         How many layers are held whole now; 0 where the model is not split, or offloaded.
     """
     layers = getattr(model.get_decoder(), "layers", ())
-    spare = _spare_bytes(model) if gib is None else int(gib * 2**30)
+    try:
+        spare = (spare_of(free) if (free := _free_bytes(model)) else 0) if gib is None else gib * 2**30
+    except SoftCoTError as error:
+        say(f"no layers are held whole, as it is not known what else memory is needed for: {error}")
+        return 0
     for number, layer in enumerate(layers):
         split = [parameter for parameter in layer.parameters() if comes_and_goes(parameter)]
         spare -= sum(parameter.element_size() * parameter.ds_numel - parameter.ds_tensor.nbytes for parameter in split)
@@ -293,22 +299,12 @@ def keep_layers(model: PreTrainedModel, gib: float | None) -> int:
     return len(layers)
 
 
-def _spare_bytes(model: PreTrainedModel) -> int:
-    """Half of what is free on the GPU that has least, without the head and the layers that are gathered at a time.
-
-    The other half is for activations or the cache of decoding, which depend on the batch. 0 without a GPU, where memory
-    is shared with whatever else runs, and for offloaded weights, which are to lie elsewhere.
-    """
-    weights = [*model.parameters()]
-    here = all(weight.ds_tensor.device == weight.device for weight in weights if comes_and_goes(weight))
+def _free_bytes(model: PreTrainedModel) -> int:
+    """What is free on the GPU that has least. 0 without a GPU, where memory is shared with whatever else runs, and for
+    offloaded weights, which are to lie elsewhere."""
+    here = all(weight.ds_tensor.device == weight.device for weight in model.parameters() if comes_and_goes(weight))
     free = torch.cuda.mem_get_info()[0] if device().type == "cuda" and here else 0
-    layers = [sum(map(_whole_bytes, layer.parameters())) for layer in getattr(model.get_decoder(), "layers", ())]
-    gathered = 3 * max(layers, default=0) + max(map(_whole_bytes, weights))
-    return -max_over_ranks(-max(0, free // 2 - gathered))
-
-
-def _whole_bytes(weight: nn.Parameter) -> int:
-    return whole_shape(weight).numel() * weight.element_size()
+    return -max_over_ranks(-free)
 
 
 def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:

@@ -78,9 +78,8 @@ class FewBits:
         """Make a module without values, if it is one of the layers, one whose weight is packed when it is loaded."""
         if not self.holds(module):
             return
-        shape, itemsize = module.weight.shape, module.weight.element_size()
-        size = shape.numel() * self.bits // 8 // itemsize + _SCALES[self.bits] * shape.numel() // _GROUP
-        module.weight.data = module.weight.data.new_empty(size)
+        size = module.weight.numel() * packed_bytes(self.bits, module.weight.element_size())
+        module.weight.data = module.weight.data.new_empty(round(size / module.weight.element_size()))
         module.forward = partial(_forward, module, self.bits)
         module._load_from_state_dict = partial(_load, module, self.bits, module._load_from_state_dict)
 
@@ -88,6 +87,11 @@ class FewBits:
 def _load(layer: nn.Linear, bits: int, load: Any, state: dict[str, Any], prefix: str, *rest: Any) -> None:
     weight = state[f"{prefix}weight"].to(layer.weight.device, layer.weight.dtype)
     load(state | {f"{prefix}weight": pack(weight, bits)}, prefix, *rest)
+
+
+def packed_bytes(bits: int, itemsize: int) -> float:
+    """What a weight takes in 8 or 4 bits, with its part of what scales it, which is of ``itemsize`` bytes each."""
+    return bits / 8 + _SCALES[bits] * itemsize / _GROUP
 
 
 def pack(weight_OI: torch.Tensor, bits: int) -> torch.Tensor:

@@ -41,12 +41,19 @@ class Reached(Section):
     """What of the data sheets a run reaches, and what it loses whatever the model."""
 
     products: float = Field(gt=0, le=1)
+    """Part of ``tflops``, by products of matrices."""
     memory: float = Field(gt=0, le=1)
+    """Part of ``memory_gb_per_s``."""
     links: float = Field(gt=0, le=1)
+    """Part of ``link_gb_per_s`` and of the network."""
     operation_us: float = Field(ge=0)
+    """The host's time for an operation, microseconds."""
     hop_us: float = Field(ge=0)
+    """From rank to rank in a ring, microseconds."""
     room: float = Field(gt=0, le=1)
+    """Part of ``memory_gib`` that the allocator can use."""
     context_gib: float = Field(ge=0)
+    """What CUDA, NCCL and DeepSpeed themselves take of that."""
 
 
 class Hardware(Section):
@@ -57,12 +64,13 @@ class Hardware(Section):
 
     def gpu(self, name: str) -> Gpu:
         """Raises SoftCoTError for a name that is not in the table, with those that are."""
-        if name.lower() not in self.gpus:
+        by_name = {known.lower(): gpu for known, gpu in self.gpus.items()}
+        if name.lower() not in by_name:
             raise SoftCoTError(
                 f"no GPU {name!r} in the hardware table; it has {', '.join(self.gpus)}. Describe yours in a file like "
                 f"{SHIPPED} and name it with --hardware"
             )
-        return self.gpus[name.lower()]
+        return by_name[name.lower()]
 
     def found(self, device_name: str) -> Gpu | None:
         """The GPU of a name such as torch gives it; None where it is not in the table, and for parts of one."""

@@ -6,11 +6,8 @@ from itertools import product
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.search import GROUPED, SAMPLE_TOKENS, SAMPLES, Choice, Planner, Way
 from softcot_ds.planning.traffic import Traffic, summed_activations
-from softcot_ds.recipe import SPLIT
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
-_LOGITS = 4
-"""Copies in float32 of the logits of a token, in choosing the next."""
 
 
 @dataclass(frozen=True)
@@ -44,48 +41,58 @@ class Jobs:
 def token_seconds(planner: Planner, cluster: Cluster, way: Way, rows: int) -> float:
     """A token of each of ``rows``: weights are read, or gathered, whatever their number; keys and values of each."""
     shape, gpu, reached = planner.shape, cluster.gpu, cluster.reached
-    weight = planner.weight_bytes(way.bits)
     cached = planner.itemsize * rows * (planner.prompt + planner.new_tokens) * shape.keys_values
-    read = (weight * (shape.met(rows) + shape.head) + cached) / (way.group_size if way.partition == "tensor" else 1)
+    read = planner.layer_bytes(way.bits) * shape.met(rows) + planner.itemsize * (shape.head or shape.table) + cached
+    read /= way.group_size if way.partition == "tensor" else 1
     device = read / (1e9 * gpu.memory_gb_per_s * reached.memory)
     host = planner.decode_operations * 1e-6 * reached.operation_us
     if way.group_size == 1:
         return max(device, host)
     if way.partition == "tensor":
-        elements, sums = summed_activations(len(shape.layers), shape.width, rows, 0, False)
+        elements, sums = summed_activations(len(shape.layers), shape.width, rows, 0, 0, False)
         waited = cluster.seconds_of(Traffic(summed=planner.itemsize * elements, sums=sums), way.group_size)
         return max(device, host) + max(waited)
-    gathered = shape.total - sum(shape.layers[: way.resident])
-    gathers = Traffic(gathered=weight * gathered, gathers=len(shape.layers) - way.resident + 2)
+    model = planner.gathers(way.bits)
+    gathered = sum(model.sums[way.resident :]) + model.table + model.head
+    gathers = Traffic(gathered=planner.itemsize * gathered, gathers=len(shape.layers) - way.resident + 2)
     return max(device, host, *cluster.seconds_of(gathers, way.group_size))
 
 
-def decoding(planner: Planner, cluster: Cluster, way: Way) -> Decoding:
-    """The test problems under all conditions, as many of a rank together as ``way`` has examples in a micro-batch."""
-    recipe, rows = planner.recipe, way.micro_batch
-    streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
+def decoding_memory(planner: Planner, way: Way) -> float:
+    """Bytes of a GPU that decodes as many problems together as ``way`` has examples in a micro-batch."""
     holding = way.partition, way.group_size, way.bits
     memory = planner.held(*holding) + planner.resident_bytes(way) + planner.most_gathered(*holding)
-    memory += planner.cache_bytes(*holding[:2], rows, planner.prompt + recipe.evaluation.max_new_tokens)
-    memory += 4 * _LOGITS * rows * planner.shape.vocabulary
+    new_tokens = planner.recipe.evaluation.max_new_tokens
+    return memory + planner.decoding_bytes(*holding[:2], way.micro_batch, planner.prompt, new_tokens)
+
+
+def decoding(planner: Planner, cluster: Cluster, holding: tuple[str, int, int], rows: int) -> Decoding:
+    """The test problems under all conditions, ``rows`` of a rank together.
+
+    Args:
+        holding: partition, ranks that share a copy, bits.
+    """
+    way = Way(*holding, False, 0, rows, 1)
+    way = planner.filled(way, cluster, decoding_memory(planner, way))
+    memory = decoding_memory(planner, way)
+    streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
     each = token_seconds(planner, cluster, way, rows)
     rounds = -(-planner.data.test // (rows * streams))
-    seconds = len(recipe.evaluation.conditions) * rounds * planner.new_tokens * each
-    return Decoding(way.partition, way.group_size, way.bits, rows, memory, memory <= cluster.room, each, seconds)
+    seconds = len(planner.recipe.evaluation.conditions) * rounds * planner.new_tokens * each
+    return Decoding(*holding, rows, memory, memory <= cluster.room, each, seconds)
 
 
 def decodings(planner: Planner, cluster: Cluster, training: Way) -> list[Decoding]:
     """Ways to evaluate, the best first: those that fit, by time; then the others, by memory.
 
     Args:
-        training: what the recipe has for that: group size, bits and resident layers are of both.
+        training: what the recipe has for that: group size and bits are of both.
     """
     found = []
     for (partition, size, bits), rows in product(planner.holdings(cluster), _BATCHES):
         grouped = partition in GROUPED and training.partition in GROUPED
         if bits == training.bits and (size == training.group_size or not grouped):
-            resident = training.resident if partition in SPLIT else 0
-            found.append(decoding(planner, cluster, Way(partition, size, bits, False, resident, rows, 1)))
+            found.append(decoding(planner, cluster, (partition, size, bits), rows))
     return sorted(found, key=lambda way: (not way.fits, way.seconds if way.fits else way.bytes, way.batch_size))
 
 

@@ -1,6 +1,5 @@
 """What a plan says: a table for people, an object for scripts."""
 
-import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -54,8 +53,6 @@ def recipe_lines(plan: Plan) -> str:
     grouped = next((found for found in (way, decoding) if found.partition in GROUPED), None)
     if grouped and grouped.group_size != plan.cluster.gpus_per_node:
         backbone["group_size"] = grouped.group_size
-    if way.resident:
-        backbone["resident_gib"] = math.ceil(10 * plan.planner.resident_bytes(way) / GIB) / 10
     if way.bits != 16:
         backbone["bits"] = way.bits
     training = {"micro_batch_size": way.micro_batch, "activation_checkpointing": way.activation_checkpointing}

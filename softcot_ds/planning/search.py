@@ -2,16 +2,17 @@
 
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from functools import cache
-from itertools import product
+from functools import cache, partial
+from itertools import accumulate, product
 from typing import Any, Literal
 
 import torch
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
-from softcot_ds.models.limits import derive, most_gathered
+from softcot_ds.models.limits import Gathers, derive, most_gathered
 from softcot_ds.models.partition import gathers_of, make_layers_leaves
+from softcot_ds.models.quantized import FewBits, packed_bytes
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.lengths import Data
 from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
@@ -25,15 +26,15 @@ PARTITIONS = ("none", "node", "zero3", "tensor")
 GROUPED = ("node", "tensor")
 """Those that ``backbone.group_size`` is for."""
 _BITS = (16, 8, 4)
-_LAYER_BYTES = {8: 8.5 / 8, 4: 4.25 / 8}
-"""Of a weight of the layers in fewer bits than 16, with what scales it."""
 _MICRO_BATCHES = (1, 2, 4, 8, 16, 32, 64)
 _AS_FAST = 1.02
 """Ways whose times differ by less are as fast as each other: the model knows no better."""
-_FILLED = 0.95
+FILLED = 0.95
 """Part of the room that is filled with resident layers: a plan is not that exact."""
 SAMPLES, SAMPLE_TOKENS = 2, 128
 """What validation decodes (training/validation.py)."""
+_LOGITS = 4
+"""Copies in float32 of the logits of a token, in choosing the next."""
 BoundBy = Literal["compute", "memory", "host", "within nodes", "between nodes"]
 
 
@@ -87,7 +88,10 @@ class Planner:
         self.assistant = Shape.of(find_config(recipe.assistant), few)
         model = meta_model(self.config, torch.bfloat16)
         make_layers_leaves(model)
-        self.gathers = gathers_of(model, few)
+        self._gathers = gathers_of(model, few)
+        packed = [layer for layer in model.modules() if FewBits(8, self.shape.vocabulary).holds(layer)]
+        self._packed = sum(layer.weight.numel() for layer in packed) / sum(self.shape.layers)
+        """Share of the layers' weights that can be held in few bits."""
         with torch.device("meta"):
             kind = projection_class(recipe.projection.kind)
             self.needs_states = kind.needs_states
@@ -99,8 +103,14 @@ class Planner:
         """Tokens of the longest prompt."""
         self.new_tokens = min(recipe.evaluation.max_new_tokens, longest.target)
         """Tokens until the last row of a batch has ended, about."""
+        tokens = recipe.training.micro_batch_tokens
+        self.micro_batch = recipe.training.micro_batch_size
+        """Examples of the recipe's own micro-batches; of the longest, where it counts tokens."""
+        if tokens is not None:
+            self.micro_batch = max(1, tokens // (self.prompt + longest.target))
         self.step_on = cache(self._step_on)
-        self.sliced = cache(lambda ranks: sliced_elements(self.config, ranks))
+        self.gathers = cache(self._gathers_in)
+        self.sliced = cache(partial(sliced_elements, model))
 
     def _step_on(self, slices: int) -> StepOnMeta:
         return StepOnMeta(self.recipe, self.config, self.shape.layers, self.assistant.width, slices)
@@ -110,10 +120,17 @@ class Planner:
         """Operations of a forward pass, about: the step has one over the prefix, one over the rest and one back."""
         return self.step_on(1).work(self.data.mean, 1, False).operations / 3
 
-    def weight_bytes(self, bits: int) -> float:
-        """Of a frozen weight, on average: below 16 bits, table and head are as they were."""
-        layers = sum(self.shape.layers) / self.shape.total
-        return layers * _LAYER_BYTES.get(bits, self.itemsize) + (1 - layers) * self.itemsize
+    def layer_bytes(self, bits: int) -> float:
+        """Of a frozen weight of the layers, on average; table and head are of the recipe's dtype in any case."""
+        if bits == 16:
+            return self.itemsize
+        return self.itemsize - self._packed * (self.itemsize - packed_bytes(bits, self.itemsize))
+
+    def _gathers_in(self, bits: int) -> Gathers:
+        """What comes and goes, in elements of the recipe's dtype: weights in few bits are packed in fewer."""
+        part = self.layer_bytes(bits) / self.itemsize
+        layers = tuple(tuple(round(part * weight) for weight in layer) for layer in self._gathers.layers)
+        return replace(self._gathers, layers=layers)
 
     def choices(self, cluster: Cluster, global_batch: int | None = None) -> list[Choice]:
         """All that can be named, the best first: those that fit, by time; then the others, by memory.
@@ -158,7 +175,7 @@ class Planner:
                 sizes = [size for size in sizes if size < cluster.ranks or cluster.nodes == 1]
             elif partition == "tensor":
                 sizes = [size for size in sizes if self.shape.heads % size == 0 and self.sliced(size)]
-            for size, bits in product(sizes, _BITS if self.shape.experts == 0 else [16]):
+            for size, bits in product(sizes, _BITS if self._packed > 0.5 else [16]):
                 yield partition, size, bits
 
     def _ways(self, cluster: Cluster, wanted: int) -> Iterator[Way]:
@@ -171,21 +188,25 @@ class Planner:
                     yield Way(partition, size, bits, checkpointing, 0, -(-wanted // (steps * fed)), steps)
 
     def _filled(self, way: Way, cluster: Cluster) -> Way:
-        """With as many resident layers as there is room for; as many as the recipe names where it does."""
+        return self.filled(way, cluster, sum(self.memory(way, cluster.ranks).values()))
+
+    def filled(self, way: Way, cluster: Cluster, needed: float) -> Way:
+        """With as many resident layers as there is room for beside the ``needed`` bytes, a rank's share of the weights
+        among them; as many as the recipe names where it does."""
         if way.partition not in SPLIT:
             return way
-        named = self.recipe.backbone.resident_gib
-        spare = _FILLED * cluster.room - sum(self.memory(way, cluster).values()) if named is None else named * GIB
-        return replace(way, resident=self._layers_in(spare, way))
-
-    def _layers_in(self, spare: float, way: Way) -> int:
-        sizes = (self.resident_bytes(replace(way, resident=number)) for number in range(1, len(self.shape.layers) + 1))
-        return sum(size <= spare for size in sizes)
+        if (named := self.recipe.backbone.resident_gib) is None:
+            held = self.held(way.partition, way.group_size, way.bits)
+            spare = FILLED * (cluster.room - held) - (needed - held)
+        else:
+            spare = named * GIB
+        beside = self.itemsize * (1 - 1 / way.group_size)  # a rank's share of a layer is there in any case
+        return replace(way, resident=sum(beside * size <= spare for size in accumulate(self.gathers(way.bits).sums)))
 
     def resident_bytes(self, way: Way) -> float:
         """What its resident layers take beside a rank's share of them."""
-        whole = self.weight_bytes(way.bits) * sum(self.gathers.sums[: way.resident])
-        return whole * (1 - 1 / way.group_size)
+        whole = sum(self.gathers(way.bits).sums[: way.resident])
+        return self.itemsize * whole * (1 - 1 / way.group_size)
 
     def own_holding(self, cluster: Cluster, partition: str) -> tuple[str, int, int]:
         """How the recipe itself has the weights held under one of its partitions."""
@@ -200,23 +221,17 @@ class Planner:
         training = self.recipe.training
         partition, size, bits = self.own_holding(cluster, self.recipe.backbone.partition)
         fed = cluster.ranks // size if partition == "tensor" else cluster.ranks
-        steps = -(-training.global_batch_size // (training.micro_batch_size * fed))
+        steps = -(-training.global_batch_size // (self.micro_batch * fed))
         if training.global_batch_size < steps * fed:
             raise _hungry(training.global_batch_size, cluster.ranks)
         micro_batch = -(-training.global_batch_size // (steps * fed))
-        way = Way(partition, size, bits, training.activation_checkpointing, 0, micro_batch, steps)
-        if partition not in SPLIT:
-            return way
-        if (named := self.recipe.backbone.resident_gib) is None:  # half of what is free once it is loaded
-            free = (cluster.gpu.memory_gib - cluster.reached.context_gib) * GIB - self.held(partition, size, bits)
-            spare = free / 2 - self.weight_bytes(bits) * (3 * max(self.gathers.sums) + self.shape.table)
-        else:
-            spare = named * GIB
-        return replace(way, resident=self._layers_in(spare, way))
+        return self._filled(
+            Way(partition, size, bits, training.activation_checkpointing, 0, micro_batch, steps), cluster
+        )
 
     def choice(self, way: Way, cluster: Cluster) -> Choice:
         """What one way means on these GPUs."""
-        memory = self.memory(way, cluster)
+        memory = self.memory(way, cluster.ranks)
         frozen, trained, at_end = self._traffic(way)
         seconds, bound_by = self._micro_step(way, frozen, cluster)
         apart = [cluster.seconds_of(traffic, cluster.ranks) for traffic in (trained, at_end)]
@@ -231,10 +246,10 @@ class Planner:
 
     def held(self, partition: str, group_size: int, bits: int) -> float:
         """Bytes of the base's frozen weights on each rank, all the time."""
-        weight = self.weight_bytes(bits)
+        saved = sum(self._gathers.sums) - sum(self.gathers(bits).sums)
         if partition == "tensor":
-            return weight * self.sliced(group_size)
-        return shared_bytes(self.shape.total, self.shape.small, group_size, weight)
+            return self.itemsize * (self.sliced(group_size) - saved / group_size)
+        return shared_bytes(self.shape.total - saved, self.shape.small, group_size, self.itemsize)
 
     def _assistant_bytes(self, group_size: int) -> float:
         """Its frozen weights on each rank of a training that runs it; from the cache it is not there."""
@@ -244,26 +259,38 @@ class Planner:
         return shared_bytes(self.assistant.total, self.assistant.small, group_size, itemsize)
 
     def most_gathered(self, partition: str, group_size: int, bits: int) -> float:
-        """Bytes of other ranks' weights beside them, at most."""
+        """Bytes of other ranks' weights beside them, and of what is made of few bits to compute with, at most."""
+        # The matrix, and what it is made of (models/quantized.py).
+        slices = group_size if partition == "tensor" else 1
+        made = 2 * self.itemsize * self._gathers.largest_weight / slices if bits < 16 else 0.0
         if partition not in SPLIT or group_size == 1:
-            return 0.0
+            return made
+        gathers = self.gathers(bits)
         # A layer more: the buffer that one is gathered in.
-        layers = most_gathered([self.gathers], derive([self.gathers])) + max(self.gathers.sums)
-        return self.weight_bytes(bits) * layers
+        return made + self.itemsize * (most_gathered([gathers], derive([gathers])) + max(gathers.sums))
 
-    def cache_bytes(self, partition: str, group_size: int, rows: int, positions: int) -> float:
-        """Bytes of keys and values of decoding."""
-        return rows * positions * self.shape.keys_values * self.itemsize / (group_size if partition == "tensor" else 1)
+    def decoding_bytes(self, partition: str, group_size: int, rows: int, prompt: int, new_tokens: int) -> float:
+        """Bytes of decoding beside the weights: keys and values, and what a pass needs.
 
-    def memory(self, way: Way, cluster: Cluster) -> dict[str, float]:
+        Args:
+            prompt: tokens of each of ``rows``, thoughts included.
+        """
+        slices = group_size if partition == "tensor" else 1
+        token = rows * self.shape.keys_values * self.itemsize / slices
+        reading = self.step_on(slices).reading(rows, prompt) + token * prompt
+        # A layer's keys and values are copied for one token more.
+        writing = token * (prompt + new_tokens) * (1 + 1 / len(self.shape.layers))
+        return max(reading, writing) + 4 * _LOGITS * rows * self.shape.vocabulary
+
+    def memory(self, way: Way, ranks: int) -> dict[str, float]:
         """Bytes of a GPU in training, by part."""
         holding = way.partition, way.group_size, way.bits
         step = self._step(way, self.data.longest)
         stage = 3 if way.partition in SPLIT else 1
-        trained = trained_bytes(self._trained, self.itemsize, cluster.ranks, stage)
+        trained = trained_bytes(self._trained, self.itemsize, ranks, stage)
         if stage == 3:  # a buffer for gradients on their way, whatever is in it
             trained += 4 * self.recipe.backbone.deepspeed_config()["zero_optimization"].get("reduce_bucket_size", 5e8)
-        samples = self.cache_bytes(*holding[:2], SAMPLES, self.prompt + SAMPLE_TOKENS)
+        samples = self.decoding_bytes(*holding[:2], SAMPLES, self.prompt, SAMPLE_TOKENS)
         return {
             "held": self.held(*holding) + self.resident_bytes(way),
             "assistant": self._assistant_bytes(way.group_size),
@@ -284,10 +311,10 @@ class Planner:
         weights = self._trained * self.itemsize
         gradients = Traffic(summed=4 * self._trained, sums=1)
         if way.partition in SPLIT:
-            elements, gathers = gathered_elements(self.gathers, way.resident)
-            frozen = Traffic(gathered=self.weight_bytes(way.bits) * elements, gathers=gathers)
+            elements, gathers = gathered_elements(self.gathers(way.bits), way.resident)
+            frozen = Traffic(gathered=self.itemsize * elements, gathers=gathers)
             # What stays whole is gathered at the end, as DeepSpeed does with whatever an optimizer may change.
-            stays = Traffic(gathered=self.weight_bytes(way.bits) * self.shape.small, gathers=1)
+            stays = Traffic(gathered=self.itemsize * self.shape.small, gathers=1)
             return frozen, Traffic(gathered=2 * weights, gathers=2) + gradients, stays
         at_end = gradients + Traffic(gathered=weights, gathers=1)
         if way.partition == "none":
@@ -298,6 +325,7 @@ class Planner:
             self.shape.width,
             rows * lengths.prefix,
             rows * (self.recipe.thoughts.count + lengths.suffix + lengths.target),
+            rows * lengths.target,
             way.activation_checkpointing,
         )
         logits = rows * lengths.target * self.shape.vocabulary
@@ -313,7 +341,7 @@ class Planner:
             )
         kernels = step.seconds(compute, cluster.gpu, cluster.reached)
         if way.bits < 16:  # each use of a matrix makes it anew: before the thoughts, for the rest, and backward
-            made = (_LAYER_BYTES[way.bits] + 2 * self.itemsize) * sum(self.shape.layers)
+            made = (self.layer_bytes(way.bits) + 2 * self.itemsize) * sum(self.shape.layers)
             uses = 4 if way.activation_checkpointing else 3
             kernels += uses * made / (1e9 * cluster.gpu.memory_gb_per_s * cluster.reached.memory)
         products = step.flops / compute / cluster.reached.products

@@ -149,32 +149,45 @@ def _cut(values: dict[str, Any], layers: int) -> dict[str, Any]:
     return cut
 
 
-def sliced_elements(config: PreTrainedConfig, ranks: int) -> int:
-    """Elements that a rank holds under tensor parallelism; 0 where transformers has no plan for the family, or the
-    weights do not fall apart into so many equal parts."""
-    model = meta_model(config, torch.bfloat16)
-    return _elements(model) if slice_weights(model, ranks) else 0
-
-
 _SLICED = {"colwise": 0, "colwise_gather_output": 0, "embedding_rowwise": 0, "rowwise": 1, "packed_colwise": 0}
 """The dimension that transformers' plans slice a matrix along, by what they call it; of experts, one behind it."""
 
 
-def slice_weights(model: PreTrainedModel, ranks: int) -> bool:
-    """Leave of each weight what a rank holds under tensor parallelism, by the family's own plan in transformers.
+def sliced_elements(model: PreTrainedModel, ranks: int) -> int:
+    """Elements that each of ``ranks`` holds of a model under tensor parallelism; 0 where they cannot hold it so."""
+    dimensions = _sliced_dimensions(model, ranks)
+    if dimensions is None:
+        return 0
+    return sum(weight.numel() // (ranks if weight in dimensions else 1) for weight in model.parameters())
+
+
+def slice_weights(model: PreTrainedModel, ranks: int) -> None:
+    """Leave of each weight what a rank holds under tensor parallelism; ``sliced_elements`` says whether it can."""
+    slices = {
+        weight: nn.Parameter(weight.narrow(dimension, 0, weight.shape[dimension] // ranks).clone(), requires_grad=False)
+        for weight, dimension in (_sliced_dimensions(model, ranks) or {}).items()
+    }
+    for module in model.modules():  # a table that is the head too has two places
+        weights = module.named_parameters(recurse=False)
+        module._parameters.update({leaf: slices[weight] for leaf, weight in weights if weight in slices})
+
+
+def _sliced_dimensions(model: PreTrainedModel, ranks: int) -> dict[nn.Parameter, int] | None:
+    """Along which dimension each weight is sliced, by the family's own plan in transformers; others are held whole.
 
     Returns:
-        Whether that can be done.
+        None where there is no plan, or the weights do not fall apart into so many equal parts.
     """
+    found: dict[nn.Parameter, int] = {}
     plan = getattr(model, "_tp_plan", None) or {}
-    for name, parameter in [*model.named_parameters()] if ranks > 1 else []:
+    if ranks == 1:
+        return found
+    for name, weight in model.named_parameters():
         style = next((s for pattern, s in plan.items() if fnmatch(name, pattern) or fnmatch(name, f"{pattern}.*")), "")
-        dimension = _SLICED.get(style, parameter.ndim) + max(0, parameter.ndim - 2)
-        if dimension >= parameter.ndim:
-            continue  # held whole
-        if parameter.shape[dimension] % ranks:
-            return False
-        owner, _, leaf = name.rpartition(".")
-        part = parameter.narrow(dimension, 0, parameter.shape[dimension] // ranks).contiguous()
-        setattr(model.get_submodule(owner), leaf, nn.Parameter(part, requires_grad=False))
-    return ranks == 1 or bool(plan)
+        dimension = _SLICED.get(style, weight.ndim) + max(0, weight.ndim - 2)
+        if dimension >= weight.ndim:
+            continue
+        if weight.shape[dimension] % ranks:
+            return None
+        found[weight] = dimension
+    return found if plan else None

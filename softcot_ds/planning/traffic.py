@@ -44,15 +44,19 @@ def gathered_elements(model: Gathers, resident: int = 0) -> tuple[int, int]:
     return 2 * sum(layers) + model.head - kept, 2 * len(layers) - stay + 1
 
 
-def summed_activations(layers: int, width: int, before: int, rest: int, checkpointing: bool) -> tuple[int, int]:
+def summed_activations(
+    layers: int, width: int, before: int, rest: int, supervised: int, checkpointing: bool
+) -> tuple[int, int]:
     """Elements of activations that tensor parallelism sums over the ranks in a step, and in how many operations.
 
     Twice in each layer, behind attention and behind what follows it: for what stands before the thoughts, forward; for
-    the rest forward, backward, and once more where layers are computed again.
+    the rest forward, backward, and once more where layers are computed again. And once what comes back of the head.
 
     Args:
         before: positions before the thoughts, over all examples.
         rest: the others.
+        supervised: those of them that the head reads in training.
     """
     passes = 3 if checkpointing else 2
-    return 2 * layers * width * (before + passes * rest), 2 * layers * (passes + bool(before))
+    elements = width * (2 * layers * (before + passes * rest) + supervised)
+    return elements, 2 * layers * (passes + bool(before)) + bool(supervised)

@@ -3,7 +3,7 @@ here on the meta device, where tensors have shapes and no values."""
 
 import math
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cache
@@ -13,7 +13,6 @@ import numpy as np
 import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
 from torch.utils.flop_counter import flop_registry
 from transformers import PreTrainedConfig
 
@@ -112,6 +111,7 @@ class StepOnMeta:
         self.work = cache(self._work)
         self._step = cache(self._new_step)
         self._run = cache(self._new_run)
+        self._read = cache(self._new_read)
 
     def _work(self, lengths: Lengths, size: int, checkpointing: bool) -> Layers:
         """Of a micro-batch of ``size`` examples.
@@ -134,19 +134,29 @@ class StepOnMeta:
         if step.projection.needs_states:
             shape = size, self._recipe.thoughts.count, self._assistant_width
             batch.thoughts = torch.empty(shape, dtype=step.base.dtype, device="meta")
-        try:
-            with _fused_attention():
-                if step.num_shared and step not in self._warm:
-                    step(batch)  # what a run reads once is read
-                    self._warm.add(step)
-                return _traced(step, batch)
-        except SoftCoTError:
-            raise
-        except Exception as error:  # whatever a family's code raises that looks at values
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise SoftCoTError(
-                f"{type(step.base).__name__} cannot be planned: its step needs more than shapes: {reason}"
-            ) from error
+        with _without_values(step.base):
+            if step.num_shared and step not in self._warm:
+                step(batch)  # what a run reads once is read
+                self._warm.add(step)
+            return _traced(step, batch)
+
+    def reading(self, rows: int, positions: int) -> float:
+        """Bytes beside weights, keys and values in the pass over prompts that decoding begins with: a layer's, at most.
+
+        Raises:
+            SoftCoTError: that cannot run without values.
+        """
+        few, more = (self._read(size, positions) for size in (_FEW, _MORE))
+        return few + (more - few) * (rows - _FEW) / (_MORE - _FEW)
+
+    def _new_read(self, rows: int, positions: int) -> float:
+        base = self._step(self._first, False, 0).base
+        width = base.get_input_embeddings().weight.shape[1]
+        trace = _Trace(base)
+        with _without_values(base), torch.no_grad(), trace:
+            embeds = torch.empty(rows, positions, width, dtype=base.dtype, device="meta")
+            kept = base.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
+            return trace.peak - sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
 
     def _new_step(self, depth: int, checkpointing: bool, shared: int) -> SoftCoT:
         """The step of the model's first ``depth`` layers."""
@@ -178,15 +188,23 @@ def _traced(step: SoftCoT, batch: Batch) -> Work:
 
 
 @contextmanager
-def _fused_attention() -> Iterator[None]:
+def _without_values(base: nn.Module) -> Iterator[None]:
     """Has attention done in one operation, as GPUs do it; the meta device would do it in pieces.
 
     A TorchFunctionMode would not be in effect where the backward pass computes a layer again.
+
+    Raises:
+        SoftCoTError: in place of whatever a family's code raises that looks at values.
     """
     before = nn.functional.scaled_dot_product_attention
     nn.functional.scaled_dot_product_attention = _attention
     try:
         yield
+    except SoftCoTError:
+        raise
+    except Exception as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise SoftCoTError(f"{type(base).__name__} cannot be planned: it needs more than shapes: {reason}") from error
     finally:
         nn.functional.scaled_dot_product_attention = before
 
@@ -231,9 +249,8 @@ class _Trace(TorchDispatchMode):
         self._in_head = False
 
     def __torch_dispatch__(self, operation: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
-        found = operation(*args, **(kwargs or {}))
-        given = [value for value in tree_iter((args, kwargs)) if isinstance(value, torch.Tensor)]
-        made = [value for value in tree_iter(found) if isinstance(value, torch.Tensor)]
+        found = _run(operation, args, kwargs or {})
+        given, made = [*_tensors((args, *(kwargs or {}).values()))], [*_tensors((found,))]
         for tensor in made:
             self._see(tensor.untyped_storage())
         if not operation.is_view:
@@ -255,6 +272,42 @@ class _Trace(TorchDispatchMode):
 
     def _forget(self, size: int) -> None:
         self._alive -= size
+
+
+_made: dict[tuple[Any, ...], Any] = {}
+"""Sizes, strides and dtypes that an operation makes of others."""
+
+
+def _run(operation: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+    """What an operation makes of tensors without values. PyTorch works most of that out in Python, at a tenth of a
+    millisecond each; a plan asks for the same thousands of times."""
+    if operation.is_view or operation._schema.is_mutable:
+        return operation(*args, **kwargs)
+    asked = (operation, _form(args), *((key, _form(value)) for key, value in kwargs.items()))
+    if (forms := _made.get(asked)) is not None:
+        made = [torch.empty_strided(*sizes, dtype=dtype, device="meta") for *sizes, dtype in forms]
+        return made[0] if len(made) == 1 else tuple(made)
+    found = operation(*args, **kwargs)
+    made = found if isinstance(found, list | tuple) else [found]
+    given = {tensor.untyped_storage() for tensor in _tensors((args, *kwargs.values()))}
+    if all(isinstance(tensor, torch.Tensor) and tensor.untyped_storage() not in given for tensor in made):
+        _made[asked] = _form(tuple(made))
+    return found
+
+
+def _form(value: Any) -> Any:
+    """Of a tensor, size, strides and dtype; of others what tells them apart, such as 2 from 2.0."""
+    if isinstance(value, torch.Tensor):
+        return value.shape, value.stride(), value.dtype
+    return tuple(map(_form, value)) if isinstance(value, list | tuple) else (type(value), value)
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[torch.Tensor]:
+    for value in values:
+        if isinstance(value, torch.Tensor):
+            yield value
+        elif isinstance(value, list | tuple):
+            yield from _tensors(value)
 
 
 def _bytes(tensor: torch.Tensor) -> int:

@@ -1,5 +1,6 @@
 """The DeepSpeed engine around the frozen base and the trained projection."""
 
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
 from softcot_ds.models.shared_prefix import common_prefix
+from softcot_ds.planning.fit import spare_to_train
 from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 
@@ -32,7 +34,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         # Where the base is in slices, the engine is of another stage than weights that are gathered need.
         partition = partition_that_fits(recipe.assistant, partition, group_size, otherwise="none")
         assistant = load_frozen(recipe.assistant, partition, device(), config, group_size)
-    if kept := keep_layers(base, recipe.backbone.resident_gib):
+    if kept := keep_layers(base, recipe.backbone.resident_gib, partial(spare_to_train, recipe, experiment.splits)):
         say(f"{count(kept, 'layer')} of the base held whole on each rank")
     if recipe.backbone.use_liger_kernel and (line := fuse_layers(base)):
         say(line)
