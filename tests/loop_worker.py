@@ -3,6 +3,7 @@
 Arguments: a recipe; then for each training its name, which is that of its fault too, and overrides.
 """
 
+import json
 import os
 import signal
 import sys
@@ -10,22 +11,42 @@ import time
 from typing import Any
 
 import torch
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
+from deepspeed.runtime.zero.partitioned_param_coordinator import PartitionedParameterCoordinator, iter_params
+from deepspeed.utils import z3_leaf_module
 
 from softcot_ds import command, distributed
 from softcot_ds import train as train_command
 from softcot_ds.distributed import is_main, rank
 from softcot_ds.methods.soft_thoughts import SoftCoT
-from softcot_ds.training import loop
+from softcot_ds.training import loop, validation
 from softcot_ds.training.validation import Validator
 
 ACCUMULATION = 2
 forward, samples, save = SoftCoT.forward, Validator._samples, loop.save_checkpoint
 StopRequest, Record, shut_down = loop.StopRequest, loop.Record, distributed.shut_down
+fetch, decode = PartitionedParameterCoordinator.fetch_sub_module, validation.decode
 fault, passes, began_to_wait = "", 0, 0.0
+ahead: list[list[Any]] = []
+"""Weights that were there or on their way when they were asked for, and those that were not: of each pass, and of all
+that decode the samples of one validation."""
+
+
+def counted_fetch(coordinator: PartitionedParameterCoordinator, module: torch.nn.Module, forward: bool) -> None:
+    for weight in iter_params(module, recurse=z3_leaf_module(module)):
+        if not weight.ds_persist:
+            ahead[-1][1 + (weight.ds_status == ZeroParamStatus.NOT_AVAILABLE)] += 1
+    fetch(coordinator, module, forward)
+
+
+def counted_decode(*arguments: Any) -> Any:
+    ahead.append(["decode", 0, 0])
+    return decode(*arguments)
 
 
 def disturbed_forward(model: SoftCoT, batch: object) -> torch.Tensor:
     global passes, began_to_wait
+    ahead.append(["train" if model.training else "validate", 0, 0])
     loss = forward(model, batch)
     if not model.training:
         return loss
@@ -74,19 +95,20 @@ def report(message: str) -> None:
         print(f"{fault} ended after step {passes // ACCUMULATION}: {message}", flush=True)
 
 
+PartitionedParameterCoordinator.fetch_sub_module, validation.decode = counted_fetch, counted_decode
 SoftCoT.forward, Validator._samples = disturbed_forward, disturbed_samples
 loop.StopRequest, loop.Record, loop.save_checkpoint = late_request, visible_record, slow_save
 # The ranks stay together from one training to the next, and only one of them speaks.
 distributed.shut_down, command._report = lambda *_: None, report
 recipe, *trainings = sys.argv[1:]
 for name, overrides in zip(trainings[::2], trainings[1::2], strict=True):
-    fault, passes = name, 0
+    fault, passes, ahead = name, 0, [["start", 0, 0]]
     try:
         code = train_command.main([recipe, f"name={name}", *overrides.split()])
     except RuntimeError as error:
         report(str(error))
         code = 1
-    print(f"{name}: rank {rank()} exits with {code}", flush=True)
+    print(f"{name}: rank {rank()} exits with {code}; ahead: {json.dumps(ahead)}", flush=True)
     if name == "hang":
         print(f"rank {rank()} waited {time.monotonic() - began_to_wait:.1f} s", flush=True)
         shut_down(0, midway=True)

@@ -6,20 +6,23 @@ Arguments: a folder, where results.json is left; a recipe; overrides.
 import json
 import os
 import sys
+from functools import partial
 from pathlib import Path
+from typing import get_args
 from unittest import mock
 
 import torch
 from toy_models import make_config, make_toy
 
-from softcot_ds.distributed import DataRanks, barrier, device, from_all_ranks, init_distributed, is_main, shut_down
+from softcot_ds.distributed import DataRanks, barrier, device, from_all_ranks, init_distributed, is_main, say, shut_down
 from softcot_ds.evaluation.run import evaluate
-from softcot_ds.models import toy
+from softcot_ds.models import loading, toy
 from softcot_ds.models.backbone import load_frozen, settled
-from softcot_ds.models.partition import data_ranks, held_bytes, whole_shape
+from softcot_ds.models.partition import data_ranks, held_bytes, plain_config, whole_shape
 from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import slice_of, why_not_sliced
-from softcot_ds.recipe import ModelConfig, load_recipe
+from softcot_ds.progress import Progress
+from softcot_ds.recipe import ModelConfig, Partition, load_recipe
 from softcot_ds.training.loop import train
 
 NODE = 2
@@ -99,6 +102,16 @@ def in_8_bits(ranks: DataRanks) -> dict[str, object]:
     }
 
 
+def load_in_lines(name: str) -> int:
+    """Load a toy in each way, with a line for each weight. How many it has."""
+    config = ModelConfig(model=f"{folder}/{name}", dtype="float32")
+    with mock.patch.object(loading, "Progress", partial(Progress, every_seconds=0)):
+        for partition in get_args(Partition):
+            say(f"loading by {partition}")
+            model = load_frozen(config, partition, device(), plain_config("float32"))
+    return len([*model.parameters()])
+
+
 def work() -> None:
     os.environ["LOCAL_RANK"] = str(int(os.environ["RANK"]) % NODE)
     init_distributed(5)
@@ -107,6 +120,7 @@ def work() -> None:
         "ranks": from_all_ranks([ranks.number, ranks.count, ranks.alike, ranks.is_first]),
         "toys": from_all_ranks(toys(ranks)),
         "in_8_bits": from_all_ranks(in_8_bits(ranks)),
+        "weights": load_in_lines("qwen3"),
         "unfit": {},
     }
     for name, settings in UNFIT.items():

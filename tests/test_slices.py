@@ -1,6 +1,7 @@
 """Models of which each rank of a group holds a slice, against whole ones: four ranks in two groups."""
 
 import json
+import re
 
 import pytest
 import torch
@@ -81,6 +82,16 @@ def test_ranks_add_up_twice_a_layer_in_each_pass_and_twice_on_the_way_back(done)
         # Three layers; a pass without gradient, one with it, and its backward pass.
         sums = {name: found[name][-1] for name in ("llama", "qwen2", "qwen3")}
         assert sums == dict.fromkeys(sums, 3 * (2 + 2 + 2))
+
+
+def test_rank_0_tells_how_far_loading_is_in_the_same_form_however_weights_are_held(done):
+    folder, results, printed = done
+    expected = []
+    for partition in ("none", "zero3", "node", "tensor"):
+        expected += [f"loading by {partition}", *(f"{n}/{results['weights']}" for n in range(1, results["weights"]))]
+    lines = re.findall(rf"^(loading by \w+)$|^{folder}/qwen3: (\S+) weights \(\d+\.\d/s, \d+s left\)$", printed, re.M)
+    assert ["".join(line) for line in lines] == expected
+    assert printed.count(" weights (") == len(expected) - 4, "what is loaded in a moment gets no line"
 
 
 def test_a_model_that_cannot_be_held_in_slices_is_told_with_the_reason(done):

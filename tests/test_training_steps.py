@@ -204,7 +204,7 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
             ("fast", "zero3", "false", "5 training.micro_batch_tokens=300"),
             ("fast", "none", "false", "1 backbone.bits=8"),
             ("fast", "zero3", "false", "1 backbone.bits=8"),
-            ("full", "zero3", "true", "1 backbone.bits=8"),
+            ("full", "zero3", "true", "1 backbone.resident_gib=0.0015 backbone.bits=8"),
             # bitsandbytes comes with softcot-ds[test].
             *[("fast", "zero3", "false", "1 backbone.bits=4")] * (find_spec("bitsandbytes") is not None),
         )
@@ -257,7 +257,9 @@ def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):
     common = [*SMALL, "training.steps=12", "training.learning_rate=1e-6", "training.warmup_steps=0"]
     cached = [*common, "thoughts.source=cache", f"cache.path={tmp_path / 'cache'}", "cache.tokens_per_batch=1"]
     assert build_cache([str(RECIPE), *cached]) == 0
-    within = ["backbone.partition=node", "backbone.group_size=1"]  # two models, each read by each rank
+    # Two models, each read by each rank, all of whose parts are offloaded.
+    offloaded = f"backbone.deepspeed={ROOT}/ds_configs/zero3_cpu_offload.json"
+    within = ["backbone.partition=node", "backbone.group_size=1", offloaded]
     resident = ["backbone.partition=zero3", "backbone.resident_gib=0.0015"]
     zero3 = ["backbone.partition=zero3"]
     variants = [
@@ -307,7 +309,7 @@ def trainings(tmp_path_factory, random_pair):
     zero3, whole, bf16 = "backbone.partition=zero3", "backbone.partition=none", "base.dtype=bfloat16"
     stop = ["training.validate_every=1", "training.save_every=99"]
     variants = {
-        "clipped-zero3": [clipped, zero3],
+        "clipped-zero3": [clipped, zero3, "training.validate_every=2", "evaluation.max_new_tokens=6"],
         "clipped-none": [clipped, whole],
         "clipped-bf16": [clipped, whole, bf16],
         "free-zero3": [free, zero3],
@@ -423,6 +425,19 @@ def test_loss_that_is_not_finite_ends_the_run_before_the_optimizer_moves(trainin
     assert end + f"{problems}. The last good checkpoint is {folder / variant}/checkpoints/step-2;" in output
     assert [path.name for path in (folder / variant / "checkpoints").iterdir()] == ["step-2"]
     assert exit_codes(output, variant) == {0: 2, 1: 2}
+
+
+def test_validation_gathers_ahead_and_does_not_keep_the_next_step_from_it(trainings):
+    """Of four passes before each of two validations, the first three tell DeepSpeed what comes next."""
+    _, _, output = trainings
+    counts = json.loads(re.search(r"clipped-zero3: rank 0 exits with 0; ahead: (.*)", output)[1])
+    shares = {kind: [there / (there + away) for k, there, away in counts if k == kind] for kind, *_ in counts}
+    assert shares["train"][:3] == [0, 0, 0]
+    # But for what the pass asks for first, where the one before it has left none of that.
+    assert min(shares["train"][3:5]) > 0.8
+    assert shares["train"][5:] == [1, 1, 1]
+    assert shares["validate"][1] > 0.6
+    assert min(shares["decode"]) > 0.7, "two of six passes tell what comes next"
 
 
 def test_checkpoint_comes_before_the_validation_that_fails(trainings):

@@ -24,6 +24,8 @@ SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_probl
 class Engine:
     """What DeepSpeed's engine is to validation."""
 
+    optimizer = None
+
     def __init__(self, module):
         self.module = module
         self.batches = []

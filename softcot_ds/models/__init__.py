@@ -2,6 +2,7 @@
 
 model_files.py    a model's files: where they are, downloaded once, checked
 backbone.py       loading, configurations, fingerprints
+loading.py        lines that tell how far a model is loaded
 partition.py      how weights are held: whole, split by ZeRO-3, in slices; DeepSpeed's configuration
 slices.py         models in slices, tried first on small ones
 limits.py         how far ahead ZeRO-3 gathers, from the sizes of the layers

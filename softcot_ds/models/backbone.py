@@ -24,6 +24,7 @@ from softcot_ds.distributed import Group, lost_rank, say, world_size
 from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
+from softcot_ds.models.loading import LoadingLines
 from softcot_ds.models.model_files import model_folder, weight_files
 from softcot_ds.models.partition import (
     decoding_config,
@@ -206,18 +207,20 @@ def load_frozen(
     """
     check_weights(config)
     quantized = layers_in_few_bits(config, bits, device) if bits < 16 else None
-    if partition == "tensor":
-        model, info = read_slices(
-            Group.of(group_size).size, partial(_from_pretrained, config, config.attention), quantized
-        )
-    else:
+    load = partial(_from_pretrained, config, config.attention)
+    lines = LoadingLines(config.model)
+    if partition in SPLIT:
         group = Group.of(group_size) if partition == "node" else None
-        if partition in SPLIT:
-            # Buffers for weights on NVMe are made before there is a model.
-            ranks = group.size if group else world_size()
-            deepspeed_config = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
-        with loading(deepspeed_config if partition in SPLIT else None, group, config.model, quantized):
-            model, info = _from_pretrained(config, config.attention)
+        # Buffers for weights on NVMe are made before there is a model.
+        ranks = group.size if group else world_size()
+        settings = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
+        with loading(settings, group, lines, quantized):
+            model, info = load()
+    else:
+        # Each rank reads for itself: of several on a node, all but the first find the files' pages in memory.
+        with lines.counting():
+            sliced = partition == "tensor"
+            model, info = read_slices(Group.of(group_size).size, load, quantized) if sliced else load()
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()

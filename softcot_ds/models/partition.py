@@ -14,6 +14,7 @@ import deepspeed
 import torch
 import torch.distributed as dist
 from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+from deepspeed.runtime.zero.partition_parameters import ZeroParamStatus
 from pydantic import ValidationError
 from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
@@ -21,13 +22,13 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import DataRanks, Group, device, is_main, max_over_ranks, rank, say, world_size
+from softcot_ds.distributed import DataRanks, Group, device, max_over_ranks, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import limits
 from softcot_ds.models.limits import Gathers
+from softcot_ds.models.loading import LoadingLines
 from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import slice_of
-from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, BackboneConfig, Dtype, Partition, Recipe
 
 _NEVER = 2**31 - 1
@@ -179,7 +180,7 @@ def quantization(recipe: Recipe) -> dict[str, Any]:
 
 @contextmanager
 def loading(
-    config: dict[str, Any] | None, group: Group | None, name: str, quantized: FewBits | None = None
+    config: dict[str, Any], group: Group | None, lines: LoadingLines, quantized: FewBits | None = None
 ) -> Iterator[None]:
     """Have ``from_pretrained`` split each weight while it reads it: no rank ever holds more than one whole.
 
@@ -187,17 +188,14 @@ def loading(
     end, so that loading one model partitioned does not partition whatever is loaded later.
 
     Args:
-        config: DeepSpeed's configuration; None to load whole.
+        config: DeepSpeed's configuration.
         group: who splits the weights between them; None for all ranks.
-        name: of the model, for lines on rank 0 that tell how far it is.
+        lines: that tell how far it is.
         quantized: the layers to be held in few bits.
     """
-    if config is None:
-        yield
-        return
     partitioning = HfDeepSpeedConfig(copy.deepcopy(config))  # in effect while it lives
     of_deepspeed, get_rank = deepspeed.zero.Init, dist.get_rank
-    deepspeed.zero.Init = partial(_Init, group, name, quantized)
+    deepspeed.zero.Init = partial(_Init, group, lines, quantized)
     try:
         yield
     finally:
@@ -212,14 +210,17 @@ class _Init(deepspeed.zero.Init):
     It outlives the building: DeepSpeed later splits what is trained with it, over all ranks.
     """
 
-    def __init__(self, group: Group | None, name: str, quantized: FewBits | None, **kwargs: Any) -> None:
+    def __init__(self, group: Group | None, lines: LoadingLines, quantized: FewBits | None, **kwargs: Any) -> None:
         super().__init__(**kwargs)
         self._group = group
         self._quantized = quantized
-        self._name = name
+        self._lines = lines
         self._building = False
-        self._all = self._loaded = 0  # bytes
-        self._progress: Progress | None = None
+        self._empty: set[int] = set()  # weights without values, by their ds_id
+        if (swapper := self.param_swapper) is not None:
+            # DeepSpeed reads ahead along a list in which the last weights stand twice: their backward pass comes next.
+            swap_in = swapper.swap_in
+            swapper.swap_in = lambda params, *rest, **named: swap_in([*dict.fromkeys(params)], *rest, **named)
 
     def __enter__(self) -> None:
         super().__enter__()
@@ -228,8 +229,7 @@ class _Init(deepspeed.zero.Init):
     def __exit__(self, *exception: Any) -> None:
         super().__exit__(*exception)
         self._building = False
-        if is_main():
-            self._progress = Progress(self._all // 10**6, "MB of weights")
+        self._lines.expect(len(self._empty))
         if (mine := self._group) is not None:
             # transformers fills the model next. It has the rank read that is rank 0, and DeepSpeed sends from the first
             # of a weight's group: all groups but one would get garbage.
@@ -245,7 +245,8 @@ class _Init(deepspeed.zero.Init):
         if self._building and self._group is not None:
             param.ds_zero_partition_process_group = self._group.process_group  # which DeepSpeed looks for
         super()._convert_to_deepspeed_param(param)
-        self._all += param.ds_numel * param.element_size()
+        if self._building:
+            self._empty.add(param.ds_id)
 
     def _zero_init_param(self, param: nn.Parameter) -> None:
         if not self._building:
@@ -255,15 +256,21 @@ class _Init(deepspeed.zero.Init):
         self._convert_to_deepspeed_param(param)
         param.partition()
 
+    def _all_gather(self, param_list: list[nn.Parameter], async_op: bool = False, hierarchy: Any = None) -> Any:
+        # transformers gathers each weight that it is about to fill. Room is enough: there is nothing to be sent yet.
+        self._ensure_availability_of_partitioned_params(param_list)  # of NVMe: room for the parts, too
+        for param in param_list:
+            if param.ds_id in self._empty:
+                param.data = torch.empty(param.ds_shape, dtype=param.dtype, device=param.device)
+                param.ds_status = ZeroParamStatus.AVAILABLE
+        return super()._all_gather(param_list, async_op, hierarchy)
+
     def _partition(self, param_list: list[nn.Parameter], has_been_updated: bool = False, **rest: Any) -> None:
         super()._partition(param_list, has_been_updated=has_been_updated, **rest)
-        if not has_been_updated or self._progress is None:
-            return
-        self._loaded += sum(param.ds_numel * param.element_size() for param in param_list)
-        # Not ``say``: the first rank of each group takes itself for rank 0 here.
-        there = self._loaded // 10**6
-        if there < self._all // 10**6 and (line := self._progress.line(there)):
-            print(f"{self._name}: {line}", flush=True)
+        if has_been_updated:
+            filled = self._empty & {param.ds_id for param in param_list}
+            self._empty -= filled
+            self._lines.add(len(filled))
 
 
 def keep_layers(model: PreTrainedModel, gib: float | None, spare_of: Callable[[int], float]) -> int:
@@ -311,6 +318,47 @@ def hook_partitioned(model: PreTrainedModel, config: dict[str, Any]) -> None:
     """Make a model that was loaded partitioned gather its weights as it runs, for use without training."""
     make_layers_leaves(model)
     deepspeed.initialize(model=model, config=with_limits(config, model), dist_init_required=False)
+
+
+class OwnPasses:
+    """A context for passes of an engine's model other than those that train.
+
+    ZeRO-3 knows in which order a pass with its backward pass asks for weights, and gathers ahead along it. A pass
+    without one would have it gather in vain, and read from NVMe, into buffers that are then missing; a module out of
+    that order would make it forget, gather nothing ahead and listen to the next step anew. So these passes have an
+    order of their own, and the engine's stays as it is.
+    """
+
+    def __init__(self, engine: Any, part: nn.Module | None = None) -> None:
+        """
+        Args:
+            engine: before it has run, with whatever it is that holds its weights.
+            part: of the engine's model, which is run by itself, as in decoding; None where the engine is.
+        """
+        self._part = part
+        self._offload = getattr(engine.optimizer, "parameter_offload", None)
+        if self._offload is not None:
+            self._others = copy.copy(self._offload.param_coordinator)
+            self._others._clear_trace_structures()  # they would be the same objects
+
+    def _exchange(self) -> None:
+        self._offload.param_coordinator, self._others = self._others, self._offload.param_coordinator
+
+    def __enter__(self) -> None:
+        if self._offload is None:
+            return
+        self._exchange()
+        if self._part is not None:
+            begin = self._offload.param_coordinator.reset_step
+            # First, before the hook that asks for weights. Where the engine runs, DeepSpeed has this hook.
+            self._hook = self._part.register_forward_pre_hook(lambda *_: begin(), prepend=True)
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._offload is None:
+            return
+        if self._part is not None:
+            self._hook.remove()
+        self._exchange()
 
 
 def make_layers_leaves(model: PreTrainedModel) -> None:
@@ -379,8 +427,10 @@ def held_bytes(parameter: nn.Parameter) -> int:
 
 
 def _is_here(parameter: nn.Parameter) -> bool:
-    """Whether this rank's part is all of a weight, and lies on its device: gathering it moves and copies nothing."""
-    return parameter.ds_zero_partition_world_size == 1 and parameter.ds_tensor.device == parameter.device
+    """Whether this rank's part is all of a weight, and stays on its device: gathering it moves and copies nothing."""
+    part = parameter.ds_tensor
+    alone = parameter.ds_zero_partition_world_size == 1
+    return alone and part.device == parameter.device and part.final_location is None  # of NVMe it is in a buffer
 
 
 def is_leaf(module: nn.Module) -> bool:

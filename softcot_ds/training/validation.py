@@ -12,6 +12,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
 from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.models.loss import IGNORE
+from softcot_ds.models.partition import OwnPasses
 from softcot_ds.training.batches import MakeBatch
 
 _NUM_SAMPLES = 2
@@ -38,14 +39,19 @@ class Validator:
         self._experiment = experiment
         self._ranks = ranks
         self._batch_size = experiment.recipe.training.micro_batch_size
+        self._passes = OwnPasses(engine)
+        self._decoding_passes = OwnPasses(engine, engine.module.base)
         try_decoding(engine.module.base)
 
     @torch.no_grad()
     def run(self) -> tuple[dict[str, float], str]:
         """Scalars for TensorBoard, and sample answers as text."""
         self._engine.eval()
-        scalars = {"loss/validation": self._loss(), **self._thought_statistics()}
-        samples = self._samples()
+        with self._passes:
+            scalars = {"loss/validation": self._loss()}
+        with self._decoding_passes:
+            scalars |= self._thought_statistics()
+            samples = self._samples()
         self._engine.train()
         return scalars, samples
 
