@@ -1,5 +1,7 @@
 """What stands in for decoding where the model does not matter."""
 
+from types import SimpleNamespace
+
 import torch
 
 from softcot_ds.evaluation import decoder as decoder_module
@@ -23,7 +25,7 @@ class Scribe:
     def ending(self, prompt):
         return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table):
         self.batches.append(list(prompts))
         self.seeds.append(torch.initial_seed())
         outputs = []
@@ -37,4 +39,5 @@ class Scribe:
 
 def replace_decoding(monkeypatch, scribe):
     monkeypatch.setattr(decoder_module, "decode", scribe)
-    monkeypatch.setattr(decoder_module, "load_to_decode", lambda *_: None)
+    model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(len(scribe.tokenizer), 1))
+    monkeypatch.setattr(decoder_module, "load_to_decode", lambda *_: model)

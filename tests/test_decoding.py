@@ -13,6 +13,7 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import decoding
 from softcot_ds.models.decoding import Output, Sampling, decode, try_decoding
+from softcot_ds.models.embedding import CompactTable
 
 D, VOCAB, STOP = 16, 40, 2
 LLAMA = {
@@ -98,6 +99,15 @@ def test_other_families_decode_a_batch_like_each_prompt_alone(family):
     outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
     assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
     assert len({tuple(output.token_ids) for output in outputs}) > 1
+    # From a table, the module is asked for what was written alone.
+    tokens = {decoding.PADDING}.union(*(prompt.prefix_ids + prompt.suffix_ids for prompt in prompts))
+    table, lengths = CompactTable.of(model.get_input_embeddings(), tokens), []
+    look_up = model.get_input_embeddings().forward
+    model.get_input_embeddings().forward = lambda ids: lengths.append(ids.shape[1]) or look_up(ids)
+    assert decode(model, prompts, thoughts, [STOP], Sampling(12), table) == outputs
+    assert 1 <= max(lengths) <= 11
+    with pytest.raises(SoftCoTError, match="is not among"):
+        decode(model, [BasePrompt([VOCAB], [])], None, [STOP], Sampling(12), table)
 
 
 def test_an_output_ends_where_the_context_does():
@@ -115,11 +125,11 @@ def test_prompts_are_decoded_one_by_one_where_a_batch_changes_them(monkeypatch):
     try_decoding(model)
     sizes, original = [], decoding._generate
 
-    def counted(model, some, thoughts, stop_ids, sampling):
+    def counted(model, some, thoughts, *rest):
         sizes.append(len(some))
         with monkeypatch.context() as alone:
             alone.setattr(decoding, "needs_all_ranks", lambda _: False)
-            return original(model, some, thoughts, stop_ids, sampling)
+            return original(model, some, thoughts, *rest)
 
     monkeypatch.setattr(decoding, "_generate", counted)
     expected = [alone(model, p, t, [STOP], 6) for p, t in zip(prompts, thoughts, strict=True)]

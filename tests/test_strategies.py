@@ -50,7 +50,7 @@ class Guesser(Scribe):
         self.patience = patience
         self.said = {}
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table):
         if len(self.batches) == self.patience:
             raise KeyboardInterrupt
         self.batches.append(list(prompts))

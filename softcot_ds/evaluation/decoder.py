@@ -25,7 +25,8 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.models.backbone import partition_that_fits
-from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
+from softcot_ds.models.decoding import PADDING, Output, Sampling, decode, load_to_decode
+from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import data_ranks, quantization
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.progress import Progress
@@ -236,8 +237,10 @@ class Decoder:
     def _decode_rest(self, job: Job) -> dict[int, list[Output]]:
         """Outputs by batch, of those that this rank has written."""
         ranks = data_ranks(self._partition, self._recipe.backbone.group_size)
-        if self._partition != "none":
-            _ = self._model  # ranks that hold it together load it together, also those that will have no batch
+        table = None
+        if self._partition != "none":  # ranks that hold the model together load it together, also without a batch
+            tokens = {PADDING}.union(*(prompt.prefix_ids + prompt.suffix_ids for prompt in job.prompts))
+            table = CompactTable.of(self._model.get_input_embeddings(), tokens)
         progress = Progress(len(job.todo), "batches")
         fresh = {}
         for start in range(0, len(job.todo), ranks.count):
@@ -245,7 +248,7 @@ class Decoder:
             # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
             if mine or self._partition in SPLIT:
                 number = job.todo[start + ranks.number if mine else start]
-                outputs = self._decode(job, number)
+                outputs = self._decode(job, number, table)
                 if mine and ranks.is_first:
                     job.write(number, outputs)
                     fresh[number] = outputs
@@ -253,12 +256,12 @@ class Decoder:
                 say(f"{job.name:9} {line}")
         return fresh
 
-    def _decode(self, job: Job, number: int) -> list[Output]:
+    def _decode(self, job: Job, number: int, table: CompactTable | None) -> list[Output]:
         batch = job.batches[number]
         model, prompts = self._model, [job.prompts[index] for index in batch]
         thoughts = None if job.thoughts is None else job.thoughts(batch)
         torch.manual_seed(batch_seed(self._recipe.seed, number, job.draw))
-        return decode(model, prompts, thoughts, self._stop_ids, job.sampling)
+        return decode(model, prompts, thoughts, self._stop_ids, job.sampling, table)
 
 
 def batch_seed(seed: int, number: int, draw: int = 0) -> int:

@@ -2,7 +2,8 @@
 
 transformers' ``generate`` is given tokens alone, with any token where the thoughts go, and what the embedding module
 makes of it is replaced by the thought. So each family reads tokens in its own way (scales, positions, several kinds of
-cache), and those whose ``generate`` refuses embeddings decode like all others.
+cache), and those whose ``generate`` refuses embeddings decode like all others. Nor need it make anything of a prompt
+whose tokens are in a table: a partitioned module's weights are gathered for generated tokens alone.
 
 Prompts are padded on the left where the model hides padding, which a trial on its real weights tells. Where it does not
 (recurrent models that ignore the mask), they are decoded one by one.
@@ -18,7 +19,6 @@ from typing import Self
 from weakref import WeakKeyDictionary
 
 import torch
-from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
@@ -26,9 +26,12 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import max_over_ranks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.backbone import context_length, load_to_run
-from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.embedding import CompactTable, whole_embedding
+from softcot_ds.models.partition import is_on_its_way, needs_all_ranks
 from softcot_ds.recipe import EvaluationConfig, ModelConfig, Partition, Recipe
 
+PADDING = 0
+"""A token that every model has; it stands for thoughts and padding."""
 _TRIAL_LENGTHS = (4, 40)
 """Tokens of the trial's two prompts: far apart, so that padding which is not hidden shows."""
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
@@ -70,6 +73,7 @@ def decode(
     thoughts_BTD: torch.Tensor | None,
     stop_ids: list[int],
     sampling: Sampling,
+    table: CompactTable | None = None,
 ) -> list[Output]:
     """Continue a batch of prompts, up to the end of the model's context. What comes out of each is what does alone.
 
@@ -79,12 +83,14 @@ def decode(
         prompts: B prompts ``prefix ; thoughts ; suffix``.
         thoughts_BTD: in any floating dtype, or None to decode without any.
         stop_ids: tokens that end an output.
+        table: with all tokens of the prompts and PADDING, on every rank, to embed them by; None to ask the model's own.
 
     Returns:
         The output of each prompt.
 
     Raises:
-        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), or its context has no room.
+        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), its context has no room, or the
+            table lacks a token.
     """
     num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
     lengths = [len(prompt.prefix_ids) + num_thoughts + len(prompt.suffix_ids) for prompt in prompts]
@@ -108,6 +114,7 @@ def decode(
             None if thoughts_BTD is None else thoughts_BTD[group],
             stop_ids,
             sampling,
+            table,
         )
         for index, row in zip(group, made.sequences.tolist(), strict=True):
             outputs.setdefault(index, _until_stop(row[max(lengths[index] for index in group) :], set(stop_ids)))
@@ -221,22 +228,22 @@ def _generate(
     thoughts_BTD: torch.Tensor | None,
     stop_ids: list[int],
     sampling: Sampling,
+    table: CompactTable | None = None,
     logits: bool = False,
 ) -> GenerateOutput:
     """One call of ``generate``: sequences (B, S + new tokens), padded on the left, and each new token's logits."""
     num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
-    # Token 0, which every table has, stands for thoughts and padding.
-    rows = [[*prompt.prefix_ids, *[0] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
+    rows = [[*prompt.prefix_ids, *[PADDING] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
     longest = max(len(row) for row in rows)
     skipped_B = torch.tensor([longest - len(row) for row in rows])
-    ids_BS = torch.tensor([[0] * (longest - len(row)) + row for row in rows])
+    ids_BS = torch.tensor([[PADDING] * (longest - len(row)) + row for row in rows])
     mask_BS = (torch.arange(longest) >= skipped_B[:, None]).long()
     starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
     sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     # What a model brings along (Qwen2.5: a repetition penalty) would apply wherever nothing is said below.
     model.generation_config = GenerationConfig()
     device = model.get_input_embeddings().weight.device
-    with _thoughts_in_place(model, longest, starts_B, thoughts_BTD):
+    with _embedded(model, ids_BS, starts_B, thoughts_BTD, table):
         return model.generate(
             ids_BS.to(device),
             attention_mask=mask_BS.to(device),
@@ -244,7 +251,7 @@ def _generate(
             do_sample=bool(sampled),
             **sampled,
             eos_token_id=stop_ids,
-            pad_token_id=0,
+            pad_token_id=PADDING,
             synced_gpus=needs_all_ranks(model),
             return_dict_in_generate=True,
             output_logits=logits,
@@ -252,30 +259,48 @@ def _generate(
 
 
 @contextmanager
-def _thoughts_in_place(
-    model: PreTrainedModel, longest: int, starts_B: torch.Tensor, thoughts_BTD: torch.Tensor | None
+def _embedded(
+    model: PreTrainedModel,
+    ids_BS: torch.Tensor,
+    starts_B: torch.Tensor,
+    thoughts_BTD: torch.Tensor | None,
+    table: CompactTable | None,
 ) -> Iterator[None]:
-    """Has the embedding module give the thoughts out from ``starts_B`` on, whenever it reads the whole prompt."""
-    if thoughts_BTD is None:
-        yield
-        return
-    slots_BT = starts_B[:, None] + torch.arange(thoughts_BTD.shape[1])
+    """Has the embedding module give the thoughts out from ``starts_B`` on, whenever it reads the whole prompt, and the
+    prompt's tokens as ``table`` has them."""
+    embedding = model.get_input_embeddings()
+    longest = ids_BS.shape[1]
+    known_BSD = None if table is None else table(table.number(ids_BS).to(table.rows_KD.device))
     rows_B1 = torch.arange(len(starts_B))[:, None]
+    slots_BT = starts_B[:, None] + torch.arange(0 if thoughts_BTD is None else thoughts_BTD.shape[1])
     calls = 0
 
-    def replace(_module: nn.Module, _inputs: object, embeds_BSD: torch.Tensor) -> torch.Tensor | None:
+    def look_up(ids: torch.Tensor) -> torch.Tensor:
+        if is_on_its_way(*embedding.parameters()):  # under limits of a file, far higher than the model needs
+            return embedding._call_impl(ids)
+        with whole_embedding(embedding) as embed:
+            return embed(ids)
+
+    def read(ids: torch.Tensor) -> torch.Tensor:
         nonlocal calls
         calls += 1
-        length = embeds_BSD.shape[1]
+        length = ids.shape[1]
         # Not in the first pass alone: some families keep no cache, or begin it anew when it reaches a length.
         if length < longest or (length == 1 and calls > 1):
-            return None
-        replaced_BSD = embeds_BSD.clone()
-        replaced_BSD[rows_B1, slots_BT] = thoughts_BTD.to(replaced_BSD)
-        return replaced_BSD
+            return look_up(ids)
+        if known_BSD is None:
+            embeds_BSD = look_up(ids).clone()
+        else:
+            written = [look_up(ids[:, longest:])] if length > longest else []
+            embeds_BSD = torch.cat([known_BSD, *written], dim=1)
+        if thoughts_BTD is not None:
+            embeds_BSD[rows_B1, slots_BT] = thoughts_BTD.to(embeds_BSD)
+        return embeds_BSD
 
-    hook = model.get_input_embeddings().register_forward_hook(replace)
+    # In the place of a call with its hooks, by which a partitioned module is gathered. In every pass: DeepSpeed would
+    # find that the prompt's has another order than those that follow.
+    embedding._compiled_call_impl = read
     try:
         yield
     finally:
-        hook.remove()
+        embedding._compiled_call_impl = None

@@ -418,6 +418,11 @@ def comes_and_goes(parameter: nn.Parameter) -> bool:
     return is_partitioned(parameter) and not parameter.ds_persist and not _is_here(parameter)
 
 
+def is_on_its_way(*parameters: nn.Parameter) -> bool:
+    """Whether any of these weights is being gathered for a module that comes later in a pass, as a tied head."""
+    return any(is_partitioned(weight) and weight.ds_status == ZeroParamStatus.INFLIGHT for weight in parameters)
+
+
 def held_bytes(parameter: nn.Parameter) -> int:
     """Bytes of a weight that stay on this rank's device all the time. Offloaded parts lie elsewhere."""
     if not is_partitioned(parameter):

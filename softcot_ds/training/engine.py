@@ -16,6 +16,7 @@ from softcot_ds.methods.base import Projection, check_fits, load_projection, pro
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
 from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
+from softcot_ds.models.decoding import PADDING
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
 from softcot_ds.models.shared_prefix import common_prefix
@@ -53,7 +54,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         training.step,
         training.activation_checkpointing,
         shared_ids,
-        token_ids(examples, experiment.base_pad_id),
+        token_ids(examples, experiment.base_pad_id) | {PADDING},  # the validation's samples are prompts, too
         experiment.splits.assistant_inputs(),
     )
     # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.

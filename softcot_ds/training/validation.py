@@ -97,6 +97,7 @@ class Validator:
             self._engine.module.thoughts(self._make_batch(examples).to(device())),
             experiment.base_prompts.stop_ids,
             Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
+            self._engine.module.table,
         )
         parts = []
         for example, output in zip(examples, outputs, strict=True):
