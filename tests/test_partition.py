@@ -5,7 +5,7 @@ import torch
 from kept import Kept
 from toy_models import make_toy
 
-from softcot_ds.models.partition import keep_weights_by_name
+from softcot_ds.models.partition import comes_and_goes, keep_weights_by_name
 
 BATCH, TOKENS = 2, 10
 
@@ -53,3 +53,12 @@ def test_no_values_of_weights_stay_until_the_backward_pass_whose_gradient_is_the
     for parameter, value in zip(model.parameters(), values, strict=True):
         parameter.data = value
     assert torch.equal(gradient(logits, embeds), truth)
+
+
+@pytest.mark.parametrize(("ranks", "place", "comes"), [(1, None, False), (2, None, True), (1, "nvme", True)])
+def test_a_whole_weight_that_lies_in_a_buffer_for_reading_comes_and_goes(ranks, place, comes):
+    weight = torch.nn.Parameter(torch.zeros(3))
+    weight.ds_id, weight.ds_persist, weight.ds_zero_partition_world_size = 0, False, ranks
+    weight.ds_tensor = torch.zeros(3)
+    weight.ds_tensor.final_location = place
+    assert comes_and_goes(weight) == comes

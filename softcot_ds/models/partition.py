@@ -433,9 +433,10 @@ def held_bytes(parameter: nn.Parameter) -> int:
 
 def _is_here(parameter: nn.Parameter) -> bool:
     """Whether this rank's part is all of a weight, and stays on its device: gathering it moves and copies nothing."""
+    if parameter.ds_zero_partition_world_size > 1:
+        return False
     part = parameter.ds_tensor
-    alone = parameter.ds_zero_partition_world_size == 1
-    return alone and part.device == parameter.device and part.final_location is None  # of NVMe it is in a buffer
+    return part.device == parameter.device and part.final_location is None  # from NVMe, it lies in a buffer for a while
 
 
 def is_leaf(module: nn.Module) -> bool:
