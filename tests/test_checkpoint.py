@@ -92,6 +92,7 @@ def test_values_that_are_not_finite_are_never_saved(saved, engine, wrong, value)
 SMALL = ["task.train_problems=12", "task.validation_problems=1", "task.test_problems=1", "training.steps=100"]
 FREE_SETTINGS = {
     "task.prompts",
+    "task.metric_rule",
     "thoughts.source",
     "cache.path",
     "cache.shard_mib",
