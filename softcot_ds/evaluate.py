@@ -1,11 +1,11 @@
-"""Accuracy of an adapter with its controls: ``softcot-ds evaluate RECIPE``, or ``softcot-ds evaluate ADAPTER_DIR``.
+"""Accuracy and loss of an adapter, with controls: ``softcot-ds evaluate RECIPE``, or ``... evaluate ADAPTER_DIR``.
 
-Every condition (evaluation/conditions.py) is decoded on the same problems with the same settings; what differs is what
-stands for the thoughts. Each finished batch is written at once, so an interrupted evaluation goes on where it was. In
-the run's directory:
+Every condition (evaluation/conditions.py) is put to the base on the same problems with the same settings; what differs
+is what stands for the thoughts. Each finished batch is written at once, so an interrupted evaluation goes on where it
+was. In the run's directory:
 
-    outputs/HASH/              what was decoded; the hash is of all that decides it, by content and never by path
-    evaluation/step-N-HASH/    an evaluation: its report, and every prompt, output and verdict by condition
+    outputs/HASH/              what was decoded, or losses; the hash is of all that decides them, by content, not path
+    evaluation/step-N-HASH/    an evaluation: its report, and every prompt, output, verdict and loss by condition
     report.json                the report of the fullest one (evaluation/report.py)
 """
 
@@ -25,7 +25,7 @@ def _evaluate(recipe: Recipe, adapter: Path) -> None:
 
 main = recipe_command(
     "evaluate",
-    "Accuracy with controls, of a run's newest adapter or of an adapter directory.",
+    "Accuracy and loss with controls, of a run's newest adapter or of an adapter directory.",
     _evaluate,
     recipe_and_adapter,
 )

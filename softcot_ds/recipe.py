@@ -259,21 +259,25 @@ class TrainingConfig(Section):
 
 
 _NOT_A_STRATEGYS = {
-    *("conditions", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p", "partition"),
-    *("placeholder", "static_adapter"),
+    *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
+    *("partition", "placeholder", "static_adapter"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
 
 class EvaluationConfig(Section):
-    """Accuracy, never without its controls."""
+    """Accuracy and loss, never without their controls."""
 
     conditions: list[Condition] = Field(["learned", "shuffled", "mean", "zero", "none"])
     """What stands in for the thoughts; see the README."""
+    decode: bool = True
+    """Decode answers and grade them: accuracy."""
+    loss: bool = True
+    """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
     strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
     """How an answer is reached, under every condition: ``single`` takes what is written after the prompt."""
     batch_size: Count = 16
-    """Problems decoded together on a rank."""
+    """Problems decoded together on a rank, or whose solutions are read together."""
     max_new_tokens: Count = 512
     text_max_tokens: Count = 128
     """Longest answer of the assistant in words (condition text), tokens."""
@@ -302,6 +306,13 @@ class EvaluationConfig(Section):
             raise ValueError("empty; name what is to stand in for the thoughts, such as [learned, none]")
         if repeated := sorted({name for name in value if value.count(name) > 1}):
             raise ValueError(f"{', '.join(repeated)} stands there more than once; each is decoded once")
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _something_is_asked(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("decode") is False:
+            raise ValueError("false, and evaluation.decode too: nothing is left to evaluate; set one of them to true")
         return value
 
     @field_validator("temperature")

@@ -1,10 +1,10 @@
-"""What stands in for decoding where the model does not matter."""
+"""What stands in for decoding and for losses where the model does not matter."""
 
 from types import SimpleNamespace
 
 import torch
 
-from softcot_ds.evaluation import decoder as decoder_module
+from softcot_ds.evaluation import decoder, jobs, losses
 from softcot_ds.models.decoding import Output
 
 
@@ -17,6 +17,7 @@ class Scribe:
         self.tokenizer = tokenizer
         self.batches = []
         self.seeds = []
+        self.scored = []
 
     @property
     def num_prompts(self):
@@ -36,8 +37,22 @@ class Scribe:
             outputs.append(Output(self.tokenizer.encode(f"{told:.3f} {chance} {text}", add_special_tokens=False), cut))
         return outputs
 
+    def read_shared(self, prompts):
+        return None
+
+    def losses(self, prompts, thoughts, texts, shared, table):
+        self.scored.append(list(prompts))
+        told = torch.zeros(len(prompts)) if thoughts is None else thoughts.double().sum(dim=(1, 2))
+        given = zip(prompts, texts, told.tolist(), strict=True)
+        return [sum(prompt.prefix_ids) + len(text) + one for prompt, text, one in given]
+
+    def read_whole_rows(self):
+        pass
+
 
 def replace_decoding(monkeypatch, scribe):
-    monkeypatch.setattr(decoder_module, "decode", scribe)
+    """Losses too."""
     model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(len(scribe.tokenizer), 1))
-    monkeypatch.setattr(decoder_module, "load_to_decode", lambda *_: model)
+    monkeypatch.setattr(decoder, "decode", scribe)
+    monkeypatch.setattr(jobs, "load_to_run", lambda *_: model)
+    monkeypatch.setattr(losses, "load_scorer", lambda *_: scribe)

@@ -11,8 +11,9 @@ from launch import ROOT
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import DataRanks
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation import decoder as decoder_module
-from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts
+from softcot_ds.evaluation import jobs
+from softcot_ds.evaluation.decoder import Decoder
+from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
 from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import load_recipe
 
@@ -31,7 +32,18 @@ OUTPUTS = {0: [Output([7, 12], False), Output([], True)], 1: [Output([10**4], Tr
 
 
 def job(folder, **changes):
-    return Job("learned", PROMPTS, None, Sampling(5), 0, SETTINGS | changes, folder)
+    return Job(
+        "learned",
+        [prompt.prefix_ids for prompt in PROMPTS],
+        SETTINGS | changes,
+        folder,
+        None,
+        lambda output: Output(**output),
+    )
+
+
+def make_decoder(recipe, context=512):
+    return Decoder(Worker(recipe, recipe.base, "weights"), [2], context)
 
 
 def written_job(folder):
@@ -110,10 +122,10 @@ class Asked(Exception):
 def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed, draw):
     recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
     prompts = [BasePrompt([index], []) for index in range(7)]
-    decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
+    decoder = make_decoder(recipe)
     results = {}
     for partitioned in (False, True):
-        decoder._partition = "zero3" if partitioned else "none"
+        decoder.worker._partition = "zero3" if partitioned else "none"
         for ranks in (1, 2, 3):
             outputs = {}
 
@@ -127,10 +139,10 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
                 work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
                 place = DataRanks(rank, ranks)
                 with monkeypatch.context() as patch:
-                    patch.setattr(decoder_module, "data_ranks", lambda *_, place=place: place)
-                    patch.setattr(decoder_module, "from_all_ranks", collect)
+                    patch.setattr(jobs, "data_ranks", lambda *_, place=place: place)
+                    patch.setattr(jobs, "from_all_ranks", collect)
                     with pytest.raises(Asked):
-                        decoder.run(work)
+                        decoder.worker.run(work)
                 rounds = -(-4 // ranks)
                 assert len(scribe.seeds) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
             results[partitioned, ranks] = outputs
@@ -146,7 +158,7 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
 )
 def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, said):
     recipe = make_recipe(tmp_path)
-    Decoder(recipe, recipe.base, "weights", [2], context).job("none", PROMPTS, None, Sampling(6))
+    make_decoder(recipe, context).job("none", PROMPTS, None, Sampling(6))
     printed = capsys.readouterr().out
     assert said in printed
     assert bool(said) == bool(printed)
@@ -154,7 +166,7 @@ def test_outputs_that_the_context_cuts_are_announced(tmp_path, capsys, context, 
 
 def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
     recipe = make_recipe(tmp_path)
-    decoder = Decoder(recipe, recipe.base, "weights", [2], 6)
+    decoder = make_decoder(recipe, 6)
     with pytest.raises(
         SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
     ):
@@ -172,6 +184,6 @@ def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
     for partition in ("none", "zero3"):
         for file in (ROOT / "ds_configs/zero3.json", tmp_path / "quantized.json"):
             recipe = make_recipe(tmp_path, f"evaluation.partition={partition}", f"backbone.deepspeed={file}")
-            decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
+            decoder = make_decoder(recipe)
             keys[partition, file.stem] = decoder.job("none", PROMPTS, None, Sampling(5)).key
     assert keys["none", "zero3"] == keys["none", "quantized"] == keys["zero3", "zero3"] != keys["zero3", "quantized"]

@@ -21,6 +21,7 @@ from softcot_ds import agreement
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import decoder as decoder_module
+from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.conditions import CONDITIONS, Conditions, others
 from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
@@ -31,6 +32,7 @@ from softcot_ds.methods import trial
 from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.partition import decoding_config
+from softcot_ds.models.scoring import Scorer
 from softcot_ds.planning.lengths import read_data
 from softcot_ds.recipe import Condition, load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
@@ -175,24 +177,34 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "adapter", recipe)
     evaluate(recipe, adapter)
     whole = records(recipe, "learned")
-    (part,) = recipe.run_dir.glob("outputs/*/*.part")
-    lines = part.read_text().splitlines(keepends=True)
-    part.write_text("".join(lines[:2]) + lines[2][:20])  # killed while it wrote its third batch
-    decoded = []
-    original = decoder_module.decode
+    parts = list(recipe.run_dir.glob("outputs/*/*.part"))
+    assert len(parts) == 2, "what is decoded, and losses"
+    for part in parts:
+        lines = part.read_text().splitlines(keepends=True)
+        part.write_text("".join(lines[:2]) + lines[2][:80])  # killed while it wrote its third batch
+    decoded, scored = [], []
+    decode, losses = decoder_module.decode, Scorer.losses
     monkeypatch.setattr(
-        decoder_module,
-        "decode",
-        lambda model, prompts, *rest, **kw: decoded.append(len(prompts)) or original(model, prompts, *rest, **kw),
+        decoder_module, "decode", lambda model, prompts, *rest: decoded.append(prompts) or decode(model, prompts, *rest)
+    )
+    monkeypatch.setattr(
+        Scorer, "losses", lambda self, prompts, *rest: scored.append(prompts) or losses(self, prompts, *rest)
     )
     evaluate(recipe, adapter)
     assert records(recipe, "learned") == whole
-    assert sum(decoded) == 24 - 2 * 5, "finished batches are not decoded again"
+    for done in (decoded, scored):
+        assert sum(map(len, done)) == 24 - 2 * 5, "finished batches are not done again"
 
 
 THOUGHTS = {"learned", "shuffled", "mean"}
 EVERY = THOUGHTS | {"zero", "placeholder", "none", "text", "static"}
 WORDS = {"assistant"}
+LOSSES = {f"{condition} loss" for condition in EVERY}
+
+
+def both(names):
+    """What is decoded, and the losses under the conditions among that."""
+    return names | {f"{name} loss" for name in names & EVERY}
 
 
 @pytest.fixture(scope="module")
@@ -254,22 +266,29 @@ def edit(path, old, new):
         pytest.param(set(), ["name=other"], lambda f: (f / "demo").rename(f / "other"), id="all moved and renamed"),
         pytest.param(set(), ["evaluation.partition=zero3", "evaluation.top_p=0.5"], None, id="what decides nothing"),
         pytest.param(set(), ["training.learning_rate=1", "thoughts.source=cache"], None, id="other work"),
-        pytest.param(set(), [], lambda f: write_questions(f / "test.jsonl", answer=2), id="references"),
+        pytest.param(LOSSES, [], lambda f: write_questions(f / "test.jsonl", answer=2), id="references"),
         pytest.param(set(), [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{# #}{{"), id="a comment"),
-        pytest.param(THOUGHTS, [], lambda f: scaled(f / "adapter/projection.safetensors"), id="adapter retrained"),
-        pytest.param(THOUGHTS | WORDS, ["assistant.attention=eager"], None, id="assistant's attention"),
-        pytest.param({"static"}, [], lambda f: scaled(f / "static/projection.safetensors"), id="static retrained"),
-        pytest.param({"placeholder"}, ["evaluation.placeholder=<|end|>"], None, id="placeholder"),
-        pytest.param({"shuffled"}, ["seed=1"], None, id="greedily a seed only shuffles"),
+        pytest.param(
+            both(THOUGHTS), [], lambda f: scaled(f / "adapter/projection.safetensors"), id="adapter retrained"
+        ),
+        pytest.param(both(THOUGHTS | WORDS), ["assistant.attention=eager"], None, id="assistant's attention"),
+        pytest.param(
+            both({"static"}), [], lambda f: scaled(f / "static/projection.safetensors"), id="static retrained"
+        ),
+        pytest.param(both({"placeholder"}), ["evaluation.placeholder=<|end|>"], None, id="placeholder"),
+        pytest.param(both({"shuffled"}), ["seed=1"], None, id="greedily a seed only shuffles"),
         pytest.param(WORDS, ["evaluation.text_max_tokens=5"], None, id="words of other lengths, the same here"),
         pytest.param(
-            THOUGHTS | WORDS | {"text"},
+            both(THOUGHTS | WORDS | {"text"}),
             [],
             lambda f: edit(f / "assistant/chat_template.jinja", "{{", "{{ 'plan' }}{{"),
             id="assistant's template",
         ),
         pytest.param(
-            EVERY, [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"), id="base's template"
+            both(EVERY),
+            [],
+            lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"),
+            id="base's template",
         ),
         pytest.param(
             EVERY,
@@ -277,14 +296,14 @@ def edit(path, old, new):
             lambda f: edit(f / "base/generation_config.json", '"eos_token_id": 2', '"eos_token_id": [2, 9]'),
             id="one more token that ends an answer",
         ),
-        pytest.param(EVERY, ["base.dtype=bfloat16"], None, id="dtype"),
-        pytest.param(EVERY, ["base.attention=eager"], None, id="attention"),
+        pytest.param(both(EVERY), ["base.dtype=bfloat16"], None, id="dtype"),
+        pytest.param(both(EVERY), ["base.attention=eager"], None, id="attention"),
         pytest.param(EVERY, ["evaluation.max_new_tokens=9"], None, id="length"),
-        pytest.param(EVERY | WORDS, ["evaluation.batch_size=4"], None, id="batch size"),
-        pytest.param(EVERY | WORDS, ["evaluation.temperature=1"], None, id="temperature"),
-        pytest.param(EVERY | WORDS, ["task.test_problems=6"], None, id="fewer questions"),
+        pytest.param(both(EVERY | WORDS), ["evaluation.batch_size=4"], None, id="batch size"),
+        pytest.param(EVERY | WORDS | {"text loss"}, ["evaluation.temperature=1"], None, id="temperature"),
+        pytest.param(both(EVERY | WORDS), ["task.test_problems=6"], None, id="fewer questions"),
         pytest.param(
-            EVERY | WORDS, [], lambda f: write_questions(f / "test.jsonl", first="kim"), id="one other question"
+            both(EVERY | WORDS), [], lambda f: write_questions(f / "test.jsonl", first="kim"), id="one other question"
         ),
     ],
 )
@@ -298,8 +317,9 @@ def test_what_decides_an_output_is_compared_by_content(
     report = evaluate(recipe, folder / "adapter")
     lines = capsys.readouterr().out.splitlines()
     reused = {line.partition(":")[0] for line in lines if line.endswith("2 of 2 batches were done before")}
-    assert (EVERY | WORDS) - reused == anew
-    assert scribe.num_prompts == len(anew) * report["num_problems"]
+    assert both(EVERY | WORDS) - reused == anew
+    assert scribe.num_prompts == len(anew & (EVERY | WORDS)) * report["num_problems"]
+    assert sum(map(len, scribe.scored)) == len(anew & LOSSES) * report["num_problems"]
     # The report is of the references as they are now, and the first one is still there.
     references = {json.loads(line)["answer"].split()[-1] for line in (folder / "test.jsonl").read_text().splitlines()}
     newest = max(recipe.run_dir.glob("evaluation/*/zero.jsonl"), key=lambda path: path.stat().st_mtime_ns)
@@ -415,7 +435,7 @@ def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monke
     loads = []
     load = trial.load_frozen
     monkeypatch.setattr(trial, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
-    monkeypatch.setattr(decoder_module, "load_to_decode", lambda config, *_: loads.append(config.model))
+    monkeypatch.setattr(jobs, "load_to_run", lambda config, *_: loads.append(config.model))
     recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
     assert loads == ["assistant", "package:pair/base"]
@@ -423,9 +443,10 @@ def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monke
 
 def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_path, scribe, monkeypatch):
     folder = shutil.copytree(first_evaluation, tmp_path / "copy")
-    monkeypatch.setattr(decoder_module, "__version__", "99")
+    monkeypatch.setattr(jobs, "__version__", "99")
     evaluate(recipe_in(folder), folder / "adapter")
     assert scribe.num_prompts == len(EVERY | WORDS) * 7
+    assert sum(map(len, scribe.scored)) == len(EVERY) * 7
 
 
 def test_a_base_that_training_does_not_partition_may_be_partitioned_for_decoding(tmp_path):
@@ -441,7 +462,7 @@ def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evalu
     (folder / "assistant/model.safetensors").unlink()  # which they do not need
     recipe = recipe_in(folder, "projection.kind=static", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
     report = evaluate(recipe, folder / "static")
-    assert scribe.num_prompts == report["num_problems"]
+    assert scribe.num_prompts == sum(map(len, scribe.scored)) == report["num_problems"]
     assert records(recipe, "shuffled") == records(recipe, "mean") == records(recipe, "learned")
 
 
@@ -571,7 +592,7 @@ def test_an_adapter_of_one_task_is_evaluated_on_another(recipe, adapter, tmp_pat
     lines = table(report).splitlines()
     assert "(trained on word_problems)" in lines[0]
     assert lines[1].endswith("by reference")
-    assert lines[-1].endswith(f"{report['conditions']['none']['by_rule']['reference']['accuracy']:.1%}")
+    assert lines[3].endswith(f"{report['conditions']['none']['by_rule']['reference']['accuracy']:.1%}")
     assert not (found.run_dir / "report.json").exists(), "the run's report is of its own task"
 
     by_reference = found.task.model_copy(update={"metric_rule": "reference"})

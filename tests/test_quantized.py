@@ -13,9 +13,8 @@ from toy_models import make_toy
 from transformers import LlamaConfig, LlamaForCausalLM
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation.decoder import Decoder
+from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.models.backbone import load_frozen
-from softcot_ds.models.decoding import Sampling
 from softcot_ds.models.quantized import FewBits, _bitsandbytes, pack, unpack
 from softcot_ds.recipe import ModelConfig, load_recipe
 from softcot_ds.values import resolve_location
@@ -160,6 +159,6 @@ def test_outputs_of_another_number_of_bits_are_others(tmp_path):
     for bits in (16, 8, 4):
         recipe = load_recipe(RECIPE, [f"output_dir={tmp_path}", f"backbone.bits={bits}"])
         for model in (recipe.base, recipe.assistant):
-            settings = Decoder(recipe, model, "weights", [2], 512)._settings([], None, Sampling(1), 0)
+            settings = Worker(recipe, model, "weights")._settings([], None)
             keys.add((model is recipe.base, str(settings["quantized"])))
     assert keys == {(True, "{}"), (True, "{'bits': 8}"), (True, "{'bits': 4}"), (False, "{}")}

@@ -226,6 +226,10 @@ def test_all_mistakes_are_reported_together(write):
         (["evaluation.conditions=[]"], "evaluation.conditions: empty; name what is to stand in for the thoughts"),
         (["evaluation.conditions=[none,zero,none]"], "evaluation.conditions: none stands there more than once"),
         ([f"seed={2**64}"], f"seed: input should be less than or equal to {2**64 - 1}, found {2**64}"),
+        (
+            ["evaluation.loss=false", "evaluation.decode=false"],
+            "evaluation.loss: false, and evaluation.decode too: nothing",
+        ),
         (["evaluation.conditions=[static]"], "evaluation.static_adapter: missing; the condition static needs"),
         (["task.test=null", "task.test_from_train=all"], "task.test_from_train: input should be 'order' or 'content'"),
         (["task.name=gsm"], f"task.name: input should be {' or '.join(map(repr, TASKS))}, found 'gsm'"),

@@ -21,6 +21,7 @@ REPORT = {"conditions": {"learned": {}, "zero": {}}, "num_problems": 1000, "step
         ({"step": 300, "num_problems": 1001, "max_new_tokens": 64}, ""),
         ({"step": 300, "num_problems": 8}, "it is on 1000 problems, this one on 8"),
         ({"metric_rule": "reference"}, "its answers were found by the rule ours, those of this one by reference"),
+        ({"conditions": {"learned": {"loss": {}}, "zero": {}}}, ""),
         ({"strategy": "vote"}, "its strategy is single, that of this one vote"),
     ],
 )

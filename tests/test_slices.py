@@ -129,8 +129,13 @@ def test_evaluation_in_slices_writes_the_outputs_of_whole_models(done):
     folder, _, _ = done
     none, tensor = (next((folder / f"runs/{name}/evaluation").iterdir()) for name in ("none", "tensor"))
     for condition in ("learned", "none"):
-        want, found = ((run / f"{condition}.jsonl").read_text() for run in (none, tensor))
-        assert len(want.splitlines()) == 5
+        want, found = (
+            [json.loads(line) for line in (run / f"{condition}.jsonl").read_text().splitlines()]
+            for run in (none, tensor)
+        )
+        assert len(want) == 5
+        losses = [[record.pop("loss") for record in records] for records in (found, want)]
+        assert losses[0] == pytest.approx(losses[1], rel=1e-5), condition
         assert found == want, condition
     parts = [path.read_text().splitlines() for path in (folder / "runs/tensor/outputs").glob("*/*.part")]
-    assert sum(map(len, parts)) == 2 * 3, "each batch is written once"
+    assert sum(map(len, parts)) == 2 * 2 * 3, "each batch is written once"

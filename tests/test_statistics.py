@@ -1,13 +1,16 @@
 """Intervals and tests against the formulas of the papers, with integers and fractions."""
 
 import math
+import random
+import statistics
 from fractions import Fraction
+from itertools import product
 
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softcot_ds.evaluation.statistics import compare, wilson_interval
+from softcot_ds.evaluation.statistics import compare, compare_losses, wilson_interval
 
 Z = 1.959963984540054
 
@@ -51,3 +54,56 @@ def test_equal_verdicts_differ_by_nothing():
 def test_different_problems_cannot_be_compared():
     with pytest.raises(ValueError, match="needs the same problems"):
         compare({"a": True}, {"b": True})
+
+
+LOSSES = st.lists(st.tuples(st.integers(-9, 9), st.integers(1, 5)), min_size=2, max_size=6)
+
+
+@given(LOSSES)
+def test_a_difference_of_losses_has_the_p_value_of_all_signs(pairs):
+    differences, tokens = zip(*pairs, strict=True)
+    found = compare_losses([d + 3.0 for d in differences], [3.0] * len(pairs), tokens, seed=0)
+    assert found["per_token"] == pytest.approx(sum(differences) / sum(tokens))
+    assert found["per_problem"] == pytest.approx(sum(differences) / len(pairs))
+    sums = [
+        sum(s * d for s, d in zip(signs, differences, strict=True)) for signs in product((1, -1), repeat=len(pairs))
+    ]
+    least = min(sum(s >= sum(differences) for s in sums), sum(s <= sum(differences) for s in sums))
+    assert found["p_value"] == pytest.approx(min(1, 2 * least / len(sums)))
+
+
+@settings(max_examples=10)
+@given(LOSSES.filter(lambda pairs: len(pairs) < 5), st.integers(0, 2**64 - 1))
+def test_the_interval_of_a_difference_of_losses_is_that_of_all_resamples(pairs, seed):
+    differences, tokens = (list(map(float, values)) for values in zip(*pairs, strict=True))
+    low, high = compare_losses(differences, [0.0] * len(pairs), tokens, seed)["ci95"]
+    drawn = [list(zip(*picked, strict=True)) for picked in product(pairs, repeat=len(pairs))]
+    every = sorted(sum(lost) / sum(counts) for lost, counts in drawn)
+    # Drawn resamples may err about which of two neighbours a percentile falls on, by four standard errors of 9,999.
+    for bound, share in ((low, 0.025), (high, 0.975)):
+        error = 4 * math.sqrt(0.025 * 0.975 / 9999)
+        ranks = [min(max(0, round((share + sign * error) * len(every)) + sign), len(every) - 1) for sign in (-1, 1)]
+        assert every[ranks[0]] - 1e-12 <= bound <= every[ranks[1]] + 1e-12
+
+
+def test_the_interval_of_many_problems_is_that_of_the_normal_distribution_and_its_seeds_agree():
+    draw = random.Random(0)
+    differences = [draw.gauss(-0.5, 2) for _ in range(400)]
+    found = [compare_losses(differences, [0.0] * 400, [10] * 400, seed) for seed in (0, 1, 0)]
+    half = Z * statistics.pstdev(differences) / math.sqrt(400) / 10
+    assert found[0]["ci95"] == pytest.approx(
+        (found[0]["per_token"] - half, found[0]["per_token"] + half), abs=0.05 * half
+    )
+    assert found[0] == found[2] != found[1]
+    assert found[0]["p_value"] == pytest.approx(2 / 10_000), "the smallest that can be drawn"
+
+
+def test_losses_of_one_problem_have_no_interval_and_equal_ones_no_difference():
+    assert compare_losses([3.0], [1.0], [4], seed=0) == {
+        "per_token": 0.5,
+        "ci95": None,
+        "per_problem": 2.0,
+        "p_value": 1.0,
+    }
+    equal = {"per_token": 0.0, "ci95": (0.0, 0.0), "per_problem": 0.0, "p_value": 1.0}
+    assert compare_losses([3.0] * 20, [3.0] * 20, [4] * 20, seed=0) == equal

@@ -16,6 +16,7 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions
 from softcot_ds.evaluation.decoder import Decoder, batch_seed
+from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.strategies import Answer
 from softcot_ds.models.backbone import load_tokenizer
@@ -134,7 +135,7 @@ def test_what_one_strategy_has_asked_is_there_for_another_and_each_has_a_report(
 
 def test_a_draw_is_another_only_where_it_is_sampled_and_the_first_is_as_it_was_without(tmp_path):
     recipe = recipe_in(tmp_path, "single")
-    decoder = Decoder(recipe, recipe.base, "weights", [2], 512)
+    decoder = Decoder(Worker(recipe, recipe.base, "weights"), [2], 512)
     prompts = [BasePrompt([1, 2], [3])]
     sampled = [decoder.job("x", prompts, None, Sampling(5, 0.7, 0.9), draw).key for draw in (0, 1, 2)]
     greedy = [decoder.job("x", prompts, None, Sampling(5), draw).key for draw in (0, 1, 2)]

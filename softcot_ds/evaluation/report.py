@@ -1,4 +1,4 @@
-"""From the outputs of an evaluation to its report: accuracies, intervals, paired tests, and whose report it is."""
+"""From what an evaluation found to its report: accuracies, losses, intervals, paired tests, and whose report it is."""
 
 import json
 from collections.abc import Mapping
@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.adapter import AdapterConfig
-from softcot_ds.evaluation.statistics import compare, wilson_interval
+from softcot_ds.evaluation.statistics import compare, compare_losses, wilson_interval
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.recipe import Recipe
 
@@ -16,31 +16,36 @@ Record = dict[str, Any]
 def make_report(
     recipe: Recipe, adapter: Path, config: AdapterConfig, trained: Record, records: Mapping[str, list[Record]]
 ) -> Record:
-    """Accuracies with 95% Wilson intervals, and learned against each control (McNemar's exact test).
+    """Accuracies with 95% Wilson intervals, losses, and learned against each control on the same problems: McNemar's
+    exact test of the accuracies, a permutation test and a bootstrap interval of the losses.
 
     Args:
         trained: how the adapter was trained, as its checkpoint says.
-        records: by condition, one per problem.
+        records: by condition, one per problem: with what was decoded, with the loss of the solution, or with both.
     """
-    verdicts = {name: {record["id"]: record["correct"] for record in rows} for name, rows in records.items()}
-    conditions = {}
-    for name, rows in records.items():
-        correct = sum(record["correct"] for record in rows)
-        conditions[name] = {
-            "accuracy": correct / len(rows),
-            "ci95": wilson_interval(correct, len(rows)),
-            "correct": correct,
-            "unparsed": sum(record["answer"] is None for record in rows),
-            "cut": sum(record["cut"] for record in rows),
-            "by_rule": {rule: _by_rule(rule, rows) for rule in rows[0]["by_rule"]},
-        }
-    learned = verdicts.get("learned")
-    comparisons = {
-        f"learned-{name}": compare(learned, other)
-        for name, other in verdicts.items()
-        if learned is not None and name != "learned"
-    }
+    conditions: dict[str, Record] = {name: {} for name in records}
+    comparisons: dict[str, Record] = {f"learned-{name}": {} for name in records if name != "learned"}
+    if "learned" not in records:
+        comparisons = {}
     evaluation = recipe.evaluation
+    if evaluation.decode:
+        verdicts = {name: {record["id"]: record["correct"] for record in rows} for name, rows in records.items()}
+        for name, rows in records.items():
+            conditions[name] |= _accuracy(rows)
+        for pair, found in comparisons.items():
+            found |= compare(verdicts["learned"], verdicts[pair.removeprefix("learned-")])
+    if evaluation.loss:
+        losses, tokens = _losses(records)
+        for name, values in losses.items():
+            conditions[name]["loss"] = {
+                "per_token": sum(values) / sum(tokens),
+                "per_problem": sum(values) / len(tokens),
+                "tokens": sum(tokens),
+                "num_problems": len(tokens),
+            }
+        for pair, found in comparisons.items():
+            other = losses[pair.removeprefix("learned-")]
+            found["loss"] = compare_losses(losses["learned"], other, tokens, recipe.seed)
     return {
         "task": recipe.task.name,
         "trained_on": config.task,
@@ -68,29 +73,78 @@ def _by_rule(rule: str, rows: list[Record]) -> Record:
     return {"accuracy": correct / len(rows), "correct": correct, "unparsed": unparsed}
 
 
+def _accuracy(rows: list[Record]) -> Record:
+    correct = sum(record["correct"] for record in rows)
+    return {
+        "accuracy": correct / len(rows),
+        "ci95": wilson_interval(correct, len(rows)),
+        "correct": correct,
+        "unparsed": sum(record["answer"] is None for record in rows),
+        "cut": sum(record["cut"] for record in rows),
+        "by_rule": {rule: _by_rule(rule, rows) for rule in rows[0]["by_rule"]},
+    }
+
+
+def _losses(records: Mapping[str, list[Record]]) -> tuple[dict[str, list[float]], list[int]]:
+    """By condition the loss of each solution that fits, and their numbers of tokens: the same under all conditions."""
+    solutions = {
+        name: [(row["id"], row["solution_tokens"]) for row in rows if row["loss"] is not None]
+        for name, rows in records.items()
+    }
+    first, *others = solutions.values()
+    assert all(other == first for other in others), "losses are of the same solutions under every condition"
+    losses = {name: [row["loss"] for row in rows if row["loss"] is not None] for name, rows in records.items()}
+    return losses, [tokens for _, tokens in first]
+
+
 def table(report: Record) -> str:
-    """The report for a terminal."""
+    """The report for a terminal, of 100 columns at most but for the adapter's path."""
+    rows = list(report["conditions"].values())
+    title = f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
+    title += f" (trained on {report['trained_on']})" if report["trained_on"] != report["task"] else ""
+    lines = [title + (f", strategy {report['strategy']}" if "strategy" in report else "")]
+    if "accuracy" in rows[0]:
+        lines += _accuracy_lines(report)
+    if any(row.get("cut") for row in rows):
+        lines.append(f"cut: outputs that ended at evaluation.max_new_tokens={report['max_new_tokens']}")
+    if "loss" in rows[0]:
+        lines += ["", *_loss_lines(report)] if "accuracy" in rows[0] else _loss_lines(report)
+    return "\n".join(lines)
+
+
+def _accuracy_lines(report: Record) -> list[str]:
     first = next(iter(report["conditions"].values()))
     others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
     lines = [
-        f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
-        + (f" (trained on {report['trained_on']})" if report["trained_on"] != report["task"] else "")
-        + (f", strategy {report['strategy']}" if "strategy" in report else ""),
         f"{'condition':<12}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
-        f"{'p (McNemar)':>13}" + "".join(f"{f'by {rule}':>14}" for rule in others),
+        f"{'p (McNemar)':>13}" + "".join(f"{f'by {rule}':>14}" for rule in others)
     ]
     for name, row in report["conditions"].items():
         low, high = row["ci95"]
         line = f"{name:<12}{row['accuracy']:>9.1%}{f'{low:.1%} - {high:.1%}':>17}{row['unparsed']:>10}{row['cut']:>7}"
-        comparison = report["comparisons"].get(f"learned-{name}")
-        if comparison:
-            line += f"{100 * comparison['difference']:>+13.1f} {comparison['p_value']:>13.2g}"
+        if found := report["comparisons"].get(f"learned-{name}"):
+            line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>13.2g}"
         elif others:
             line += " " * 27
         lines.append(line + "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others))
-    if any(row["cut"] for row in report["conditions"].values()):
-        lines.append(f"cut: outputs that ended at evaluation.max_new_tokens={report['max_new_tokens']}")
-    return "\n".join(lines)
+    return lines
+
+
+def _loss_lines(report: Record) -> list[str]:
+    losses = {name: row["loss"] for name, row in report["conditions"].items()}
+    first = next(iter(losses.values()))
+    lines = [
+        f"loss of the solutions in nats (lower is better): {first['num_problems']} problems, {first['tokens']} tokens",
+        f"{'condition':<12}{'per token':>10}{'per problem':>13}{'learned - it':>14}{'95% interval':>22}"
+        f"{'p (permutation)':>17}",
+    ]
+    for name, row in losses.items():
+        line = f"{name:<12}{row['per_token']:>10.4f}{row['per_problem']:>13.3f}"
+        if found := report["comparisons"].get(f"learned-{name}", {}).get("loss"):
+            interval = "{:+.4f} to {:+.4f}".format(*found["ci95"]) if found["ci95"] else "one problem"
+            line += f"{found['per_token']:>+14.4f}{interval:>22}{found['p_value']:>17.2g}"
+        lines.append(line)
+    return lines
 
 
 def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record]], report: Record) -> str:
@@ -133,6 +187,12 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
         return [f"its strategy is {old.get('strategy', 'single')}, that of this one {new.get('strategy', 'single')}"]
     missing = [name for name in old["conditions"] if name not in new["conditions"]]
     more = [f"it has conditions that this one lacks ({', '.join(missing)})"] if missing else []
+    for key, words in {"accuracy": "accuracies", "loss": "losses"}.items():
+        has = [
+            any(key in row for row in report["conditions"].values() if isinstance(row, dict)) for report in (old, new)
+        ]
+        if has == [True, False]:
+            more.append(f"it has {words}, this one has none")
     for key, words in {
         "num_problems": "it is on {} problems, this one on {}",
         "step": "it is of step {}, this one of step {}",

@@ -1,4 +1,4 @@
-"""The story of an evaluation: every condition is decoded on the same problems with the same settings."""
+"""The story of an evaluation: every condition is put to the base on the same problems with the same settings."""
 
 import contextlib
 from collections.abc import Mapping, Sequence
@@ -13,7 +13,9 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions, Posed
-from softcot_ds.evaluation.decoder import Decoder, Job, Thoughts, content_digest
+from softcot_ds.evaluation.decoder import Decoder
+from softcot_ds.evaluation.jobs import Job, Thoughts, Worker, content_digest
+from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.report import Record, make_report, table, write_results
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.experiment import Experiment
@@ -47,28 +49,42 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
         say(f"data: {note}")
     say(f"evaluating {adapter} on {len(examples)} problems")
 
-    conditions = Conditions(opened, examples)
-    names = recipe.evaluation.conditions
-    decoder = Decoder(
-        recipe,
-        recipe.base,
-        config.base.fingerprint,
-        experiment.base_prompts.stop_ids,
-        context_length(experiment.base_config),
-    )
-    inquiries = {name: _Inquiry(conditions.of(name), decoder, experiment) for name in names if name != "text"}
-    if "text" in names:  # last, as it may run the assistant: all the others have been checked then
-        conditions.words = _assistant_words(recipe, experiment, examples)
-        inquiries["text"] = _Inquiry(conditions.of("text"), decoder, experiment)
-    if any(inquiry.needs_states for inquiry in inquiries.values()):
-        conditions.read_states()  # now, as it may load the assistant: not beside the base
-    answers = {name: inquiry.answers() for name, inquiry in inquiries.items()}
-    records = {name: _grade(answers[name], inquiries[name].problems, examples, experiment) for name in names}
+    records, key = _ask_all(opened, examples)
     report = make_report(recipe, adapter, config, trained, records)
-    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{_evaluation_hash(recipe, inquiries, examples)}"
+    folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{key}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
     say(f"{table(report)}\n{written}")
     return report
+
+
+def _ask_all(adapter: Adapter, examples: Sequence[Example]) -> tuple[dict[Condition, list[Record]], str]:
+    """By condition a record of each problem; and what tells this evaluation from others, of the same adapter."""
+    recipe, experiment = adapter.recipe, adapter.experiment
+    settings, context = recipe.evaluation, context_length(experiment.base_config)
+    conditions = Conditions(adapter, examples)
+    worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint)
+    decoder = Decoder(worker, experiment.base_prompts.stop_ids, context)
+    posed: dict[Condition, Posed] = {}
+    inquiries: dict[Condition, _Inquiry] = {}
+    # Text is the last, as it may run the assistant: all the others have been checked then.
+    for name in sorted(settings.conditions, key=lambda name: name == "text"):
+        if name == "text":
+            conditions.words = _assistant_words(recipe, experiment, examples)
+        posed[name] = conditions.of(name)
+        if settings.decode:
+            inquiries[name] = _Inquiry(posed[name], decoder, experiment)
+    losses = Losses(worker, posed, examples, context) if settings.loss else None
+    if any(inquiry.needs_states for inquiry in inquiries.values()) or (losses and losses.need_states):
+        conditions.read_states()  # now, as it may load the assistant: not beside the base
+    lost = losses.run() if losses else {}
+    answers = {name: inquiry.answers() for name, inquiry in inquiries.items()}
+    records = {
+        name: _records(posed[name], examples, experiment, answers.get(name), lost.get(name))
+        for name in settings.conditions
+    }
+    keys = {name: inquiry.key for name, inquiry in inquiries.items()}
+    keys |= {f"{name} loss": losses.key(name) for name in posed} if losses else {}
+    return records, _evaluation_hash(recipe, keys, examples)
 
 
 class _Undecoded(Exception):
@@ -143,54 +159,65 @@ class _Inquiry:
         if job.todo and not self._decoding:
             raise _Undecoded
         decode = self._experiment.base_tokenizer.decode
-        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.run(job)]
+        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.worker.run(job)]
 
 
 def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
     """What the assistant answers in words, for the condition text. The assistant is gone when this returns."""
     prompts = experiment.assistant_prompts
-    decoder = Decoder(
-        recipe,
-        recipe.assistant,
-        weights_fingerprint(recipe.assistant),
-        prompts.stop_ids,
-        context_length(experiment.assistant_config),
-    )
+    worker = Worker(recipe, recipe.assistant, weights_fingerprint(recipe.assistant))
+    decoder = Decoder(worker, prompts.stop_ids, context_length(experiment.assistant_config))
     inputs = [BasePrompt(prompts.words_prompt(example.problem.question), []) for example in examples]
     sampling = replace(Sampling.of(recipe.evaluation), max_new_tokens=recipe.evaluation.text_max_tokens)
-    outputs = decoder.run(decoder.job("assistant", inputs, None, sampling))
+    outputs = worker.run(decoder.job("assistant", inputs, None, sampling))
     return [experiment.assistant_tokenizer.decode(output.token_ids) for output in outputs]
 
 
-def _grade(
-    answers: Mapping[str, Sequence[Answer]], problems: Posed, examples: Sequence[Example], experiment: Experiment
+def _records(
+    problems: Posed,
+    examples: Sequence[Example],
+    experiment: Experiment,
+    answers: Mapping[str, Sequence[Answer]] | None,
+    losses: Sequence[float | None] | None,
 ) -> list[Record]:
-    """A record for each problem: by the recipe's rule, and by each that there is."""
+    """What was asked of the base under one condition, and what it said: one of each problem.
+
+    Args:
+        answers: by the recipe's rule, and by each that there is; None where nothing was decoded.
+        losses: of the solutions; None where none were asked for.
+    """
     decode, task = experiment.base_tokenizer.decode, experiment.task
     marker = "" if problems.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
-    records = []
-    for index, (prompt, example) in enumerate(zip(problems.prompts, examples, strict=True)):
-        found = {rule: of_rule[index].value for rule, of_rule in answers.items()}
-        correct = {rule: task.is_correct(value, example.problem) for rule, value in found.items()}
-        reply = answers[task.rule][index].reply
-        records.append(
-            {
-                "id": example.problem.id,
-                "prompt": decode(prompt.prefix_ids) + marker + decode(prompt.suffix_ids),
+    records: list[Record] = []
+    for index, (example, prompt) in enumerate(zip(examples, problems.prompts, strict=True)):
+        record = {
+            "id": example.problem.id,
+            "prompt": decode(prompt.prefix_ids) + marker + decode(prompt.suffix_ids),
+            "reference": example.problem.answer,
+        }
+        if answers is not None:
+            found = {rule: of_rule[index].value for rule, of_rule in answers.items()}
+            correct = {rule: task.is_correct(value, example.problem) for rule, value in found.items()}
+            reply = answers[task.rule][index].reply
+            record |= {
                 "output": reply.text,
                 "cut": reply.cut,
                 "answer": found[task.rule],
-                "reference": example.problem.answer,
                 "correct": correct[task.rule],
                 "by_rule": {rule: {"answer": found[rule], "correct": correct[rule]} for rule in answers},
             }
-        )
+        if losses is not None:
+            record |= {"loss": losses[index], "solution_tokens": len(example.target_ids)}
+        records.append(record)
     return records
 
 
-def _evaluation_hash(recipe: Recipe, inquiries: dict[Condition, _Inquiry], examples: Sequence[Example]) -> str:
-    """Of all that decides a report, the references too: none is ever overwritten by another."""
+def _evaluation_hash(recipe: Recipe, keys: Mapping[str, str], examples: Sequence[Example]) -> str:
+    """Of all that decides a report, the references too: none is ever overwritten by another.
+
+    Args:
+        keys: of all that was asked.
+    """
     problems = [[example.problem.question, example.problem.answer] for example in examples]
-    keys = {name: inquiry.key for name, inquiry in inquiries.items()}
     rule = [] if recipe.task.metric_rule == "ours" else [recipe.task.metric_rule]
     return content_digest([recipe.task.name, keys, problems, *recipe.evaluation.other_strategy.values(), *rule])[:8]

@@ -19,7 +19,7 @@ from torch import nn
 from transformers import GenerationConfig, PreTrainedModel
 
 from softcot_ds.data.batches import pad
-from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.distributed import device as own_device
 from softcot_ds.distributed import from_all_ranks, lost_rank
 from softcot_ds.errors import SoftCoTError
@@ -31,6 +31,8 @@ from softcot_ds.models.embedding import device_of
 from softcot_ds.models.frozen_prefix import FrozenPrefix
 from softcot_ds.models.loss import cross_entropy
 from softcot_ds.models.model_files import is_here
+from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.scoring import Scorer
 from softcot_ds.models.toy import VOCABULARY, make_toy, toy_config
 from softcot_ds.recipe import ModelConfig, Recipe
 
@@ -68,6 +70,25 @@ def load_assistant(recipe: Recipe) -> PreTrainedModel:
     assistant = load_frozen(recipe.assistant, "none", own_device())
     check_model(assistant, "assistant", recipe.assistant.model)
     return assistant
+
+
+def load_scorer(model: PreTrainedModel, name: str) -> Scorer:
+    """A loaded model, tried, that tells losses. All ranks call it together where it is partitioned.
+
+    Args:
+        name: what the recipe calls the model.
+
+    Raises:
+        SoftCoTError: its losses would not be those of each row alone.
+    """
+    scorer = Scorer(model)
+    reason = _why_not_scored(scorer)
+    if reason is not None and scorer.is_fast:
+        scorer.read_whole_rows()
+        reason = _why_not_scored(scorer)
+    if reason is not None:
+        raise SoftCoTError(f"{name} cannot tell the losses of solutions: {reason}. Set evaluation.loss=false")
+    return scorer
 
 
 def check_ahead(config: ModelConfig, role: Role, bits: int = 16) -> None:
@@ -198,6 +219,11 @@ def why_not_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
     return _reason(lambda: _try_fast(model, prefixed))
 
 
+def _why_not_scored(scorer: Scorer) -> str | None:
+    reason = _reason(lambda: _try_scorer(scorer))
+    return agreed(reason) if needs_all_ranks(scorer.model) else reason
+
+
 def agreed(reason: str | None) -> str | None:
     """The first rank's reason that has one: near the border between rounding and fault, ranks may judge otherwise."""
     return next((reason for reason in from_all_ranks(reason) if reason is not None), None)
@@ -307,6 +333,22 @@ def _with_gradient(
         # Not backward(): DeepSpeed would take what the engine's parameters get for a part of the first step.
         (gradient,) = torch.autograd.grad(loss, [embeds])
     return logits.detach(), gradient[:, first : first + _THOUGHTS].flatten(0, 1)
+
+
+@torch.no_grad()
+def _try_scorer(scorer: Scorer) -> str | None:
+    model = scorer.model
+    prompts, texts, thoughts, alone = [], [], [], []
+    for row, (prefix, _) in zip(_rows(model), _LENGTHS, strict=True):
+        embeds = model.get_input_embeddings()(_tensor(row, model)[None])
+        _put_thoughts(embeds, prefix)
+        rest = prefix + _THOUGHTS
+        prompts.append(BasePrompt(row[:prefix], []))
+        texts.append(row[rest:])
+        thoughts.append(embeds[0, prefix:rest])
+        alone.append(_logits(model, inputs_embeds=embeds)[rest - 1 : -1])
+    found = scorer.logits(prompts, torch.stack(thoughts), texts, scorer.read_shared(prompts))
+    return "rows in a batch come out other than each row alone" if _differ(model, found, torch.cat(alone)) else None
 
 
 @torch.no_grad()

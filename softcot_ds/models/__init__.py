@@ -14,6 +14,7 @@ frozen_prefix.py  the base's prefix without gradient, layer by layer
 fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head
 decoding.py       batched decoding with thoughts in the prompt
+scoring.py        losses of texts after prompts with thoughts
 operations.py     how many operations a step takes
 toy.py            a small model made from a configuration, to try what is not loaded yet
 """

@@ -22,6 +22,16 @@ def cross_entropy(logits_KV: torch.Tensor, targets_K: torch.Tensor) -> torch.Ten
     return nn.functional.cross_entropy(logits_KV, targets_K, ignore_index=IGNORE, reduction="sum")
 
 
+def token_losses(logits_KV: torch.Tensor, targets_K: torch.Tensor) -> torch.Tensor:
+    """(K,) float64, the cross entropy of each token in nats, computed as by ``cross_entropy``, some at a time."""
+    rows = max(1, _LOGITS_BYTES // (4 * logits_KV.shape[1]))
+    parts = [
+        nn.functional.cross_entropy(some.to(torch.promote_types(some.dtype, torch.float32)), targets, reduction="none")
+        for some, targets in zip(logits_KV.split(rows), targets_K.split(rows), strict=True)
+    ]
+    return torch.cat(parts).double()
+
+
 def runs_liger(device: torch.device, dtype: torch.dtype) -> bool:
     """Whether liger-kernel works there: it is installed, and there is a GPU or Triton's interpreter."""
     runs_triton = device.type == "cuda" or triton.knobs.runtime.interpret

@@ -1,0 +1,251 @@
+"""Work of an evaluation, cut into fixed batches, done over the ranks and kept on disk: ``outputs/HASH/`` of a run.
+
+The hash is of all that decides the results, by content and never by path. Each finished batch is written at once, so an
+interrupted evaluation goes on where it was.
+"""
+
+import hashlib
+import json
+import uuid
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from functools import cached_property, partial
+from pathlib import Path
+from typing import Any, Generic, TypeVar
+
+import torch
+import transformers
+from transformers import PreTrainedModel
+
+from softcot_ds import __version__
+from softcot_ds.agreement import agree
+from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.distributed import from_all_ranks, on_main, say
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation.report import Record
+from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.models.backbone import load_to_run, partition_that_fits
+from softcot_ds.models.decoding import PADDING
+from softcot_ds.models.embedding import CompactTable
+from softcot_ds.models.partition import data_ranks, quantization
+from softcot_ds.planning.fit import spare_to_decode
+from softcot_ds.progress import Progress
+from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
+
+Result = TypeVar("Result")
+Work = Callable[[PreTrainedModel, CompactTable | None, int, list[int]], list[Result]]
+"""From the model, a table to embed prompts by (None to ask the model), a batch's number and the indices of its prompts
+to their results, which are dataclasses or JSON values."""
+
+
+@dataclass(frozen=True)
+class Thoughts:
+    """What stands for the thoughts under one condition."""
+
+    of: Callable[[list[int]], torch.Tensor]
+    """From indices of B problems to their (B, T, D) thoughts."""
+    made_from: Record
+    """All that decides them, by content."""
+    need_states: bool = False
+    """Whether they come from the assistant's states."""
+
+    def __call__(self, indices: list[int]) -> torch.Tensor:
+        return self.of(indices)
+
+
+class Job(Generic[Result]):
+    """What is to be done with some prompts, cut into batches; on disk, what has been.
+
+    A batch is one line of a ``*.part`` file, behind a checksum over it and all that decides the results. So what was
+    damaged, cut short or written for something else is found, and done again.
+    """
+
+    results: list[Result] | None = None
+    """Of all prompts, in their order, once all are done."""
+
+    def __init__(
+        self,
+        name: str,
+        rows: Sequence[Sequence[int]],
+        settings: Record,
+        folder: Path,
+        work: Work[Result],
+        read: Callable[[Any], Result],
+    ) -> None:
+        """
+        Args:
+            name: for messages.
+            rows: the tokens of each prompt, and those that are read after it. In a batch they are of like lengths.
+            settings: all that decides the results, JSON values.
+            read: from a result as JSON has it to the result.
+
+        Raises:
+            SoftCoTError: the folder cannot be written to.
+        """
+        self.name = name
+        self.work = work
+        self.tokens = {PADDING}.union(*rows)
+        # The batches depend on the problems alone, so that the results do not depend on the number of ranks or on
+        # where an earlier evaluation was interrupted.
+        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
+        size = settings["batch_size"]
+        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
+        self.key = content_digest(settings)
+        self._read = read
+        self._folder = folder / self.key[:16]
+        self._part = self._folder / f"{uuid.uuid4().hex}.part"
+        self.done: dict[int, list[Result]] = on_main(lambda: self._open(settings))
+        self.todo = [number for number in range(len(self.batches)) if number not in self.done]
+
+    def write(self, number: int, results: Sequence[Result]) -> None:
+        """Add a batch in one write. Raises SoftCoTError when the disk is full."""
+        line = json.dumps({"batch": number, "outputs": list(results)}, default=asdict).encode()
+        try:
+            with self._part.open("ab") as file:
+                file.write(self._checksum(line) + b" " + line + b"\n")
+        except OSError as error:
+            raise cannot_write(self._part, error, kept="finished batches are kept") from error
+
+    def _open(self, settings: Record) -> dict[int, list[Result]]:
+        """Results by batch, from every process that ever worked on this."""
+        done = {}
+        try:
+            self._folder.mkdir(parents=True, exist_ok=True)
+            write_atomically(self._folder / "settings.json", json.dumps(settings, indent=2) + "\n")
+            for path in sorted(self._folder.glob("*.part")):
+                for line in path.read_bytes().split(b"\n"):
+                    checksum, _, content = line.partition(b" ")
+                    if checksum == self._checksum(content):
+                        record = json.loads(content)
+                        done[record["batch"]] = [self._read(value) for value in record["outputs"]]
+        except OSError as error:
+            raise SoftCoTError(
+                f"cannot keep outputs in {self._folder}: {error}; see to it, or set output_dir"
+            ) from error
+        return done
+
+    def _checksum(self, content: bytes) -> bytes:
+        return hashlib.sha256(self.key.encode() + content).hexdigest().encode()
+
+
+class Worker:
+    """Does jobs with one of the recipe's models, over the ranks. It is loaded when there is something to do."""
+
+    def __init__(self, recipe: Recipe, model_config: ModelConfig, fingerprint: str) -> None:
+        self.recipe = recipe
+        self.model_config = model_config
+        self._fingerprint = fingerprint
+        self._jobs: dict[str, Job] = {}
+
+    def job(
+        self,
+        name: str,
+        prompts: Sequence[BasePrompt],
+        thoughts: Thoughts | None,
+        settings: Record,
+        work: Work[Result],
+        read: Callable[[Any], Result],
+        texts: Sequence[list[int]] | None = None,
+    ) -> Job[Result]:
+        """What is to be done; the same job for what was wanted before, under whatever name.
+
+        Everything that decides the results is a setting of the job. What is not: the number of ranks, the partition and
+        the kind of processor, which change how a sum is rounded at most; the text of a question.
+
+        Args:
+            settings: what decides the results beside model, prompts and thoughts, JSON values.
+            texts: tokens that are read after each prompt; None where there are none.
+
+        The others are those of ``Job``.
+
+        Raises:
+            SoftCoTError: the results cannot be kept on disk, or another rank would do something else, because it sees
+                other files.
+        """
+        settings = self._settings(prompts, thoughts) | settings
+        key = content_digest(settings)
+        if key not in self._jobs:
+            agree({f"{name}: {key}": value for key, value in settings.items()})
+            rows = [
+                [*prompt.prefix_ids, *prompt.suffix_ids, *text]
+                for prompt, text in zip(prompts, texts or [[]] * len(prompts), strict=True)
+            ]
+            self._jobs[key] = Job(name, rows, settings, self.recipe.run_dir / "outputs", work, read)
+        return self._jobs[key]
+
+    def _settings(self, prompts: Sequence[BasePrompt], thoughts: Thoughts | None) -> Record:
+        """JSON values, of which with those of the kind of job its key is the hash."""
+        return {
+            "model": self._fingerprint,
+            "dtype": self.model_config.dtype,
+            "attention": self.model_config.attention,
+            "quantized": self._quantized(),
+            # As the model reads them: wording, chat template, tokenizer and problems are all in there.
+            "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
+            "thoughts": thoughts and thoughts.made_from,
+            # It decides the padding, and so the rounding; and what is sampled together.
+            "batch_size": self.recipe.evaluation.batch_size,
+            # They hold the code that turns all this into tokens.
+            "versions": {"softcot_ds": __version__, "transformers": transformers.__version__},
+        }
+
+    @property
+    def _wanted(self) -> Partition:
+        return self.recipe.evaluation.partition or self.recipe.backbone.partition
+
+    @cached_property
+    def _partition(self) -> Partition:
+        bits = self.recipe.bits_of(self.model_config)
+        return partition_that_fits(self.model_config, self._wanted, self.recipe.backbone.group_size, bits)
+
+    def _quantized(self) -> Record:
+        """How the weights differ from those in the model's files: mostly not at all."""
+        bits = self.recipe.bits_of(self.model_config)
+        return (quantization(self.recipe) if self._wanted in SPLIT else {}) | ({} if bits == 16 else {"bits": bits})
+
+    @cached_property
+    def _model(self) -> PreTrainedModel:
+        spare_of = partial(spare_to_decode, self.recipe, self._partition)
+        return load_to_run(self.model_config, self.recipe, self._partition, spare_of)
+
+    def run(self, job: Job[Result]) -> list[Result]:
+        """The results of all prompts, in their order, on every rank."""
+        if job.results is not None:
+            return job.results
+        if job.done:
+            say(f"{job.name}: {len(job.done)} of {len(job.batches)} batches were done before")
+        fresh = self._do_rest(job) if job.todo else {}
+        # The other ranks are asked: their files may not be seen yet from here.
+        everything = job.done | {number: results for part in from_all_ranks(fresh) for number, results in part.items()}
+        by_index = {
+            index: result
+            for number, batch in enumerate(job.batches)
+            for index, result in zip(batch, everything[number], strict=True)
+        }
+        job.results = [by_index[index] for index in range(len(by_index))]
+        return job.results
+
+    def _do_rest(self, job: Job[Result]) -> dict[int, list[Result]]:
+        """Results by batch, of those that this rank has written."""
+        ranks = data_ranks(self._partition, self.recipe.backbone.group_size)
+        table = None
+        if self._partition != "none":  # ranks that hold the model together load it together, also without a batch
+            table = CompactTable.of(self._model.get_input_embeddings(), job.tokens)
+        progress = Progress(len(job.todo), "batches")
+        fresh = {}
+        for start in range(0, len(job.todo), ranks.count):
+            mine = start + ranks.number < len(job.todo)
+            # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
+            if mine or self._partition in SPLIT:
+                number = job.todo[start + ranks.number if mine else start]
+                results = job.work(self._model, table, number, job.batches[number])
+                if mine and ranks.is_first:
+                    job.write(number, results)
+                    fresh[number] = results
+            if line := progress.line(min(start + ranks.count, len(job.todo))):
+                say(f"{job.name:9} {line}")
+        return fresh
+
+
+def content_digest(value: Any) -> str:
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
