@@ -260,7 +260,7 @@ class TrainingConfig(Section):
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("partition", "placeholder", "static_adapter"),
+    *("samples", "partition", "placeholder", "static_adapter"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
@@ -284,6 +284,9 @@ class EvaluationConfig(Section):
     temperature: float = Field(0.0, ge=0)
     """0 decodes greedily."""
     top_p: float = Field(1.0, gt=0, le=1)
+    samples: Count = 1
+    """Answers drawn for each problem: the report has the accuracy of one, and majority votes and pass@k of every number
+    of them."""
     partition: Partition | None = None
     """How the base is held while decoding. Default: backbone.partition."""
     placeholder: str | None = None
@@ -320,6 +323,16 @@ class EvaluationConfig(Section):
     def _temperature_divides(cls, value: float) -> float:
         if 0 < value < 1e-4:
             raise ValueError(f"{value} is too small: logits are divided by it; write 0, which decodes greedily")
+        return value
+
+    @field_validator("samples")
+    @classmethod
+    def _samples_differ(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("temperature") == 0:
+            raise ValueError(
+                f"{value}, and evaluation.temperature is 0, at which all samples are the same; set it to what they are "
+                "to be drawn at, such as 0.7"
+            )
         return value
 
     @field_validator("static_adapter")

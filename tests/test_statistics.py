@@ -6,11 +6,12 @@ import statistics
 from fractions import Fraction
 from itertools import product
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softcot_ds.evaluation.statistics import compare, compare_losses, wilson_interval
+from softcot_ds.evaluation.statistics import compare, compare_losses, compare_scores, wilson_interval
 
 Z = 1.959963984540054
 
@@ -107,3 +108,19 @@ def test_losses_of_one_problem_have_no_interval_and_equal_ones_no_difference():
     }
     equal = {"per_token": 0.0, "ci95": (0.0, 0.0), "per_problem": 0.0, "p_value": 1.0}
     assert compare_losses([3.0] * 20, [3.0] * 20, [4] * 20, seed=0) == equal
+
+
+def test_scores_between_right_and_wrong_are_compared_by_every_choice_of_signs():
+    first, second = [1, 0.5, 1, 0, 0.25, 1, 0.5], [0, 0.5, 0.5, 0.25, 0, 0, 1]
+    differences = [Fraction(one) - Fraction(other) for one, other in zip(first, second, strict=True)]
+    signs = list(product([1, -1], repeat=7))
+    as_far = sum(
+        abs(sum(s * d for s, d in zip(chosen, differences, strict=True))) >= abs(sum(differences)) for chosen in signs
+    )
+    found = compare_scores(first, second, seed=0)
+    assert found["difference"] == pytest.approx(float(sum(differences) / 7))
+    assert found["p_value"] == pytest.approx(as_far / len(signs))
+    assert 0 < found["p_value"] < 1
+    resampled = np.random.default_rng(1).choice(np.array(differences, float), (20000, 7)).mean(axis=1)
+    assert found["ci95"] == pytest.approx(np.percentile(resampled, [2.5, 97.5]), abs=0.02)
+    assert compare_scores([1], [0], seed=0) == {"difference": 1, "ci95": None, "p_value": 1}

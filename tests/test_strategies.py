@@ -4,12 +4,14 @@ import hashlib
 import json
 import sys
 from collections import Counter
+from statistics import stdev
 
 import pytest
 import torch
 from adapters import make_adapter
 from launch import ROOT
 from scribe import Scribe, replace_decoding
+from test_votes import by_enumeration
 
 from softcot_ds.choices import STRATEGIES
 from softcot_ds.data.prompts import BasePrompt
@@ -17,11 +19,13 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions
 from softcot_ds.evaluation.decoder import Decoder, batch_seed
 from softcot_ds.evaluation.jobs import Worker
+from softcot_ds.evaluation.report import what_it_says_more
 from softcot_ds.evaluation.run import evaluate
-from softcot_ds.evaluation.strategies import Answer
+from softcot_ds.evaluation.strategies import Answer, single
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import EvaluationConfig, load_recipe
+from softcot_ds.tasks import Task
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", "thoughts.source=online"]
@@ -131,6 +135,56 @@ def test_what_one_strategy_has_asked_is_there_for_another_and_each_has_a_report(
     evaluate(voted, adapter)
     assert guesser.num_prompts == 2 * DRAWS * 12, "the first draw is that of single"
     assert len({folder for folder, _ in records(single)}) == 2
+
+
+def test_samples_are_draws_of_their_own_and_the_report_has_their_votes(tmp_path, guesser, monkeypatch, capsys):
+    monkeypatch.setattr(Task, "is_correct", lambda self, answer, problem: answer == "1")  # one in three
+    once, sampled = recipe_in(tmp_path, "single"), recipe_in(tmp_path, "single", "evaluation.samples=4")
+    adapter = make_adapter(tmp_path / "adapter", once)
+    assert "samples" not in evaluate(once, adapter)
+    report = evaluate(sampled, adapter)
+    assert guesser.num_prompts == 2 * 4 * 12, "the first sample is what was decoded before"
+    found = {condition: rows for (_, condition), rows in records(sampled).items() if "samples" in rows[0]}
+    right, majority = {}, {}
+    for condition, rows in found.items():
+        answers = [[sample["answer"] for sample in row["samples"]] for row in rows]
+        assert answers == [list(map(str, guesser.said[row["prompt"]])) for row in rows]
+        columns = list(zip(*answers, strict=True))
+        right[condition] = [answer.count("1") / 4 for answer in answers]
+        majority[condition] = [row["majority"] for row in rows]
+        truth = [[by_enumeration(answer, "1", k) for k in range(1, 5)] for answer in answers]
+        means = [[float(sum(values)) / 12 for values in zip(*of_k, strict=True)] for of_k in zip(*truth, strict=True)]
+        told = report["conditions"][condition]
+        for name, values in zip(("majority", "ties", "pass_at_k"), zip(*means, strict=True), strict=True):
+            assert told[name] == pytest.approx(dict(zip("1234", values, strict=True)))
+        assert told["accuracy"] == told["majority"]["1"] == pytest.approx(sum(right[condition]) / 12)
+        assert told["accuracy_sd"] == pytest.approx(stdev(column.count("1") / 12 for column in columns))
+        assert majority[condition] == pytest.approx([float(values[-1][0]) for values in truth])
+        assert [row["votes"] for row in rows] == [Counter(answer) for answer in answers]
+    compared = report["comparisons"]["learned-none"]
+    for told, values in ((compared, right), (compared["majority"], majority)):
+        assert told["difference"] == pytest.approx((sum(values["learned"]) - sum(values["none"])) / 12)
+        assert told["ci95"][0] <= told["difference"] <= told["ci95"][1]
+    printed = capsys.readouterr().out.splitlines()
+    header = next(number for number, line in enumerate(printed) if "pass@4" in line)
+    shown = report["conditions"]["none"]
+    cells = [shown["accuracy_sd"], *(shown[name]["4"] for name in ("majority", "ties", "pass_at_k"))]
+    assert [cell for cell in printed[header + 2].split() if "%" in cell][:2] == [f"{cell:.1%}" for cell in cells[:2]]
+    assert all(f" {cell:.1%} " in printed[header + 2] for cell in cells)
+    assert what_it_says_more(report, report | {"samples": 1}) == ["it has 4 samples of each problem, this one 1"]
+
+
+def test_a_round_that_is_not_sampled_is_one_for_all_samples(tmp_path, guesser, monkeypatch):
+    def plans_first(ask, problems, task, settings):
+        ask("plan", problems.prompts, None, Sampling(5))
+        return single(ask, problems, task, settings)
+
+    monkeypatch.setitem(STRATEGIES, "own", f"{__name__}:own")
+    monkeypatch.setattr(sys.modules[__name__], "own", plans_first, raising=False)
+    recipe = recipe_in(tmp_path, "own", "evaluation.samples=3", "evaluation.conditions=[learned]")
+    report = evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
+    assert guesser.num_prompts == (1 + 3) * 12
+    assert (report["strategy"], report["samples"]) == ("own", 3)
 
 
 def test_a_draw_is_another_only_where_it_is_sampled_and_the_first_is_as_it_was_without(tmp_path):

@@ -6,6 +6,7 @@ strategies.py  how an answer is reached
 jobs.py        work over the ranks, kept on disk batch by batch
 decoder.py     what is decoded
 losses.py      the loss of the reference solutions
+votes.py       several samples of a problem: majority and pass@k
 report.py      from what was found to the table, and which report is the run's
 statistics.py  intervals and paired tests
 """

@@ -58,7 +58,8 @@ class Decoder:
             "max_new_tokens": sampling.max_new_tokens,
             "sampling": drawn if sampling.temperature else "greedy",
         }
-        return self.worker.job(name, prompts, thoughts, settings, work, lambda output: Output(**output))
+        shown = f"{name} (draw {draw + 1})" if draw else name
+        return self.worker.job(shown, prompts, thoughts, settings, work, lambda output: Output(**output))
 
     def _check_room(
         self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, max_new_tokens: int

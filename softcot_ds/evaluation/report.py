@@ -6,7 +6,8 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.adapter import AdapterConfig
-from softcot_ds.evaluation.statistics import compare, compare_losses, wilson_interval
+from softcot_ds.evaluation.statistics import compare, compare_losses, compare_scores, mean_interval, wilson_interval
+from softcot_ds.evaluation.votes import over_problems
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.recipe import Recipe
 
@@ -17,7 +18,8 @@ def make_report(
     recipe: Recipe, adapter: Path, config: AdapterConfig, trained: Record, records: Mapping[str, list[Record]]
 ) -> Record:
     """Accuracies with 95% Wilson intervals, losses, and learned against each control on the same problems: McNemar's
-    exact test of the accuracies, a permutation test and a bootstrap interval of the losses.
+    exact test of the accuracies, a permutation test and a bootstrap interval of the losses, and so of accuracies and
+    majorities where each problem has several samples.
 
     Args:
         trained: how the adapter was trained, as its checkpoint says.
@@ -29,11 +31,10 @@ def make_report(
         comparisons = {}
     evaluation = recipe.evaluation
     if evaluation.decode:
-        verdicts = {name: {record["id"]: record["correct"] for record in rows} for name, rows in records.items()}
         for name, rows in records.items():
-            conditions[name] |= _accuracy(rows)
+            conditions[name] |= _accuracy(rows, recipe.task.metric_rule, recipe.seed)
         for pair, found in comparisons.items():
-            found |= compare(verdicts["learned"], verdicts[pair.removeprefix("learned-")])
+            found |= _compare(records["learned"], records[pair.removeprefix("learned-")], recipe.seed)
     if evaluation.loss:
         losses, tokens = _losses(records)
         for name, values in losses.items():
@@ -59,6 +60,7 @@ def make_report(
         "step": config.step,
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
+        **({"samples": evaluation.samples} if evaluation.samples > 1 else {}),
         **evaluation.other_strategy,
         "train": trained,
         "conditions": conditions,
@@ -67,22 +69,42 @@ def make_report(
 
 
 def _by_rule(rule: str, rows: list[Record]) -> Record:
-    found = [record["by_rule"][rule] for record in rows]
+    problems = [[sample["by_rule"][rule] for sample in _samples(record)] for record in rows]
+    found = [one for problem in problems for one in problem]
     correct = sum(one["correct"] for one in found)
     unparsed = sum(one["answer"] is None for one in found)
-    return {"accuracy": correct / len(rows), "correct": correct, "unparsed": unparsed}
+    counted = {"accuracy": correct / len(found), "correct": correct, "unparsed": unparsed}
+    return counted if len(found) == len(rows) else counted | over_problems(problems)
 
 
-def _accuracy(rows: list[Record]) -> Record:
-    correct = sum(record["correct"] for record in rows)
-    return {
-        "accuracy": correct / len(rows),
-        "ci95": wilson_interval(correct, len(rows)),
-        "correct": correct,
-        "unparsed": sum(record["answer"] is None for record in rows),
-        "cut": sum(record["cut"] for record in rows),
-        "by_rule": {rule: _by_rule(rule, rows) for rule in rows[0]["by_rule"]},
-    }
+def _samples(record: Record) -> list[Record]:
+    """What was decoded for a problem: one sample, or several."""
+    return record.get("samples", [record])
+
+
+def _shares(rows: list[Record]) -> list[float]:
+    """Of each problem the share of its samples that is right."""
+    return [sum(sample["correct"] for sample in _samples(record)) / len(_samples(record)) for record in rows]
+
+
+def _accuracy(rows: list[Record], rule: str, seed: int) -> Record:
+    by_rule = {name: _by_rule(name, rows) for name in _samples(rows[0])[0]["by_rule"]}
+    found = by_rule[rule] | {"cut": sum(sample["cut"] for record in rows for sample in _samples(record))}
+    if "samples" in rows[0]:
+        found["ci95"] = mean_interval(_shares(rows), seed)
+        found["majority_ci95"] = mean_interval([record["majority"] for record in rows], seed)
+    else:
+        found["ci95"] = wilson_interval(found["correct"], len(rows))
+    return found | {"by_rule": by_rule}
+
+
+def _compare(learned: list[Record], other: list[Record], seed: int) -> Record:
+    if "samples" not in learned[0]:
+        first, second = ({record["id"]: record["correct"] for record in rows} for rows in (learned, other))
+        return compare(first, second)
+    assert [record["id"] for record in learned] == [record["id"] for record in other]
+    majorities = ([record["majority"] for record in rows] for rows in (learned, other))
+    return compare_scores(_shares(learned), _shares(other), seed) | {"majority": compare_scores(*majorities, seed)}
 
 
 def _losses(records: Mapping[str, list[Record]]) -> tuple[dict[str, list[float]], list[int]]:
@@ -105,6 +127,8 @@ def table(report: Record) -> str:
     lines = [title + (f", strategy {report['strategy']}" if "strategy" in report else "")]
     if "accuracy" in rows[0]:
         lines += _accuracy_lines(report)
+    if "samples" in report and "accuracy" in rows[0]:
+        lines += _vote_lines(report)
     if any(row.get("cut") for row in rows):
         lines.append(f"cut: outputs that ended at evaluation.max_new_tokens={report['max_new_tokens']}")
     if "loss" in rows[0]:
@@ -115,19 +139,44 @@ def table(report: Record) -> str:
 def _accuracy_lines(report: Record) -> list[str]:
     first = next(iter(report["conditions"].values()))
     others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
+    test, width = ("p (permutation)", 17) if "samples" in report else ("p (McNemar)", 13)
     lines = [
         f"{'condition':<12}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
-        f"{'p (McNemar)':>13}" + "".join(f"{f'by {rule}':>14}" for rule in others)
+        f"{test:>{width}}" + "".join(f"{f'by {rule}':>14}" for rule in others)
     ]
     for name, row in report["conditions"].items():
-        low, high = row["ci95"]
-        line = f"{name:<12}{row['accuracy']:>9.1%}{f'{low:.1%} - {high:.1%}':>17}{row['unparsed']:>10}{row['cut']:>7}"
+        line = f"{name:<12}{row['accuracy']:>9.1%}{_interval(row['ci95']):>17}{row['unparsed']:>10}{row['cut']:>7}"
         if found := report["comparisons"].get(f"learned-{name}"):
-            line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>13.2g}"
+            line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>{width}.2g}"
         elif others:
-            line += " " * 27
+            line += " " * (14 + width)
         lines.append(line + "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others))
     return lines
+
+
+def _vote_lines(report: Record) -> list[str]:
+    most = str(report["samples"])
+    lines = [
+        "",
+        f"{most} samples of each at temperature {report['temperature']:g}: accuracy is the mean over them, sd that of "
+        "one sample's;",
+        f"majority is of all {most}, and a tie counts as the share of the tied answers that is right",
+        f"{'condition':<12}{'sd':>7}{'majority':>10}{'95% interval':>17}{'ties':>8}{f'pass@{most}':>9}"
+        f"{'learned - it':>14}{'p (permutation)':>17}",
+    ]
+    for name, row in report["conditions"].items():
+        line = (
+            f"{name:<12}{row['accuracy_sd']:>7.1%}{row['majority'][most]:>10.1%}{_interval(row['majority_ci95']):>17}"
+        )
+        line += f"{row['ties'][most]:>8.1%}{row['pass_at_k'][most]:>9.1%}"
+        if found := report["comparisons"].get(f"learned-{name}", {}).get("majority"):
+            line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>17.2g}"
+        lines.append(line)
+    return lines
+
+
+def _interval(ends: tuple[float, float] | None) -> str:
+    return "{:.1%} - {:.1%}".format(*ends) if ends else "one problem"
 
 
 def _loss_lines(report: Record) -> list[str]:
@@ -193,6 +242,9 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
         ]
         if has == [True, False]:
             more.append(f"it has {words}, this one has none")
+    more_samples = [report.get("samples", 1) for report in (old, new)]
+    if isinstance(more_samples[0], int) and more_samples[0] > more_samples[1]:
+        more.append("it has {} samples of each problem, this one {}".format(*more_samples))
     for key, words in {
         "num_problems": "it is on {} problems, this one on {}",
         "step": "it is of step {}, this one of step {}",

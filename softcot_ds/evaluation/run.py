@@ -1,6 +1,7 @@
 """The story of an evaluation: every condition is put to the base on the same problems with the same settings."""
 
 import contextlib
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,11 +19,13 @@ from softcot_ds.evaluation.jobs import Job, Thoughts, Worker, content_digest
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.report import Record, make_report, table, write_results
 from softcot_ds.evaluation.strategies import Answer, Reply
+from softcot_ds.evaluation.votes import voted
 from softcot_ds.experiment import Experiment
 from softcot_ds.inference import Adapter
 from softcot_ds.models.backbone import context_length, weights_fingerprint
 from softcot_ds.models.decoding import Sampling
 from softcot_ds.recipe import Condition, Recipe
+from softcot_ds.tasks import Problem, Task
 
 
 def evaluate(recipe: Recipe, adapter: Path) -> Record:
@@ -121,15 +124,17 @@ class _Inquiry:
         """Of all that was asked."""
         return "+".join(self._jobs)
 
-    def answers(self) -> dict[str, list[Answer]]:
-        """One per problem, under each rule by which they are found. All ranks call it together."""
+    def answers(self) -> dict[str, list[list[Answer]]]:
+        """By rule under which they are found, and by sample: one per problem. All ranks call it together."""
         self._jobs.clear()
-        return {rule: self._answers_under(rule) for rule in self._experiment.task.kind.rules}
+        samples = range(self._experiment.recipe.evaluation.samples)
+        return {rule: [self._sample(rule, number) for number in samples] for rule in self._experiment.task.kind.rules}
 
-    def _answers_under(self, rule: str) -> list[Answer]:
+    def _sample(self, rule: str, number: int) -> list[Answer]:
         settings, task = self._experiment.recipe.evaluation, self._experiment.task.under(rule)
         self._asked.clear()
-        answers = chosen(STRATEGIES, settings.strategy)(self._ask, self.problems, task, settings)
+        ask = functools.partial(self._ask, number)
+        answers = chosen(STRATEGIES, settings.strategy)(ask, self.problems, task, settings)
         if len(answers) != len(self.problems.prompts) or not all(isinstance(answer, Answer) for answer in answers):
             raise TypeError(
                 f"the strategy {settings.strategy!r} is to return an Answer for each of {len(self.problems.prompts)} "
@@ -139,15 +144,17 @@ class _Inquiry:
 
     def _ask(
         self,
+        sample: int,
         name: str,
         prompts: Sequence[BasePrompt],
         thoughts: Thoughts | None,
         sampling: Sampling,
         draw: int = 0,
     ) -> list[Reply]:
-        """See ``strategies.Ask``."""
+        """See ``strategies.Ask``. Each sample draws anew, and what is decoded greedily is the same in all."""
         if not prompts:
             return []
+        draw = sample + draw * self._experiment.recipe.evaluation.samples
         job = self._decoder.job(name, prompts, thoughts, sampling, draw)
         if job.key in self._asked:
             raise SoftCoTError(
@@ -177,13 +184,13 @@ def _records(
     problems: Posed,
     examples: Sequence[Example],
     experiment: Experiment,
-    answers: Mapping[str, Sequence[Answer]] | None,
+    answers: Mapping[str, Sequence[Sequence[Answer]]] | None,
     losses: Sequence[float | None] | None,
 ) -> list[Record]:
     """What was asked of the base under one condition, and what it said: one of each problem.
 
     Args:
-        answers: by the recipe's rule, and by each that there is; None where nothing was decoded.
+        answers: by the recipe's rule, and by each that there is, of each sample; None where nothing was decoded.
         losses: of the solutions; None where none were asked for.
     """
     decode, task = experiment.base_tokenizer.decode, experiment.task
@@ -196,20 +203,25 @@ def _records(
             "reference": example.problem.answer,
         }
         if answers is not None:
-            found = {rule: of_rule[index].value for rule, of_rule in answers.items()}
-            correct = {rule: task.is_correct(value, example.problem) for rule, value in found.items()}
-            reply = answers[task.rule][index].reply
-            record |= {
-                "output": reply.text,
-                "cut": reply.cut,
-                "answer": found[task.rule],
-                "correct": correct[task.rule],
-                "by_rule": {rule: {"answer": found[rule], "correct": correct[rule]} for rule in answers},
-            }
+            samples = [
+                _graded({rule: of_rule[number][index] for rule, of_rule in answers.items()}, task, example.problem)
+                for number in range(experiment.recipe.evaluation.samples)
+            ]
+            record |= samples[0] if len(samples) == 1 else voted(samples)
         if losses is not None:
             record |= {"loss": losses[index], "solution_tokens": len(example.target_ids)}
         records.append(record)
     return records
+
+
+def _graded(answers: Mapping[str, Answer], task: Task, problem: Problem) -> Record:
+    """One reply: by the recipe's rule, and by each that there is."""
+    by_rule = {
+        rule: {"answer": answer.value, "correct": task.is_correct(answer.value, problem)}
+        for rule, answer in answers.items()
+    }
+    reply = answers[task.rule].reply
+    return {"output": reply.text, "cut": reply.cut, **by_rule[task.rule], "by_rule": by_rule}
 
 
 def _evaluation_hash(recipe: Recipe, keys: Mapping[str, str], examples: Sequence[Example]) -> str:

@@ -67,11 +67,42 @@ def compare_losses(first: Sequence[float], second: Sequence[float], tokens: Sequ
         "p_value": 1.0,
     }
     if len(differences) > 1:
-        drawn = {"n_resamples": _RESAMPLES, "batch": _AT_A_TIME, "vectorized": True, "rng": seed}
-        interval = bootstrap((differences, counts), _per_token, paired=True, method="percentile", **drawn)
+        interval = bootstrap((differences, counts), _per_token, paired=True, method="percentile", **_drawn(seed))
         found["ci95"] = tuple(map(float, interval.confidence_interval))
-        found["p_value"] = float(permutation_test((differences,), np.mean, permutation_type="samples", **drawn).pvalue)
+        found["p_value"] = _permutation_p(differences, seed)
     return found
+
+
+def compare_scores(first: Sequence[float], second: Sequence[float], seed: int) -> dict[str, Any]:
+    """Paired comparison of scores from 0 to 1 of the same problems in the same order: of shares of samples that are
+    right, or of majorities with ties. McNemar's test has no room for what is between right and wrong, so it is the
+    permutation test of ``compare_losses``, which of verdicts alone is nearly the same.
+
+    Returns:
+        The ``difference`` of the means, its ``ci95`` as by ``mean_interval``, and the two-sided ``p_value``.
+    """
+    differences = np.subtract(first, second)
+    return {
+        "difference": float(differences.mean()),
+        "ci95": mean_interval(differences, seed),
+        "p_value": _permutation_p(differences, seed) if len(differences) > 1 else 1.0,
+    }
+
+
+def mean_interval(values: Sequence[float] | np.ndarray, seed: int) -> tuple[float, float] | None:
+    """95% interval of a mean over problems, percentiles of a bootstrap over them; None for a single one."""
+    if len(values) < 2:
+        return None
+    low, high = bootstrap((values,), np.mean, method="percentile", **_drawn(seed)).confidence_interval
+    return float(low), float(high)
+
+
+def _permutation_p(differences: np.ndarray, seed: int) -> float:
+    return float(permutation_test((differences,), np.mean, permutation_type="samples", **_drawn(seed)).pvalue)
+
+
+def _drawn(seed: int) -> dict[str, Any]:
+    return {"n_resamples": _RESAMPLES, "batch": _AT_A_TIME, "vectorized": True, "rng": seed}
 
 
 def _per_token(losses: np.ndarray, counts: np.ndarray, axis: int) -> np.ndarray:
