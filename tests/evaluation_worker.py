@@ -13,10 +13,12 @@ import softcot_ds
 from softcot_ds.distributed import rank
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.generate import main as generate_main
+from softcot_ds.models import scoring
 from softcot_ds.models.partition import needs_all_ranks
 from softcot_ds.run_dir import recipe_and_adapter
 
 folder, output, *overrides = sys.argv[1:]
+scoring._LOGITS_BYTES = 60 * 768 * 4  # a batch of solutions takes several passes, of each rank another number
 evaluate(*recipe_and_adapter(folder, overrides))
 adapter = softcot_ds.load(
     folder, *overrides, "evaluation.partition=null", "backbone.partition=node"

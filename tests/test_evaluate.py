@@ -636,7 +636,11 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition
         check_what_ranks_are_given(recipe, adapter, tmp_path, done.stdout)
     two = recipe.model_copy(update={"name": name})
     for condition in conditions:
-        assert records(two, condition) == records(recipe, condition), condition
+        found, want = records(two, condition), records(recipe, condition)
+        if partition == "zero3":  # in several passes
+            for record in want:
+                record["loss"] = pytest.approx(record["loss"], rel=1e-5, abs=1e-5)
+        assert found == want, condition
 
 
 def check_what_ranks_are_given(recipe, adapter, folder, printed):

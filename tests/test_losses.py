@@ -2,6 +2,7 @@
 
 import json
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,6 +21,7 @@ from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.trial import load_scorer
+from softcot_ds.models import scoring
 from softcot_ds.models.frozen_prefix import FrozenPrefix
 from softcot_ds.models.scoring import Scorer
 from softcot_ds.recipe import load_recipe
@@ -163,15 +165,19 @@ def prompts_of(width):
 @pytest.mark.parametrize(
     ("family", "fast"), [("llama", True), ("gemma2", True), ("qwen2-sliding", True), ("gpt2", False), ("mamba", False)]
 )
-def test_losses_of_a_batch_are_those_of_each_row_alone_whatever_the_family(family, fast):
+def test_losses_of_a_batch_are_those_of_each_row_alone_whatever_the_family(family, fast, monkeypatch):
     model = make_toy(family).double()
     scorer = load_scorer(model, family)
     assert scorer.is_fast == fast
     prompts, thoughts, texts = prompts_of(model.get_input_embeddings().weight.shape[1])
-    for given in (thoughts.double(), None):
+    # All in one pass; and, as where their logits would fill the memory, two and one.
+    for given, room, passes in ((thoughts.double(), 2**30, 1), (None, VOCABULARY * 8 * (10 if fast else 30), 2)):
+        monkeypatch.setattr(scoring, "_LOGITS_BYTES", room)
+        monkeypatch.setattr(scorer, "logits", Mock(wraps=scorer.logits))
         shared = scorer.read_shared(prompts)
         assert shared.length == (2 if fast else 0), "the last token of the shortest prefix is read in each row"
         found = scorer.losses(prompts, given, texts, shared)
+        assert scorer.logits.call_count == passes
         rows = zip(prompts, [None] * 3 if given is None else given, texts, strict=True)
         scorer.read_whole_rows()  # the model has its own layers again
         assert found == pytest.approx([naive(model, *row) for row in rows], rel=1e-6)  # norms are in float32

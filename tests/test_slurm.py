@@ -152,9 +152,13 @@ class Batch:
             self.cluster.revive(node)
 
 
-def outputs(run_dir: Path) -> dict[str, str]:
-    """Every prompt, output and verdict, by condition."""
-    return {path.stem: path.read_text() for path in run_dir.glob("evaluation/*/*.jsonl")}
+def outputs(run_dir: Path) -> dict[str, list[dict]]:
+    """Every prompt, output and verdict, by condition; no losses, which are rounded in slices as sums are added up."""
+    files = {path.stem: path.read_text().splitlines() for path in run_dir.glob("evaluation/*/*.jsonl")}
+    found = {condition: [json.loads(line) for line in lines] for condition, lines in files.items()}
+    for record in (record for records in found.values() for record in records):
+        del record["loss"]
+    return found
 
 
 def curve(run_dir: Path) -> dict[int, list[float]]:

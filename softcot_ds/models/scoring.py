@@ -15,11 +15,16 @@ from transformers import PreTrainedModel
 
 from softcot_ds.data.batches import pad
 from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.distributed import max_over_ranks
 from softcot_ds.models.decoding import PADDING
 from softcot_ds.models.embedding import CompactTable, device_of
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.loss import token_losses
+from softcot_ds.models.partition import needs_all_ranks
 from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
+
+_LOGITS_BYTES = 2**30
+"""Logits of one pass, about."""
 
 
 class Scorer:
@@ -70,10 +75,33 @@ class Scorer:
             shared: of ``read_shared``, of these prompts and perhaps others.
             table: with all tokens of prompts and texts and PADDING, to embed them by; None to ask the model's own.
         """
-        logits_KV = self.logits(prompts, thoughts_BTD, texts, shared, table)
-        targets_K = torch.tensor([token for text in texts for token in text], device=logits_KV.device)
-        parts = token_losses(logits_KV, targets_K).split([len(text) for text in texts])
-        return [part.sum().item() for part in parts]
+        groups = self._groups(prompts, texts)
+        losses: dict[int, float] = {}
+        for number in range(max_over_ranks(len(groups)) if needs_all_ranks(self.model) else len(groups)):
+            # A rank without a group of its own runs along: each forward pass needs all ranks.
+            group = groups[min(number, len(groups) - 1)]
+            wanted = [texts[index] for index in group]
+            given = None if thoughts_BTD is None else thoughts_BTD[group]
+            logits_KV = self.logits([prompts[index] for index in group], given, wanted, shared, table)
+            targets_K = torch.tensor([token for text in wanted for token in text], device=logits_KV.device)
+            parts = token_losses(logits_KV, targets_K).split([len(text) for text in wanted])
+            losses |= {index: part.sum().item() for index, part in zip(group, parts, strict=True)}
+        return [losses[index] for index in range(len(prompts))]
+
+    def _groups(self, prompts: Sequence[BasePrompt], texts: Sequence[list[int]]) -> list[list[int]]:
+        """Indices of rows that go through the model together, so that their logits do not fill the memory: as many
+        prompts may be in a batch as are decoded together, of which each has the logits of one token at a time."""
+        most = _LOGITS_BYTES // (self.model.config.get_text_config().vocab_size * self.model.dtype.itemsize)
+        groups: list[list[int]] = [[]]
+        rows = 0
+        for index, (prompt, text) in enumerate(zip(prompts, texts, strict=True)):
+            own = len(text) if self.is_fast else len(prompt.prefix_ids) + len(prompt.suffix_ids) + len(text)
+            if groups[-1] and rows + own > most:
+                groups.append([])
+                rows = 0
+            groups[-1].append(index)
+            rows += own
+        return groups
 
     @torch.no_grad()
     def logits(
