@@ -6,8 +6,11 @@ import pytest
 from launch import ROOT
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.experiment import Experiment
 from softcot_ds.models.partition import engine_config
+from softcot_ds.planning.fit import spare_to_train
 from softcot_ds.recipe import load_recipe
+from softcot_ds.training import engine
 
 RECIPE = ROOT / "recipes/word_problems.yaml"
 
@@ -40,3 +43,14 @@ def test_what_deepspeed_does_not_know_is_said_before_a_model_is_loaded(tmp_path,
     with pytest.raises(SoftCoTError) as caught:
         engine_config(recipe)
     assert str(caught.value).startswith(f"{path}: {message}")
+
+
+@pytest.mark.slow
+def test_layers_that_stay_are_those_that_the_plan_leaves_room_for(monkeypatch):
+    asked = []
+    monkeypatch.setattr(engine, "keep_layers", lambda _base, gib, spare_of: asked.append((gib, spare_of)))
+    experiment = Experiment(load_recipe(RECIPE, ["backbone.partition=none"]))
+    engine.build_model(experiment.recipe, experiment, None)
+    ((gib, spare_of),) = asked
+    assert gib is None
+    assert (spare_of.func, *spare_of.args) == (spare_to_train, experiment.recipe, experiment.splits)
