@@ -120,7 +120,7 @@ def main() -> None:
     on_gpu = device.type == "cuda"
     base = make_llama(LLAMA_8B if on_gpu else SMALL_8B, device)
     result: dict[str, Any] = {"benchmark": "decoding", **describe(), "batches": []}
-    result["together"] = try_decoding(base)
+    result["way"] = try_decoding(base)
     for batch in (32, 8, 128) if on_gpu else (2,):
         if budget.is_used_up():
             break

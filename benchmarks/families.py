@@ -68,7 +68,7 @@ def look_at(family: str) -> dict[str, Any]:
     reason = why_unsuitable(model, "assistant")
     row |= {"assistant": "fit"} if reason is None else {"assistant": "refused", "assistant_reason": reason}
     try:
-        row["decoding"] = "in batches" if try_decoding(make_toy(family)) else "one by one"
+        row["decoding"] = try_decoding(make_toy(family))
     except SoftCoTError as error:
         row |= {"decoding": "refused", "decoding_reason": str(error)}
     return row
@@ -102,7 +102,8 @@ def page(result: dict[str, Any]) -> str:
         "the model itself, right after it is loaded; a family that is missing here, or was not tried, may well work.",
         "",
         "Step: *fast* or *full*, the same loss and gradient; assistant: whether its hidden states can be the thoughts;",
-        "decoding: *in batches*, or *one by one* where a batch would change what comes out.",
+        "decoding: *refilled*, where waiting prompts take the place of outputs that have ended; *in batches*; or",
+        "*one by one*, where a batch would change what comes out.",
         "",
         "| family | step | assistant | decoding | why |",
         "|---|---|---|---|---|",

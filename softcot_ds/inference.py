@@ -105,10 +105,7 @@ class Adapter:
             SoftCoTError: a question is no text, or too long for a model; said before anything is answered.
         """
         asked = [self.question(text, with_thoughts) for text in questions]
-        size = self.recipe.evaluation.batch_size
-        batches = [asked[start : start + size] for start in range(0, len(asked), size)]
-        outputs = [output for batch in batches for output in self.outputs(batch)]
-        return [self.experiment.base_tokenizer.decode(output.token_ids) for output in outputs]
+        return [self.experiment.base_tokenizer.decode(output.token_ids) for output in self.outputs(asked)]
 
     def thoughts(self, questions: Sequence[str]) -> torch.Tensor:
         """(B, T, D) float32 on this process's device: what the base reads in place of the placeholders.
@@ -116,11 +113,7 @@ class Adapter:
         Raises:
             SoftCoTError: see ``answer``.
         """
-        asked = [self.question(text) for text in questions]
-        size = self.recipe.evaluation.batch_size
-        parts = [self._thoughts(asked[start : start + size]) for start in range(0, len(asked), size)]
-        none = torch.empty(0, self.recipe.thoughts.count, width(self.experiment.base_config), device=device())
-        return torch.cat([none, *parts])
+        return self._thoughts([self.question(text) for text in questions])
 
     @torch.no_grad()
     def prompt_embeddings(self, questions: Sequence[str]) -> list[PromptEmbeddings]:
@@ -180,17 +173,26 @@ class Adapter:
         _ = self.base
 
     def outputs(self, questions: Sequence[Question]) -> list[Output]:
-        """What the base writes for each question of one batch, all of them with thoughts or all without."""
+        """What the base writes for each question, all of them with thoughts or all without."""
+        if not questions:
+            return []
         has_thoughts = questions[0].has_thoughts
         self.load_models(has_thoughts)
         thoughts = self._thoughts(questions) if has_thoughts else None
         prompts = [question.prompt for question in questions]
-        sampling = Sampling.of(self.recipe.evaluation)
-        return decode(self.base, prompts, thoughts, self.experiment.base_prompts.stop_ids, sampling)
+        settings = self.recipe.evaluation
+        stop_ids = self.experiment.base_prompts.stop_ids
+        return decode(self.base, prompts, thoughts, stop_ids, Sampling.of(settings), batch_size=settings.batch_size)
 
     @torch.no_grad()
     def _thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
-        """(B, T, D) of one batch."""
+        """(B, T, D) float32, some questions at a time."""
+        size = self.recipe.evaluation.batch_size
+        parts = [self._some_thoughts(questions[start : start + size]) for start in range(0, len(questions), size)]
+        none = torch.empty(0, self.recipe.thoughts.count, width(self.experiment.base_config), device=device())
+        return torch.cat([none, *parts])
+
+    def _some_thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
         projection = self.projection
         inputs = [question.assistant for question in questions if question.assistant is not None]
         states = compute_thoughts(self.assistant, inputs).float() if projection.needs_states else None

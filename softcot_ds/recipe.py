@@ -277,7 +277,8 @@ class EvaluationConfig(Section):
     strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
     """How an answer is reached, under every condition: ``single`` takes what is written after the prompt."""
     batch_size: Count = 16
-    """Problems decoded together on a rank, or whose solutions are read together."""
+    """Problems decoded together on a rank, or whose solutions are read together. Decoding is divided among ranks in
+    portions of at least two such batches."""
     max_new_tokens: Count = 512
     text_max_tokens: Count = 128
     """Longest answer of the assistant in words (condition text), tokens."""

@@ -1,5 +1,6 @@
 """What stands in for decoding and for losses where the model does not matter."""
 
+import random
 from types import SimpleNamespace
 
 import torch
@@ -9,14 +10,13 @@ from softcot_ds.models.decoding import Output
 
 
 class Scribe:
-    """Stands in for decoding: writes what depends on the prompt, the thoughts and the random state, and notes it."""
+    """Stands in for decoding: writes what depends on the prompt, the thoughts and the seed, and notes it."""
 
     ENDINGS = (("answer 7", False), ("answer 7 .", True), ("answer 7", True), ("so it is", False), ("so", True))
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
         self.batches = []
-        self.seeds = []
         self.scored = []
 
     @property
@@ -26,14 +26,13 @@ class Scribe:
     def ending(self, prompt):
         return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds):
         self.batches.append(list(prompts))
-        self.seeds.append(torch.initial_seed())
         outputs = []
         for index, prompt in enumerate(prompts):
             text, cut = self.ending(prompt)
             told = 0.0 if thoughts is None else float(thoughts[index].double().sum())
-            chance = int(torch.randint(10**6, ())) if sampling.temperature else 0
+            chance = random.Random(seeds[index]).randrange(10**6) if sampling.temperature else 0
             outputs.append(Output(self.tokenizer.encode(f"{told:.3f} {chance} {text}", add_special_tokens=False), cut))
         return outputs
 

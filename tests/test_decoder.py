@@ -1,4 +1,4 @@
-"""Decoding what an evaluation asks: batches that are kept on disk, over any number of ranks."""
+"""Decoding what an evaluation asks: portions that are kept on disk, over any number of ranks."""
 
 import json
 import shutil
@@ -12,8 +12,8 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import DataRanks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import jobs
-from softcot_ds.evaluation.decoder import Decoder
-from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
+from softcot_ds.evaluation.decoder import Decoder, portions
+from softcot_ds.evaluation.jobs import Job, Thoughts, Worker, neighbours
 from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import load_recipe
 
@@ -39,6 +39,7 @@ def job(folder, **changes):
         folder,
         None,
         lambda output: Output(**output),
+        neighbours,
     )
 
 
@@ -61,6 +62,19 @@ def test_what_was_written_is_read_again(tmp_path):
     assert again.todo == []
     assert again.batches == [[1, 2], [0, 4], [3]], "neighbours in length"
     assert job(tmp_path, max_new_tokens=6).todo == [0, 1, 2]
+
+
+@pytest.mark.parametrize(("problems", "batch_size", "count"), [(3, 1, 1), (4, 1, 2), (1319, 32, 16), (1000, 125, 4)])
+def test_portions_have_several_batches_and_are_alike(problems, batch_size, count):
+    lengths = [7 * number % 31 for number in range(problems)]
+    found = portions(lengths, batch_size)
+    assert len(found) == count
+    assert sorted(index for portion in found for index in portion) == list(range(problems))
+    assert {len(portion) - problems // count for portion in found} <= {0, 1}
+    for portion in found:
+        assert [lengths[index] for index in portion] == sorted((lengths[index] for index in portion), reverse=True)
+    sums = [sum(lengths[index] for index in portion) for portion in found]
+    assert max(sums) - min(sums) <= 31
 
 
 @settings(max_examples=150)
@@ -119,9 +133,9 @@ class Asked(Exception):
 
 
 @pytest.mark.parametrize(("seed", "draw"), [(0, 0), (3, 1), (2**31, 0), (2**63, 9), (2**64 - 1, 0)])
-def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed, draw):
+def test_a_problem_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_path, scribe, monkeypatch, seed, draw):
     recipe = make_recipe(tmp_path, f"seed={seed}", "evaluation.temperature=1", "evaluation.batch_size=2")
-    prompts = [BasePrompt([index], []) for index in range(7)]
+    prompts = [BasePrompt([index], []) for index in range(16)]
     decoder = make_decoder(recipe)
     results = {}
     for partitioned in (False, True):
@@ -134,7 +148,7 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
                 raise Asked
 
             for rank in range(ranks):
-                scribe.seeds.clear()
+                scribe.batches.clear()
                 work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, Sampling(9, temperature=1), draw)
                 work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
                 place = DataRanks(rank, ranks)
@@ -144,13 +158,14 @@ def test_a_batch_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_pa
                     with pytest.raises(Asked):
                         decoder.worker.run(work)
                 rounds = -(-4 // ranks)
-                assert len(scribe.seeds) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
+                assert len(scribe.batches) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
             results[partitioned, ranks] = outputs
-            assert (tmp_path / "part").read_bytes().count(b"\n") == 4, "each batch is written once"
+            assert (tmp_path / "part").read_bytes().count(b"\n") == 4, "each portion is written once"
             (tmp_path / "part").unlink()
     assert all(outputs == results[False, 1] for outputs in results.values())
-    chances = [scribe.tokenizer.decode(outputs[0].token_ids).split()[1] for outputs in results[False, 1].values()]
-    assert len(set(chances)) == 4, "no two batches have the same random numbers"
+    written = [output.token_ids for outputs in results[False, 1].values() for output in outputs]
+    chances = {scribe.tokenizer.decode(token_ids).split()[1] for token_ids in written}
+    assert len(chances) == 16, "no two problems have the same random numbers"
 
 
 @pytest.mark.parametrize(

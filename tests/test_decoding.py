@@ -1,6 +1,7 @@
 """A padded batch decodes to what each prompt alone decodes to, token by token without a cache."""
 
 import copy
+import functools
 
 import pytest
 import torch
@@ -11,9 +12,10 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models import decoding
+from softcot_ds.models import decoding, refill
 from softcot_ds.models.decoding import Output, Sampling, decode, try_decoding
 from softcot_ds.models.embedding import CompactTable
+from softcot_ds.models.reading import PADDING
 
 D, VOCAB, STOP = 16, 40, 2
 LLAMA = {
@@ -36,7 +38,7 @@ OTHERS = (
     "rwkv",
     "recurrent_gemma",
 )
-ONE_BY_ONE = ("rwkv", "recurrent_gemma")
+WAYS = {"bamba": "in batches", "openai-gpt": "in batches", "rwkv": "one by one", "recurrent_gemma": "one by one"}
 
 
 def make_model(family="llama", dtype=torch.float64, **special):
@@ -79,67 +81,136 @@ def draw(lengths, thoughts, seed=0, dtype=torch.float64, width=D):
 LENGTHS = [(9, 3), (1, 0), (0, 6), (0, 0), (14, 2), (2, 4)]  # two of one length
 
 
+@pytest.mark.parametrize("batch_size", [1, 2, 4, None])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("family", CAUSAL)
-def test_a_batch_decodes_like_each_prompt_alone(family, dtype):
+def test_a_batch_decodes_like_each_prompt_alone(family, dtype, batch_size):
     model = make_model(family, dtype)
     prompts, thoughts = draw(LENGTHS, 3, dtype=dtype)
-    outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
+    outputs = decode(model, prompts, thoughts, [STOP], Sampling(12), batch_size=batch_size)
     assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
     assert len({tuple(output.token_ids) for output in outputs}) > 1
 
 
 @pytest.mark.parametrize(
-    "family", [pytest.param(name, marks=pytest.mark.slow if name in ONE_BY_ONE else ()) for name in OTHERS]
+    "family", [pytest.param(name, marks=pytest.mark.slow if WAYS.get(name) == "one by one" else ()) for name in OTHERS]
 )
 def test_other_families_decode_a_batch_like_each_prompt_alone(family):
     model = make_toy(family)
-    assert try_decoding(model) == (family not in ONE_BY_ONE)
+    assert try_decoding(model) == WAYS.get(family, "refilled")
     prompts, thoughts = draw(LENGTHS, 3, dtype=torch.float32, width=model.config.get_text_config().hidden_size)
-    outputs = decode(model, prompts, thoughts, [STOP], Sampling(12))
+    outputs = decode(model, prompts, thoughts, [STOP], Sampling(12), batch_size=4)
     assert outputs == [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
     assert len({tuple(output.token_ids) for output in outputs}) > 1
     # From a table, the module is asked for what was written alone.
-    tokens = {decoding.PADDING}.union(*(prompt.prefix_ids + prompt.suffix_ids for prompt in prompts))
+    tokens = {PADDING}.union(*(prompt.prefix_ids + prompt.suffix_ids for prompt in prompts))
     table, lengths = CompactTable.of(model.get_input_embeddings(), tokens), []
     look_up = model.get_input_embeddings().forward
     model.get_input_embeddings().forward = lambda ids: lengths.append(ids.shape[1]) or look_up(ids)
-    assert decode(model, prompts, thoughts, [STOP], Sampling(12), table) == outputs
+    assert decode(model, prompts, thoughts, [STOP], Sampling(12), table, batch_size=4) == outputs
     assert 1 <= max(lengths) <= 11
     with pytest.raises(SoftCoTError, match="is not among"):
         decode(model, [BasePrompt([VOCAB], [])], None, [STOP], Sampling(12), table)
 
 
-def test_an_output_ends_where_the_context_does():
+@pytest.mark.parametrize("family", ["llama", "gpt2"])
+def test_an_output_ends_where_the_context_does(family):
+    toy = make_toy("gpt2")  # its table of positions has no more
+    toy.config.n_positions = 16
+    model = make_model(max_position_embeddings=16) if family == "llama" else toy
+    width, dtype = model.config.hidden_size, model.dtype
+    prompts, thoughts = draw([(7, 2), (4, 0), (5, 0), (6, 0)], 3, dtype=dtype, width=width)
+    for batch_size in (1, 2, 4):
+        outputs = decode(model, prompts, thoughts, [], Sampling(99), batch_size=batch_size)
+        assert [len(output.token_ids) for output in outputs] == [4, 9, 8, 7]
+        for output, prompt, vectors in zip(outputs, prompts, thoughts, strict=True):
+            assert output == alone(model, prompt, vectors, [], len(output.token_ids))
     model = make_model(max_position_embeddings=16)
-    prompts, thoughts = draw([(7, 2), (4, 0)], 3)
-    expected = [alone(model, p, t, [], 4) for p, t in zip(prompts, thoughts, strict=True)]
-    assert decode(model, prompts, thoughts, [STOP], Sampling(99)) == expected
     with pytest.raises(SoftCoTError, match="a prompt of 16 tokens does not fit LlamaForCausalLM, whose context has 16"):
         decode(model, *draw([(8, 5)], 3), [STOP], Sampling(1))
+
+
+def counting_passes(model, monkeypatch):
+    """The rows of each forward pass from now on."""
+    rows, original = [], model.forward
+
+    @functools.wraps(original)
+    def forward(*args, input_ids=None, **kwargs):
+        rows.append(len(input_ids))
+        return original(*args, input_ids=input_ids, **kwargs)
+
+    monkeypatch.setattr(model, "forward", forward)
+    return rows
 
 
 def test_prompts_are_decoded_one_by_one_where_a_batch_changes_them(monkeypatch):
     model = make_toy("rwkv")
     prompts, thoughts = draw([(4, 1), (3, 2), (2, 1)], 2, dtype=torch.float32, width=model.config.hidden_size)
-    try_decoding(model)
-    sizes, original = [], decoding._generate
-
-    def counted(model, some, thoughts, *rest):
-        sizes.append(len(some))
-        with monkeypatch.context() as alone:
-            alone.setattr(decoding, "needs_all_ranks", lambda _: False)
-            return original(model, some, thoughts, *rest)
-
-    monkeypatch.setattr(decoding, "_generate", counted)
     expected = [alone(model, p, t, [STOP], 6) for p, t in zip(prompts, thoughts, strict=True)]
+    try_decoding(model)
+    rows, calls, generate = counting_passes(model, monkeypatch), [], model.generate
+
+    def counted(*args, synced_gpus, **kwargs):
+        calls.append(synced_gpus)
+        return generate(*args, **kwargs)
+
+    monkeypatch.setattr(model, "generate", counted)
     assert decode(model, prompts, thoughts, [STOP], Sampling(6)) == expected
-    assert sizes == [1, 1, 1]
-    # Partitioned over ranks, of which another has four: this one takes part in all passes.
-    monkeypatch.setattr(decoding, "max_over_ranks", lambda count: count + 1)
+    assert set(rows) == {1}
+    assert calls == [False] * 3
+    # Partitioned over ranks, of which another has five: this one takes part in all passes, also without a prompt.
+    monkeypatch.setattr(decoding, "max_over_ranks", lambda count: 5)
     monkeypatch.setattr(decoding, "needs_all_ranks", lambda _: True)
     assert decode(model, prompts, thoughts, [STOP], Sampling(6)) == expected
-    assert sizes[3:] == [1, 1, 1, 1]
+    assert decode(model, [], None, [STOP], Sampling(6)) == []
+    assert calls[3:] == [True] * 10
+
+
+def test_prompts_that_wait_take_the_place_of_outputs_that_have_ended(model, monkeypatch):
+    prompts, thoughts = draw([(5, 2)] * 40, 3)
+    limits = Sampling(24)
+    stops = [STOP, *range(10, 13)]
+    lengths = [len(output.token_ids) + 1 for output in decode(model, prompts, thoughts, stops, limits)]
+    assert min(lengths) < 4
+    assert max(lengths) > 20
+    with monkeypatch.context() as patch:
+        rows = counting_passes(model, patch)
+        decode(model, prompts, thoughts, stops, limits, batch_size=8)
+    batches = [lengths[start : start + 8] for start in range(0, 40, 8)]
+    assert max(rows) == 8
+    assert len(rows) < sum(map(max, batches)), "fewer passes, those that read prompts included"
+    assert sum(rows) < 0.8 * sum(8 * max(batch) for batch in batches), "and most rows of each are at work"
+    ended = []
+    decode(model, prompts, thoughts, stops, limits, batch_size=8, progress=ended.append)
+    assert ended == sorted(ended)
+    assert ended[-1] == 40
+
+
+@pytest.mark.parametrize("others", [0, 3, 50])
+@pytest.mark.parametrize("has_prompts", [True, False])
+def test_a_rank_takes_as_many_passes_as_the_others(model, monkeypatch, others, has_prompts):
+    prompts, thoughts = draw(LENGTHS if has_prompts else [], 3 if has_prompts else 0)
+    try_decoding(model)
+    expected = decode(model, prompts, thoughts, [STOP], Sampling(6), batch_size=2)
+    table = CompactTable.of(model.get_input_embeddings(), range(VOCAB))
+    rows, looked_up, look_up = counting_passes(model, monkeypatch), [], model.get_input_embeddings().forward
+    monkeypatch.setattr(
+        model.get_input_embeddings(), "forward", lambda ids: looked_up.append(len(rows)) or look_up(ids)
+    )
+
+    def most(own):
+        """The others have so many passes to take, of which the first reads prompts, the others write."""
+        return max(own, 0 if len(rows) >= others else 1 if not rows else 2)
+
+    monkeypatch.setattr(refill, "needs_all_ranks", lambda _: True)
+    monkeypatch.setattr(refill, "max_over_ranks", most)
+    assert decode(model, prompts, thoughts, [STOP], Sampling(6), table, batch_size=2) == expected
+    assert len(rows) >= others
+    if not has_prompts:
+        assert len(rows) == others
+        assert decode(model, [], None, [STOP], Sampling(6, temperature=1.0)) == []
+    if others == 50 or not has_prompts:
+        assert looked_up == list(range(2, others + 1)), "the module is asked on all ranks or on none"
 
 
 def test_the_trial_refuses_a_model_that_generates_other_than_it_reads():
@@ -157,7 +228,7 @@ def test_the_trial_refuses_a_model_that_generates_other_than_it_reads():
 def test_logits_may_all_be_equal_but_not_nan(model):
     silent = copy.deepcopy(model)
     torch.nn.init.zeros_(silent.get_output_embeddings().weight)
-    assert try_decoding(silent)
+    assert try_decoding(silent) == "refilled"
     torch.nn.init.constant_(silent.get_output_embeddings().weight, torch.nan)
     with pytest.raises(SoftCoTError, match="logits are not finite; are its weights damaged"):
         try_decoding(copy.deepcopy(silent))
@@ -201,10 +272,11 @@ def test_the_thoughts_matter_and_stand_between_prefix_and_suffix(model):
     st.integers(1, 4),
     st.integers(0, 99),
     st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
+    st.integers(1, 5),
 )
-def test_any_batch_and_any_stop_tokens(model, lengths, thoughts, seed, stops):
+def test_any_batch_and_any_stop_tokens(model, lengths, thoughts, seed, stops, batch_size):
     prompts, vectors = draw(lengths, thoughts, seed)
-    outputs = decode(model, prompts, vectors, sorted(stops), Sampling(6))
+    outputs = decode(model, prompts, vectors, sorted(stops), Sampling(6), batch_size=batch_size)
     assert outputs == [alone(model, p, t, stops, 6) for p, t in zip(prompts, vectors, strict=True)]
 
 
@@ -251,6 +323,27 @@ def test_sampling_is_repeated_by_its_seed_and_differs_without(model):
     assert sample(1) == greedy
     assert sample(1, temperature=1e-4) == greedy
     assert sample(1, temperature=5.0, top_p=1e-6) == greedy
+
+
+@pytest.mark.parametrize("family", ["llama", "bamba", "rwkv"])
+def test_what_is_sampled_depends_on_its_own_seed_alone(family):
+    model = make_toy(family)
+    prompts, thoughts = draw(LENGTHS, 3, dtype=torch.float32, width=model.config.hidden_size)
+    seeds, sampling = [7, 2**64 - 1, 0, 9, 7, 2**63], Sampling(8, temperature=1.0, top_p=0.9)
+
+    def sample(rows, batch_size=None):
+        some = [prompts[row] for row in rows]
+        own = [seeds[row] for row in rows]
+        return decode(model, some, thoughts[rows], [STOP], sampling, batch_size=batch_size, seeds=own)
+
+    together = sample([0, 1, 2, 3, 4, 5])
+    assert len({tuple(output.token_ids) for output in together}) == 6
+    torch.manual_seed(5)
+    assert sample([5, 4, 3, 2, 1, 0], batch_size=2) == together[::-1]
+    assert [sample([row])[0] for row in range(6)] == together
+    assert sample([0, 0]) == [together[0]] * 2
+    seeds[0] = 8
+    assert sample([0]) != [together[0]]
 
 
 @pytest.mark.slow

@@ -138,4 +138,4 @@ def test_evaluation_in_slices_writes_the_outputs_of_whole_models(done):
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), condition
         assert found == want, condition
     parts = [path.read_text().splitlines() for path in (folder / "runs/tensor/outputs").glob("*/*.part")]
-    assert sum(map(len, parts)) == 2 * 2 * 3, "each batch is written once"
+    assert sum(map(len, parts)) == 2 * (1 + 3), "each portion and each batch of losses is written once"

@@ -2,12 +2,12 @@
 
 import hashlib
 import json
+import random
 import sys
 from collections import Counter
 from statistics import stdev
 
 import pytest
-import torch
 from adapters import make_adapter
 from launch import ROOT
 from scribe import Scribe, replace_decoding
@@ -17,7 +17,7 @@ from softcot_ds.choices import STRATEGIES
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions
-from softcot_ds.evaluation.decoder import Decoder, batch_seed
+from softcot_ds.evaluation.decoder import Decoder, seed_of
 from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.report import what_it_says_more
 from softcot_ds.evaluation.run import evaluate
@@ -29,7 +29,7 @@ from softcot_ds.tasks import Task
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", "thoughts.source=online"]
-DECODE = ["evaluation.batch_size=5", "evaluation.temperature=0.8", "evaluation.conditions=[learned,none]"]
+DECODE = ["evaluation.batch_size=2", "evaluation.temperature=0.8", "evaluation.conditions=[learned,none]"]
 DRAWS = 3
 
 
@@ -48,18 +48,18 @@ def vote(ask, problems, task, settings):
 
 
 class Guesser(Scribe):
-    """Writes one of three answers by chance, and notes it; is killed when it has filled ``patience`` batches."""
+    """Writes one of three answers by chance, and notes it; is killed when it has filled ``patience`` portions."""
 
     def __init__(self, tokenizer, patience=None):
         super().__init__(tokenizer)
         self.patience = patience
         self.said = {}
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds):
         if len(self.batches) == self.patience:
             raise KeyboardInterrupt
         self.batches.append(list(prompts))
-        numbers = torch.randint(3, (len(prompts),)).tolist()
+        numbers = [random.Random(seed).randrange(3) for seed in seeds]
         for prompt, number in zip(prompts, numbers, strict=True):
             text = self.tokenizer.decode(prompt.prefix_ids) + "{}" + self.tokenizer.decode(prompt.suffix_ids)
             self.said.setdefault(text.format("" if thoughts is None else "[4 thoughts]"), []).append(number)
@@ -115,7 +115,7 @@ def test_rounds_go_on_where_they_were_interrupted(tmp_path, guesser, with_vote, 
     adapter = make_adapter(tmp_path / "adapter", recipe)
     evaluate(recipe, adapter)
     again = recipe_in(tmp_path / "again", "vote")
-    for patience in (4, 7, None):  # killed in the second round of learned, and in the first of none
+    for patience in (3, 4, None):  # killed in the second round of learned, and in the first of none
         killed = Guesser(guesser.tokenizer, patience)
         replace_decoding(monkeypatch, killed)
         if patience is None:
@@ -123,7 +123,7 @@ def test_rounds_go_on_where_they_were_interrupted(tmp_path, guesser, with_vote, 
         else:
             with pytest.raises(KeyboardInterrupt):
                 evaluate(again, adapter)
-    assert len(killed.batches) == len(guesser.batches) - 4 - 7
+    assert len(killed.batches) == len(guesser.batches) - 3 - 4
     assert records(again) == records(recipe)
 
 
@@ -198,8 +198,8 @@ def test_a_draw_is_another_only_where_it_is_sampled_and_the_first_is_as_it_was_w
     kept = [json.loads(path.read_text())["sampling"] for path in recipe.run_dir.glob("outputs/*/settings.json")]
     first = {"temperature": 0.7, "top_p": 0.9, "seed": recipe.seed}
     assert all(sampling in kept for sampling in ("greedy", first, {**first, "draw": 1}, {**first, "draw": 2}))
-    assert batch_seed(5, 3) == batch_seed(5, 3, 0) == int.from_bytes(hashlib.sha256(b"5/3").digest()[:8])
-    seeds = {batch_seed(5, number, draw) for number in range(20) for draw in range(20)}
+    assert seed_of(5, 3) == seed_of(5, 3, 0) == int.from_bytes(hashlib.sha256(b"5/3").digest()[:8])
+    seeds = {seed_of(5, number, draw) for number in range(20) for draw in range(20)}
     assert len(seeds) == 400
 
 
@@ -270,7 +270,7 @@ def test_states_of_a_later_round_are_read_before_anything_is_decoded(tmp_path, m
     replace_decoding(monkeypatch, Watched(load_tokenizer(recipe.base)))
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
     assert events[0] == "states read"
-    assert events.count("decoded") == 6, "twelve problems in batches of five, twice"
+    assert events.count("decoded") == 4, "twelve problems in two portions, twice"
 
 
 def test_nothing_is_asked_of_nobody(tmp_path, monkeypatch):

@@ -3,7 +3,6 @@
 import hashlib
 from collections.abc import Sequence
 
-import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.data.prompts import BasePrompt
@@ -13,9 +12,12 @@ from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
 from softcot_ds.models.decoding import Output, Sampling, decode
 from softcot_ds.models.embedding import CompactTable
 
+_BATCHES = 2
+"""A portion is at least so many times ``batch_size``. With more, less of it is its end, but more ranks are idle."""
+
 
 class Decoder:
-    """Decodes prompts as jobs of a worker."""
+    """Decodes prompts as jobs of a worker, whose batches are portions here."""
 
     def __init__(self, worker: Worker, stop_ids: list[int], context: int) -> None:
         """``context`` is the longest sequence that the model takes, tokens."""
@@ -48,18 +50,22 @@ class Decoder:
         if draw:  # the first keeps the key that it had when there was no other
             drawn["draw"] = draw
 
-        def work(model: PreTrainedModel, table: CompactTable | None, number: int, batch: list[int]) -> list[Output]:
-            torch.manual_seed(batch_seed(seed, number, draw))
-            given = None if thoughts is None else thoughts(batch)
-            return decode(model, [prompts[index] for index in batch], given, self._stop_ids, sampling, table)
+        size = self.worker.recipe.evaluation.batch_size
+
+        def work(model: PreTrainedModel, table: CompactTable | None, portion: list[int]) -> list[Output]:
+            given = None if thoughts is None else thoughts(portion)
+            seeds = [seed_of(seed, index, draw) for index in portion]
+            asked = [prompts[index] for index in portion]
+            return decode(model, asked, given, self._stop_ids, sampling, table, size, seeds)
 
         settings = {
             "stop_ids": self._stop_ids,
             "max_new_tokens": sampling.max_new_tokens,
             "sampling": drawn if sampling.temperature else "greedy",
+            "portions": len(portions([0] * len(prompts), size)),
         }
         shown = f"{name} (draw {draw + 1})" if draw else name
-        return self.worker.job(shown, prompts, thoughts, settings, work, lambda output: Output(**output))
+        return self.worker.job(shown, prompts, thoughts, settings, work, lambda output: Output(**output), cut=portions)
 
     def _check_room(
         self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, max_new_tokens: int
@@ -77,7 +83,20 @@ class Decoder:
             say(f"{name}: the longest prompt leaves room for {room} tokens; its output is cut there")
 
 
-def batch_seed(seed: int, number: int, draw: int = 0) -> int:
-    """A seed of 64 bits for a batch: the same on any rank, another for every batch and draw, whatever the recipe's."""
-    text = f"{seed}/{number}/{draw}" if draw else f"{seed}/{number}"
+def portions(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """What is decoded at a time, of which ``batch_size`` outputs are written together: see ``jobs.Cut``.
+
+    Their number is a power of two, as that of ranks mostly is, and lengths are the same in all, so that ranks are done
+    at the same time.
+    """
+    count = 1
+    while len(lengths) >= 2 * count * _BATCHES * batch_size:
+        count *= 2
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [longest_first[start::count] for start in range(count)]
+
+
+def seed_of(seed: int, index: int, draw: int = 0) -> int:
+    """A seed of 64 bits for a problem: the same on any rank, another for every problem and draw."""
+    text = f"{seed}/{index}/{draw}" if draw else f"{seed}/{index}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8])

@@ -25,17 +25,26 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.models.backbone import load_to_run, partition_that_fits
-from softcot_ds.models.decoding import PADDING
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import data_ranks, quantization
+from softcot_ds.models.reading import PADDING
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
 Result = TypeVar("Result")
-Work = Callable[[PreTrainedModel, CompactTable | None, int, list[int]], list[Result]]
-"""From the model, a table to embed prompts by (None to ask the model), a batch's number and the indices of its prompts
-to their results, which are dataclasses or JSON values."""
+Work = Callable[[PreTrainedModel, CompactTable | None, list[int]], list[Result]]
+"""From the model, a table to embed prompts by (None to ask the model) and the indices of a batch's prompts to their
+results, which are dataclasses or JSON values."""
+Cut = Callable[[Sequence[int], int], list[list[int]]]
+"""From rows' lengths and ``evaluation.batch_size`` to the indices of each batch. It depends on nothing else, so that
+results do not depend on the number of ranks or on where an earlier evaluation was interrupted."""
+
+
+def neighbours(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Batches of rows that are alike in length."""
+    order = sorted(range(len(lengths)), key=lengths.__getitem__)
+    return [order[start : start + batch_size] for start in range(0, len(order), batch_size)]
 
 
 @dataclass(frozen=True)
@@ -71,11 +80,12 @@ class Job(Generic[Result]):
         folder: Path,
         work: Work[Result],
         read: Callable[[Any], Result],
+        cut: Cut,
     ) -> None:
         """
         Args:
             name: for messages.
-            rows: the tokens of each prompt, and those that are read after it. In a batch they are of like lengths.
+            rows: the tokens of each prompt, and those that are read after it.
             settings: all that decides the results, JSON values.
             read: from a result as JSON has it to the result.
 
@@ -85,11 +95,7 @@ class Job(Generic[Result]):
         self.name = name
         self.work = work
         self.tokens = {PADDING}.union(*rows)
-        # The batches depend on the problems alone, so that the results do not depend on the number of ranks or on
-        # where an earlier evaluation was interrupted.
-        order = sorted(range(len(rows)), key=lambda index: len(rows[index]))
-        size = settings["batch_size"]
-        self.batches = [order[start : start + size] for start in range(0, len(order), size)]
+        self.batches = cut([len(row) for row in rows], settings["batch_size"])
         self.key = content_digest(settings)
         self._read = read
         self._folder = folder / self.key[:16]
@@ -146,6 +152,7 @@ class Worker:
         work: Work[Result],
         read: Callable[[Any], Result],
         texts: Sequence[list[int]] | None = None,
+        cut: Cut = neighbours,
     ) -> Job[Result]:
         """What is to be done; the same job for what was wanted before, under whatever name.
 
@@ -170,7 +177,7 @@ class Worker:
                 [*prompt.prefix_ids, *prompt.suffix_ids, *text]
                 for prompt, text in zip(prompts, texts or [[]] * len(prompts), strict=True)
             ]
-            self._jobs[key] = Job(name, rows, settings, self.recipe.run_dir / "outputs", work, read)
+            self._jobs[key] = Job(name, rows, settings, self.recipe.run_dir / "outputs", work, read, cut)
         return self._jobs[key]
 
     def _settings(self, prompts: Sequence[BasePrompt], thoughts: Thoughts | None) -> Record:
@@ -183,7 +190,7 @@ class Worker:
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
-            # It decides the padding, and so the rounding; and what is sampled together.
+            # It decides what runs together and the padding, and so the rounding.
             "batch_size": self.recipe.evaluation.batch_size,
             # They hold the code that turns all this into tokens.
             "versions": {"softcot_ds": __version__, "transformers": transformers.__version__},
@@ -238,7 +245,7 @@ class Worker:
             # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
             if mine or self._partition in SPLIT:
                 number = job.todo[start + ranks.number if mine else start]
-                results = job.work(self._model, table, number, job.batches[number])
+                results = job.work(self._model, table, job.batches[number])
                 if mine and ranks.is_first:
                     job.write(number, results)
                     fresh[number] = results

@@ -82,7 +82,7 @@ class Losses:
         prompts = [problems.prompts[index] for index in self._chosen]
         solutions = [self._solutions[index] for index in self._chosen]
 
-        def work(model: PreTrainedModel, table: CompactTable | None, number: int, batch: list[int]) -> list[float]:
+        def work(model: PreTrainedModel, table: CompactTable | None, batch: list[int]) -> list[float]:
             if self._scorer is None:
                 self._scorer = load_scorer(model, self._worker.model_config.model)
             if self._shared is None or self._shared[0] != name:

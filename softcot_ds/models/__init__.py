@@ -13,7 +13,10 @@ assistant.py      running the assistant: the states at the placeholders
 frozen_prefix.py  the base's prefix without gradient, layer by layer
 fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head
-decoding.py       batched decoding with thoughts in the prompt
+decoding.py       decoding with thoughts in the prompt, each model in the way that a trial finds
+refill.py         waiting prompts take the place of outputs that have ended
+reading.py        prompts as a model reads them: padded, thoughts in place
+sampling.py       which token comes next, by random numbers of the output's own
 scoring.py        losses of texts after prompts with thoughts
 operations.py     how many operations a step takes
 toy.py            a small model made from a configuration, to try what is not loaded yet

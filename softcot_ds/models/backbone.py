@@ -12,10 +12,12 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
     PreTrainedTokenizerBase,
 )
+from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
@@ -146,6 +148,12 @@ def context_length(config: PreTrainedConfig) -> int:
     kinds = [rope] if "rope_type" in rope else [kind for kind in rope.values() if isinstance(kind, dict)]
     changing = [kind for kind in kinds if kind.get("rope_type") in ("dynamic", "longrope")]
     return min([longest, *(kind.get("original_max_position_embeddings") or longest for kind in changing)])
+
+
+def keeps_keys_and_values(config: PreTrainedConfig) -> bool:
+    """Whether the layers of a model keep keys and values of tokens, and nothing else."""
+    layers = DynamicCache(config=config.get_text_config()).layers
+    return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
 
 
 def vocabulary(config: PreTrainedConfig) -> int:

@@ -1,59 +1,46 @@
 """Decoding: prompts with thoughts in, tokens out.
 
-transformers' ``generate`` is given tokens alone, with any token where the thoughts go, and what the embedding module
-makes of it is replaced by the thought. So each family reads tokens in its own way (scales, positions, several kinds of
-cache), and those whose ``generate`` refuses embeddings decode like all others. Nor need it make anything of a prompt
-whose tokens are in a table: a partitioned module's weights are gathered for generated tokens alone.
+A trial on a model's real weights tells in which way it decodes: *refilled*, where prompts that wait take the place of
+outputs that have ended (refill.py); *in batches*, each by transformers' ``generate`` until its last output ends, where
+the model keeps something else than keys and values of every token; *one by one*, where it does not hide padding, as
+recurrent models that ignore the mask.
 
-Prompts are padded on the left where the model hides padding, which a trial on its real weights tells. Where it does not
-(recurrent models that ignore the mask), they are decoded one by one.
-
-B batch, S tokens of the longest prompt, T thoughts, D base width.
+B prompts, S tokens of the longest, T thoughts, V vocabulary, D base width.
 """
 
 import math
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
-from dataclasses import dataclass, replace
-from typing import Self
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass, field
+from typing import Literal
 from weakref import WeakKeyDictionary
 
 import torch
-from transformers import GenerationConfig, PreTrainedModel
+from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import max_over_ranks
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.backbone import context_length, load_to_run
-from softcot_ds.models.embedding import CompactTable, whole_embedding
-from softcot_ds.models.partition import is_on_its_way, needs_all_ranks
-from softcot_ds.recipe import EvaluationConfig, ModelConfig, Partition, Recipe
+from softcot_ds.models.backbone import context_length, keeps_keys_and_values, load_to_run
+from softcot_ds.models.embedding import CompactTable
+from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.reading import PADDING, Reading
+from softcot_ds.models.refill import Rows, Writing, decode_refilled
+from softcot_ds.models.sampling import Chooser, Sampling
+from softcot_ds.recipe import ModelConfig, Partition, Recipe
 
-PADDING = 0
-"""A token that every model has; it stands for thoughts and padding."""
+Way = Literal["refilled", "in batches", "one by one"]
+
+_NOTHING = BasePrompt([PADDING], [])
+"""What a rank without a prompt reads for the sake of the others."""
 _TRIAL_LENGTHS = (4, 40)
 """Tokens of the trial's two prompts: far apart, so that padding which is not hidden shows."""
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 """Relative error of logits that counts as equal; 0.1 in half precision, where a batch alone changes hundredths."""
 
-_batches: WeakKeyDictionary[PreTrainedModel, bool] = WeakKeyDictionary()
+_ways: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 """What the trial of each model said."""
-
-
-@dataclass(frozen=True)
-class Sampling:
-    """How the next token is chosen."""
-
-    max_new_tokens: int
-    temperature: float = 0.0
-    """0 takes the most likely token."""
-    top_p: float = 1.0
-
-    @classmethod
-    def of(cls, settings: EvaluationConfig) -> Self:
-        """As the recipe says it for the base's answers."""
-        return cls(settings.max_new_tokens, settings.temperature, settings.top_p)
 
 
 @dataclass(frozen=True)
@@ -63,7 +50,7 @@ class Output:
     token_ids: list[int]
     """Without the stop token."""
     cut: bool
-    """It ended at ``max_new_tokens``, not at a stop token."""
+    """It ended at ``max_new_tokens`` or at the end of the context, not at a stop token."""
 
 
 @torch.no_grad()
@@ -74,16 +61,27 @@ def decode(
     stop_ids: list[int],
     sampling: Sampling,
     table: CompactTable | None = None,
+    batch_size: int | None = None,
+    seeds: Sequence[int] | None = None,
+    progress: Callable[[int], object] = lambda ended: None,
 ) -> list[Output]:
-    """Continue a batch of prompts, up to the end of the model's context. What comes out of each is what does alone.
+    """Continue prompts, up to the end of the model's context. What comes out of each is what does alone.
 
-    All ranks call it together where the model is partitioned: it goes on until every one is done.
+    But for rounding: half precision rounds the same prompt otherwise in other company, and two tokens that are as good
+    as equally likely may then change places. The same call gives the same, and what runs together depends on its
+    arguments alone.
+
+    All ranks call it together where the model is partitioned, also those that have no prompts: it goes on until every
+    one is done.
 
     Args:
-        prompts: B prompts ``prefix ; thoughts ; suffix``.
+        prompts: B prompts ``prefix ; thoughts ; suffix``. The longest come first, as their outputs tend to be long.
         thoughts_BTD: in any floating dtype, or None to decode without any.
         stop_ids: tokens that end an output.
         table: with all tokens of the prompts and PADDING, on every rank, to embed them by; None to ask the model's own.
+        batch_size: how many are decoded at a time; all by default.
+        seeds: of each prompt's random numbers; drawn from torch's where they are not given.
+        progress: is told how many of them have ended, now and then.
 
     Returns:
         The output of each prompt.
@@ -92,38 +90,65 @@ def decode(
         SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), its context has no room, or the
             table lacks a token.
     """
-    num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
+    outputs = _begin(model, prompts, 0 if thoughts_BTD is None else thoughts_BTD.shape[1], sampling.max_new_tokens)
+    if seeds is None:
+        seeds = torch.randint(2**62, (len(prompts),)).tolist() if sampling.temperature else [0] * len(prompts)
+    way, size = try_decoding(model), batch_size or max(1, len(prompts))
+
+    def reading(numbers: list[int]) -> Reading:
+        some = [prompts[number] for number in numbers]
+        return Reading.of(some, None if thoughts_BTD is None else thoughts_BTD[numbers], table)
+
+    choose = Chooser(sampling, seeds)
+    if way == "refilled":
+        idle = Reading.of([_NOTHING], None, table)
+        decode_refilled(model, outputs, reading, choose, set(stop_ids), size, progress, idle)
+    else:
+        _decode_in_batches(model, outputs, reading, choose, stop_ids, 1 if way == "one by one" else size, progress)
+    return [Output(output.token_ids, output.cut) for output in sorted(outputs, key=lambda output: output.number)]
+
+
+def _begin(
+    model: PreTrainedModel, prompts: Sequence[BasePrompt], num_thoughts: int, max_new_tokens: int
+) -> list[Writing]:
+    """An output for each prompt, the longest first. Raises SoftCoTError where the context has no room for one."""
+    context = context_length(model.config)
     lengths = [len(prompt.prefix_ids) + num_thoughts + len(prompt.suffix_ids) for prompt in prompts]
-    room = context_length(model.config) - max(lengths)
-    if room < 1:
+    if max(lengths, default=0) >= context:
         raise SoftCoTError(
-            f"a prompt of {max(lengths)} tokens does not fit {type(model).__name__}, whose context has "
-            f"{context_length(model.config)} tokens; ask something shorter"
+            f"a prompt of {max(lengths)} tokens does not fit {type(model).__name__}, whose context has {context} "
+            "tokens; ask something shorter"
         )
-    sampling = replace(sampling, max_new_tokens=min(sampling.max_new_tokens, room))
-    groups = [list(range(len(prompts)))]
-    if not try_decoding(model):
-        groups = [[index] for index in range(len(prompts))]
-    outputs: dict[int, Output] = {}
-    for number in range(max_over_ranks(len(groups)) if needs_all_ranks(model) else len(groups)):
-        # A rank without a group of its own runs along: each forward pass needs all ranks.
-        group = groups[min(number, len(groups) - 1)]
-        made = _generate(
-            model,
-            [prompts[index] for index in group],
-            None if thoughts_BTD is None else thoughts_BTD[group],
-            stop_ids,
-            sampling,
-            table,
-        )
-        for index, row in zip(group, made.sequences.tolist(), strict=True):
-            outputs.setdefault(index, _until_stop(row[max(lengths[index] for index in group) :], set(stop_ids)))
-    return [outputs[index] for index in range(len(prompts))]
+    order = sorted(range(len(prompts)), key=lambda number: -lengths[number])
+    return [Writing(number, min(max_new_tokens, context - lengths[number])) for number in order]
 
 
-def _until_stop(row: list[int], stops: set[int]) -> Output:
-    end = next((i for i, token in enumerate(row) if token in stops), None)
-    return Output(row[:end], cut=end is None)
+def _decode_in_batches(
+    model: PreTrainedModel,
+    outputs: Sequence[Writing],
+    reading: Callable[[list[int]], Reading],
+    choose: Chooser,
+    stop_ids: list[int],
+    batch_size: int,
+    progress: Callable[[int], object],
+) -> None:
+    """The same as ``decode_refilled``, one batch after the other."""
+    batches = [outputs[start : start + batch_size] for start in range(0, len(outputs), batch_size)]
+    for number in range(max_over_ranks(len(batches)) if needs_all_ranks(model) else len(batches)):
+        if number >= len(batches):  # it runs along: each forward pass needs all ranks
+            _generate(model, Reading.of([_NOTHING], None), stop_ids, 1)
+            continue
+        batch = batches[number]
+        numbers = [output.number for output in batch]
+        read = reading(numbers)
+        most = min(output.limit for output in batch)
+        length = read.ids_BS.shape[1]
+        made = _generate(model, read, stop_ids, most, choose=_Choice(choose, numbers, length))
+        for output, row in zip(batch, made.sequences[:, length:].tolist(), strict=True):
+            output.limit = most
+            for token in row:
+                output.add(token, set(stop_ids))
+        progress(sum(output.ended for output in outputs))
 
 
 def load_to_decode(
@@ -143,52 +168,56 @@ def load_to_decode(
 
 
 @torch.no_grad()
-def try_decoding(model: PreTrainedModel) -> bool:
+def try_decoding(model: PreTrainedModel) -> Way:
     """Decode two short prompts of unequal length, with thoughts, and compare the logits with passes of each alone.
 
     A pass alone is one over all embeddings without padding or cache, as in training. Tried once for each model.
 
     Returns:
-        Whether prompts may be decoded together.
+        The fastest way that says the same.
 
     Raises:
         SoftCoTError: not even a prompt alone decodes to what the pass says.
     """
-    if model not in _batches:
+    if model not in _ways:
         try:
-            _batches[model] = _trial(model)
+            _ways[model] = _trial(model)
         except SoftCoTError:
             raise
         except Exception as error:  # whatever a family's code raises when it is used in a way that it does not know
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SoftCoTError(f"{type(model).__name__} cannot decode with thoughts in its prompt: {reason}") from error
-    return _batches[model]
+    return _ways[model]
 
 
-def _trial(model: PreTrainedModel) -> bool:
+def _trial(model: PreTrainedModel) -> Way:
     embed = model.get_input_embeddings()
-    ids = _ordinary_tokens(model, max(_TRIAL_LENGTHS)).to(embed.weight.device)
+    lengths = [min(length, context_length(model.config) - 3) for length in _TRIAL_LENGTHS]  # three tokens follow
+    ids = _ordinary_tokens(model, max(8, *lengths)).to(embed.weight.device)
     # Two tokens before the thoughts and one after; thoughts that are no token's embedding.
-    prompts = [BasePrompt(ids[: n - 3].tolist(), ids[n - 1 : n].tolist()) for n in _TRIAL_LENGTHS]
+    prompts = [BasePrompt(ids[: n - 3].tolist(), ids[n - 1 : n].tolist()) for n in lengths]
     tokens_1SD = embed(ids[None])
     thoughts_BTD = (tokens_1SD[:, 0:4] - tokens_1SD[:, 4:8]).reshape(2, 2, -1)
-    stop_id = int(ids[0])
 
-    def errors(rows: list[int]) -> list[float]:
-        picked = [prompts[row] for row in rows]
-        made = _generate(model, picked, thoughts_BTD[rows], [stop_id], Sampling(2), logits=True)
-        found_BNV = torch.stack(made.logits, dim=1)
-        first_B = made.sequences[:, -2]
-        return [
-            _error(found_NV, _logits_alone(model, prompt, thoughts_BTD[row], int(first)))
-            for found_NV, prompt, row, first in zip(found_BNV, picked, rows, first_B, strict=True)
-        ]
+    def reading(rows: list[int]) -> Reading:
+        return Reading.of([prompts[row] for row in rows], thoughts_BTD[rows])
+
+    def error(said: list[_Said]) -> float:
+        found = [(each.row, each.tokens, torch.stack(each.logits)) for each in said]
+        return max(
+            _error(logits_NV, _logits_alone(model, prompts[row], thoughts_BTD[row], tokens))
+            for row, tokens, logits_NV in found
+        )
 
     tolerance = _TOLERANCE.get(model.dtype, 0.1)
+    stop_ids = [int(ids[0])]
+    with suppress(Exception):  # some families' code keeps no cache at all
+        if keeps_keys_and_values(model.config) and error(_say_refilled(model, reading)) <= tolerance:
+            return "refilled"
     with suppress(Exception):  # some families' code takes no more than one row
-        if max(errors([0, 1])) <= tolerance:
-            return True
-    worst = max(errors([0]) + errors([1]))
+        if error(_say(model, reading, [0, 1], stop_ids)) <= tolerance:
+            return "in batches"
+    worst = error(_say(model, reading, [0], stop_ids) + _say(model, reading, [1], stop_ids))
     if not math.isfinite(worst):
         raise SoftCoTError(f"{type(model).__name__}: its logits are not finite; are its weights damaged?")
     if worst > tolerance:
@@ -196,15 +225,62 @@ def _trial(model: PreTrainedModel) -> bool:
             f"{type(model).__name__} cannot decode with thoughts in its prompt: its generation differs from a pass "
             f"over the same embeddings (logits by {worst:.1e}, relative; {tolerance:.0e} is allowed); use another model"
         )
-    return False
+    return "one by one"
 
 
-def _logits_alone(model: PreTrainedModel, prompt: BasePrompt, thoughts_TD: torch.Tensor, first: int) -> torch.Tensor:
-    """(2, V) logits after a prompt, and after the token ``first`` that follows it."""
-    ids = torch.tensor([[*prompt.prefix_ids, *prompt.suffix_ids, first]], device=thoughts_TD.device)
+@dataclass
+class _Said:
+    """What a model says after one of the trial's prompts."""
+
+    row: int
+    tokens: list[int] = field(default_factory=list)
+    logits: list[torch.Tensor] = field(default_factory=list)
+    """(V,) each: after the prompt, and after every token but the last."""
+
+    def add(self, logits_V: torch.Tensor) -> None:
+        self.logits.append(logits_V)
+        self.tokens.append(int(logits_V.argmax()))
+
+
+def _say_refilled(model: PreTrainedModel, reading: Callable[[list[int]], Reading]) -> list[_Said]:
+    """A row joins another while it is decoded, and the other goes, which makes the cache shorter."""
+    rows, first, second = Rows(model), _Said(1), _Said(0)
+
+    def hear(said: list[_Said], logits_RV: torch.Tensor) -> None:
+        for each, logits_V in zip(said, logits_RV, strict=True):
+            each.add(logits_V)
+
+    def write(said: list[_Said]) -> None:
+        hear(said, rows.write(torch.tensor([each.tokens[-1] for each in said])))
+
+    hear([first], rows.read(reading([1])))
+    write([first])
+    hear([second], rows.read(reading([0]), keep=[0]))
+    write([first, second])
+    rows.keep([1])
+    write([second])
+    return [first, second]
+
+
+def _say(
+    model: PreTrainedModel, reading: Callable[[list[int]], Reading], rows: list[int], stop_ids: list[int]
+) -> list[_Said]:
+    said = [_Said(row) for row in rows]
+    made = _generate(model, reading(rows), stop_ids, 2, logits=True)
+    for logits_RV in made.logits:
+        for each, logits_V in zip(said, logits_RV, strict=True):
+            each.add(logits_V)
+    return said
+
+
+def _logits_alone(
+    model: PreTrainedModel, prompt: BasePrompt, thoughts_TD: torch.Tensor, tokens: list[int]
+) -> torch.Tensor:
+    """(N, V) logits after a prompt and after each of N tokens behind it, but not the last."""
+    ids = torch.tensor([[*prompt.prefix_ids, *prompt.suffix_ids, *tokens[:-1]]], device=thoughts_TD.device)
     prefix_1LD, rest_1RD = model.get_input_embeddings()(ids).tensor_split([len(prompt.prefix_ids)], dim=1)
     embeds_1SD = torch.cat([prefix_1LD, thoughts_TD[None].to(prefix_1LD.dtype), rest_1RD], dim=1)
-    return model(inputs_embeds=embeds_1SD, use_cache=False).logits[0, -2:]
+    return model(inputs_embeds=embeds_1SD, use_cache=False).logits[0, -len(tokens) :]
 
 
 def _error(found: torch.Tensor, true: torch.Tensor) -> float:
@@ -224,32 +300,23 @@ def _ordinary_tokens(model: PreTrainedModel, count: int) -> torch.Tensor:
 
 def _generate(
     model: PreTrainedModel,
-    prompts: Sequence[BasePrompt],
-    thoughts_BTD: torch.Tensor | None,
+    reading: Reading,
     stop_ids: list[int],
-    sampling: Sampling,
-    table: CompactTable | None = None,
+    max_new_tokens: int,
     logits: bool = False,
+    choose: LogitsProcessor | None = None,
 ) -> GenerateOutput:
     """One call of ``generate``: sequences (B, S + new tokens), padded on the left, and each new token's logits."""
-    num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
-    rows = [[*prompt.prefix_ids, *[PADDING] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
-    longest = max(len(row) for row in rows)
-    skipped_B = torch.tensor([longest - len(row) for row in rows])
-    ids_BS = torch.tensor([[PADDING] * (longest - len(row)) + row for row in rows])
-    mask_BS = (torch.arange(longest) >= skipped_B[:, None]).long()
-    starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
-    sampled = {"temperature": sampling.temperature, "top_p": sampling.top_p, "top_k": 0} if sampling.temperature else {}
     # What a model brings along (Qwen2.5: a repetition penalty) would apply wherever nothing is said below.
     model.generation_config = GenerationConfig()
     device = model.get_input_embeddings().weight.device
-    with _embedded(model, ids_BS, starts_B, thoughts_BTD, table):
+    with reading.by_generate(model):
         return model.generate(
-            ids_BS.to(device),
-            attention_mask=mask_BS.to(device),
-            max_new_tokens=sampling.max_new_tokens,
-            do_sample=bool(sampled),
-            **sampled,
+            reading.ids_BS.to(device),
+            attention_mask=reading.mask_BS.to(device),
+            max_new_tokens=max_new_tokens,
+            do_sample=False,
+            logits_processor=LogitsProcessorList([choose] if choose else []),
             eos_token_id=stop_ids,
             pad_token_id=PADDING,
             synced_gpus=needs_all_ranks(model),
@@ -258,49 +325,15 @@ def _generate(
         )
 
 
-@contextmanager
-def _embedded(
-    model: PreTrainedModel,
-    ids_BS: torch.Tensor,
-    starts_B: torch.Tensor,
-    thoughts_BTD: torch.Tensor | None,
-    table: CompactTable | None,
-) -> Iterator[None]:
-    """Has the embedding module give the thoughts out from ``starts_B`` on, whenever it reads the whole prompt, and the
-    prompt's tokens as ``table`` has them."""
-    embedding = model.get_input_embeddings()
-    longest = ids_BS.shape[1]
-    known_BSD = None if table is None else table(table.number(ids_BS).to(table.rows_KD.device))
-    rows_B1 = torch.arange(len(starts_B))[:, None]
-    slots_BT = starts_B[:, None] + torch.arange(0 if thoughts_BTD is None else thoughts_BTD.shape[1])
-    calls = 0
+class _Choice(LogitsProcessor):
+    """Leaves ``generate`` no choice but that of a Chooser."""
 
-    def look_up(ids: torch.Tensor) -> torch.Tensor:
-        if is_on_its_way(*embedding.parameters()):  # under limits of a file, far higher than the model needs
-            return embedding._call_impl(ids)
-        with whole_embedding(embedding) as embed:
-            return embed(ids)
+    def __init__(self, choose: Chooser, numbers: list[int], prompt_length: int) -> None:
+        self._choose = choose
+        self._numbers = numbers
+        self._prompt_length = prompt_length
 
-    def read(ids: torch.Tensor) -> torch.Tensor:
-        nonlocal calls
-        calls += 1
-        length = ids.shape[1]
-        # Not in the first pass alone: some families keep no cache, or begin it anew when it reaches a length.
-        if length < longest or (length == 1 and calls > 1):
-            return look_up(ids)
-        if known_BSD is None:
-            embeds_BSD = look_up(ids).clone()
-        else:
-            written = [look_up(ids[:, longest:])] if length > longest else []
-            embeds_BSD = torch.cat([known_BSD, *written], dim=1)
-        if thoughts_BTD is not None:
-            embeds_BSD[rows_B1, slots_BT] = thoughts_BTD.to(embeds_BSD)
-        return embeds_BSD
-
-    # In the place of a call with its hooks, by which a partitioned module is gathered. In every pass: DeepSpeed would
-    # find that the prompt's has another order than those that follow.
-    embedding._compiled_call_impl = read
-    try:
-        yield
-    finally:
-        embedding._compiled_call_impl = None
+    def __call__(self, input_ids: torch.Tensor, scores: torch.Tensor) -> torch.Tensor:
+        written = [input_ids.shape[1] - self._prompt_length] * len(self._numbers)
+        chosen_B = self._choose(scores, self._numbers, written)
+        return torch.full_like(scores, -torch.inf).scatter_(1, chosen_B[:, None], 0.0)

@@ -24,9 +24,9 @@ import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
-from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from transformers.utils.generic import is_flash_attention_requested
 
+from softcot_ds.models.backbone import keeps_keys_and_values
 from softcot_ds.models.loss import cross_entropy, fused_cross_entropy, runs_liger
 from softcot_ds.models.shared_prefix import KeysValues, SharedPrefix
 from softcot_ds.models.slices import is_sliced
@@ -38,8 +38,7 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
     if not isinstance(layers, nn.ModuleList):
         return "its decoder has no list of layers"
     config = model.config.get_text_config()
-    kinds = {type(layer) for layer in DynamicCache(config=config).layers}
-    if not kinds <= {DynamicLayer, DynamicSlidingWindowLayer}:
+    if not keeps_keys_and_values(config):
         return "some of its layers keep other states than keys and values"
     attention = set(getattr(config, "layer_types", None) or ())
     if not attention <= {"full_attention", "sliding_attention"} or getattr(config, "attention_chunk_size", None):

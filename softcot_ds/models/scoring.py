@@ -16,11 +16,11 @@ from transformers import PreTrainedModel
 from softcot_ds.data.batches import pad
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import max_over_ranks
-from softcot_ds.models.decoding import PADDING
 from softcot_ds.models.embedding import CompactTable, device_of
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.loss import token_losses
 from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.reading import PADDING
 from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
 
 _LOGITS_BYTES = 2**30

@@ -16,9 +16,9 @@ from softcot_ds.methods.base import Projection, check_fits, load_projection, pro
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
 from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
-from softcot_ds.models.decoding import PADDING
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
+from softcot_ds.models.reading import PADDING
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.planning.fit import spare_to_train
 from softcot_ds.progress import count

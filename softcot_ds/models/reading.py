@@ -1,0 +1,108 @@
+"""Prompts as a model reads them: padded on the left, with thoughts where they belong.
+
+The model is given tokens alone, with any token where the thoughts go, and what its embedding module makes of it is
+replaced by the thought. So each family reads tokens in its own way (scales, positions, several kinds of cache). Nor
+need the module make anything of a prompt whose tokens are in a table: it is gathered for generated tokens alone.
+
+B batch, S tokens of the longest prompt, T thoughts, D base width.
+"""
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.data.prompts import BasePrompt
+from softcot_ds.models.embedding import CompactTable, whole_embedding
+from softcot_ds.models.partition import is_on_its_way
+
+PADDING = 0
+"""A token that every model has; it stands for thoughts and padding."""
+
+LookUp = Callable[[torch.Tensor], torch.Tensor]
+"""Embeddings of tokens, by the model's own module."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """Prompts that are read together."""
+
+    ids_BS: torch.Tensor
+    """PADDING where thoughts and padding stand."""
+    mask_BS: torch.Tensor
+    """1 but where padding stands."""
+    starts_B: torch.Tensor
+    """Where the thoughts begin. Like the others int64, on the CPU."""
+    thoughts_BTD: torch.Tensor | None
+    """In any floating dtype, on any device."""
+    known_BSD: torch.Tensor | None
+    """The tokens' embeddings, where they are known without the model's own module."""
+
+    @classmethod
+    def of(
+        cls, prompts: Sequence[BasePrompt], thoughts_BTD: torch.Tensor | None, table: CompactTable | None = None
+    ) -> Self:
+        """Raises SoftCoTError where the table lacks a token."""
+        num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
+        rows = [[*prompt.prefix_ids, *[PADDING] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
+        longest = max(map(len, rows))
+        skipped_B = torch.tensor([longest - len(row) for row in rows])
+        ids_BS = torch.tensor([[PADDING] * (longest - len(row)) + row for row in rows])
+        mask_BS = (torch.arange(longest) >= skipped_B[:, None]).long()
+        starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
+        known_BSD = None if table is None else table(table.number(ids_BS).to(table.rows_KD.device))
+        return cls(ids_BS, mask_BS, starts_B, thoughts_BTD, known_BSD)
+
+    def embed(self, ids_BN: torch.Tensor, look_up: LookUp) -> torch.Tensor:
+        """(B, N, D) embeddings of the prompts, and of what else comes behind them in ``ids_BN``."""
+        longest = self.ids_BS.shape[1]
+        if self.known_BSD is None:
+            embeds_BND = look_up(ids_BN).clone()
+        else:
+            written = [look_up(ids_BN[:, longest:])] if ids_BN.shape[1] > longest else []
+            embeds_BND = torch.cat([self.known_BSD, *written], dim=1)
+        if self.thoughts_BTD is not None:
+            slots_BT = self.starts_B[:, None] + torch.arange(self.thoughts_BTD.shape[1])
+            embeds_BND[torch.arange(len(slots_BT))[:, None], slots_BT] = self.thoughts_BTD.to(embeds_BND)
+        return embeds_BND
+
+    def by_generate(self, model: PreTrainedModel) -> AbstractContextManager[None]:
+        """Has the embedding module give the prompts' embeddings out, whenever ``generate`` reads them whole."""
+        calls = 0
+
+        def embed(ids_BN: torch.Tensor, look_up: LookUp) -> torch.Tensor:
+            nonlocal calls
+            calls += 1
+            length = ids_BN.shape[1]
+            # Not in the first pass alone: some families keep no cache, or begin it anew when it reaches a length.
+            if length < self.ids_BS.shape[1] or (length == 1 and calls > 1):
+                return look_up(ids_BN)
+            return self.embed(ids_BN, look_up)
+
+        return embedding_by(model, embed)
+
+
+@contextmanager
+def embedding_by(model: PreTrainedModel, embed: Callable[[torch.Tensor, LookUp], torch.Tensor]) -> Iterator[None]:
+    """Has the embedding module give out what ``embed`` makes of tokens; it is given a way to ask the module itself.
+
+    Where that is partitioned, all ranks ask it in the same passes.
+    """
+    embedding = model.get_input_embeddings()
+
+    def look_up(ids: torch.Tensor) -> torch.Tensor:
+        if is_on_its_way(*embedding.parameters()):  # under limits of a file, far higher than the model needs
+            return embedding._call_impl(ids)
+        with whole_embedding(embedding) as whole:
+            return whole(ids)
+
+    # In the place of a call with its hooks, by which a partitioned module is gathered. In every pass: DeepSpeed would
+    # find that the prompt's has another order than those that follow.
+    embedding._compiled_call_impl = lambda ids: embed(ids, look_up)
+    try:
+        yield
+    finally:
+        embedding._compiled_call_impl = None
