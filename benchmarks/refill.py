@@ -1,6 +1,7 @@
 """What it brings that waiting prompts take the place of outputs that have ended. The last line is a JSON object.
 
-    python benchmarks/refill.py [--model FOLDER] [--dtype D] [--problems N] [--batch B] [--repeats N] [--out FILE]
+    python benchmarks/refill.py [--model FOLDER] [--dtype D] [--times X] [--problems N] [--batch B] [--repeats N]
+        [--out FILE]
     python benchmarks/refill.py --pair ADAPTER [--problems N] [--batch B] [--repeats N] [--out FILE]
 
 The same problems, greedily decoded with thoughts in their prompts, in three ways, which take turns:
@@ -9,14 +10,14 @@ The same problems, greedily decoded with thoughts in their prompts, in three way
 - ``refilled``: ``decode`` of the package, in the portions that an evaluation has
 - ``alone``: ``decode``, one problem at a time; a few of the problems, spread over all
 
-Without ``--pair``, prompts and outputs have the lengths of GSM8K's problems and reference solutions: an output is cut
-there. The base has random weights, of the shape of Llama 3.1 8B in bfloat16 where there is a GPU and a small one in
-float32 where there is none, or is the model in FOLDER. ``--pair`` decodes test problems of the embedded pair with an
-adapter of it; their outputs end by themselves.
+Without ``--pair``, prompts and outputs have the lengths of GSM8K's problems and reference solutions, or ``--times`` as
+long, as models write more than these: an output is cut there. The base has random weights, of the shape of Llama 3.1 8B
+in bfloat16 where there is a GPU and a small one in float32 where there is none, or is the model in FOLDER. ``--pair``
+decodes test problems of the embedded pair with an adapter of it; their outputs end by themselves.
 
-- ``problems_per_second``: by the clock, and ``per_processor_second``, of one thread: medians over the repeats
+- ``problems_per_second``: by the clock, and ``per_processor_second``: medians over the repeats
 - ``times_batches``: refilled against batches, by processor time on a CPU, by the clock on a GPU
-- ``busy``: tokens of outputs / rows of all passes that write, a batch's empty rows included
+- ``busy``: tokens of outputs / rows of all passes, also of rows that have ended
 - ``differ``: outputs that are not those of ``batches``
 """
 
@@ -100,14 +101,16 @@ class Work:
         return Reading.of([self.prompts[index] for index in indices], self.thoughts_BTD[indices])
 
 
-def gsm8k(model: PreTrainedModel, problems: int, batch: int) -> Work:
+def gsm8k(model: PreTrainedModel, problems: int, batch: int, times: float) -> Work:
     examples = read_examples(model.config.vocab_size)[:problems]
     torch.manual_seed(0)
     embed = model.get_input_embeddings()
     thoughts = torch.randn(problems, NUM_THOUGHTS, model.config.hidden_size, device=model.device)
     thoughts = thoughts * embed.weight.float().std()
     prompts = [BasePrompt(example.prefix_ids, example.suffix_ids) for example in examples]
-    return Work(model, prompts, thoughts, [len(example.target_ids) for example in examples], NEVER, batch)
+    return Work(
+        model, prompts, thoughts, [round(times * len(example.target_ids)) for example in examples], NEVER, batch
+    )
 
 
 def pair(adapter: Path, problems: int, batch: int) -> Work:
@@ -159,6 +162,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--model", type=Path)
     parser.add_argument("--dtype", default="float32")
+    parser.add_argument("--times", type=float, default=1.0, help="outputs of so many times GSM8K's lengths")
     parser.add_argument("--pair", type=Path, help="an adapter of the embedded pair")
     parser.add_argument("--problems", type=int, default=256)
     parser.add_argument("--batch", type=int, default=32)
@@ -170,10 +174,10 @@ def main() -> None:
         work = pair(args.pair, args.problems, args.batch)
     elif args.model:
         model = AutoModelForCausalLM.from_pretrained(args.model, dtype=getattr(torch, args.dtype))
-        work = gsm8k(model.eval().requires_grad_(False).to(device), args.problems, args.batch)
+        work = gsm8k(model.eval().requires_grad_(False).to(device), args.problems, args.batch, args.times)
     else:
         base = make_llama(LLAMA_8B if device.type == "cuda" else SMALL_8B, device)
-        work = gsm8k(base, args.problems, args.batch)
+        work = gsm8k(base, args.problems, args.batch, args.times)
     result: dict[str, Any] = {
         "benchmark": "refill",
         **describe(),
@@ -182,6 +186,7 @@ def main() -> None:
         "parameters": sum(weight.numel() for weight in work.model.parameters()),
         "dtype": str(work.model.dtype).removeprefix("torch."),
         "batch": args.batch,
+        "times": None if args.pair else args.times,
     }
     measure(work, args.repeats, result, args.out)
     write_result(result, args.out)
