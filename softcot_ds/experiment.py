@@ -7,10 +7,13 @@ from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
 
+from softcot_ds.data.batches import in_steps
 from softcot_ds.data.examples import ContextLimits, Example, Splits, load_splits
 from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile, placeholder_id
+from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
+from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import make_task
 
@@ -70,6 +73,15 @@ class Experiment:
             self._check_tokens("base", [*example.prefix_ids, *example.suffix_ids, *example.target_ids])
             self._check_tokens("assistant", example.assistant.token_ids)
         return replace(splits, notes=splits.notes + self._stopped_midway(splits.train))
+
+    def count_epochs(self) -> Recipe:
+        """The recipe, which from now on has steps in the place of epochs. Reads the data; see ``in_steps``."""
+        epochs, num_examples = self.recipe.training.epochs, len(self.splits.train)
+        self.recipe = in_steps(self.recipe, num_examples)
+        if epochs is not None:
+            steps = self.recipe.training.num_steps
+            say(f"{count(epochs, 'epoch')} of {num_examples:,} training problems: {steps:,} steps")
+        return self.recipe
 
     def _stopped_midway(self, examples: list[Example]) -> list[str]:
         """A note where a token at which decoding stops stands within what the base is trained to write."""

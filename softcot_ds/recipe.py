@@ -189,9 +189,12 @@ class ProjectionConfig(Section):
 class TrainingConfig(Section):
     """The optimization."""
 
-    steps: Count = 1000
-    """Optimizer steps. A run that has begun takes another number only with the constant schedule: with others, its
-    learning rates would have been others from the first step on."""
+    epochs: Count | None = None
+    """How often the training data is gone through, in the place of steps: as many steps as its whole global batches.
+    What fills none in one epoch's order is left to others'. The run's own recipe has the steps that this comes to."""
+    steps: Count | None = Field(default_factory=lambda known: None if known.get("epochs") else 1000)
+    """Optimizer steps; default: 1000, unless there are epochs. A run that has begun takes another number only with the
+    constant schedule: with others, its learning rates would have been others from the first step on."""
     step: Annotated[Literal["fast", "full"], FREE] = "fast"
     """fast: only the work that the gradient needs. full: the naive step, an oracle. Both give the same gradient."""
     global_batch_size: Count = 32
@@ -233,10 +236,24 @@ class TrainingConfig(Section):
     max_restarts: Annotated[CountOrZero, FREE] = 100
     """How often a SLURM job goes back into the queue: after a time limit, a preemption, a dead node or rank."""
 
+    @property
+    def num_steps(self) -> int:
+        """The steps, of a recipe whose epochs have been counted (``data.batches.in_steps``)."""
+        assert self.steps is not None, "how many steps an epoch has is known with the data"
+        return self.steps
+
+    @field_validator("steps")
+    @classmethod
+    def _steps_or_epochs(cls, value: int | None, info: ValidationInfo) -> int | None:
+        epochs = info.data.get("epochs")
+        if "epochs" in info.data and (value is None) == (epochs is None):
+            raise ValueError(f"{value} beside training.epochs={epochs}: set one of the two, and the other to null")
+        return value
+
     @field_validator("warmup_steps")
     @classmethod
     def _warmup_ends(cls, value: int, info: ValidationInfo) -> int:
-        if value >= info.data.get("steps", value + 1):
+        if value >= (info.data.get("steps") or value + 1):
             raise ValueError(f"{value} steps of warm-up do not fit into training.steps={info.data['steps']}")
         return value
 
@@ -246,7 +263,7 @@ class TrainingConfig(Section):
         first, last = value or (0, 0)
         if first > last:
             raise ValueError(f"[{first}, {last}] ends before it begins; write the first and the last step")
-        if last > info.data.get("steps", last):
+        if last > (info.data.get("steps") or last):
             raise ValueError(f"[{first}, {last}] goes beyond training.steps={info.data['steps']}")
         return value
 

@@ -10,6 +10,7 @@ user's, after scancel, when two attempts end at the same step, and after ``train
 """
 
 import argparse
+import math
 import os
 import signal
 import sys
@@ -58,7 +59,7 @@ def end(command: str, code: int, recipe: Recipe, preempted: bool = False) -> tup
     if command == "train":
         journal, saved = Journal(recipe.run_dir), saved_step(recipe.run_dir)
         journal.add("end", code=code, step=saved, preempted=preempted)
-        if code == 0 and saved < recipe.training.steps:
+        if code == 0 and saved < _last_step(recipe):
             code = 1  # the launcher died
         attempts = journal.attempts(_job(), saved)
         stopped_by = attempts[-1].signal if attempts else ""
@@ -86,6 +87,15 @@ def end(command: str, code: int, recipe: Recipe, preempted: bool = False) -> tup
     if restart > limit:
         return code, f"{why}; no more than training.max_restarts={limit} restarts: submit it again to go on"
     return REQUEUE, f"{why}; back into the queue for restart {restart} of {limit}"
+
+
+def _last_step(recipe: Recipe) -> float:
+    """The step at which training is done. Epochs are counted where the data is read: training writes the recipe with
+    its steps into the run's directory."""
+    written = recipe.run_dir / "recipe.yaml"
+    if recipe.training.steps is None and written.is_file():
+        recipe = load_recipe(written)
+    return math.inf if recipe.training.steps is None else recipe.training.steps
 
 
 def _stuck_text(recipe: Recipe, step: int) -> str:

@@ -46,7 +46,7 @@ def submit(
         SoftCoTError: anything is wrong with the recipe, jobs of this run are in the queue already, or SLURM refuses a
             job; then none of this chain is left in the queue.
     """
-    commands, data = _left_to_do(recipe)
+    recipe, commands, data = _left_to_do(recipe)
     folder = recipe.run_dir / "slurm"
     if not dry_run:
         if shutil.which("sbatch") is None:
@@ -75,9 +75,9 @@ def submit(
     print(f"logs: {recipe.run_dir}/logs; the jobs: squeue -j {','.join(jobs)}; to end them: scancel {' '.join(jobs)}")
 
 
-def _left_to_do(recipe: Recipe) -> tuple[list[str], Any]:
-    """The commands to run, in their order, and the data as plans have it. Raises SoftCoTError for what is wrong with
-    the recipe."""
+def _left_to_do(recipe: Recipe) -> tuple[Recipe, list[str], Any]:
+    """The recipe, with its epochs counted; the commands to run, in their order; and the data as plans have it. Raises
+    SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.experiment import Experiment
     from softcot_ds.methods.base import projection_class
@@ -87,6 +87,7 @@ def _left_to_do(recipe: Recipe) -> tuple[list[str], Any]:
 
     experiment = Experiment(recipe)
     experiment.task.require_training()
+    recipe = experiment.count_epochs()
     inputs = experiment.splits.assistant_inputs()
     refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
     commands = []
@@ -96,11 +97,11 @@ def _left_to_do(recipe: Recipe) -> tuple[list[str], Any]:
             print(f"cache     complete in {folder}: no job")
         except SoftCoTError:
             commands.append("cache")
-    if saved_step(recipe.run_dir) < recipe.training.steps:
+    if saved_step(recipe.run_dir) < recipe.training.num_steps:
         commands.append("train")
     else:
         print(f"train     done to step {saved_step(recipe.run_dir)} in {recipe.run_dir}: no job")
-    return [*commands, "evaluate"], data_of(experiment.splits)
+    return recipe, [*commands, "evaluate"], data_of(experiment.splits)
 
 
 def _warn_if_too_large(recipe: Recipe, data: Any, script: str, gpu: str | None) -> None:

@@ -7,13 +7,14 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from launch import ROOT
 
-from softcot_ds.data.batches import collate, cut_by_tokens, cut_evenly, global_batches, pad
+from softcot_ds.data.batches import collate, cut_by_tokens, cut_evenly, global_batches, in_steps, pad
 from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.distributed import DataRanks
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import TrainingConfig
+from softcot_ds.recipe import TrainingConfig, load_recipe
 from softcot_ds.tasks import Problem
 from softcot_ds.training.batches import check_micro_batches
 
@@ -47,6 +48,20 @@ def test_examples_of_a_batch_are_of_like_length():
         for batch in islice(global_batches(lengths, 32, 0), 50)
     ]
     assert max(spreads) <= 500 / 50 + 10
+
+
+def test_epochs_become_the_steps_that_they_take():
+    recipe = load_recipe(ROOT / "recipes/word_problems.yaml", ["training.steps=null", "training.epochs=3"])
+    assert recipe.training.warmup_steps == 20
+    for num_examples, steps in ((319, 27), (320, 30), (4000, 375)):
+        counted = in_steps(recipe, num_examples)
+        assert counted.training.num_steps == steps
+        assert counted == load_recipe(ROOT / "recipes/word_problems.yaml", [f"training.steps={steps}"])
+        assert in_steps(counted, 7) is counted, "steps are what they are, whatever the data"
+    with pytest.raises(SoftCoTError, match=r"20 steps of warm-up do not fit into training\.steps=3"):
+        in_steps(recipe, 40)
+    with pytest.raises(SoftCoTError, match="global_batch_size 32 is larger than the 31 training problems"):
+        in_steps(recipe, 31)
 
 
 def test_batches_of_a_window_come_in_no_order_of_length():

@@ -325,6 +325,12 @@ def test_a_recipe_is_next_to_the_best_on_the_hardware_that_its_comment_names(pat
     assert found.seconds < 2.5 * planned.evaluation.seconds
     hours = jobs(planned.planner, cluster, own, found)
     assert hours.validation < hours.training / 3
+    training = recipe.training.model_copy(update={"steps": None, "epochs": 3})
+    epochs = Planner(recipe.model_copy(update={"training": training}), planned.planner.data)
+    steps = 3 * (planned.planner.data.train // training.global_batch_size)
+    longer = jobs(epochs, cluster, own, found)
+    taken = [found.training - found.validation for found in (hours, longer)]
+    assert taken[1] == pytest.approx(taken[0] * steps / recipe.training.steps)
 
 
 @pytest.mark.slow

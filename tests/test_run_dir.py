@@ -6,7 +6,7 @@ import pytest
 
 from softcot_ds import slurm
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
 from softcot_ds.run_dir import MARKER, Attempt, Journal, checkpoints, latest_checkpoint, saved_step, stuck_at
 from softcot_ds.slurm import REQUEUE
 
@@ -77,6 +77,15 @@ def test_end_requeues_what_can_go_on(recipe, code, stopped_by, preempted, verdic
 
 def test_finished_run_is_done(recipe):
     assert attempt(recipe, saved=100, code=0) == 0
+
+
+def test_epochs_are_done_at_the_step_that_training_counted(recipe):
+    values = recipe.model_dump(mode="json")
+    in_epochs = parse_recipe({**values, "training": {**values["training"], "steps": None, "epochs": 2}}, [], "test")
+    assert attempt(in_epochs, saved=50, code=0) == REQUEUE, "without such a recipe, training has not begun"
+    (recipe.run_dir / "recipe.yaml").write_text(recipe.to_yaml())
+    assert attempt(in_epochs, saved=99, code=0) == REQUEUE
+    assert attempt(in_epochs, saved=100, code=0) == 0
 
 
 def test_two_attempts_that_end_at_one_step_stop_the_loop(recipe):

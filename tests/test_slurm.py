@@ -184,7 +184,7 @@ def test_submit_runs_the_chain_and_gives_the_results_of_one_machine(batch, undis
     cache, train, evaluate = (batch.wait(job, "COMPLETED") for job in jobs)
 
     assert "2 processes over MPI" in cache
-    assert "step 40  loss" in train, "rank 0's progress is in the job's log"
+    assert "step 40  epoch " in train, "rank 0's progress is in the job's log"
     assert "2 ranks (cpu), ZeRO stage 3" in train
     assert "McNemar" in evaluate
     assert losses(tmp_path / "demo") == losses(undisturbed), "the same world size: bit for bit"

@@ -8,7 +8,7 @@ import pytest
 
 from softcot_ds import submit
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
 
 ROOT = Path(__file__).parents[1]
 SCRIPTS = sorted((ROOT / "slurm").glob("*.sbatch"))
@@ -57,6 +57,14 @@ def test_dry_run_shows_all_and_leaves_nothing(recipe, capsys, tmp_path):
     assert f"set -- '{tmp_path}/with a space/demo/recipe.yaml'\n" in shown
     assert shown.endswith(recipe.to_yaml())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_jobs_are_given_the_steps_that_epochs_come_to(recipe, capsys):
+    values = recipe.model_dump(mode="json")
+    values["training"] |= {"steps": None, "epochs": 20, "global_batch_size": 8, "micro_batch_size": 8}
+    submit.submit(parse_recipe(values, [], "test"), ["--nodes=2"], dry_run=True)
+    values["training"] |= {"steps": 40, "epochs": None}
+    assert capsys.readouterr().out.endswith(parse_recipe(values, [], "test").to_yaml())
 
 
 @pytest.mark.parametrize(

@@ -310,7 +310,7 @@ def trainings(tmp_path_factory, random_pair):
     stop = ["training.validate_every=1", "training.save_every=99"]
     variants = {
         "clipped-zero3": [clipped, zero3, "training.validate_every=2", "evaluation.max_new_tokens=6"],
-        "clipped-none": [clipped, whole],
+        "clipped-none": [clipped, whole, "training.steps=null", "training.epochs=2"],
         "clipped-bf16": [clipped, whole, bf16],
         "free-zero3": [free, zero3],
         "free-none": [free, whole],
@@ -368,6 +368,14 @@ def test_train_takes_the_steps_of_adamw_in_float64(trainings, courses, clipping,
     assert norms == pytest.approx(course.norms, rel=1e-5), "before clipping"
     assert norms[0] > norms[1] > CLIP > norms[2] > norms[3]
     assert list(scalars(run_dir, "optimizer/learning_rate").values()) == pytest.approx(RATES)
+
+
+def test_epochs_are_so_many_steps_and_told(trainings):
+    folder, _, output = trainings
+    recipe = load_recipe(folder / "clipped-none/recipe.yaml")
+    assert (recipe.training.epochs, recipe.training.steps) == (None, 4)
+    assert "\n2 epochs of 21 training problems: 4 steps\n" in output
+    assert "\nstep 4  epoch 2.00  loss " in output
 
 
 def test_bfloat16_clips_the_gradient_and_shows_its_norm_before(trainings, courses):

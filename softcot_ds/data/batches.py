@@ -15,6 +15,7 @@ import torch
 from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.recipe import Recipe, parse_recipe
 
 
 def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterator[list[int]]:
@@ -24,16 +25,12 @@ def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterat
     shuffled, so that a batch holds little padding while the order stays random. What does not fill a batch at the end
     of an epoch, the permutation's last, is left for other epochs' permutations to bring up.
     """
-    if len(lengths) < batch_size:
-        raise SoftCoTError(
-            f"training.global_batch_size {batch_size} is larger than the {len(lengths)} training problems; "
-            "lower it or add data"
-        )
+    num_taken = batch_size * steps_per_epoch(len(lengths), batch_size)
     epoch = 0
     while True:
         rng = random.Random(f"{seed}/{epoch}")
         # Cut before sorting: the longest examples would be left out otherwise, of few problems in every epoch.
-        order = rng.sample(range(len(lengths)), len(lengths) // batch_size * batch_size)
+        order = rng.sample(range(len(lengths)), num_taken)
         batches = []
         for start in range(0, len(order), 50 * batch_size):
             window = sorted(order[start : start + 50 * batch_size], key=lambda index: lengths[index])
@@ -41,6 +38,31 @@ def global_batches(lengths: Sequence[int], batch_size: int, seed: int) -> Iterat
         rng.shuffle(batches)
         yield from batches
         epoch += 1
+
+
+def steps_per_epoch(num_examples: int, batch_size: int) -> int:
+    """The global batches of an epoch. Raises SoftCoTError where there are too few examples for one."""
+    if num_examples < batch_size:
+        raise SoftCoTError(
+            f"training.global_batch_size {batch_size} is larger than the {num_examples} training problems; "
+            "lower it or add data"
+        )
+    return num_examples // batch_size
+
+
+def in_steps(recipe: Recipe, num_examples: int) -> Recipe:
+    """The recipe with ``training.steps`` in the place of ``training.epochs`` of so many training examples.
+
+    Raises:
+        SoftCoTError: there are too few examples for a global batch; or too few steps for what else the recipe says.
+    """
+    config = recipe.training
+    if config.epochs is None:
+        return recipe
+    steps = config.epochs * steps_per_epoch(num_examples, config.global_batch_size)
+    values = recipe.model_dump(mode="json")
+    values["training"] |= {"epochs": None, "steps": steps}
+    return parse_recipe(values, [], f"{config.epochs} epochs of {num_examples:,} training problems")
 
 
 def order_by_prefix(batch: list[int], examples: Sequence[Example]) -> list[int]:

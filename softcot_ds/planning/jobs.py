@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 from itertools import product
 
+from softcot_ds.data.batches import in_steps
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.search import GROUPED, SAMPLE_TOKENS, SAMPLES, Choice, Planner, Way
 from softcot_ds.planning.traffic import Traffic, summed_activations
@@ -96,17 +97,22 @@ def decodings(planner: Planner, cluster: Cluster, training: Way) -> list[Decodin
     return sorted(found, key=lambda way: (not way.fits, way.seconds if way.fits else way.bytes, way.batch_size))
 
 
+def steps_of(planner: Planner) -> int:
+    """Optimizer steps of the training. Raises SoftCoTError, see ``in_steps``."""
+    return in_steps(planner.recipe, planner.data.train).training.num_steps
+
+
 def jobs(planner: Planner, cluster: Cluster, choice: Choice, evaluation: Decoding) -> Jobs:
     """The jobs of the recipe with these choices."""
     recipe, way = planner.recipe, choice.way
-    times = recipe.training.steps // recipe.training.validate_every
+    times = steps_of(planner) // recipe.training.validate_every
     step = choice.seconds / way.accumulation
     streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
     passes = -(-planner.data.validation // (way.micro_batch * streams))
     # Forward alone is a good third of a step; every rank decodes the samples.
     sampled = SAMPLE_TOKENS * token_seconds(planner, cluster, way, SAMPLES)
     validation = times * (passes * step * 0.4 + sampled) if planner.data.validation else 0.0
-    training = recipe.training.steps * choice.seconds + validation
+    training = steps_of(planner) * choice.seconds + validation
     return Jobs(_cache_seconds(planner, cluster), training, validation, evaluation.seconds)
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml
 from softcot_ds.planning.hardware import Cluster
-from softcot_ds.planning.jobs import Decoding, decodings, jobs
+from softcot_ds.planning.jobs import Decoding, decodings, jobs, steps_of
 from softcot_ds.planning.lengths import read_data
 from softcot_ds.planning.memory import GIB
 from softcot_ds.planning.search import GROUPED, Choice, Planner
@@ -201,7 +201,7 @@ def _jobs_table(plan: Plan) -> str:
     recipe = plan.planner.recipe
     notes = {
         "cache": f"{plan.planner.data.mean.assistant} tokens of each problem",
-        "training": f"{recipe.training.steps:,} steps, {_seconds(rows.validation)} of it validation",
+        "training": f"{steps_of(plan.planner):,} steps, {_seconds(rows.validation)} of it validation",
         "evaluation": f"{count(len(recipe.evaluation.conditions), 'condition')}, {plan.evaluation.batch_size} problems "
         f"of a rank together, {1e3 * plan.evaluation.token_seconds:.0f} ms a token"
         + ("" if plan.evaluation.fits else "; does not fit"),

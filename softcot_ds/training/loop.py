@@ -34,7 +34,7 @@ from softcot_ds.training.validation import Validator
 
 
 def train(recipe: Recipe) -> None:
-    """Train from the newest complete checkpoint of the run, or from the start, to ``training.steps``.
+    """Train from the newest complete checkpoint of the run, or from the start, to its last step.
 
     Raises:
         SoftCoTError: data, cache or run directory do not fit the recipe; the ranks differ; the run is being trained by
@@ -47,15 +47,15 @@ def train(recipe: Recipe) -> None:
 
 
 def _train(recipe: Recipe) -> None:
-    config = recipe.training
     experiment = Experiment(recipe)
     experiment.task.require_training()
-    splits = experiment.splits
+    recipe = experiment.count_epochs()
+    config, splits = recipe.training, experiment.splits
     for note in splits.notes:
         say(f"data: {note}")
     folder = agreed_start(experiment)
     start = checkpoint_step(folder) if folder else 0
-    if start >= config.steps:
+    if start >= config.num_steps:
         say(f"{recipe.name}: trained to step {start} before; adapter: {folder}")
         return
 
@@ -73,7 +73,7 @@ def _train(recipe: Recipe) -> None:
     record = Record(recipe, splits.train, start)
     profiler = StepProfiler(recipe)
 
-    for step, (batch, micro_batches) in enumerate(islice(batches, config.steps - start), start + 1):
+    for step, (batch, micro_batches) in enumerate(islice(batches, config.num_steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
         num_labels = sum(len(splits.train[index].target_ids) for index in batch)
         with profiler.step(step):
@@ -82,7 +82,7 @@ def _train(recipe: Recipe) -> None:
 
         # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
         skipped = not engine.was_step_applied()
-        last = step == config.steps
+        last = step == config.num_steps
         stopping = stop.agreed_signal()
         saving = step % config.save_every == 0 or last or stopping is not None
         # A job that is about to be taken away has no time for more than the checkpoint.

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from softcot_ds.data.batches import steps_per_epoch
 from softcot_ds.data.examples import Example
 from softcot_ds.distributed import device, is_main, on_main, say, sum_over_ranks, world_size
 from softcot_ds.errors import SoftCoTError
@@ -32,13 +33,14 @@ class Record:
         self._recipe = recipe
         self._examples = examples
         self._start = start
+        self._per_epoch = steps_per_epoch(len(examples), recipe.training.global_batch_size)
         self._board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
         self._board.text("recipe", recipe.to_yaml(), start + 1)
         self._history = History(recipe, start)
         self.timer = PhaseTimer(device())
         on_gpu = device().type == "cuda"
         self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
-        self._progress = Progress(recipe.training.steps - start, "steps")
+        self._progress = Progress(recipe.training.num_steps - start, "steps")
 
     def report(
         self, step: int, batch: list[int], learning_rate: float, engine: Any, skipped: bool, last_saved: Path | None
@@ -61,7 +63,9 @@ class Record:
         if skipped:
             report_skip(name_step(step, batch, self._examples), self._history, last_saved)
         if line := self._progress.line(step - self._start):
-            say(f"step {step}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {rates(throughput)}  {line}")
+            epoch = f"epoch {step / self._per_epoch:.2f}"
+            rate = f"lr {learning_rate:.1e}"
+            say(f"step {step}  {epoch}  loss {losses[step]:.4f}  {rate}  {rates(throughput)}  {line}")
 
     def report_validation(self, step: int, points: dict[str, float], samples: str) -> None:
         self._board.scalars(points, step)
@@ -76,7 +80,7 @@ class Record:
     def finish(self, summary: dict[str, Any], adapter: Path) -> None:
         """Say how the run ended."""
         first, last = summary["first_loss"], summary["last_loss"]
-        steps = self._recipe.training.steps
+        steps = self._recipe.training.num_steps
         self._board.hyperparameters(self._recipe.flat(), {"loss/train": last}, steps)
         self._board.close()
         say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")

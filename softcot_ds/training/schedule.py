@@ -13,6 +13,6 @@ def learning_rate_at(step: int, config: TrainingConfig) -> float:
     """
     if step <= config.warmup_steps:
         return config.learning_rate * step / config.warmup_steps
-    done = (step - 1 - config.warmup_steps) / (config.steps - config.warmup_steps)
+    done = (step - 1 - config.warmup_steps) / (config.num_steps - config.warmup_steps)
     shape = {"cosine": math.cos(math.pi / 2 * done) ** 2, "linear": 1 - done, "constant": 1.0}[config.schedule]
     return config.learning_rate * (config.min_lr_ratio + (1 - config.min_lr_ratio) * shape)
