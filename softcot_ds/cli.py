@@ -11,13 +11,14 @@ from softcot_ds.command import run_command
 from softcot_ds.recipe import load_recipe
 
 COMMANDS = {
+    "targets": "let the base solve the training problems itself, to be trained on",
     "cache": "compute the assistant's hidden states into the cache",
     "train": "train the projection",
     "evaluate": "measure accuracy, with controls",
     "generate": "answer a question",
     "plan": "what each way to hold the weights needs, before a GPU is there",
     "doctor": "check whether this environment is fit for training",
-    "submit": "cache, train and evaluate as a chain of SLURM jobs",
+    "submit": "targets, cache, train and evaluate as a chain of SLURM jobs",
 }
 
 

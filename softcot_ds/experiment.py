@@ -110,5 +110,11 @@ class Experiment:
             )
 
 
+def planned(recipe: Recipe) -> Experiment:
+    """A recipe's parts before its work begins: with the data's solutions where a file of others is yet to be made."""
+    path = recipe.task.targets_file
+    return Experiment(recipe if path is None or path.is_file() else recipe.on_gold())
+
+
 def _chat_format(tokenizer: PreTrainedTokenizerBase, config: ModelConfig) -> ChatFormat:
     return ChatFormat(tokenizer, config.template_kwargs, config.model, config.end_of_turn, generation_stop_ids(config))

@@ -5,6 +5,7 @@ without what their usual readers pass over in silence. A key that stands twice i
 """
 
 import errno
+import hashlib
 import json
 import math
 import os
@@ -271,6 +272,11 @@ def _check_text(text: str) -> None:
         text.encode()
     except UnicodeEncodeError as error:
         raise ValueError(f"half of a surrogate pair in {text[:40]!r}; it is no character") from error
+
+
+def content_digest(value: Any) -> str:
+    """A hash of JSON values, whatever the order of their keys."""
+    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()
 
 
 def read_yaml(path: Path) -> Any:

@@ -27,7 +27,7 @@ from softcot_ds.choices import PROJECTIONS, STRATEGIES, one_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 from softcot_ds.section import FREE, Section
-from softcot_ds.task_config import TaskConfig
+from softcot_ds.task_config import TargetsConfig, TaskConfig
 from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, ExistingFile, Folder, ModelName
 
 Dtype = Literal["float32", "bfloat16", "float16"]
@@ -379,6 +379,7 @@ class Recipe(Section):
     projection: ProjectionConfig = ProjectionConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
+    targets: Annotated[TargetsConfig, FREE] = TargetsConfig()
 
     @field_validator("base")
     @classmethod
@@ -394,6 +395,10 @@ class Recipe(Section):
     @property
     def run_dir(self) -> Path:
         return self.output_dir / self.name
+
+    def on_gold(self) -> "Recipe":
+        """The same recipe with the data's own solutions as targets."""
+        return self.model_copy(update={"task": self.task.model_copy(update={"targets": "gold"})})
 
     def to_yaml(self) -> str:
         """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""
@@ -493,16 +498,17 @@ _REPR.maxstring = _REPR.maxother = 200
 
 
 def _suggest(location: tuple[Any, ...]) -> str:
-    """Name the known key nearest to an unknown one: in its own section first, then anywhere in the recipe."""
+    """Name the known key nearest to an unknown one: one that is called so elsewhere, else one in its own section, else
+    anywhere in the recipe."""
     known = _known_keys(Recipe)
     *parents, unknown = (str(part) for part in location)
     prefix = "".join(f"{parent}." for parent in parents)
     siblings = {key.removeprefix(prefix): key for key in known if key.startswith(prefix)}
     siblings = {name: key for name, key in siblings.items() if "." not in name}
-    near = difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.5)
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    near = [] if unknown in leaves else difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {siblings[near[0]]}?"
-    leaves = {key.rpartition(".")[2]: key for key in known}
     near = difflib.get_close_matches(unknown, leaves, n=1, cutoff=0.6)
     if near:
         return f"; did you mean {leaves[near[0]]}?"

@@ -72,9 +72,10 @@ def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]
             raise SoftCoTError(
                 f"no complete checkpoint in {run_dir}/checkpoints; train first: softcot-ds train {source}"
             )
-    # The adapter's own copy of the wording: the file that it was trained with may have changed since.
-    wording = [] if without else [f"task.prompts={folder / 'prompts.yaml'}"]
-    return load_recipe(recipe_file, [*wording, *overrides], without), folder
+    # The adapter's own copy of the wording: the file that it was trained with may have changed since. What the base was
+    # trained to write is of no account any more.
+    trained = [] if without else [f"task.prompts={folder / 'prompts.yaml'}", "task.targets=gold"]
+    return load_recipe(recipe_file, [*trained, *overrides], without), folder
 
 
 def _name_another_task(overrides: list[str], recipe_file: Path) -> bool:

@@ -125,7 +125,7 @@ def main(argv: list[str] | None = None) -> int:
     moments = parser.add_subparsers(dest="moment", required=True)
     for moment in ("begin", "end"):
         arguments = moments.add_parser(moment)
-        arguments.add_argument("command", choices=("cache", "train", "evaluate"))
+        arguments.add_argument("command", choices=("targets", "cache", "train", "evaluate"))
         if moment == "end":
             arguments.add_argument("code", type=int)
             arguments.add_argument("--preempted", action="store_true")

@@ -1,8 +1,9 @@
-"""``softcot-ds submit RECIPE --nodes N``: cache, training and evaluation as a chain of SLURM jobs.
+"""``softcot-ds submit RECIPE --nodes N``: own targets, cache, training and evaluation as a chain of SLURM jobs.
 
 Everything that can be checked without a node is checked here, on the submitting terminal. What is done already is left
-out: a complete cache, a finished training. The scripts are those of slurm/, with the site's options in their headers;
-they stay in the run's directory beside the resolved recipe, so that a job can be submitted again by hand.
+out: targets that are there, a complete cache, a finished training. The scripts are those of slurm/, with the site's
+options in their headers; they stay in the run's directory beside the resolved recipe, so that a job can be submitted
+again by hand.
 """
 
 import argparse
@@ -79,18 +80,23 @@ def _left_to_do(recipe: Recipe) -> tuple[Recipe, list[str], Any]:
     """The recipe, with its epochs counted; the commands to run, in their order; and the data as plans have it. Raises
     SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
-    from softcot_ds.experiment import Experiment
+    from softcot_ds.experiment import planned
     from softcot_ds.methods.base import projection_class
     from softcot_ds.planning.lengths import data_of
     from softcot_ds.thoughts.reader import open_cache
     from softcot_ds.training.resume import refuse_other_run
 
-    experiment = Experiment(recipe)
+    experiment = planned(recipe)
     experiment.task.require_training()
     recipe = experiment.count_epochs()
     inputs = experiment.splits.assistant_inputs()
-    refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
     commands = []
+    if experiment.recipe != recipe:  # whose own targets are yet to be made
+        commands.append("targets")
+    else:
+        refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
+        if experiment.splits.own is not None:
+            print(f"targets   {recipe.task.targets}: {experiment.splits.own.words()}: no job")
     if recipe.thoughts.source == "cache" and projection_class(recipe.projection.kind).needs_states:
         try:
             folder = open_cache(recipe, inputs).folder
@@ -213,7 +219,7 @@ def _sbatch(script: Path, before: Sequence[str]) -> str:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(
-        prog="softcot-ds submit", description="Cache, train and evaluate as a chain of SLURM jobs."
+        prog="softcot-ds submit", description="Targets, cache, train and evaluate as a chain of SLURM jobs."
     )
     parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)

@@ -1,12 +1,13 @@
-"""The recipe's section for the task: which problems, from which data, how they are graded."""
+"""The recipe's sections for the task: which problems, from which data, how they are graded, who solves them."""
 
+from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from softcot_ds.choices import TASKS, chosen, one_of
 from softcot_ds.section import FREE, Section
-from softcot_ds.values import Count, CountOrZero, DataName, ExistingFile
+from softcot_ds.values import Count, CountOrZero, DataName, ExistingFile, TargetsName
 
 
 class FieldsConfig(Section):
@@ -47,6 +48,10 @@ class TaskConfig(Section):
     metric_rule: Annotated[Literal["ours", "reference"], FREE] = "ours"
     """How answers are found for the accuracy of a report; that by the other rule stands beside it. reference: as the
     paper's own code finds them."""
+    targets: Annotated[TargetsName, FREE] = "gold"
+    """What the base is trained to write. gold: the solutions of the data. Else a file, of solutions that the base wrote
+    itself, which `softcot-ds targets` makes. Validation problems keep the data's own: there the losses of runs with
+    different targets can be compared."""
     train_problems: Count | None = None
     """Use at most this many training problems (generated tasks: generate this many)."""
     validation_problems: CountOrZero = 256
@@ -58,6 +63,11 @@ class TaskConfig(Section):
     max_tokens: Count | None = None
     """Problems longer than this, in base tokens, are left out: prompt, thoughts and target; of test problems without
     the target."""
+
+    @property
+    def targets_file(self) -> Path | None:
+        """The file of own targets, which may be yet to be made; None where the data's are trained on."""
+        return None if self.targets == "gold" else Path(self.targets)
 
     @field_validator("test")
     @classmethod
@@ -123,6 +133,39 @@ class TaskConfig(Section):
                 raise ValueError("missing; this task's problems are generated, say how many")
             if value > most:
                 raise ValueError(f"{value:,} are more than the {most:,} that this task generates")
+        return value
+
+
+class TargetsConfig(Section):
+    """How `softcot-ds targets` lets the base solve the training problems itself. The longest output and the batch size
+    are those of evaluation."""
+
+    samples: Count = 4
+    """How often the base is asked each problem, at most: one that has enough right solutions is not asked again."""
+    per_problem: Count = 1
+    """How many right solutions of a problem are trained on, at most; no two are the same."""
+    temperature: float = Field(0.7, ge=0)
+    """0 decodes greedily."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    condition: Literal["none", "text"] = "none"
+    """What the base is asked with. none: the question alone. text: the assistant's words too."""
+    otherwise: Literal["gold", "leave_out"] = "gold"
+    """Problems without a right solution. gold: the data's own is trained on. leave_out: they are not."""
+
+    @field_validator("per_problem")
+    @classmethod
+    def _enough_are_asked_for(cls, value: int, info: ValidationInfo) -> int:
+        if value > info.data.get("samples", value):
+            raise ValueError(f"{value} is more than targets.samples={info.data['samples']}")
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _samples_differ(cls, value: float, info: ValidationInfo) -> float:
+        if 0 < value < 1e-4:
+            raise ValueError(f"{value} is too small: logits are divided by it; write 0, which decodes greedily")
+        if not value and info.data.get("samples", 1) > 1:
+            raise ValueError(f"0 decodes greedily: all of targets.samples={info.data['samples']} would be the same")
         return value
 
 

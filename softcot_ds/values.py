@@ -67,8 +67,16 @@ def _check_folder(path: Path) -> Path:
     return path
 
 
+def _check_targets(name: str) -> str:
+    if os.path.isdir(_check_path(Path(name))):
+        raise ValueError(f"{os.path.abspath(name)} is a folder; write gold, or name a file")
+    return name
+
+
 ModelName = Annotated[str, AfterValidator(_check_model)]
 DataName = Annotated[str, AfterValidator(_check_data)]
+TargetsName = Annotated[str, Field(min_length=1), AfterValidator(_check_targets)]
+"""``gold``, or a file that exists or can be made."""
 AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
 ExistingFile = Annotated[AnyPath, AfterValidator(_check_file)]
 Folder = Annotated[AnyPath, AfterValidator(_check_folder)]

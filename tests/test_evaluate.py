@@ -19,12 +19,14 @@ from scribe import Scribe, replace_decoding
 
 from softcot_ds import agreement
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
+from softcot_ds.data.targets import OwnTargets
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import decoder as decoder_module
 from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.conditions import CONDITIONS, Conditions, others
 from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
+from softcot_ds.evaluation.targets import make_targets
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
 from softcot_ds.inference import Adapter
@@ -635,6 +637,7 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition
     else:
         done = run_forked(2, "evaluation_worker", adapter, tmp_path / "door", *overrides)
         check_what_ranks_are_given(recipe, adapter, tmp_path, done.stdout)
+        check_their_targets(recipe, tmp_path)
     two = recipe.model_copy(update={"name": name})
     for condition in conditions:
         found, want = records(two, condition), records(recipe, condition)
@@ -642,6 +645,14 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition
             for record in want:
                 record["loss"] = pytest.approx(record["loss"], rel=1e-5, abs=1e-5)
         assert found == want, condition
+
+
+def check_their_targets(recipe, folder):
+    own = [f"task.targets={folder}/one.targets", "evaluation.batch_size=1", "evaluation.max_new_tokens=40"]
+    (folder / "recipe.yaml").write_text(recipe.to_yaml())
+    make_targets(load_recipe(folder / "recipe.yaml", [*own, "targets.samples=2", "evaluation.partition=none"]))
+    assert (folder / "door.targets").read_text() == (folder / "one.targets").read_text()
+    assert 0 < OwnTargets.read(folder / "one.targets").solved < 4
 
 
 def check_what_ranks_are_given(recipe, adapter, folder, printed):

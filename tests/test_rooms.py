@@ -29,7 +29,7 @@ FLOORS = (
     ("inference",),
     ("training", "evaluation", "diagnosis"),
     ("command",),
-    ("cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan"),
+    ("targets", "cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan"),
     ("cli",),
 )
 """From the ground up. A room knows what lies below it; rooms of one floor do not know each other."""

@@ -3,9 +3,11 @@
 import hashlib
 from array import array
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from pathlib import Path
 
 from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts
+from softcot_ds.data.targets import REMEDY, OwnShare, OwnTargets
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks import Problem, Task
@@ -34,10 +36,13 @@ class Splits:
     """Examples for training, for validation (cut from the training data) and for test; no question is in two."""
 
     train: list[Example]
+    """One of each question; of own targets several, or none."""
     validation: list[Example]
     test: list[Example]
     notes: list[str]
     """What was left out, and why; to be printed."""
+    own: OwnShare | None = None
+    """How much of the training data the base wrote itself; None where that is not wanted."""
 
     def assistant_inputs(self) -> list[AssistantInput]:
         return [example.assistant for example in (*self.train, *self.validation, *self.test)]
@@ -84,9 +89,15 @@ def load_splits(
         examples = [make_example(problem, task.target(problem), base, assistant) for problem in chosen]
         splits[name], note = _leave_out_long(examples, name, config.max_tokens, limits)
         notes += note
+    own = None
+    if config.targets_file is not None and task.trains:
+        # In the place of the data's own, of problems that fit with those: which problems are trained on is the same.
+        splits["train"], own = _with_own_targets(splits["train"], config.targets_file, task, base)
+        splits["train"], note = _leave_out_long(splits["train"], "train", config.max_tokens, limits)
+        notes += [own.words(), *note]
     if not splits["train"] and task.trains:
         raise SoftCoTError("no training problem is left; " + ("; ".join(notes) or "the data is empty"))
-    return Splits(**splits, notes=notes)
+    return Splits(**splits, notes=notes, own=own)
 
 
 def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Problem]], list[str]]:
@@ -114,6 +125,33 @@ def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Prob
         "validation": validation,
         "test": test[: config.test_problems],
     }, notes
+
+
+def _with_own_targets(
+    examples: list[Example], path: Path, task: Task, base: BasePrompts
+) -> tuple[list[Example], OwnShare]:
+    """Raises SoftCoTError when the file is not that of these problems and their answers, or damaged."""
+    own = OwnTargets.read(path)
+    by_id = {one.id: one.solutions for one in own.problems}
+    found: list[Example] = []
+    solved = solutions = 0
+    for example in examples:
+        problem = example.problem
+        if problem.id not in by_id:
+            raise SoftCoTError(
+                f"{path} is of other problems: it lacks {problem.id} ({problem.question[:60]!r}); {REMEDY}"
+            )
+        texts = by_id[problem.id]
+        if wrong := [text for text in texts if not task.solves(text, problem)]:
+            raise SoftCoTError(
+                f"{path}: a solution of {problem.id} does not give the answer {problem.answer!r}; it ends with "
+                f"{wrong[0][-60:]!r}; {REMEDY}"
+            )
+        found += [replace(example, target_ids=base.target_ids(text)) for text in texts]
+        if not texts and own.otherwise == "gold":
+            found.append(example)
+        solved, solutions = solved + bool(texts), solutions + len(texts)
+    return found, OwnShare(len(examples), solved, solutions, own.otherwise, own.condition)
 
 
 def _normalized(question: str) -> str:

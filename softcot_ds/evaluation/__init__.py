@@ -1,4 +1,4 @@
-"""Accuracy and loss with controls.
+"""Accuracy and loss with controls; targets in the base's own words.
 
 run.py         the story of an evaluation
 conditions.py  what stands for the thoughts
@@ -7,6 +7,7 @@ jobs.py        work over the ranks, kept on disk batch by batch
 decoder.py     what is decoded
 losses.py      the loss of the reference solutions
 votes.py       several samples of a problem: majority and pass@k
+targets.py     solutions that the base writes to be trained on
 report.py      from what was found to the table, and which report is the run's
 statistics.py  intervals and paired tests
 """

@@ -24,8 +24,9 @@ from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation.jobs import Thoughts, content_digest
+from softcot_ds.evaluation.jobs import Thoughts
 from softcot_ds.evaluation.report import Record
+from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.models.backbone import weights_fingerprint, width

@@ -23,7 +23,7 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import from_all_ranks, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
-from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.files import cannot_write, content_digest, write_atomically
 from softcot_ds.models.backbone import load_to_run, partition_that_fits
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import data_ranks, quantization
@@ -252,7 +252,3 @@ class Worker:
             if line := progress.line(min(start + ranks.count, len(job.todo))):
                 say(f"{job.name:9} {line}")
         return fresh
-
-
-def content_digest(value: Any) -> str:
-    return hashlib.sha256(json.dumps(value, sort_keys=True).encode()).hexdigest()

@@ -12,7 +12,8 @@ from softcot_ds.data.examples import Example
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Posed
-from softcot_ds.evaluation.jobs import Job, Worker, content_digest
+from softcot_ds.evaluation.jobs import Job, Worker
+from softcot_ds.files import content_digest
 from softcot_ds.methods.trial import load_scorer
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.scoring import Scorer

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from softcot_ds.adapter import AdapterConfig
+from softcot_ds.data.targets import OwnShare
 from softcot_ds.evaluation.statistics import compare, compare_losses, compare_scores, mean_interval, wilson_interval
 from softcot_ds.evaluation.votes import over_problems
 from softcot_ds.files import cannot_write, write_atomically
@@ -125,6 +126,8 @@ def table(report: Record) -> str:
     title = f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
     title += f" (trained on {report['trained_on']})" if report["trained_on"] != report["task"] else ""
     lines = [title + (f", strategy {report['strategy']}" if "strategy" in report else "")]
+    if own := report["train"].get("own_targets"):
+        lines.append(f"trained on {OwnShare(**own).words()}")
     if "accuracy" in rows[0]:
         lines += _accuracy_lines(report)
     if "samples" in report and "accuracy" in rows[0]:

@@ -15,12 +15,13 @@ from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions, Posed
 from softcot_ds.evaluation.decoder import Decoder
-from softcot_ds.evaluation.jobs import Job, Thoughts, Worker, content_digest
+from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.report import Record, make_report, table, write_results
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
 from softcot_ds.experiment import Experiment
+from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
 from softcot_ds.models.backbone import context_length, weights_fingerprint
 from softcot_ds.models.decoding import Sampling
@@ -72,7 +73,7 @@ def _ask_all(adapter: Adapter, examples: Sequence[Example]) -> tuple[dict[Condit
     # Text is the last, as it may run the assistant: all the others have been checked then.
     for name in sorted(settings.conditions, key=lambda name: name == "text"):
         if name == "text":
-            conditions.words = _assistant_words(recipe, experiment, examples)
+            conditions.words = assistant_words(recipe, experiment, examples)
         posed[name] = conditions.of(name)
         if settings.decode:
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
@@ -169,7 +170,7 @@ class _Inquiry:
         return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.worker.run(job)]
 
 
-def _assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
+def assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
     """What the assistant answers in words, for the condition text. The assistant is gone when this returns."""
     prompts = experiment.assistant_prompts
     worker = Worker(recipe, recipe.assistant, weights_fingerprint(recipe.assistant))

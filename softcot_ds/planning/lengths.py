@@ -9,7 +9,7 @@ from softcot_ds.data.batches import Batch, collate, token_ids
 from softcot_ds.data.examples import Example, Splits
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.experiment import Experiment
+from softcot_ds.experiment import planned
 from softcot_ds.models.model_files import tokenizer_is_here
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.recipe import Recipe
@@ -66,7 +66,7 @@ def read_data(recipe: Recipe) -> Data:
     files = generated or all(Path(name).is_file() for name in sources)
     if not files or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
         return _typical(recipe)
-    return data_of(Experiment(recipe).splits)
+    return data_of(planned(recipe).splits)
 
 
 def data_of(splits: Splits) -> Data:

@@ -135,6 +135,10 @@ class Task(ABC):
         write. An unparsed answer is wrong."""
         return answer is not None and answer == self._read(self.target(problem), problem)
 
+    def solves(self, output: str, problem: Problem) -> bool:
+        """Whether a whole output gives the correct answer, by our rule."""
+        return self.is_correct(self._read(output, problem), problem)
+
     def check(self, problem: Problem) -> None:
         """For problems from data: there is a question, and what the base is trained to write is graded as right.
 

@@ -63,7 +63,8 @@ def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
 
 
 def _recipe_inputs(recipe: Recipe) -> list[AssistantInput]:
-    return Experiment(recipe).splits.assistant_inputs()
+    """Of all questions, whoever solves them: a question has one row, and a cache is not of one kind of targets."""
+    return Experiment(recipe.on_gold()).splits.assistant_inputs()
 
 
 def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> Compute:

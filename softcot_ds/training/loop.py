@@ -1,6 +1,7 @@
 """The training loop."""
 
 from collections.abc import Callable
+from dataclasses import asdict
 from functools import partial
 from itertools import islice
 from pathlib import Path
@@ -93,7 +94,7 @@ def _train(recipe: Recipe) -> None:
         if pausing:
             set_timeout(config.timeout_minutes)
         if saving:
-            summary = record.write(engine)
+            summary = record.write(engine) | ({"own_targets": asdict(splits.own)} if splits.own else {})
             folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file, summary)
         if stopping is not None and not last:
             _stop(recipe, stopping, step, folder)
