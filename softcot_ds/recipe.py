@@ -277,7 +277,7 @@ class TrainingConfig(Section):
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("samples", "partition", "placeholder", "static_adapter"),
+    *("samples", "read", "partition", "placeholder", "static_adapter"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
@@ -305,6 +305,8 @@ class EvaluationConfig(Section):
     samples: Count = 1
     """Answers drawn for each problem: the report has the accuracy of one, and majority votes and pass@k of every number
     of them."""
+    read: Literal["text", "options"] = "text"
+    """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
     partition: Partition | None = None
     """How the base is held while decoding. Default: backbone.partition."""
     placeholder: str | None = None
@@ -351,6 +353,17 @@ class EvaluationConfig(Section):
                 f"{value}, and evaluation.temperature is 0, at which all samples are the same; set it to what they are "
                 "to be drawn at, such as 0.7"
             )
+        return value
+
+    @field_validator("read")
+    @classmethod
+    def _options_are_not_decoded(cls, value: str, info: ValidationInfo) -> str:
+        for key, default in {"samples": 1, "strategy": "single"}.items():
+            if value == "options" and info.data.get(key, default) != default:
+                raise ValueError(
+                    f"options, and evaluation.{key} is {info.data[key]}: nothing is decoded for options; set read to "
+                    f"text, or {key} to {default}"
+                )
         return value
 
     @field_validator("static_adapter")

@@ -229,6 +229,10 @@ def test_all_mistakes_are_reported_together(write):
         ),
         (["training.profile_steps=[3]"], "training.profile_steps.1: missing"),
         (["evaluation.samples=8"], "evaluation.samples: 8, and evaluation.temperature is 0, at which all samples are"),
+        (
+            ["evaluation.read=options", "evaluation.temperature=1", "evaluation.samples=2"],
+            "evaluation.read: options, and evaluation.samples is 2: nothing is decoded for options",
+        ),
         (["evaluation.temperature=1e-300"], "evaluation.temperature: 1e-300 is too small: logits are divided by it"),
         (["evaluation.conditions=[]"], "evaluation.conditions: empty; name what is to stand in for the thoughts"),
         (["evaluation.conditions=[none,zero,none]"], "evaluation.conditions: none stands there more than once"),

@@ -1,7 +1,8 @@
-"""The loss of the reference solutions under each condition, without decoding: one pass over prompt and solution.
+"""The losses of given texts under each condition, without decoding: one pass over prompt and text.
 
-A solution is what the task makes for training, with the token that ends it, and is the same tokens under every
-condition. Its loss tells whether thoughts carry something also where accuracy is at its floor or at its ceiling.
+The reference solutions are what the task makes for training, with the token that ends them, and are the same tokens
+under every condition. Their loss tells whether thoughts carry something also where accuracy is at its floor or at its
+ceiling.
 """
 
 from collections.abc import Mapping, Sequence
@@ -21,37 +22,27 @@ from softcot_ds.models.shared_prefix import SharedPrefix
 from softcot_ds.recipe import Condition
 
 
-class Losses:
-    """The losses that an evaluation asks for, a job for each condition."""
+class TextLosses:
+    """How likely the base finds given texts after the problems' prompts, a job for each condition."""
 
     def __init__(
-        self, worker: Worker, posed: Mapping[Condition, Posed], examples: Sequence[Example], context: int
+        self, worker: Worker, posed: Mapping[Condition, Posed], texts: Sequence[tuple[int, list[int]]], what: str
     ) -> None:
         """What is on disk already is found; no model is loaded for it.
 
         Args:
-            context: the longest sequence that the base takes, tokens.
+            texts: the index of a problem, and tokens; several of a problem, or none.
+            what: the texts are, for messages.
 
         Raises:
-            SoftCoTError: no prompt with its solution fits the context, or see ``Worker.job``.
+            SoftCoTError: see ``Worker.job``.
         """
         self._worker = worker
         self._posed = posed
-        self._solutions = [example.target_ids for example in examples]
-        self._chosen = [index for index in range(len(examples)) if self._longest(index) <= context]
-        if not self._chosen:
-            raise SoftCoTError(
-                f"no prompt with its solution fits the {context} tokens that {worker.model_config.model} takes: there "
-                "are no losses to compare; set evaluation.loss=false"
-            )
-        if left_out := len(examples) - len(self._chosen):
-            say(
-                f"losses are compared on {len(self._chosen)} problems: the solutions of {left_out} do not fit the "
-                f"{context} tokens of the base under every condition"
-            )
+        self._texts = texts
         self._scorer: Scorer | None = None
         self._shared: tuple[str, SharedPrefix] | None = None
-        self._jobs = {name: self._job(problems) for name, problems in posed.items()}
+        self._jobs = {name: self._job(problems, what) for name, problems in posed.items()}
 
     @property
     def need_states(self) -> bool:
@@ -63,34 +54,78 @@ class Losses:
         """Of all that decides the losses."""
         return self._jobs[condition].key
 
-    def run(self) -> dict[Condition, list[float | None]]:
-        """The loss of each problem's solution, nats; None for those that do not fit. All ranks call it together."""
-        found = {name: dict(zip(self._chosen, self._worker.run(job), strict=True)) for name, job in self._jobs.items()}
+    def of_texts(self) -> dict[Condition, list[float]]:
+        """The loss of each text, nats: the sum over its tokens. All ranks call it together."""
+        found = {name: self._worker.run(job) for name, job in self._jobs.items()}
         if self._scorer is not None:
             self._scorer.read_whole_rows()  # the base decodes with its own layers
         self._scorer = self._shared = None
-        return {name: [losses.get(index) for index in range(len(self._solutions))] for name, losses in found.items()}
+        return found
 
-    def _longest(self, index: int) -> int:
-        """Tokens of a problem with its solution, under the condition that makes it longest."""
-        prompts = [(problems.prompts[index], problems.thoughts is not None) for problems in self._posed.values()]
-        count = self._worker.recipe.thoughts.count
-        given = [len(prompt.prefix_ids) + has_room * count + len(prompt.suffix_ids) for prompt, has_room in prompts]
-        return max(given) + len(self._solutions[index])
-
-    def _job(self, problems: Posed) -> Job[float]:
-        name = f"{problems.name} loss"
-        prompts = [problems.prompts[index] for index in self._chosen]
-        solutions = [self._solutions[index] for index in self._chosen]
+    def _job(self, problems: Posed, what: str) -> Job[float]:
+        name = f"{problems.name} {what}"
+        prompts = [problems.prompts[index] for index, _ in self._texts]
+        texts = [text for _, text in self._texts]
 
         def work(model: PreTrainedModel, table: CompactTable | None, batch: list[int]) -> list[float]:
             if self._scorer is None:
                 self._scorer = load_scorer(model, self._worker.model_config.model)
             if self._shared is None or self._shared[0] != name:
                 self._shared = name, self._scorer.read_shared(prompts)
-            thoughts = problems.thoughts and problems.thoughts([self._chosen[index] for index in batch])
-            asked, wanted = [prompts[index] for index in batch], [solutions[index] for index in batch]
+            thoughts = problems.thoughts and problems.thoughts([self._texts[row][0] for row in batch])
+            asked, wanted = [prompts[row] for row in batch], [texts[row] for row in batch]
             return self._scorer.losses(asked, thoughts, wanted, self._shared[1], table)
 
-        settings = {"solutions": content_digest(solutions)}
-        return self._worker.job(name, prompts, problems.thoughts, settings, work, float, solutions)
+        settings = {"texts": content_digest(texts)}
+        return self._worker.job(name, prompts, problems.thoughts, settings, work, float, texts)
+
+
+def longest_prompts(posed: Mapping[Condition, Posed], thoughts: int) -> list[int]:
+    """Tokens of each problem's prompt under the condition that makes it longest, its ``thoughts`` among them."""
+    of_conditions = [
+        [
+            len(prompt.prefix_ids) + (problems.thoughts is not None) * thoughts + len(prompt.suffix_ids)
+            for prompt in problems.prompts
+        ]
+        for problems in posed.values()
+    ]
+    return [max(lengths) for lengths in zip(*of_conditions, strict=True)]
+
+
+class Losses(TextLosses):
+    """The losses of the reference solutions."""
+
+    def __init__(
+        self, worker: Worker, posed: Mapping[Condition, Posed], examples: Sequence[Example], context: int
+    ) -> None:
+        """
+        Args:
+            context: the longest sequence that the base takes, tokens.
+
+        Raises:
+            SoftCoTError: no prompt with its solution fits the context, or see ``Worker.job``.
+        """
+        lengths = longest_prompts(posed, worker.recipe.thoughts.count)
+        fitting = [
+            (index, example.target_ids)
+            for index, example in enumerate(examples)
+            if lengths[index] + len(example.target_ids) <= context
+        ]
+        if not fitting:
+            raise SoftCoTError(
+                f"no prompt with its solution fits the {context} tokens that {worker.model_config.model} takes: there "
+                "are no losses to compare; set evaluation.loss=false"
+            )
+        if left_out := len(examples) - len(fitting):
+            say(
+                f"losses are compared on {len(fitting)} problems: the solutions of {left_out} do not fit the "
+                f"{context} tokens of the base under every condition"
+            )
+        self._num_problems = len(examples)
+        super().__init__(worker, posed, fitting, "loss")
+
+    def run(self) -> dict[Condition, list[float | None]]:
+        """The loss of each problem's solution, nats; None for those that do not fit. All ranks call it together."""
+        indices = [index for index, _ in self._texts]
+        found = {name: dict(zip(indices, losses, strict=True)) for name, losses in self.of_texts().items()}
+        return {name: [losses.get(index) for index in range(self._num_problems)] for name, losses in found.items()}

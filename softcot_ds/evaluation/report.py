@@ -62,6 +62,7 @@ def make_report(
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
         **({"samples": evaluation.samples} if evaluation.samples > 1 else {}),
+        **({"read": evaluation.read} if evaluation.read != "text" else {}),
         **evaluation.other_strategy,
         "train": trained,
         "conditions": conditions,
@@ -125,6 +126,7 @@ def table(report: Record) -> str:
     rows = list(report["conditions"].values())
     title = f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
     title += f" (trained on {report['trained_on']})" if report["trained_on"] != report["task"] else ""
+    title += f", answers read from the {report['read']}" if "read" in report else ""
     lines = [title + (f", strategy {report['strategy']}" if "strategy" in report else "")]
     if own := report["train"].get("own_targets"):
         lines.append(f"trained on {OwnShare(**own).words()}")
@@ -237,6 +239,8 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
         return [f"its answers were found by the rule {rules[0]}, those of this one by {rules[1]}"]
     if old.get("strategy") != new.get("strategy"):
         return [f"its strategy is {old.get('strategy', 'single')}, that of this one {new.get('strategy', 'single')}"]
+    if old.get("read") != new.get("read"):
+        return [f"its answers are read from the {old.get('read', 'text')}, here from the {new.get('read', 'text')}"]
     missing = [name for name in old["conditions"] if name not in new["conditions"]]
     more = [f"it has conditions that this one lacks ({', '.join(missing)})"] if missing else []
     for key, words in {"accuracy": "accuracies", "loss": "losses"}.items():

@@ -17,6 +17,7 @@ from softcot_ds.evaluation.conditions import Conditions, Posed
 from softcot_ds.evaluation.decoder import Decoder
 from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
+from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, make_report, table, write_results
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
@@ -65,6 +66,7 @@ def _ask_all(adapter: Adapter, examples: Sequence[Example]) -> tuple[dict[Condit
     """By condition a record of each problem; and what tells this evaluation from others, of the same adapter."""
     recipe, experiment = adapter.recipe, adapter.experiment
     settings, context = recipe.evaluation, context_length(experiment.base_config)
+    written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
     conditions = Conditions(adapter, examples)
     worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint)
     decoder = Decoder(worker, experiment.base_prompts.stop_ids, context)
@@ -75,19 +77,24 @@ def _ask_all(adapter: Adapter, examples: Sequence[Example]) -> tuple[dict[Condit
         if name == "text":
             conditions.words = assistant_words(recipe, experiment, examples)
         posed[name] = conditions.of(name)
-        if settings.decode:
+        if settings.decode and settings.read == "text":
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
     losses = Losses(worker, posed, examples, context) if settings.loss else None
-    if any(inquiry.needs_states for inquiry in inquiries.values()) or (losses and losses.need_states):
+    options = Options(worker, posed, written, experiment.base_prompts, context) if written else None
+    scored = [one for one in (losses, options) if one]
+    if any(inquiry.needs_states for inquiry in inquiries.values()) or any(one.need_states for one in scored):
         conditions.read_states()  # now, as it may load the assistant: not beside the base
     lost = losses.run() if losses else {}
     answers = {name: inquiry.answers() for name, inquiry in inquiries.items()}
+    if options:
+        answers = {name: {experiment.task.rule: [chosen]} for name, chosen in options.run().items()}
     records = {
         name: _records(posed[name], examples, experiment, answers.get(name), lost.get(name))
         for name in settings.conditions
     }
     keys = {name: inquiry.key for name, inquiry in inquiries.items()}
     keys |= {f"{name} loss": losses.key(name) for name in posed} if losses else {}
+    keys |= {f"{name} options": options.key(name) for name in posed} if options else {}
     return records, _evaluation_hash(recipe, keys, examples)
 
 
@@ -221,8 +228,9 @@ def _graded(answers: Mapping[str, Answer], task: Task, problem: Problem) -> Reco
         rule: {"answer": answer.value, "correct": task.is_correct(answer.value, problem)}
         for rule, answer in answers.items()
     }
-    reply = answers[task.rule].reply
-    return {"output": reply.text, "cut": reply.cut, **by_rule[task.rule], "by_rule": by_rule}
+    answer = answers[task.rule]
+    record = {"output": answer.reply.text, "cut": answer.reply.cut, **by_rule[task.rule], "by_rule": by_rule}
+    return record if answer.options is None else record | {"options": answer.options}
 
 
 def _evaluation_hash(recipe: Recipe, keys: Mapping[str, str], examples: Sequence[Example]) -> str:

@@ -36,6 +36,8 @@ class Answer:
     """In the task's canonical form, to be graded; None when no reply gives one."""
     reply: Reply
     """The one that it stands in, for the records."""
+    options: dict[str, float] | None = None
+    """The probability of each option among all, where the answer was read from these."""
 
 
 class Ask(Protocol):

@@ -10,14 +10,14 @@ numbers; their faults are its own.
 import re
 import unicodedata
 from bisect import bisect_left
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
 from typing import Protocol
 
 from softcot_ds.tasks.answers import extract_number
 from softcot_ds.tasks.numerals import plain
-from softcot_ds.tasks.options import extract_option
+from softcot_ds.tasks.options import LETTERS, extract_option
 from softcot_ds.tasks.outputs import NEXT_PROBLEM, after_thinking, boxes
 from softcot_ds.tasks.yes_no import extract_yes_no
 
@@ -43,6 +43,8 @@ class Kind:
     ours: Find
     reference: Find | None = None
     """None where the reference has no such task."""
+    options: Callable[[Sequence[str]], Sequence[str]] = lambda options: ()
+    """From the texts of a question's options to the answers that can be chosen from; none where it is free."""
 
     def rule(self, name: str) -> Find:
         """By its name in ``task.metric_rule``."""
@@ -115,8 +117,8 @@ def _last_yes_no(text: str, cut: bool = False, options: Sequence[str] = ()) -> s
 
 KINDS = {
     "number": Kind("number", _number, _last_number),
-    "option": Kind("letter of an option", extract_option, _last_letter),
-    "yes_no": Kind("yes or no", extract_yes_no, _last_yes_no),
+    "option": Kind("letter of an option", extract_option, _last_letter, lambda options: LETTERS[: len(options)]),
+    "yes_no": Kind("yes or no", extract_yes_no, _last_yes_no, lambda options: ("yes", "no")),
     "text": Kind("text", _text),
 }
 """``task.answer`` of a task of one's own."""
