@@ -165,17 +165,18 @@ def load_adapter(folder: Path, experiment: Experiment) -> Projection:
         SoftCoTError: it is damaged or does not fit the models or the thought count.
     """
     config = AdapterConfig.load(folder)
-    if config.num_thoughts != experiment.recipe.thoughts.count:
+    kind, trained, count = projection_class(config.projection), config.num_thoughts, experiment.recipe.thoughts.count
+    if trained != count and not kind.is_per_thought:
         raise SoftCoTError(
-            f"{folder} was trained with {config.num_thoughts} thoughts, thoughts.count is "
-            f"{experiment.recipe.thoughts.count}; set it to {config.num_thoughts}"
+            f"{folder} was trained with {trained} thoughts, and a {config.projection} projection makes just as many, "
+            f"not {count}; set evaluation.thoughts={trained}, or train one with thoughts.count={count}"
         )
     for text in config.other_templates(experiment):
         _warn(f"{text} is not the one that {folder} was trained with")
     if config.chat_templates is None:
         _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
     widths = width(experiment.assistant_config), width(experiment.base_config)
-    projection = projection_class(config.projection).empty(experiment.recipe, *widths)
+    projection = kind.empty(experiment.recipe, *widths)
     path = folder / "projection.safetensors"
     weights = load_projection(path)
     check_fits(weights, projection, path)

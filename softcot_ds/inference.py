@@ -70,9 +70,14 @@ class Adapter:
         self._partition = recipe.evaluation.partition or (recipe.backbone.partition if several else "none")
         if several or self._partition != "none":
             init_distributed(recipe.training.timeout_minutes)
-        self.recipe = recipe
         self.folder = folder
         self.config = AdapterConfig.load(folder)
+        if (trained := self.config.num_thoughts) != (count := recipe.thoughts.count):
+            raise SoftCoTError(
+                f"{folder} was trained with {trained} thoughts, thoughts.count is {count}; set it to {trained}, and "
+                f"evaluation.thoughts={count} for so many in evaluation"
+            )
+        self.recipe = recipe = recipe.in_evaluation
         self._needs_states = projection_class(self.config.projection).needs_states
         self.config.check_models(recipe, assistant=self._needs_states)
         self.experiment = Experiment(recipe)

@@ -285,6 +285,8 @@ _NOT_A_STRATEGYS = {
 class EvaluationConfig(Section):
     """Accuracy and loss, never without their controls."""
 
+    thoughts: Count | None = None
+    """The number of thoughts in evaluation and answers, where training has another. Default: thoughts.count."""
     conditions: list[Condition] = Field(["learned", "shuffled", "mean", "zero", "none"])
     """What stands in for the thoughts; see the README."""
     decode: bool = True
@@ -412,6 +414,12 @@ class Recipe(Section):
     def on_gold(self) -> "Recipe":
         """The same recipe with the data's own solutions as targets."""
         return self.model_copy(update={"task": self.task.model_copy(update={"targets": "gold"})})
+
+    @property
+    def in_evaluation(self) -> "Recipe":
+        """The recipe as evaluation and answers see it: ``thoughts.count`` is ``evaluation.thoughts``."""
+        count = self.evaluation.thoughts or self.thoughts.count
+        return self.model_copy(update={"thoughts": self.thoughts.model_copy(update={"count": count})})
 
     def to_yaml(self) -> str:
         """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""

@@ -77,33 +77,32 @@ def submit(
 
 
 def _left_to_do(recipe: Recipe) -> tuple[Recipe, list[str], Any]:
-    """The recipe, with its epochs counted; the commands to run, in their order; and the data as plans have it. Raises
-    SoftCoTError for what is wrong with the recipe."""
+    """The recipe, with its epochs counted where that can be done; the commands to run, in their order; and the data as
+    plans have it. Raises SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.experiment import planned
     from softcot_ds.methods.base import projection_class
     from softcot_ds.planning.lengths import data_of
-    from softcot_ds.thoughts.reader import open_cache
+    from softcot_ds.thoughts.reader import cached, open_cache
     from softcot_ds.training.resume import refuse_other_run
 
     experiment = planned(recipe)
     experiment.task.require_training()
-    recipe = experiment.count_epochs()
-    inputs = experiment.splits.assistant_inputs()
     commands = []
-    if experiment.recipe != recipe:  # whose own targets are yet to be made
+    if experiment.recipe != recipe:  # whose own targets are yet to be made: nor is it known how many there will be
         commands.append("targets")
     else:
+        recipe = experiment.count_epochs()
         refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
         if experiment.splits.own is not None:
             print(f"targets   {recipe.task.targets}: {experiment.splits.own.words()}: no job")
     if recipe.thoughts.source == "cache" and projection_class(recipe.projection.kind).needs_states:
         try:
-            folder = open_cache(recipe, inputs).folder
-            print(f"cache     complete in {folder}: no job")
+            folders = [str(open_cache(of, inputs).folder) for of, inputs in cached(recipe)]
+            print(f"cache     complete in {' and '.join(folders)}: no job")
         except SoftCoTError:
             commands.append("cache")
-    if saved_step(recipe.run_dir) < recipe.training.num_steps:
+    if recipe.training.steps is None or saved_step(recipe.run_dir) < recipe.training.steps:
         commands.append("train")
     else:
         print(f"train     done to step {saved_step(recipe.run_dir)} in {recipe.run_dir}: no job")

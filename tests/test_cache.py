@@ -38,7 +38,7 @@ from softcot_ds.thoughts import manifest as tm
 from softcot_ds.thoughts import store as ts
 from softcot_ds.thoughts.manifest import StoreIdentity
 from softcot_ds.thoughts.ranks import Ranks
-from softcot_ds.thoughts.reader import cache_identity, input_key, open_cache
+from softcot_ds.thoughts.reader import cache_identity, cached, input_key, open_cache
 from softcot_ds.thoughts.store import ThoughtStore
 from softcot_ds.training.engine import build_model
 
@@ -418,6 +418,25 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
 
     assert cache.main([str(recipe_file)]) == 0
     assert "nothing to compute" in capsys.readouterr().out
+
+
+def test_evaluation_with_other_thoughts_has_a_cache_of_its_own(recipe_file, capsys):
+    other = "evaluation.thoughts=2"
+    assert cache.main([str(recipe_file), other]) == 0
+    recipe = load_recipe(recipe_file, [other])
+    splits, evaluated = Experiment(recipe).splits, Experiment(load_recipe(recipe_file, ["thoughts.count=2"])).splits
+    training = [example.assistant for example in (*splits.train, *splits.validation)]
+    test = [example.assistant for example in evaluated.test]
+    assert {len(item.positions) for item in training} == {T}
+    assert {len(item.positions) for item in test} == {2}
+    assistant = LlamaForCausalLM.from_pretrained(recipe.assistant.model)
+    for of, inputs in ((recipe, training), (recipe.in_evaluation, test)):
+        store = open_cache(of, inputs)
+        assert store.manifest.rows == len(inputs), "nothing that is not read with so many thoughts"
+        torch.testing.assert_close(read(store, inputs), one_by_one(assistant, inputs), rtol=1e-4, atol=1e-4)
+    capsys.readouterr()
+    assert cache.main(["--verify", str(recipe_file), other]) == 0
+    assert capsys.readouterr().out.count("rows computed again") == 2
     assert cache.main([str(recipe_file), "task.train_problems=40", "--verify"]) == 0
     assert "rows computed again: largest relative error" in capsys.readouterr().out
 
@@ -432,18 +451,12 @@ def test_nothing_is_computed_for_a_base_that_cannot_be_one(recipe_file, monkeypa
 
 
 def test_other_ranks_load_nothing_for_a_base_that_cannot_be_one(recipe_file, monkeypatch, capsys):
-    class Second:
-        """Rank 1 of two, of which rank 0 has given up."""
-
-        rank, size = 1, 2
-
-        def fetch(self, key):
-            raise OtherRankFailed("another rank failed")
-
+    second = Ranks(1, 2, 1, 2, dist.HashStore(), "no launcher")
+    second.fail()  # as rank 0 does when it gives up
     monkeypatch.setattr(thought_computing, "fill", lambda *arguments, **_: arguments[3]())
     monkeypatch.setattr(thought_computing, "load_assistant", lambda *_: pytest.fail("nothing is to be loaded"))
     with pytest.raises(OtherRankFailed):
-        thought_computing.build(load_recipe(recipe_file), Second())
+        thought_computing.build(load_recipe(recipe_file), second)
 
 
 def test_recipes_with_one_assistant_share_a_cache_and_new_data_adds_its_rows_alone(recipe_file, capsys):
@@ -525,13 +538,12 @@ def test_verify_computes_rows_again_and_names_a_wrong_one(recipe_file, capsys):
 def test_an_assistant_split_over_two_ranks_has_the_same_thoughts(recipe_file, tmp_path):
     """Ranks as of the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save."""
     split = [str(recipe_file), f"cache.path={tmp_path / 'split'}", "cache.partition=zero3", "cache.tokens_per_batch=1"]
-    run_forked(2, "softcot_ds.cache", *split)
-    assert cache.main([str(recipe_file)]) == 0
-    recipe = load_recipe(recipe_file)
-    inputs = Experiment(recipe).splits.assistant_inputs()
-    whole = read(open_cache(recipe, inputs), inputs)
-    parts = read(open_cache(load_recipe(recipe_file, split[1:]), inputs), inputs)
-    torch.testing.assert_close(parts, whole, rtol=1e-4, atol=1e-4)
+    run_forked(2, "softcot_ds.cache", *split, "evaluation.thoughts=2")
+    assert cache.main([str(recipe_file), "evaluation.thoughts=2"]) == 0
+    wholes, splits = (cached(load_recipe(recipe_file, [*some, "evaluation.thoughts=2"])) for some in ([], split[1:]))
+    for (whole, inputs), (parts, _) in zip(wholes, splits, strict=True):
+        found, wanted = (read(open_cache(of, inputs), inputs) for of in (parts, whole))
+        torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)
 
 
 def run_ranks(size: int, work) -> list[BaseException | None]:

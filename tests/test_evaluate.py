@@ -518,6 +518,24 @@ def test_static_prompt_is_a_condition_of_its_own(tmp_path):
         evaluate(wrong, adapter)
 
 
+def test_an_adapter_makes_other_numbers_of_thoughts_than_it_was_trained_with(recipe, adapter, tmp_path, scribe):
+    """As if it had been trained with so many. The assistant is asked for so many, and the report says both."""
+    told = evaluate(make_recipe(tmp_path, "evaluation.thoughts=2", "name=fewer"), adapter)
+    assert (told["num_thoughts"], told["trained_num_thoughts"]) == (2, 4)
+    assert "2 thoughts (trained with 4)" in table(told)
+    of_two = make_recipe(tmp_path, "thoughts.count=2", "name=of-two")
+    straight = evaluate(of_two, make_adapter(tmp_path / "of-two-adapter", of_two))
+    assert (straight["num_thoughts"], straight["trained_num_thoughts"]) == (2, 2)
+    fewer = make_recipe(tmp_path, "name=fewer")
+    for condition in of_two.evaluation.conditions:
+        assert records(fewer, condition) == records(of_two, condition)
+        assert condition == "none" or "[2 thoughts]" in records(fewer, condition)[0]["prompt"]
+
+    static = make_recipe(tmp_path, "projection.kind=static", "name=static", "evaluation.thoughts=2")
+    with pytest.raises(SoftCoTError, match="and a static projection makes just as many, not 2"):
+        evaluate(static, make_adapter(tmp_path / "static-adapter", static))
+
+
 def test_adapter_of_other_models_is_refused(recipe, adapter):
     swapped = load_recipe(RECIPE, [*SMALL, "base.model=package:pair/assistant", f"output_dir={recipe.output_dir}"])
     with pytest.raises(SoftCoTError, match=r"trained with the base package:pair/base .* holds other weights"):

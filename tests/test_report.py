@@ -6,7 +6,13 @@ from hypothesis import strategies as st
 
 from softcot_ds.evaluation.report import what_it_says_more
 
-REPORT = {"conditions": {"learned": {}, "zero": {}}, "num_problems": 1000, "step": 200, "max_new_tokens": 48}
+REPORT = {
+    "conditions": {"learned": {}, "zero": {}},
+    "num_problems": 1000,
+    "step": 200,
+    "max_new_tokens": 48,
+    "num_thoughts": 32,
+}
 
 
 @pytest.mark.parametrize(
@@ -22,6 +28,7 @@ REPORT = {"conditions": {"learned": {}, "zero": {}}, "num_problems": 1000, "step
         ({"step": 300, "num_problems": 8}, "it is on 1000 problems, this one on 8"),
         ({"metric_rule": "reference"}, "its answers were found by the rule ours, those of this one by reference"),
         ({"conditions": {"learned": {"loss": {}}, "zero": {}}}, ""),
+        ({"num_thoughts": 4}, "it is of 32 thoughts, this one of 4"),
         ({"strategy": "vote"}, "its strategy is single, that of this one vote"),
     ],
 )

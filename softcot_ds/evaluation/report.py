@@ -56,7 +56,8 @@ def make_report(
         "seeds": [recipe.seed],
         "assistant": recipe.assistant.model,
         "base": recipe.base.model,
-        "num_thoughts": config.num_thoughts,
+        "num_thoughts": recipe.in_evaluation.thoughts.count,
+        "trained_num_thoughts": config.num_thoughts,
         "adapter": str(adapter),
         "step": config.step,
         "max_new_tokens": evaluation.max_new_tokens,
@@ -127,6 +128,8 @@ def table(report: Record) -> str:
     title = f"{report['task']}: {report['num_problems']} problems, adapter {report['adapter']}"
     title += f" (trained on {report['trained_on']})" if report["trained_on"] != report["task"] else ""
     title += f", answers read from the {report['read']}" if "read" in report else ""
+    if report["num_thoughts"] != report["trained_num_thoughts"]:
+        title += f", {report['num_thoughts']} thoughts (trained with {report['trained_num_thoughts']})"
     lines = [title + (f", strategy {report['strategy']}" if "strategy" in report else "")]
     if own := report["train"].get("own_targets"):
         lines.append(f"trained on {OwnShare(**own).words()}")
@@ -241,6 +244,9 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
         return [f"its strategy is {old.get('strategy', 'single')}, that of this one {new.get('strategy', 'single')}"]
     if old.get("read") != new.get("read"):
         return [f"its answers are read from the {old.get('read', 'text')}, here from the {new.get('read', 'text')}"]
+    counts = [report.get("num_thoughts") for report in (old, new)]
+    if isinstance(counts[0], int) and counts[0] != counts[1]:
+        return ["it is of {} thoughts, this one of {}".format(*counts)]
     missing = [name for name in old["conditions"] if name not in new["conditions"]]
     more = [f"it has conditions that this one lacks ({', '.join(missing)})"] if missing else []
     for key, words in {"accuracy": "accuracies", "loss": "losses"}.items():

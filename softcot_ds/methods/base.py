@@ -27,6 +27,8 @@ class Projection(nn.Module, ABC):
 
     needs_states: ClassVar[bool] = True
     """Whether the thoughts depend on the question, by the assistant's states."""
+    is_per_thought: ClassVar[bool] = False
+    """Whether each thought is made of its own state, and all alike: one that was trained makes any number of them."""
     is_affine: ClassVar[bool] = False
     """Whether the projection of a mean state is the mean of the projections."""
 

@@ -20,6 +20,7 @@ class LinearProjection(Projection):
     """``W h + b``, the projection of SoftCoT (arXiv:2502.12134, section 3.3)."""
 
     needs_states = True
+    is_per_thought = True
     is_affine = True
 
     def __init__(self, assistant_width: int, base_width: int, init_scale: float = 1.0) -> None:

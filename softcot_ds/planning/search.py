@@ -99,7 +99,8 @@ class Planner:
         self._trained = sum(parameter.numel() for parameter in projection.parameters())
         self.itemsize = 4 if recipe.base.dtype == "float32" else 2
         longest = data.longest
-        self.prompt = longest.shared + longest.prefix + recipe.thoughts.count + longest.suffix
+        thoughts = max(recipe.thoughts.count, recipe.evaluation.thoughts or 0)
+        self.prompt = longest.shared + longest.prefix + thoughts + longest.suffix
         """Tokens of the longest prompt."""
         self.new_tokens = min(recipe.evaluation.max_new_tokens, longest.target)
         """Tokens until the last row of a batch has ended, about."""

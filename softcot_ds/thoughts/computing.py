@@ -14,7 +14,6 @@ from transformers import PreTrainedModel
 from softcot_ds import distributed
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.experiment import Experiment
 from softcot_ds.methods.trial import check_ahead, check_model
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
 from softcot_ds.models.backbone import load_frozen
@@ -22,7 +21,7 @@ from softcot_ds.models.partition import make_layers_leaves, plain_config, with_l
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts.builder import fill, say
 from softcot_ds.thoughts.ranks import Ranks, join_ranks
-from softcot_ds.thoughts.reader import cache_identity, input_key, open_cache
+from softcot_ds.thoughts.reader import cache_identity, cached, input_key, open_cache
 
 if TYPE_CHECKING:
     from softcot_ds.thoughts.builder import Compute
@@ -34,14 +33,18 @@ _RECOMPUTED_ROWS = 32
 
 
 def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
-    """Compute and store what the recipe's cache lacks. To be called by all ranks.
+    """Compute and store what the recipe's caches lack, one for each number of thoughts. To be called by all ranks.
 
     Raises:
         SoftCoTError: see ``fill``; or the base, for which all this is, cannot be one.
     """
     ranks = ranks or join_ranks()
+    for of, inputs in cached(recipe):
+        _build(of, inputs, ranks.on(f"{of.thoughts.count} thoughts"))
+
+
+def _build(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> None:
     identity = cache_identity(recipe)
-    inputs = _recipe_inputs(recipe)
 
     def load() -> Compute:
         if ranks.rank == 0:
@@ -60,11 +63,6 @@ def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
         tokens_per_batch=recipe.cache.tokens_per_batch,
         in_step=recipe.cache.partition != "none",
     )
-
-
-def _recipe_inputs(recipe: Recipe) -> list[AssistantInput]:
-    """Of all questions, whoever solves them: a question has one row, and a cache is not of one kind of targets."""
-    return Experiment(recipe.on_gold()).splits.assistant_inputs()
 
 
 def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> Compute:
@@ -108,13 +106,17 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
 
 
 def recompute_sample(recipe: Recipe, ranks: Ranks) -> None:
-    """Compute some rows of the recipe's cache again and compare, within ``RECOMPUTE_TOLERANCE``.
+    """Compute some rows of each of the recipe's caches again and compare, within ``RECOMPUTE_TOLERANCE``.
 
     Raises:
         SoftCoTError: no row is there, or one differs; names the example.
     """
+    for of, inputs in cached(recipe):
+        _recompute_sample(of, inputs, ranks.on(f"{of.thoughts.count} thoughts"))
+
+
+def _recompute_sample(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> None:
     store = open_cache(recipe)
-    inputs = _recipe_inputs(recipe)
     keys = [input_key(item) for item in inputs]
     missing = set(store.missing(keys))
     there = [index for index in range(len(inputs)) if index not in missing]

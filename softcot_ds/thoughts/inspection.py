@@ -93,7 +93,8 @@ def inspect(what: str, source: str, overrides: list[str]) -> None:
             raise SoftCoTError(f"no thought cache in {source}: neither it nor a folder in it has a manifest.json")
     else:
         recipe = load_recipe(source, overrides)
-        folders = [open_cache(recipe).folder]
+        counts = {of.thoughts.count: of for of in (recipe, recipe.in_evaluation)}
+        folders = [open_cache(of).folder for of in counts.values()]
     for folder in folders:
         {"info": info, "verify": verify, "prune": prune}[what](folder)
     if what == "verify" and recipe is not None:

@@ -12,6 +12,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from copy import copy
 from typing import Any, Protocol
 
 import torch.distributed as dist
@@ -65,22 +66,29 @@ class Ranks:
         """For people: what connects the ranks."""
         self._board = board
         self._close = close
+        self._topic = ""
+
+    def on(self, topic: str) -> "Ranks":
+        """The same ranks at another work: what they count and post has nothing to do with that of other topics."""
+        other = copy(self)
+        other._topic = f"{topic}/"
+        return other
 
     def count(self, counter: str, amount: int = 0) -> int:
         """Add to a counter shared by all ranks; returns its new value."""
-        return self._board.add(counter, amount)
+        return self._board.add(self._topic + counter, amount)
 
     def take(self, counter: str) -> int:
         """The next number, from 0 on, that no rank has taken yet. Huge once a rank has failed."""
-        return self._board.add(counter, 1) - 1
+        return self.count(counter, 1) - 1
 
     def post(self, key: str, value: Any) -> None:
         """Show a JSON value to all ranks."""
-        self._board.set(key, json.dumps(value))
+        self._board.set(self._topic + key, json.dumps(value))
 
     def posted(self, key: str) -> bool:
         """Whether the value has been posted."""
-        return self._board.check([key])
+        return self._board.check([self._topic + key])
 
     def fetch(self, key: str) -> Any:
         """Wait for a value that some rank posts, and return it.
@@ -94,16 +102,16 @@ class Ranks:
                 raise OtherRankFailed("another rank failed")
             time.sleep(pause)
             pause = min(2 * pause, 0.1)
-        return json.loads(self._board.get(key))
+        return json.loads(self._board.get(self._topic + key))
 
     @property
     def failed(self) -> bool:
-        """Whether any rank has failed."""
-        return self.count("failed") > 0
+        """Whether any rank has failed, at whatever."""
+        return self._board.add("failed", 0) > 0
 
     def fail(self) -> None:
         """Tell the others that this rank gives up, and end the hand-out of work."""
-        self.count("failed", 1)
+        self._board.add("failed", 1)
         for counter in _HAND_OUTS:
             self.count(counter, _STOP)
 

@@ -52,6 +52,23 @@ def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> Thought
     )
 
 
+def cached(recipe: Recipe) -> list[tuple[Recipe, list[AssistantInput]]]:
+    """What the recipe's caches are to hold, one for each number of thoughts: for ``open_cache``.
+
+    Raises:
+        SoftCoTError: see ``Experiment.splits``.
+    """
+    from softcot_ds.experiment import Experiment
+
+    recipe = recipe.on_gold()  # a question has one row, whoever solves it
+    splits, evaluated = Experiment(recipe).splits, recipe.in_evaluation
+    if evaluated.thoughts.count == recipe.thoughts.count:
+        return [(recipe, splits.assistant_inputs())]
+    trained = [example.assistant for example in (*splits.train, *splits.validation)]
+    tested = [example.assistant for example in Experiment(evaluated).splits.test]
+    return [(of, inputs) for of, inputs in ((recipe, trained), (evaluated, tested)) if inputs]
+
+
 def cache_identity(recipe: Recipe) -> StoreIdentity:
     """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
     from softcot_ds.models import backbone
