@@ -394,7 +394,7 @@ def test_every_shipped_deepspeed_configuration_is_accepted(write, path):
         assert recipe.backbone.deepspeed_config()["zero_optimization"]["stage"] == stage
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "recipes").glob("*.yaml")), ids=lambda path: path.stem)
+@pytest.mark.parametrize("path", sorted((ROOT / "recipes").rglob("*.yaml")), ids=lambda path: path.stem)
 def test_every_shipped_recipe_is_valid(monkeypatch, path):
     monkeypatch.chdir(ROOT)
     text = path.read_text()

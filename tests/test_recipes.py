@@ -1,7 +1,9 @@
 """No recipe and no DeepSpeed configuration is dead text: each one loads, and trains at toy width."""
 
 import json
+from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,7 +15,8 @@ from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 from softcot_ds.recipe import ModelConfig, load_recipe
 from softcot_ds.values import resolve_location
 
-RECIPES = sorted((ROOT / "recipes").glob("*.yaml"))
+RECIPES = sorted((ROOT / "recipes").rglob("*.yaml"))
+PAPER = sorted((ROOT / "recipes/paper").glob("*.yaml"))
 CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 # The families of the models that recipes name, so that they can be built without the hub.
 FAMILIES = {
@@ -76,41 +79,75 @@ def test_recipes_cover_the_named_pairs():
     }
 
 
+def test_recipes_of_the_paper_have_its_settings_for_every_task_and_pair():
+    """Its published code has the same for each, but for the task and the models."""
+    recipes = [load_recipe(path) for path in PAPER]
+    tasks = ("gsm8k", "asdiv_aug", "aqua", "strategy_qa")
+    pairs = ("meta-llama/Llama-3.1-8B-Instruct", "Qwen/Qwen2.5-7B-Instruct")
+    assert {(recipe.task.name, recipe.base.model) for recipe in recipes} == set(product(tasks, pairs))
+    assert len({recipe.name for recipe in recipes}) == len(recipes)
+    for recipe in recipes:
+        training, evaluation = recipe.training, recipe.evaluation
+        assert (training.epochs, training.steps, training.global_batch_size) == (10, None, 4)
+        assert (training.learning_rate, training.schedule, training.min_lr_ratio) == (2e-5, "linear", 0)
+        assert (training.warmup_steps, training.weight_decay, training.gradient_clipping) == (0, 0, 1.0)
+        assert (recipe.thoughts.count, evaluation.thoughts, recipe.projection.init_scale) == (32, 4, 1)
+        assert (evaluation.temperature, evaluation.top_p, evaluation.text_max_tokens) == (1.0, 1.0, 24)
+        assert evaluation.max_new_tokens == (256 if recipe.task.name == "strategy_qa" else 1024)
+        of_llama = recipe.base.model == pairs[0]
+        assert recipe.thoughts.placeholder == ("<|end_of_text|>" if of_llama else "<|endoftext|>")
+        assert evaluation.placeholder == recipe.thoughts.placeholder
+        assert recipe.assistant.model.startswith("meta-llama/Llama-3.2-1B" if of_llama else "Qwen/Qwen2.5-1.5B")
+
+
+def record_of(task: str, number: int) -> dict[str, Any]:
+    """A made-up record in the format in which the task is published."""
+    question, double = f"What is {number} plus {number}?", 2 * number
+    return {
+        "gsm8k": {"question": question, "answer": f"<<{number}+{number}={double}>>\n#### {double}"},
+        "asdiv_aug": {"question": question, "answer": f"<<{number}+{number}={double}>>\n####{double}"},
+        "aqua": {
+            "question": question,
+            "options": [f"A){double}", f"B){double + 1}"],
+            "rationale": f"{number}+{number}={double}",
+            "correct": "A",
+        },
+        "strategy_qa": {"question": question, "answer": True, "facts": [f"{number}+{number}={double}"]},
+    }[task]
+
+
 @pytest.mark.distributed
 def test_recipes_of_real_models_train_at_toy_width(tmp_path):
     """Each with its own families, bf16, batch sizes and DeepSpeed configuration, in one process after another."""
-    data = tmp_path / "data.jsonl"
-    records = [
-        {"question": f"What is {i} plus {i}?", "answer": f"{i}+{i}=<<{i}+{i}={2 * i}>>\n#### {2 * i}"}
-        for i in range(80)
-    ]
-    data.write_text("".join(json.dumps(record) + "\n" for record in records))
-    test = tmp_path / "test.jsonl"
-    test.write_text(json.dumps({"question": "What is 100 plus 1?", "answer": "#### 101"}) + "\n")
+    for task in ("gsm8k", "asdiv_aug", "aqua", "strategy_qa"):
+        for split, numbers in {"train": range(80), "test": [100]}.items():
+            lines = [json.dumps(record_of(task, number)) + "\n" for number in numbers]
+            (tmp_path / f"{task}-{split}.jsonl").write_text("".join(lines))
+    trained = [path for path in RECIPES if load_recipe(path).task.name != "word_problems"]
     commands = []
-    for path in RECIPES:
+    for path in trained:
         recipe = load_recipe(path)
-        if recipe.task.name != "gsm8k":
-            continue
+        data = tmp_path / recipe.task.name
+        steps = "training.steps=2 task.validation_problems=4"
+        if path in PAPER:
+            steps = "training.epochs=1 task.train_problems=11"  # two batches and a rest
         placeholder = recipe.thoughts.placeholder
-        folder = tmp_path / path.stem
+        folder = tmp_path / recipe.name
         base = toy_model(recipe.base, folder / "base", 64, placeholder)
         assistant = toy_model(recipe.assistant, folder / "assistant", 32, placeholder)
         commands += [
             path,
-            f"base.model={base} assistant.model={assistant} task.train={data} task.test={test} output_dir={tmp_path} "
-            f"task.validation_problems=4 cache.path={tmp_path}/cache training.steps=2 training.warmup_steps=0 "
+            f"base.model={base} assistant.model={assistant} task.train={data}-train.jsonl task.test={data}-test.jsonl "
+            f"output_dir={tmp_path} cache.path={tmp_path}/cache {steps} training.warmup_steps=0 "
             # One rank is fewer than a group, and the data less than a global batch.
             f"backbone.group_size=null training.global_batch_size={min(64, recipe.training.global_batch_size)}",
         ]
     done = run_forked(1, "train_worker", *commands)
-    for path in RECIPES:
-        recipe = load_recipe(path)
-        if recipe.task.name == "gsm8k":
-            checkpoint = tmp_path / recipe.name / "checkpoints/step-2"
-            assert (checkpoint / "COMPLETE").exists(), done.stdout
-            weight = load_file(checkpoint / "projection.safetensors")["weight"]
-            assert not torch.equal(weight, weight.bfloat16().float()), "bf16 compute, float32 master weights"
+    for path in trained:
+        checkpoint = tmp_path / load_recipe(path).name / "checkpoints/step-2"
+        assert (checkpoint / "COMPLETE").exists(), done.stdout
+        weight = load_file(checkpoint / "projection.safetensors")["weight"]
+        assert not torch.equal(weight, weight.bfloat16().float()), "bf16 compute, float32 master weights"
 
 
 @pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.stem)
