@@ -402,7 +402,6 @@ def test_every_shipped_recipe_is_valid(monkeypatch, path):
     if "package:pair" in text and missing:
         pytest.skip(f"the embedded pair is not built: {missing}")
     recipe = load_recipe(path)
-    assert recipe.training.warmup_steps < recipe.training.steps
     assert load_recipe(path, ["seed=7"]) == recipe.model_copy(update={"seed": 7})
 
 
