@@ -277,7 +277,7 @@ class TrainingConfig(Section):
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("samples", "read", "partition", "placeholder", "static_adapter"),
+    *("thoughts", "samples", "read", "partition", "placeholder", "static_adapter"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
