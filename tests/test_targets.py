@@ -234,14 +234,20 @@ def test_other_targets_are_another_run_by_content_not_by_path(tmp_path):
 
 @pytest.mark.slow
 def test_submit_makes_them_first_where_they_are_missing(tmp_path, capsys):
-    recipe = make_recipe(tmp_path, "thoughts.source=cache", f"cache.path={tmp_path}/cache")
+    epochs = ["training.steps=null", "training.epochs=2", "training.global_batch_size=4", "training.micro_batch_size=4"]
+    recipe = make_recipe(
+        tmp_path, "thoughts.source=cache", f"cache.path={tmp_path}/cache", "training.warmup_steps=0", *epochs
+    )
     submit(recipe, ["--nodes=1"], dry_run=True)
-    assert re.findall(r"job-name=demo-(\w+)", capsys.readouterr().out) == ["targets", "cache", "train", "evaluate"]
+    shown = capsys.readouterr().out
+    assert re.findall(r"job-name=demo-(\w+)", shown) == ["targets", "cache", "train", "evaluate"]
+    assert shown.endswith(recipe.to_yaml()), "nobody knows yet how many targets an epoch has"
     write_for(recipe)
     submit(recipe, ["--nodes=1"], dry_run=True)
     shown = capsys.readouterr().out
     assert re.findall(r"job-name=demo-(\w+)", shown) == ["cache", "train", "evaluate"]
     assert "for 6 of 12 training problems, the data's own for the others: no job" in shown
+    assert (f"targets: {recipe.task.targets}" in shown, "steps: 6" in shown) == (True, True)
 
 
 @pytest.mark.slow
