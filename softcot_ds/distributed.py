@@ -110,6 +110,11 @@ def lost_rank(error: RuntimeError) -> str | None:
     return None
 
 
+def says_nothing(error: Exception) -> bool:
+    """Whether what ended a trial says nothing about what was tried: no memory was left, or another rank is gone."""
+    return isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and bool(lost_rank(error)))
+
+
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
 

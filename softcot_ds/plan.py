@@ -15,6 +15,9 @@ from softcot_ds.command import OVERRIDES_HELP, run_command
 from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.recipe import Recipe, load_recipe
 
+_MOST = 100_000
+"""Nodes, or GPUs of a node, that are planned for."""
+
 
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
@@ -61,8 +64,8 @@ def _rate(text: str) -> float:
 
 
 def _positive(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 on")
+    if not text.isdecimal() or not 1 <= int(text) <= _MOST:
+        raise argparse.ArgumentTypeError(f"{text!r} is no number from 1 to {_MOST:,}")
     return int(text)
 
 

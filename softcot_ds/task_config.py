@@ -69,6 +69,14 @@ class TaskConfig(Section):
         """The file of own targets, which may be yet to be made; None where the data's are trained on."""
         return None if self.targets == "gold" else Path(self.targets)
 
+    @field_validator("train", "test", "subset")
+    @classmethod
+    def _some_tasks_generate_data(cls, value: str | None, info: ValidationInfo) -> str | None:
+        name = info.data.get("name")
+        if value is not None and name is not None and chosen(TASKS, name).most_generated is not None:
+            raise ValueError(f"{name} makes its problems itself; leave it out, or see task.name=custom for other data")
+        return value
+
     @field_validator("test")
     @classmethod
     def _some_tasks_read_data(cls, value: str | None, info: ValidationInfo) -> str | None:

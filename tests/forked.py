@@ -80,8 +80,9 @@ def _started(
         yield processes, output
     finally:
         for process in processes:
-            process.kill()
-            process.join()
+            if process.pid is not None:
+                process.kill()
+                process.join()
 
 
 def _rank(variables: dict[str, str], command: list[str], output: str) -> None:

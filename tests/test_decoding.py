@@ -241,6 +241,18 @@ def test_a_family_whose_code_fails_is_refused_in_one_line():
         decode(model, *draw(LENGTHS, 3), [STOP], Sampling(3))
 
 
+def test_what_says_nothing_about_a_model_chooses_no_slower_way(monkeypatch):
+    def fail(*_: object, **__: object) -> None:
+        raise failure
+
+    monkeypatch.setattr(refill.Rows, "read", fail)
+    for failure in (torch.OutOfMemoryError("no memory"), RuntimeError("[gloo/pair.cc:1] Connection closed by peer")):
+        with pytest.raises(type(failure), match=str(failure).rpartition(" ")[2]):
+            try_decoding(make_model("llama"))
+    failure = RuntimeError("no such cache")
+    assert try_decoding(make_model("llama")) == "in batches"
+
+
 def test_the_trial_leaves_the_random_numbers_alone(model):
     torch.manual_seed(3)
     expected = torch.rand(3)

@@ -138,5 +138,5 @@ def test_problems_too_long_for_the_assistant_are_too_long():
 
 @pytest.mark.parametrize("limits", [(8, 100), (100, 8)])
 def test_thoughts_wider_than_a_context_are_refused(limits):
-    with pytest.raises(SoftCoTError, match=r"thoughts.count 8 does not fit the context .* take fewer thoughts"):
+    with pytest.raises(SoftCoTError, match=r"8 thoughts do not fit the context .* take fewer: thoughts.count"):
         split(["a"], count=8, limits=limits)

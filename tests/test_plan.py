@@ -285,7 +285,7 @@ def test_the_command_says_what_is_wrong(capsys):
 def test_numbers_of_nodes_are_numbers(nodes, capsys):
     with pytest.raises(SystemExit):
         plan.main(["r.yaml", f"--nodes={nodes}"])
-    assert "is no number from 1 on" in capsys.readouterr().err
+    assert "is no number from 1 to 100,000" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("rate", ["0", "-1", "nan", "inf", "x"])

@@ -2,10 +2,13 @@
 
 import json
 import math
+from collections import Counter
+from types import SimpleNamespace
 
 import pytest
 import torch
 from adapters import make_adapter
+from scipy.stats import binomtest
 from test_evaluate import write_dates
 from test_losses import make_recipe, naive, records
 from transformers import AutoModelForCausalLM
@@ -13,11 +16,13 @@ from transformers import AutoModelForCausalLM
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.conditions import Conditions
-from softcot_ds.evaluation.options import without_common_end
+from softcot_ds.evaluation.options import _likeliest, without_common_end, written_options
 from softcot_ds.evaluation.report import table, what_it_says_more
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.inference import Adapter
 from softcot_ds.run_dir import recipe_and_adapter
+from softcot_ds.task_config import TaskConfig
+from softcot_ds.tasks import Problem, make_task
 from softcot_ds.values import resolve_location
 
 READ = [
@@ -38,6 +43,16 @@ def yes_and_no(folder):
     (folder / "own.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     named = ["name=custom", f"test={folder}/own.jsonl", "answer=yes_no", "fields={question: question, answer: answer}"]
     return [f"task.{setting}" for setting in named], ["yes", "no"]
+
+
+def test_of_equally_likely_options_each_is_chosen_as_often():
+    task = make_task(TaskConfig(name="aqua", test="some/set"))
+    problems = [Problem(f"question {n}", "", "A", ("x", "y", "z")) for n in range(6000)]
+    examples = [SimpleNamespace(problem=problem) for problem in problems]
+    written = written_options(SimpleNamespace(task=task), examples)
+    chosen = Counter(_likeliest(dict.fromkeys(one, 1.0), one).value for one in written)
+    assert set(chosen) == {"A", "B", "C"}
+    assert all(binomtest(times, 6000, 1 / 3).pvalue > 0.001 for times in chosen.values())
 
 
 @pytest.mark.slow

@@ -36,6 +36,12 @@ SAID = [
     ("the correct answer would be No", "no"),
     ("The answer is a resounding yes!", "yes"),
     ("The answer is most likely no.", "no"),
+    ("The answer is most certainly no.", "no"),
+    ("The answer is a definite no.", "no"),
+    ('The answer to "Would a pear sink?" is no.', "no"),
+    ("Thus, it's safe to say the answer is Yes.", "yes"),
+    ("True", "yes"),
+    ("False.", "no"),
     # what comes later, and before
     ("The answer is yes. There is no doubt about it.", "yes"),
     ("The answer is no. No further evidence is needed. Yes, I am sure.", "no"),

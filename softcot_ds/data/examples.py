@@ -79,8 +79,8 @@ def load_splits(
     """
     if assistant.count >= min(limits.assistant, limits.base):
         raise SoftCoTError(
-            f"thoughts.count {assistant.count} does not fit the context of {limits.assistant} tokens (assistant) "
-            f"and {limits.base} tokens (base); take fewer thoughts"
+            f"{assistant.count} thoughts do not fit the context of {limits.assistant} tokens (assistant) and "
+            f"{limits.base} tokens (base); take fewer: thoughts.count, or evaluation.thoughts"
         )
     problems, notes = _split_problems(task, config)
     notes = [*dict.fromkeys(task.notes), *notes]

@@ -16,10 +16,15 @@ from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.losses import TextLosses, longest_prompts
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.experiment import Experiment
+from softcot_ds.files import content_digest
 from softcot_ds.recipe import Condition
 
 Written = dict[str, str]
-"""By option of one problem, in its canonical form, the text in which it is the answer."""
+"""By option of one problem, in its canonical form, the text in which it is the answer.
+
+In an order of the problem's own: of equally likely ones, of which there are many where logits have 16 bits, the first
+is the answer, and that shall not be A, or yes, more often than another.
+"""
 
 
 def written_options(experiment: Experiment, examples: Sequence[Example]) -> list[Written]:
@@ -33,7 +38,12 @@ def written_options(experiment: Experiment, examples: Sequence[Example]) -> list
                 f"evaluation.read=options: the task {task.config.name} has problems without options to choose from, "
                 f"such as {problem.question[:60]!r}; set evaluation.read=text"
             )
-        found.append({option: task.target(replace(problem, reasoning="", answer=option)) for option in options})
+        found.append(
+            {
+                option: task.target(replace(problem, reasoning="", answer=option))
+                for option in sorted(options, key=lambda option: content_digest([problem.id, option]))
+            }
+        )
     return found
 
 
@@ -62,8 +72,8 @@ class Options(TextLosses):
             ids = without_common_end([base_prompts.target_ids(text) for text in options.values()])
             if len(set(map(tuple, ids))) < len(ids):
                 raise SoftCoTError(
-                    f"the tokenizer of {worker.model_config.model} does not tell the options {', '.join(options)} "
-                    "apart; set evaluation.read=text"
+                    f"the tokenizer of {worker.model_config.model} does not tell the options "
+                    f"{', '.join(sorted(options))} apart; set evaluation.read=text"
                 )
             texts += [(index, text) for text in ids]
         lengths = longest_prompts(posed, worker.recipe.thoughts.count)
@@ -88,7 +98,7 @@ def _likeliest(losses: Mapping[str, float], written: Written) -> Answer:
     best = min(losses, key=losses.__getitem__)
     # What stands before the options is the same, so its loss cancels out.
     weights = {option: math.exp(losses[best] - loss) for option, loss in losses.items()}
-    shares = {option: weight / sum(weights.values()) for option, weight in weights.items()}
+    shares = {option: weights[option] / sum(weights.values()) for option in sorted(weights)}
     return Answer(best, Reply(written[best], cut=False), shares)
 
 

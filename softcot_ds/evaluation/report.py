@@ -62,8 +62,8 @@ def make_report(
         "step": config.step,
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
-        **({"samples": evaluation.samples} if evaluation.samples > 1 else {}),
-        **({"read": evaluation.read} if evaluation.read != "text" else {}),
+        **({"samples": evaluation.samples} if evaluation.decode and evaluation.samples > 1 else {}),
+        **({"read": evaluation.read} if evaluation.decode and evaluation.read != "text" else {}),
         **evaluation.other_strategy,
         "train": trained,
         "conditions": conditions,
@@ -135,7 +135,7 @@ def table(report: Record) -> str:
         lines.append(f"trained on {OwnShare(**own).words()}")
     if "accuracy" in rows[0]:
         lines += _accuracy_lines(report)
-    if "samples" in report and "accuracy" in rows[0]:
+    if "samples" in report:
         lines += _vote_lines(report)
     if any(row.get("cut") for row in rows):
         lines.append(f"cut: outputs that ended at evaluation.max_new_tokens={report['max_new_tokens']}")

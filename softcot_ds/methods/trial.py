@@ -21,7 +21,7 @@ from transformers import GenerationConfig, PreTrainedModel
 from softcot_ds.data.batches import pad
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.distributed import device as own_device
-from softcot_ds.distributed import from_all_ranks, lost_rank
+from softcot_ds.distributed import from_all_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
@@ -87,7 +87,9 @@ def load_scorer(model: PreTrainedModel, name: str) -> Scorer:
         scorer.read_whole_rows()
         reason = _why_not_scored(scorer)
     if reason is not None:
-        raise SoftCoTError(f"{name} cannot tell the losses of solutions: {reason}. Set evaluation.loss=false")
+        raise SoftCoTError(
+            f"{name} cannot tell the losses of solutions: {reason}. Set evaluation.loss=false and evaluation.read=text"
+        )
     return scorer
 
 
@@ -233,8 +235,8 @@ def _reason(trial: Callable[[], str | None]) -> str | None:
     try:
         return trial()
     except Exception as error:
-        if isinstance(error, torch.OutOfMemoryError) or (isinstance(error, RuntimeError) and lost_rank(error)):
-            raise  # says nothing about the model
+        if says_nothing(error):
+            raise
         return f"a trial with a few tokens ended in {_first_line(error)}"
 
 

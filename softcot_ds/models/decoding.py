@@ -10,7 +10,6 @@ B prompts, S tokens of the longest, T thoughts, V vocabulary, D base width.
 
 import math
 from collections.abc import Callable, Sequence
-from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Literal
 from weakref import WeakKeyDictionary
@@ -20,7 +19,7 @@ from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList,
 from transformers.generation.utils import GenerateOutput
 
 from softcot_ds.data.prompts import BasePrompt
-from softcot_ds.distributed import max_over_ranks
+from softcot_ds.distributed import any_rank, max_over_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.backbone import context_length, keeps_keys_and_values, load_to_run
 from softcot_ds.models.embedding import CompactTable
@@ -185,6 +184,8 @@ def try_decoding(model: PreTrainedModel) -> Way:
         except SoftCoTError:
             raise
         except Exception as error:  # whatever a family's code raises when it is used in a way that it does not know
+            if says_nothing(error):
+                raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SoftCoTError(f"{type(model).__name__} cannot decode with thoughts in its prompt: {reason}") from error
     return _ways[model]
@@ -211,12 +212,21 @@ def _trial(model: PreTrainedModel) -> Way:
 
     tolerance = _TOLERANCE.get(model.dtype, 0.1)
     stop_ids = [int(ids[0])]
-    with suppress(Exception):  # some families' code keeps no cache at all
-        if keeps_keys_and_values(model.config) and error(_say_refilled(model, reading)) <= tolerance:
-            return "refilled"
-    with suppress(Exception):  # some families' code takes no more than one row
-        if error(_say(model, reading, [0, 1], stop_ids)) <= tolerance:
-            return "in batches"
+
+    def fits(said: Callable[[], list[_Said]]) -> bool:
+        try:
+            fit = error(said()) <= tolerance
+        except Exception as failure:  # some families' code keeps no cache at all, or takes no more than one row
+            if says_nothing(failure):
+                raise
+            fit = False
+        # Near the tolerance ranks may judge otherwise, and those that hold the model together go the same way.
+        return not any_rank(not fit) if needs_all_ranks(model) else fit
+
+    if keeps_keys_and_values(model.config) and fits(lambda: _say_refilled(model, reading)):
+        return "refilled"
+    if fits(lambda: _say(model, reading, [0, 1], stop_ids)):
+        return "in batches"
     worst = error(_say(model, reading, [0], stop_ids) + _say(model, reading, [1], stop_ids))
     if not math.isfinite(worst):
         raise SoftCoTError(f"{type(model).__name__}: its logits are not finite; are its weights damaged?")
@@ -243,8 +253,9 @@ class _Said:
 
 
 def _say_refilled(model: PreTrainedModel, reading: Callable[[list[int]], Reading]) -> list[_Said]:
-    """A row joins another while it is decoded, and the other goes, which makes the cache shorter."""
-    rows, first, second = Rows(model), _Said(1), _Said(0)
+    """Two rows of unequal length are read together; one goes and another joins; the longer one goes, which makes the
+    cache shorter."""
+    rows, gone, first, second = Rows(model), _Said(0), _Said(1), _Said(0)
 
     def hear(said: list[_Said], logits_RV: torch.Tensor) -> None:
         for each, logits_V in zip(said, logits_RV, strict=True):
@@ -253,13 +264,13 @@ def _say_refilled(model: PreTrainedModel, reading: Callable[[list[int]], Reading
     def write(said: list[_Said]) -> None:
         hear(said, rows.write(torch.tensor([each.tokens[-1] for each in said])))
 
-    hear([first], rows.read(reading([1])))
-    write([first])
-    hear([second], rows.read(reading([0]), keep=[0]))
+    hear([gone, first], rows.read(reading([0, 1])))
+    write([gone, first])
+    hear([second], rows.read(reading([0]), keep=[1]))
     write([first, second])
     rows.keep([1])
     write([second])
-    return [first, second]
+    return [gone, first, second]
 
 
 def _say(

@@ -22,7 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import DataRanks, Group, device, max_over_ranks, rank, say, world_size
+from softcot_ds.distributed import DataRanks, Group, device, from_all_ranks, max_over_ranks, rank, say, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import limits
 from softcot_ds.models.limits import Gathers
@@ -280,18 +280,14 @@ def keep_layers(model: PreTrainedModel, gib: float | None, spare_of: Callable[[i
 
     Args:
         gib: memory of a rank that may be taken beside its share, GiB; None for what a GPU has to spare.
-        spare_of: those bytes, from the free ones of the GPU that has least; the same on all ranks. It raises
-            SoftCoTError where they are not known: none are taken then, which is said.
+        spare_of: those bytes, from the free ones of the GPU that has least. It raises SoftCoTError where they are not
+            known: if that is so on one rank, none are taken, which is said.
 
     Returns:
         How many layers are held whole now; 0 where the model is not split, or offloaded.
     """
     layers = getattr(model.get_decoder(), "layers", ())
-    try:
-        spare = (spare_of(free) if (free := _free_bytes(model)) else 0) if gib is None else gib * 2**30
-    except SoftCoTError as error:
-        say(f"no layers are held whole, as it is not known what else memory is needed for: {error}")
-        return 0
+    spare = _least_spare(model, spare_of) if gib is None else gib * 2**30
     for number, layer in enumerate(layers):
         split = [parameter for parameter in layer.parameters() if comes_and_goes(parameter)]
         spare -= sum(parameter.element_size() * parameter.ds_numel - parameter.ds_tensor.nbytes for parameter in split)
@@ -304,6 +300,21 @@ def keep_layers(model: PreTrainedModel, gib: float | None, spare_of: Callable[[i
             parameter.ds_tensor = None  # or it would be kept, in its old size
             parameter.partition()
     return len(layers)
+
+
+def _least_spare(model: PreTrainedModel, spare_of: Callable[[int], float]) -> float:
+    """Of the rank that has least: each reads the data, and files, on its own node."""
+    reason, spare = None, 0.0
+    free = _free_bytes(model)
+    try:
+        spare = spare_of(free) if free else 0.0
+    except SoftCoTError as error:
+        reason = str(error)
+    reason = next((other for other in from_all_ranks(reason) if other is not None), None)
+    if reason is not None:
+        say(f"no layers are held whole, as it is not known what else memory is needed for: {reason}")
+        return 0.0
+    return min(from_all_ranks(spare))
 
 
 def _free_bytes(model: PreTrainedModel) -> int:

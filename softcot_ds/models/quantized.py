@@ -58,8 +58,12 @@ class FewBits:
                 f"the others are in no linear layers (experts, say), or in such as {_GROUP} inputs do not divide; set "
                 "backbone.bits=16"
             )
+        if self.bits == 8:
+            return
         try:
             unpack(pack(torch.ones(1, _GROUP, device=device), self.bits), (1, _GROUP), self.bits)
+        except torch.OutOfMemoryError:
+            raise
         except Exception as error:  # not installed; or without what it has compiled for this device
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise SoftCoTError(

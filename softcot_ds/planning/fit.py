@@ -47,7 +47,9 @@ def spare_to_train(recipe: Recipe, splits: Splits, free: float) -> float:
     planner = Planner(recipe, data_of(splits))
     holding, checkpointing = _holding(recipe, recipe.backbone.partition), recipe.training.activation_checkpointing
     way = Way(*holding, checkpointing, 0, planner.micro_batch, 1)
-    return _spare(planner, way, sum(planner.memory(way, world_size()).values()), free)
+    memory = planner.memory(way, world_size())
+    needed = sum(memory.values()) - memory["assistant"]  # which is loaded: it is not in what is free
+    return _spare(planner, way, needed, free)
 
 
 def spare_to_decode(recipe: Recipe, partition: Partition, free: float) -> float:

@@ -55,16 +55,17 @@ class Data:
 
 
 def read_data(recipe: Recipe) -> Data:
-    """The recipe's own data where models' tokenizers and data lie here, else numbers of GSM8K.
+    """The recipe's own data where models' tokenizers and data lie here, and there is some to train on, else numbers of
+    GSM8K.
 
     Raises:
         SoftCoTError: the data lies here and is wrong.
     """
-    make_task(recipe.task).require_training()
     generated = chosen(TASKS, recipe.task.name).most_generated is not None
     sources = [name for name in (recipe.task.train, recipe.task.test) if name is not None]
     files = generated or all(Path(name).is_file() for name in sources)
-    if not files or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
+    is_read = files and make_task(recipe.task).trains
+    if not is_read or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
         return _typical(recipe)
     return data_of(planned(recipe).splits)
 
@@ -109,5 +110,5 @@ def _typical(recipe: Recipe) -> Data:
         task.validation_problems,
         min(task.test_problems or 1319, 1319),
         14_000,
-        "lengths of GSM8K, as the recipe's data or tokenizers do not lie here",
+        "lengths and numbers of problems of GSM8K, as the recipe's data or tokenizers do not lie here",
     )

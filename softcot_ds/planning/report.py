@@ -13,6 +13,7 @@ from softcot_ds.planning.memory import GIB
 from softcot_ds.planning.search import GROUPED, Choice, Planner
 from softcot_ds.progress import count, duration
 from softcot_ds.recipe import Recipe
+from softcot_ds.tasks import make_task
 
 MOST_GPUS = 1024
 
@@ -43,6 +44,7 @@ class Plan:
 
 def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     """Raises SoftCoTError where a configuration is not to be had, or the global batch does not feed the ranks."""
+    make_task(recipe.task).require_training()
     return Plan(Planner(recipe, read_data(recipe)), cluster)
 
 

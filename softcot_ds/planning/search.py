@@ -252,6 +252,10 @@ class Planner:
             return self.itemsize * (self.sliced(group_size) - saved / group_size)
         return shared_bytes(self.shape.total - saved, self.shape.small, group_size, self.itemsize)
 
+    def to_load(self, partition: str, group_size: int, bits: int) -> float:
+        """Bytes of the weights that a rank has when they are loaded: slices are packed when all of them are there."""
+        return self.held(partition, group_size, 16 if partition == "tensor" else bits)
+
     def _assistant_bytes(self, group_size: int) -> float:
         """Its frozen weights on each rank of a training that runs it; from the cache it is not there."""
         if self.recipe.thoughts.source != "online" or not self.needs_states:
@@ -292,7 +296,7 @@ class Planner:
         if stage == 3:  # a buffer for gradients on their way, whatever is in it
             trained += 4 * self.recipe.backbone.deepspeed_config()["zero_optimization"].get("reduce_bucket_size", 5e8)
         samples = self.decoding_bytes(*holding[:2], SAMPLES, self.prompt, SAMPLE_TOKENS)
-        return {
+        memory = {
             "held": self.held(*holding) + self.resident_bytes(way),
             "assistant": self._assistant_bytes(way.group_size),
             "tokens": self.itemsize * self.data.tokens * self.shape.width,
@@ -302,6 +306,7 @@ class Planner:
             "optimizer": trained,
             "decoding": max(0.0, samples - step.activations - step.loss),  # validation comes between steps
         }
+        return memory | {"loading": max(0.0, self.to_load(*holding) - sum(memory.values()))}
 
     def _step(self, way: Way, lengths: Any) -> Any:
         slices = way.group_size if way.partition == "tensor" else 1

@@ -34,7 +34,7 @@ class ASDivAug(GSM8K):
     def problem(self, record: Record) -> Problem | None:
         if "body" not in record:
             return super().problem(record)
-        if missing := [key for key in ("answer", "formula") if not isinstance(record.get(key), str)]:
+        if missing := [key for key in _ASDIV if not isinstance(record.get(key), str)]:
             raise SoftCoTError(f"{missing[0]!r} is missing or no text; found {sorted(record)}")
         answer = _UNIT.sub("", record["answer"])
         if not _ONE_NUMBER.fullmatch(answer):
@@ -55,6 +55,8 @@ def _xml_records(path: Path) -> Iterator[tuple[str, Record]]:
         root = ElementTree.parse(path).getroot()
     except ElementTree.ParseError as error:
         raise SoftCoTError(f"{path}:{error.position[0]}: not XML: {error.msg.partition(':')[0]}") from error
+    except (LookupError, ValueError) as error:  # the encoding that it names
+        raise SoftCoTError(f"{path}: not XML that can be read: {error}; save it as UTF-8") from error
     except OSError as error:
         raise SoftCoTError(f"cannot read {path.absolute()}: {error.strerror}") from error
     problems = list(root.iter("Problem"))

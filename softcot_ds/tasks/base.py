@@ -147,6 +147,7 @@ class Task(ABC):
         """
         if not problem.question:
             raise SoftCoTError("'question' is empty")
+        check_question(problem.question)  # with its options
         kind = self.kind.words
         reference, written = self._read(problem.answer, problem), self._read(self.target(problem), problem)
         if reference is None:

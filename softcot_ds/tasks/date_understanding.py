@@ -59,7 +59,8 @@ def _scores(record: Record) -> dict[str, object]:
     scores = record.get("target_scores")
     if "multiple_choice_targets" in record:
         targets, values = record["multiple_choice_targets"], record.get("multiple_choice_scores")
-        if isinstance(targets, list) and isinstance(values, list) and len(targets) == len(values):
+        are_lists = isinstance(targets, list) and isinstance(values, list) and len(targets) == len(values)
+        if are_lists and all(isinstance(text, str) for text in targets):
             scores = dict(zip(targets, values, strict=True))
     if not isinstance(scores, dict) or not all(isinstance(text, str) for text in scores):
         raise SoftCoTError(f"there is neither 'target_scores' nor 'target'; found {sorted(record)}")
@@ -70,5 +71,7 @@ def _scored(question: str, scores: dict[str, object]) -> tuple[str, list[str], s
     """Question, options and correct letter of a record of BIG-bench, the options by a hash: seeded by the question."""
     if list(scores.values()).count(1) != 1 or not 2 <= len(scores) <= len(LETTERS):
         raise SoftCoTError(f"not one of 2 to {len(LETTERS)} options has the score 1; found {scores}")
-    options = sorted(scores, key=lambda option: hashlib.sha256(f"{question}\0{option}".encode()).digest())
+    options = sorted(
+        scores, key=lambda option: hashlib.sha256(f"{question}\0{option}".encode("utf-8", "surrogatepass")).digest()
+    )
     return question, options, LETTERS[[scores[option] for option in options].index(1)]

@@ -63,8 +63,10 @@ def _number(text: str, cut: bool = False, options: Sequence[str] = ()) -> str | 
     return None if number is None else str(number)
 
 
-_ANNOUNCED = re.compile(r"(?:####(?!#)|\banswer\b[\s*_]*(?::|\bis\b:?)[\s*_]*|<answer>)\s*", re.IGNORECASE)
-_TEXT_ENDS = re.compile(r"\n|[.!?](?=\s|$)|</answer>")
+_ANNOUNCED = re.compile(
+    r"(?:####(?!#)|\banswer\b(?:[\s*_]*[:=]|[^.!?\n:=]{0,60}?\b(?:is|would be)\b:?)[\s*_]*|<answer>)\s*", re.IGNORECASE
+)
+_TEXT_ENDS = re.compile(r"\n|(?<!\b[A-Z]\.[A-Z])(?<!\b(?:Mr|Ms|Dr|St))(?<!\bMrs)[.!?](?=\s|$)|</answer>")
 
 
 def _text(text: str, cut: bool = False, options: Sequence[str] = ()) -> str | None:

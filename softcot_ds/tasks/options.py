@@ -190,9 +190,11 @@ _SAYS = re.compile(
 )
 _DENIED = re.compile(
     r"(?:\b(?:not|never|no|cannot|neither|whether|if|suppose|assume|assuming|rules? out|ruled out|eliminates?|exclude"
-    r"|wrong|incorrect)|n't)(?: [a-z]{1,12}){0,2}[\s,(]*\Z",
+    r"|wrong|incorrect)|n't)(?: [a-z]{1,12}){0,2}[ ,(]*\Z",
     re.IGNORECASE,
 )
+# "Check each option: (A) ...", "We ask which answer is right. A ...": no option is chosen there yet.
+_ASKED = re.compile(r"\b(?:each|every|which|what)(?: (?:of|the|correct|right|answer)){0,3} \Z", re.IGNORECASE)
 _FILLERS = re.compile(
     r"""(?: [\s:=\-—>('\[{#.,]
           | \b(?:the|correct|right|final|best|definitely|clearly|simply|therefore|thus|so|hence|then|most|likely
@@ -225,10 +227,13 @@ def _announced(text: str, known: _Options) -> Iterator[_Choice]:
         if letter := _named_at(text[:stop], start, known) or known.of_value(text[start:stop]):
             is_closed = text[stop : stop + 1] == "}"
             yield _Choice(start, stop + is_closed, letter, is_closed)
+    listed = _listed(text)
     for mark in _SAYS.finditer(text):
-        if _DENIED.search(text[max(0, mark.start() - 40) : mark.start()]):
-            continue
+        before = text[max(0, mark.start() - 40) : mark.start()]
         start = _FILLERS.match(text, mark.end()).end()
+        opens_list = "\n" in text[mark.end() : start] and text.count("\n", 0, start) in listed
+        if _DENIED.search(before) or _ASKED.search(before) or opens_list:
+            continue
         stop = min(_sentence_end(text, start), start + 120)
         value = text[mark.end() : stop].lstrip(" :=\n")
         letter = _named_at(text, start, known) or known.of_beginning(text[start:stop]) or known.of_beginning(value)
@@ -277,10 +282,14 @@ _ENDS_IN = re.compile(r"(?:[>=→.]|\d\)?) ?\(?(?P<letter>[A-Z])\)?\.?$")
 
 
 def _without_listing(text: str) -> str:
-    """The text without the lines that list the options: each with the letter after that of the line before, from A."""
-    lines = text.split("\n")
+    listed = _listed(text)
+    return "\n".join(line for number, line in enumerate(text.split("\n")) if number not in listed)
+
+
+def _listed(text: str) -> set[int]:
+    """The lines, from 0, that list the options: each with the letter after that of the line before, from A."""
     listed, run = set(), []
-    for number, line in enumerate(lines):
+    for number, line in enumerate(text.split("\n")):
         match = _LISTED.match(line)
         letter = match["letter"].upper() if match else ""
         if letter and letter == LETTERS[len(run) % len(LETTERS)]:
@@ -289,7 +298,7 @@ def _without_listing(text: str) -> str:
             run = [number] if letter == "A" else []
         if len(run) > 1:
             listed.update(run)
-    return "\n".join(line for number, line in enumerate(lines) if number not in listed)
+    return listed
 
 
 def _labelled_line(text: str, known: _Options) -> str | None:

@@ -1,7 +1,6 @@
 """Reading the records of a data set, from a JSON file or from the hub, with the same checks."""
 
 import json
-import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -53,12 +52,18 @@ def _file_records(path: Path) -> Iterator[tuple[str, Record]]:
             first = file.readline(_LONGEST_LINE + 1).removeprefix(b"\xef\xbb\xbf").strip()
     except OSError as error:
         raise SoftCoTError(f"cannot read {path.absolute()}: {error.strerror}") from error
-    if first.startswith(b"[") or first == b"{" or _EXAMPLES.search(first):
+    if first.startswith(b"[") or first == b"{" or _holds_examples(first):
         return _whole_records(path)
     return read_json_lines(path)
 
 
-_EXAMPLES = re.compile(rb'^\{(?:\s*"[a-z_]{1,40}"\s*:\s*"[^"\\]{0,1000}"\s*,){0,20}\s*"examples"\s*:\s*\[')
+def _holds_examples(line: bytes) -> bool:
+    """Whether a line is a whole file: a record of JSON lines has no list of records."""
+    try:
+        value = json.loads(line)
+    except (ValueError, RecursionError):
+        return False
+    return isinstance(value, dict) and isinstance(value.get("examples"), list)
 
 
 def _whole_records(path: Path) -> Iterator[tuple[str, Record]]:

@@ -23,18 +23,22 @@ _WORD = r"""(?P<word>yes|no)\b(?![\w-])
     (?= ['\s)\]}*]* (?: [.,;:!—)\]}]|\ -\ |$|\n|<
         |\ (?:because|since|as|for|it|they|he|she|this|that|there|if|you|we|the|due|sir|i)\b ) )
     (?! ['\s,]*(?:/|or\b|and\b)\ *'?(?:yes|no)\b )"""
-_ALONE = re.compile(rf"[\s>#-]{{0,20}}(?:answer\b)?['\s(\[:]{{0,20}}{_WORD}['\s)\].!:,]*", re.VERBOSE | re.IGNORECASE)
+_ALONE = re.compile(
+    rf"[\s>#-]{{0,20}}(?:answer\b)?['\s(\[:]{{0,20}}{_WORD.replace('yes|no', 'yes|no|true|false', 1)}['\s)\].!:,]*",
+    re.VERBOSE | re.IGNORECASE,
+)
 _SAYS = re.compile(
     r"""(?<![^\W_]) (?:answer|ans|verdict|conclusion)\b
           (?: [\s_')\]]{0,4}(?::|=|→|->|>|\ -)
             | [^.!?\n:;=]{0,80}?(?<!could\ )(?<!may\ )(?<!might\ )(?<!not\ )(?<!n't\ )
-              \b(?:is|was|be|seems)\b(?!n't|\ not\b) )
+              \b(?:is|was|be|seems)\b(?!n't|\ not\b)
+            | \ to\b[^\n]{1,200}?\?['\s]{0,3}(?:is|would\ be)\b(?!n't|\ not\b) )
         | \#{4}(?!\#) | <answer>""",
     re.VERBOSE | re.IGNORECASE,
 )
 _SAID = re.compile(
     r"""(?:[\s:=—>('\[{#.,-]|\b(?:the|correct|right|final|best|clearly|simply|therefore|thus|so|most|likely|probably
-          |definitely|indeed|also|answer|is|be|a|an|would|should|it|that|to|this|question|statement|resounding)\b){0,40}
+          |definitely|definite|certainly|almost|very|safe|indeed|also|answer|is|be|a|an|would|should|it|that|to|this|question|statement|resounding)\b){0,40}
         (?P<word>yes|no|true|false)\b(?![\w-]) (?!\ (?:one|longer|more|way|evidence|clear|definitive|such|doubt)\b)
         (?!['\s,]*(?:/|or\b|and\b)\ *'?(?:yes|no|true|false)\b)""",
     re.VERBOSE | re.IGNORECASE,
@@ -58,7 +62,9 @@ _TAKEN_BACK = re.compile(
     r"['\s,.!:;—-]*(?:wait|hmm|hold on|actually|but (?:wait|actually)|let me|not quite|scratch)\b", re.IGNORECASE
 )
 _DOUBT = re.compile(r"[^.!?\n]{0,20}\? ?(?:no|wait|hmm)\b", re.IGNORECASE)
-_DENIED = re.compile(r"\b(?:whether|if|suppose|assume|assuming|say)(?: [a-z]{1,12}){0,2}\s*\Z", re.IGNORECASE)
+_DENIED = re.compile(
+    r"\b(?:whether|if|suppose|assume|assuming|let's say|let us say)(?: [a-z]{1,12}){0,2}\s*\Z", re.IGNORECASE
+)
 _VALUES = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
 
 
@@ -86,7 +92,7 @@ def extract_yes_no(text: str, cut: bool = False, options: Sequence[str] = ()) ->
     if concluded := [match for match in _CONCLUDES.finditer(text) if not _TAKEN_BACK.match(text, match.end())]:
         return (concluded[-1]["word"] or concluded[-1]["last"]).lower()
     if alone := [match for line in text.split("\n") if (match := _ALONE.fullmatch(line))]:
-        return alone[-1]["word"].lower()
+        return _VALUES[alone[-1]["word"].lower()]
     statements = [match for match in _STATEMENT.finditer(text) if not _TAKEN_BACK.match(text, match.end())]
     if statements and not re.search(r"\w", text[: statements[0].start("word")]):
         return statements[0]["word"].lower()
