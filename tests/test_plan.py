@@ -21,9 +21,9 @@ from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.planning import fit, search
 from softcot_ds.planning.fit import why_too_large
 from softcot_ds.planning.hardware import Cluster, load_hardware
-from softcot_ds.planning.jobs import jobs
+from softcot_ds.planning.jobs import decoding_memory, jobs
 from softcot_ds.planning.lengths import Data, Lengths, data_of, read_data
-from softcot_ds.planning.report import Plan, as_json, as_text, scale
+from softcot_ds.planning.report import Plan, as_json, as_text, make_plan, scale
 from softcot_ds.planning.search import Planner, Way
 from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
 from softcot_ds.planning.work import StepOnMeta
@@ -352,6 +352,25 @@ def test_layers_that_stay_are_as_many_as_training_leaves_room_for(monkeypatch):
         kept.append(way.resident)
     assert kept[1] < kept[0], "a larger micro-batch"
     assert kept[2] < kept[0], "a smaller GPU"
+
+
+def test_slices_have_their_16_bits_while_they_are_loaded():
+    recipe = load_recipe(RECIPES / "gsm8k_llama_405b.yaml", ["training.global_batch_size=32"])
+    planner = Planner(recipe, read_data(recipe))
+    way = Way("tensor", 8, 8, True, 0, 1, 32)
+    assert sum(planner.memory(way, 8).values()) == planner.held("tensor", 8, 16)
+    assert decoding_memory(planner, way) == planner.held("tensor", 8, 16)
+    assert not planner.choice(way, h100s(1)).fits
+    packed = replace(way, partition="node")
+    assert sum(planner.memory(packed, 8).values()) < planner.held("node", 8, 16)
+
+
+def test_a_task_without_training_data_is_evaluated_with_layers_that_stay():
+    changes = ["task.name=date_understanding", "task.train=null", "task.validation_problems=0", "task.test=a/b"]
+    recipe = load_recipe(RECIPES / "gsm8k_llama_8b.yaml", changes)
+    assert fit.spare_to_decode(recipe, "zero3", 60e9) > 0
+    with pytest.raises(SoftCoTError, match="there is no training data for date_understanding"):
+        make_plan(recipe, h100s(1))
 
 
 @pytest.mark.distributed
