@@ -6,6 +6,7 @@ from dataclasses import replace
 from itertools import cycle
 
 import pytest
+from forked import run_forked
 from launch import ROOT
 
 from softcot_ds.adapter import adapter_config
@@ -20,7 +21,6 @@ from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.submit import submit
-from softcot_ds.training.loop import train
 
 SIZES = ["task.train_problems=16", "task.validation_problems=4", "task.test_problems=4", "thoughts.source=online"]
 DECODE = ["evaluation.batch_size=1", "evaluation.max_new_tokens=40", "evaluation.text_max_tokens=6"]
@@ -250,7 +250,7 @@ def test_submit_makes_them_first_where_they_are_missing(tmp_path, capsys):
     assert (f"targets: {recipe.task.targets}" in shown, "steps: 6" in shown) == (True, True)
 
 
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_training_on_them_and_its_report(tmp_path, scribe):
     """Evaluation needs the file no more."""
     steps = [
@@ -261,8 +261,8 @@ def test_training_on_them_and_its_report(tmp_path, scribe):
     ]
     recipe = make_recipe(tmp_path, *steps, "evaluation.conditions=[none]")
     write_for(recipe)
-    train(recipe)
     (tmp_path / "recipe.yaml").write_text(recipe.to_yaml())
+    run_forked(1, "softcot_ds.train", tmp_path / "recipe.yaml")
     recipe.task.targets_file.unlink()
     report = evaluate(*recipe_and_adapter(str(tmp_path / "recipe.yaml"), []))
     assert report["train"]["own_targets"] == {
