@@ -35,7 +35,7 @@ from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.partition import decoding_config
 from softcot_ds.models.scoring import Scorer
-from softcot_ds.planning.lengths import read_data
+from softcot_ds.planning.report import make_plan
 from softcot_ds.recipe import Condition, load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.thoughts import reader as thought_reader
@@ -627,7 +627,7 @@ def test_an_adapter_of_one_task_is_evaluated_on_another(recipe, adapter, tmp_pat
     assert table(again).splitlines()[1].endswith("by ours")
 
     (tmp_path / "own.yaml").write_text(found.to_yaml())
-    for command in (train, read_data):
+    for command in (train, lambda recipe: make_plan(recipe, cluster=None)):
         with pytest.raises(SoftCoTError, match="no training data for date_understanding; train on another task"):
             command(load_recipe(tmp_path / "own.yaml"))
 

@@ -432,7 +432,7 @@ def test_a_digit_repeated_for_ever_is_wrong_not_an_error(words):
 
 @pytest.mark.parametrize("name", [name for name in TASKS if name != "custom"])
 def test_every_shipped_prompt_file_is_complete(name):
-    config = {"test": "a/b", "train_problems": 1, "test_problems": 1}
+    config = {"train_problems": 1, "test_problems": 1}
     prompts = PromptFile.load(make_task(TaskConfig(name=name, **config)).prompt_file)
     assert "{question}" in prompts.base_without_thoughts[0]["content"]
 
