@@ -7,20 +7,29 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator
 
 from softcot_ds.choices import TASKS, chosen, one_of
 from softcot_ds.section import FREE, Section
-from softcot_ds.values import Count, CountOrZero, DataName, ExistingFile, TargetsName
+from softcot_ds.values import Count, CountOrZero, DataName, ExistingFile, Key, TargetsName
 
 
 class FieldsConfig(Section):
     """What the keys of a record are called in data of one's own."""
 
-    question: str
-    answer: str
-    """A number, a letter, a yes or no (also true or false), or a text, as task.answer says."""
-    reasoning: str | None = None
+    question: Key
+    answer: Key
+    """A number, an option, a yes or no (also true or false), or a text, as task.answer says. An option is named by its
+    letter, by its text, or by its position, an integer from 0."""
+    reasoning: Key | None = None
     """The worked solution that the base is trained to write before the answer, a text or a list of steps. Default: the
     answer alone."""
-    options: str | None = None
-    """A list of texts; A, B, and so on are put in front of them. With task.answer=option."""
+    options: Key | None = None
+    """A list of texts, all of which may carry "A)", "(A)", "A." or "A:", and so on; else these are put in front. With
+    task.answer=option."""
+
+    @field_validator("answer", "reasoning", "options")
+    @classmethod
+    def _each_has_its_own(cls, value: str | None, info: ValidationInfo) -> str | None:
+        if value is not None and (same := [name for name, key in info.data.items() if key == value]):
+            raise ValueError(f"{value!r} is the key of {same[0]} too; each has one of its own")
+        return value
 
 
 class TaskConfig(Section):

@@ -20,7 +20,11 @@ def resolve_location(name: str) -> str:
 
 def _is_hub_name(name: str) -> bool:
     """Whether ``name`` has the form of a hub repository, ``owner/name``."""
-    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.endswith((".json", ".jsonl"))
+    return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.lower().endswith(_FILES)
+
+
+_FILES = (".json", ".jsonl", ".xml", ".csv", ".tsv", ".txt", ".yaml", ".yml", ".parquet", ".gz", ".bz2", ".xz", ".zip")
+"""What no hub repository is called. Any ending will not do: there are names like whisper-base.en."""
 
 
 # The checks ask os.path, which says False where pathlib raises: a folder that may not be read, too long a name.
@@ -36,7 +40,7 @@ def _check_model(name: str) -> str:
 
 def _check_data(name: str) -> str:
     if not os.path.isfile(name) and not _is_hub_name(name):
-        raise ValueError(f"{name!r} is neither a file nor a hub name (owner/name)")
+        raise ValueError(f"no such file: {os.path.abspath(name)}; and {name!r} is no hub name (owner/name)")
     return name
 
 
@@ -75,6 +79,8 @@ def _check_targets(name: str) -> str:
 
 ModelName = Annotated[str, AfterValidator(_check_model)]
 DataName = Annotated[str, AfterValidator(_check_data)]
+Key = Annotated[str, Field(min_length=1)]
+"""Of a record of the data."""
 TargetsName = Annotated[str, Field(min_length=1), AfterValidator(_check_targets)]
 """``gold``, or a file that exists or can be made."""
 AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]

@@ -352,6 +352,8 @@ def test_problems_that_are_cut_by_content_stay_where_they_are(tmp_path):
         ("option", "b", "B"),
         ("option", "(B)", "B"),
         ("option", "5", "B"),
+        ("option", 1, "B"),
+        ("option", 0, "A"),
     ],
 )
 def test_answers_of_ones_own_are_of_any_kind(read, kind, value, answer):
@@ -362,8 +364,58 @@ def test_answers_of_ones_own_are_of_any_kind(read, kind, value, answer):
     assert (
         task.is_correct(task.extract(f"Well. The answer is {value}.", options=problem.options), problem)
         or value is True
+        or (kind == "option" and isinstance(value, int))
     )
     assert not task.is_correct(task.extract("The answer is 77.", options=problem.options), problem)
+
+
+CHOICE = {"fields": {"question": "problem", "answer": "final", "options": "steps"}, "answer": "option"}
+
+
+@pytest.mark.parametrize("form", ["{}) {}", "({}) {}", "{}. {}", "{}: {}", " {}){}"])
+def test_options_that_carry_their_letters_are_not_given_them_twice(read, form):
+    options = [form.format(letter, text) for letter, text in zip("ABC", ("4", "A) in part", "6"), strict=True)]
+    _, found, _ = read(
+        "custom", [OWN | {"steps": options, "final": final} for final in ("C", 2, "6", options[2])], **CHOICE
+    )
+    expected = Problem("2 + 3?\nOptions:\n(A) 4\n(B) A) in part\n(C) 6", "", "C", ("4", "A) in part", "6"))
+    assert found == [expected] * 4
+
+
+@pytest.mark.parametrize("options", [["A) 4", "C) 5"], ["A) 4", "5"], ["B) 4", "A) 5"]])
+def test_what_only_looks_like_labels_belongs_to_the_options(read, options):
+    _, (problem,), _ = read("custom", [OWN | {"steps": options, "final": 1}], **CHOICE)
+    assert problem.options == tuple(options)
+
+
+@pytest.mark.parametrize(
+    ("options", "final", "message"),
+    [
+        (["4"], "A", "'steps' has 1 options; 2 to 26 can be chosen from"),
+        ([str(number) for number in range(27)], "A", "'steps' has 27 options; 2 to 26 can be chosen from"),
+        (["4", " "], "A", "'steps': the option B is empty"),
+        (["A) 4", "B)"], "A", "'steps': the option B is empty"),
+        (["4", "5\n6"], "A", "'steps': the option B is of several lines; write each in one"),
+        (["4", "5", "4 "], "A", "'steps': the options A and C are both '4'"),
+        (
+            ["4", "5"],
+            "C",
+            "'final' is 'C', which is no option: neither a letter from A to B, nor a position, an integer",
+        ),
+        (["4", "5"], "six", "'final' is 'six', which is no option"),
+        (["4", "5"], 2, "'final' is 2, which is no option"),
+        (["4", "5"], -1, "'final' is -1, which is no option"),
+        (["4", "5"], "", "'final' is '', which is no option"),
+        (["1", "0"], 1, "'final' is 1, the position of one option and the text of another; write its letter"),
+        (["B", "A"], "A", "'final' is 'A', the letter of one option and the text of another; write its position, an"),
+        (["4", "5"], 1.0, "'final' is float, expected str or int; found 1.0"),
+    ],
+)
+def test_options_that_no_letter_can_choose_and_answers_that_name_none_are_refused(read, options, final, message):
+    _, _, found = read(
+        "custom", [OWN | {"steps": ["4", "5"], "final": "A"}, OWN | {"steps": options, "final": final}], **CHOICE
+    )
+    assert found.startswith(message)
 
 
 @pytest.mark.parametrize(
@@ -450,6 +502,11 @@ def test_a_task_without_a_rule_of_the_reference_is_told(tmp_path):
         (["task.name=custom"], "task.test: missing; name a JSON-lines file or a hub name"),
         (["task.name=custom", "task.test_from_train=order"], "task.train: missing; name a JSON-lines file or a hub"),
         (["task.name=custom", "task.fields={question: a}"], "task.fields.answer: missing"),
+        (["task.name=custom", "task.fields={question: '', answer: a}"], "task.fields.question: "),
+        (
+            ["task.name=custom", "task.fields={question: a, answer: b, reasoning: b}"],
+            "task.fields.reasoning: 'b' is the key of answer too; each has one of its own",
+        ),
         (
             ["task.name=custom", "task.fields={question: a, answer: b}", "task.answer=option"],
             "task.answer: 'option' does not fit fields.options=None",

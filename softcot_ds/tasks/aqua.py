@@ -1,15 +1,12 @@
 """AQuA, algebra with five options (Ling et al., arXiv:1705.04146)."""
 
-import re
 from collections.abc import Mapping
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import DataTask, Problem, boxed, with_options
+from softcot_ds.tasks.base import DataTask, Problem, boxed, with_options, without_labels
 from softcot_ds.tasks.kinds import KINDS
 from softcot_ds.tasks.options import LETTERS
 from softcot_ds.tasks.records import Record, Types
-
-_LABEL = re.compile(r"\s*\(?([A-Z])\s*\)\s*")
 
 
 class AQuA(DataTask):
@@ -21,10 +18,9 @@ class AQuA(DataTask):
     kind = KINDS["option"]
 
     def problem(self, record: Record) -> Problem:
-        labels = [_LABEL.match(option) for option in record["options"]]
-        if not labels or "".join(label[1] if label else "?" for label in labels) != LETTERS[: len(labels)]:
+        options = tuple(without_labels(record["options"]) or ())
+        if not options:
             raise SoftCoTError(f"'options' are not labelled 'A)', 'B)' and so on; found {record['options']}")
-        options = tuple(text[label.end() :].strip() for text, label in zip(record["options"], labels, strict=True))
         correct = record["correct"].strip()
         if len(correct) != 1 or correct not in LETTERS[: len(options)]:
             raise SoftCoTError(f"'correct' is {correct!r}, which is none of the options' letters")

@@ -3,6 +3,7 @@
 import copy
 import hashlib
 import inspect
+import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -230,6 +231,17 @@ def with_options(question: str, options: Sequence[str]) -> str:
     """A question as the models read it, its options in lines of their own."""
     lines = [f"({letter}) {text}" for letter, text in zip(LETTERS, options, strict=False)]
     return "\n".join([question, "Options:", *lines]) if lines else question
+
+
+_LABEL = re.compile(r"\s*\(?([A-Z])\s*[).:]\s*")
+
+
+def without_labels(options: Sequence[str]) -> list[str] | None:
+    """The texts of options that carry "A)", "(A)", "A." or "A:", "B)", and so on, in order; None where not all do."""
+    labels = [_LABEL.match(option) for option in options]
+    if "".join(label[1] if label else "?" for label in labels) != LETTERS[: len(options)]:
+        return None
+    return [option[label.end() :].strip() for option, label in zip(options, labels, strict=True) if label]
 
 
 def boxed(reasoning: str, answer: str) -> str:

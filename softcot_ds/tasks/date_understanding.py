@@ -10,13 +10,12 @@ import re
 from collections.abc import Mapping
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import DataTask, Problem, boxed, with_options
+from softcot_ds.tasks.base import DataTask, Problem, boxed, with_options, without_labels
 from softcot_ds.tasks.kinds import KINDS
 from softcot_ds.tasks.options import LETTERS
 from softcot_ds.tasks.records import Record, Types
 
 _OPTIONS = re.compile(r"\s*\nOptions:\s*\n(?=\(A\))")
-_OPTION = re.compile(r"\(([A-Z])\) *(.*\S)\s*")
 _FRAME = re.compile(r"\A\s*Q:\s*|\s*\n\s*A:\s*\Z")
 
 
@@ -46,13 +45,13 @@ class DateUnderstanding(DataTask):
 def _lettered(text: str, target: object) -> tuple[str, list[str], str]:
     """Question, options and correct letter of a record of BIG-bench Hard."""
     parts = _OPTIONS.split(text)
-    found = [_OPTION.fullmatch(line) for line in parts[-1].splitlines()] if len(parts) == 2 else []
-    if not found or "".join(one[1] if one else "?" for one in found) != LETTERS[: len(found)]:
+    options = without_labels(parts[1].splitlines()) if len(parts) == 2 else None
+    if not options:
         raise SoftCoTError("'input' does not end in 'Options:' and lines '(A) ...', '(B) ...' and so on")
     letter = target.strip("() ") if isinstance(target, str) else ""
-    if len(letter) != 1 or letter not in LETTERS[: len(found)]:
+    if len(letter) != 1 or letter not in LETTERS[: len(options)]:
         raise SoftCoTError(f"'target' is {target!r}, which is none of the options' letters, such as '(A)'")
-    return parts[0].strip(), [one[2] for one in found if one], letter
+    return parts[0].strip(), options, letter
 
 
 def _scores(record: Record) -> dict[str, object]:

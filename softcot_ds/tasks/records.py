@@ -16,6 +16,10 @@ _LONGEST_LINE = 2**24
 """Bytes. Longer lines are no problems and solutions, but another kind of file, perhaps larger than the memory."""
 
 
+_PACKED = (b"\x1f\x8b", b"BZh", b"\xfd7zXZ", b"\x28\xb5\x2f\xfd", b"PK\3\4")
+"""How files begin that gzip, bzip2, xz, zstd and zip write."""
+
+
 def read_records(
     source: str,
     split: str,
@@ -52,6 +56,8 @@ def _file_records(path: Path) -> Iterator[tuple[str, Record]]:
             first = file.readline(_LONGEST_LINE + 1).removeprefix(b"\xef\xbb\xbf").strip()
     except OSError as error:
         raise SoftCoTError(f"cannot read {path.absolute()}: {error.strerror}") from error
+    if first.startswith(_PACKED):
+        raise SoftCoTError(f"{path} is compressed; unpack it first, and name what was in it")
     if first.startswith(b"[") or first == b"{" or _holds_examples(first):
         return _whole_records(path)
     return read_json_lines(path)
