@@ -96,10 +96,14 @@ def test_problems_beyond_test_problems_are_kept_out_of_training_too():
 
 
 def test_repeated_questions_count_once_the_first_time():
-    splits = split(["a", "b", " A ", "b"], ["t", "T"])
+    splits = split(["a", "b", " A ", "b"], ["t", "T", "u"])
     assert questions(splits.train) == ["a", "b"]
     assert [example.problem.answer for example in splits.train] == ["0", "1"]
-    assert questions(splits.test) == ["t"]
+    assert questions(splits.test) == ["t", "u"]
+    assert splits.notes == [
+        "1 of 3 test problems ask what an earlier one asks, 1 of them with another answer; left out, such as 'T'",
+        "2 of 4 training problems ask what an earlier one asks, 2 of them with another answer; left out, such as ' A '",
+    ]
 
 
 def test_limits_on_the_numbers_of_problems_are_kept():

@@ -258,13 +258,19 @@ def test_all_mistakes_are_reported_together(write):
         ([f"name={'x' * 129}"], "name: string should have at most 128 characters, found 'xxx"),
         (["name="], "name: input should be a valid string, found None"),
         (["name=5"], "name: a text, found 5; put it in quotes"),
-        (["task.train=nowhere.jsonl"], "task.train: 'nowhere.jsonl' is neither a file nor a hub name (owner/name)"),
-        (["task.train=data/nowhere.jsonl"], "task.train: 'data/nowhere.jsonl' is neither a file nor a hub name"),
-        (["task.train=../a"], "task.train: '../a' is neither a file nor a hub name"),
+        (
+            ["task.train=nowhere.jsonl"],
+            "task.train: no such file: /",
+        ),
+        *(
+            (["task.train=data/no" + end], "task.train: no such file: /")
+            for end in (".jsonl", ".XML", ".tsv", ".json.gz")
+        ),
+        (["task.train=../a"], "task.train: no such file: /"),
         (["base.model=my model"], "base.model: 'my model' is neither a folder nor a hub name (owner/name)"),
         (["base.model=/no/such"], "base.model: '/no/such' is neither a folder nor a hub name (owner/name)"),
         (["base.model=package:nothing"], "base.model: '"),
-        ([f"task.train={'x' * 5000}"], "task.train: 'xxx"),
+        ([f"task.train={'x' * 5000}"], "task.train: no such file: /"),
         (["task.prompts=no.yaml"], "task.prompts: no such file: "),
     ],
 )

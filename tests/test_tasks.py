@@ -1,6 +1,9 @@
 """Problems are read whole and in order, or the line that is wrong is named; answers are graded by value."""
 
+import bz2
+import gzip
 import json
+import lzma
 import re
 import shutil
 import sys
@@ -145,6 +148,10 @@ def test_what_is_not_utf8_or_not_a_file_is_named(tmp_path):
         list(read_json_lines(path))
     with pytest.raises(SoftCoTError, match=r"cannot read .*: Is a directory"):
         list(read_json_lines(tmp_path))
+    for pack in (gzip.compress, bz2.compress, lzma.compress):
+        path.write_bytes(pack(b'{"question": "a"}\n'))
+        with pytest.raises(SoftCoTError, match=r"data.jsonl is compressed; unpack it first"):
+            list(read_records(str(path), "train", {}))
 
 
 def test_a_line_without_end_is_refused_before_it_fills_the_memory(tmp_path, monkeypatch):

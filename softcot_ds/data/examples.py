@@ -101,12 +101,12 @@ def load_splits(
 
 
 def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Problem]], list[str]]:
-    notes = []
-    test = _without_repeats(task.read("test"))
+    test, notes = _without_repeats(task.read("test"), "test")
     if not task.trains:
         return {"train": [], "validation": [], "test": test[: config.test_problems]}, notes
     test_questions = {_normalized(problem.question) for problem in test}
-    train = _without_repeats(task.read("train"))
+    train, repeated = _without_repeats(task.read("train"), "training")
+    notes += repeated
     kept = [problem for problem in train if _normalized(problem.question) not in test_questions]
     if len(kept) < len(train):
         notes.append(f"{len(train) - len(kept)} training problems are in the test data too; left out")
@@ -158,8 +158,19 @@ def _normalized(question: str) -> str:
     return " ".join(question.split()).lower()
 
 
-def _without_repeats(problems: list[Problem]) -> list[Problem]:
-    return list({_normalized(problem.question): problem for problem in reversed(problems)}.values())[::-1]
+def _without_repeats(problems: list[Problem], split: str) -> tuple[list[Problem], list[str]]:
+    """The first problem of each question, and what is to be said of the others."""
+    first = {_normalized(problem.question): problem for problem in reversed(problems)}
+    kept = list(first.values())[::-1]
+    if len(kept) == len(problems):
+        return kept, []
+    chosen = {id(problem) for problem in kept}
+    repeats = [problem for problem in problems if id(problem) not in chosen]
+    others = sum(problem.answer != first[_normalized(problem.question)].answer for problem in repeats)
+    return kept, [
+        f"{len(repeats)} of {len(problems)} {split} problems ask what an earlier one asks, {others} of them with "
+        f"another answer; left out, such as {repeats[0].question[:60]!r}"
+    ]
 
 
 def _leave_out_long(
