@@ -110,6 +110,17 @@ def test_losses_of_one_problem_have_no_interval_and_equal_ones_no_difference():
     assert compare_losses([3.0] * 20, [3.0] * 20, [4] * 20, seed=0) == equal
 
 
+@pytest.mark.parametrize(
+    ("samples", "first", "second"),
+    [(3, [3, 2, 1, 2, 1, 1, 1, 0], [1, 1, 0, 2, 1, 3, 2, 1]), (3, [2, 3, 0, 0, 0, 0], [0, 0, 0, 2, 0, 3])],
+)
+def test_differences_that_cancel_out_are_no_evidence_at_all(samples, first, second):
+    # As floating numbers these shares sum to something by 1e-17, and p was 0.81 and 0.88.
+    shares = ([count / samples for count in side] for side in (first, second))
+    found = compare_scores(*shares, seed=0)
+    assert (found["difference"], found["p_value"]) == (0, 1)
+
+
 def test_scores_between_right_and_wrong_are_compared_by_every_choice_of_signs():
     first, second = [1, 0.5, 1, 0, 0.25, 1, 0.5], [0, 0.5, 0.5, 0.25, 0, 0, 1]
     differences = [Fraction(one) - Fraction(other) for one, other in zip(first, second, strict=True)]

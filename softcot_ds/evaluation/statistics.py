@@ -1,6 +1,8 @@
 """Intervals and tests for accuracies and losses on the same problems."""
 
 from collections.abc import Mapping, Sequence
+from fractions import Fraction
+from math import lcm
 from typing import Any
 
 import numpy as np
@@ -81,12 +83,21 @@ def compare_scores(first: Sequence[float], second: Sequence[float], seed: int) -
     Returns:
         The ``difference`` of the means, its ``ci95`` as by ``mean_interval``, and the two-sided ``p_value``.
     """
-    differences = np.subtract(first, second)
+    exact = [_fraction(one) - _fraction(other) for one, other in zip(first, second, strict=True)]
+    unit = lcm(*(difference.denominator for difference in exact))
+    # Whole numbers: sums that are equal, or cancel out, must be seen as equal for the test to count them.
+    counts = np.array([int(difference * unit) for difference in exact], float)
+    differences = counts / unit
     return {
-        "difference": float(differences.mean()),
+        "difference": float(sum(exact) / len(exact)),
         "ci95": mean_interval(differences, seed),
-        "p_value": _permutation_p(differences, seed) if len(differences) > 1 else 1.0,
+        "p_value": _permutation_p(counts, seed) if len(counts) > 1 else 1.0,
     }
+
+
+def _fraction(score: float) -> Fraction:
+    """The share of K samples, or of tied answers, that a score is."""
+    return Fraction(score).limit_denominator(10_000)
 
 
 def mean_interval(values: Sequence[float] | np.ndarray, seed: int) -> tuple[float, float] | None:
