@@ -150,7 +150,7 @@ def test_what_is_not_utf8_or_not_a_file_is_named(tmp_path):
         list(read_json_lines(tmp_path))
     for pack in (gzip.compress, bz2.compress, lzma.compress):
         path.write_bytes(pack(b'{"question": "a"}\n'))
-        with pytest.raises(SoftCoTError, match=r"data.jsonl is compressed; unpack it first"):
+        with pytest.raises(SoftCoTError, match=r"data.jsonl: compressed; unpack it"):
             list(read_records(str(path), "train", {}))
 
 

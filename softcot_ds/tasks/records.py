@@ -57,7 +57,7 @@ def _file_records(path: Path) -> Iterator[tuple[str, Record]]:
     except OSError as error:
         raise SoftCoTError(f"cannot read {path.absolute()}: {error.strerror}") from error
     if first.startswith(_PACKED):
-        raise SoftCoTError(f"{path} is compressed; unpack it first, and name what was in it")
+        raise SoftCoTError(f"{path}: compressed; unpack it, and name what was in it")
     if first.startswith(b"[") or first == b"{" or _holds_examples(first):
         return _whole_records(path)
     return read_json_lines(path)
