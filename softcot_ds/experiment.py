@@ -68,7 +68,8 @@ class Experiment:
     def splits(self) -> Splits:
         """The examples, read and tokenized on first use."""
         limits = ContextLimits(context_length(self.assistant_config), context_length(self.base_config))
-        splits = load_splits(self.task, self.recipe.task, self.base_prompts, self.assistant_prompts, limits)
+        recipe = self.recipe
+        splits = load_splits(self.task, recipe.task, recipe.targets, self.base_prompts, self.assistant_prompts, limits)
         for example in (*splits.train, *splits.validation, *splits.test):
             self._check_tokens("base", [*example.prefix_ids, *example.suffix_ids, *example.target_ids])
             self._check_tokens("assistant", example.assistant.token_ids)

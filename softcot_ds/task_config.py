@@ -160,14 +160,15 @@ class TargetsConfig(Section):
     samples: Count = 4
     """How often the base is asked each problem, at most: one that has enough right solutions is not asked again."""
     per_problem: Count = 1
-    """How many right solutions of a problem are trained on, at most; no two are the same."""
+    """How many right solutions of a problem are kept and trained on, at most; no two are the same."""
     temperature: float = Field(0.7, ge=0)
     """0 decodes greedily."""
     top_p: float = Field(1.0, gt=0, le=1)
     condition: Literal["none", "text"] = "none"
     """What the base is asked with. none: the question alone. text: the assistant's words too."""
     otherwise: Literal["gold", "leave_out"] = "gold"
-    """Problems without a right solution. gold: the data's own is trained on. leave_out: they are not."""
+    """Problems without a right solution. gold: the data's own is trained on. leave_out: they are not. Training asks
+    for it: a file serves for both."""
 
     @field_validator("per_problem")
     @classmethod

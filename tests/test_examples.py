@@ -5,7 +5,7 @@ import pytest
 from softcot_ds.data.examples import ContextLimits, load_splits
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import TaskConfig
+from softcot_ds.recipe import TargetsConfig, TaskConfig
 from softcot_ds.tasks import Problem
 
 
@@ -45,9 +45,8 @@ class Given:
 
 def split(train, test=("t",), count=2, limits=(100, 100), **config):
     values = {"name": "gsm8k", "train": "a/b", "test": "a/b", "validation_problems": 0} | config
-    return load_splits(
-        Given(train, list(test)), TaskConfig(**values), Letters(count), Letters(count), ContextLimits(*limits)
-    )
+    task, letters = Given(train, list(test)), Letters(count)
+    return load_splits(task, TaskConfig(**values), TargetsConfig(), letters, letters, ContextLimits(*limits))
 
 
 def questions(examples) -> list[str]:

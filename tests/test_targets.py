@@ -17,10 +17,12 @@ from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.targets import make_targets
 from softcot_ds.experiment import Experiment
+from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.submit import submit
+from softcot_ds.training.resume import agreed_start
 
 SIZES = ["task.train_problems=16", "task.validation_problems=4", "task.test_problems=4", "thoughts.source=online"]
 DECODE = ["evaluation.batch_size=1", "evaluation.max_new_tokens=40", "evaluation.text_max_tokens=6"]
@@ -116,12 +118,29 @@ def test_several_of_a_problem_differ_and_share_what_the_assistant_says(tmp_path,
     assert splits.own.words() in splits.notes
 
 
-def test_problems_without_a_solution_are_left_out_where_the_file_says_so(tmp_path, solver):
-    recipe = solver.use(make_recipe(tmp_path, "targets.samples=1", "targets.otherwise=leave_out"))
+def test_problems_without_a_solution_are_left_out_where_that_is_wanted_with_the_same_file(tmp_path, solver):
+    recipe = solver.use(make_recipe(tmp_path, "targets.samples=1"))
     make_targets(recipe)
-    splits = Experiment(recipe).splits
+    assert len(Experiment(recipe).splits.train) == 12
+    without = make_recipe(tmp_path, "targets.samples=1", "targets.otherwise=leave_out")
+    calls = len(solver.asked)
+    make_targets(without)
+    assert len(solver.asked) == calls
+    splits = Experiment(without).splits
     assert 0 < len(splits.train) == splits.own.solved < 12
     assert {solver.kinds[example.problem.id] for example in splits.train} <= {"always", "sometimes"}
+    assert splits.notes[0].endswith("of 12 training problems, the others left out")
+
+
+@pytest.mark.parametrize("otherwise", ["gold", "leave_out"])
+def test_a_base_that_solves_nothing_has_no_targets(tmp_path, solver, otherwise, monkeypatch):
+    recipe = solver.use(make_recipe(tmp_path, "targets.samples=2", f"targets.otherwise={otherwise}"))
+    monkeypatch.setattr(solver, "kinds", dict.fromkeys(solver.kinds, "never"))
+    for asked in (24, 24):  # what was decoded is kept
+        with pytest.raises(SoftCoTError, match=r"solved none of 12 training problems.*task.targets=gold"):
+            make_targets(recipe)
+        assert sum(map(len, solver.asked)) == asked
+    assert not recipe.task.targets_file.exists()
 
 
 def test_a_finished_file_needs_no_model_and_one_made_otherwise_is_not_written_over(tmp_path, solver, monkeypatch):
@@ -164,11 +183,15 @@ def edited(number, old, new):
     ("damage", "said"),
     [
         (edited(2, '"samples": ', '"samples": 1'), r"targets.jsonl:3: damaged, edited"),
-        (edited(0, '"otherwise": "gold"', '"otherwise": "leave_out"'), r"targets.jsonl:1: the first line is not"),
-        (lambda lines: lines[:-1], r"targets.jsonl:12: the file ends after 11 problems, and its first line says 12"),
-        (lambda lines: lines[:1], r"targets.jsonl:1: the file ends after 0 problems"),
+        (edited(0, '"problems": 12', '"problems": 11'), r"targets.jsonl:1: the first line is not"),
+        (edited(0, '"format": 2', '"format": 1'), r"targets.jsonl:1: the first line is not"),
+        (lambda lines: lines[:-1], r"targets.jsonl: the file ends after 11 problems, and its first line says 12"),
+        (lambda lines: lines[:1], r"targets.jsonl: the file ends after 0 problems"),
         (lambda lines: [*lines[:5], lines[5][:30]], r"targets.jsonl:6: not JSON"),
+        (lambda lines: [*lines[:4], lines[3], *lines[5:]], r"targets.jsonl:5: damaged, edited, or not the line"),
+        (lambda lines: [lines[0], lines[2], lines[1], *lines[3:]], r"targets.jsonl:2: damaged"),
         (lambda lines: lines[1:], r"targets.jsonl:1: the first line is not"),
+        (lambda lines: [*lines, "", lines[-1]], r"targets.jsonl:14: empty line"),
         (lambda lines: [], r"targets.jsonl: the file is empty"),
         (lambda lines: ['{"question": "a", "answer": "b"}'], r"targets.jsonl:1: the first line is not"),
     ],
@@ -178,19 +201,21 @@ def test_a_damaged_file_is_refused_with_file_and_line(tmp_path, damage, said):
     write_for(recipe)
     path = recipe.task.targets_file
     path.write_text("".join(line + "\n" for line in damage(path.read_text().splitlines())))
-    with pytest.raises(SoftCoTError, match=said):
+    with pytest.raises(SoftCoTError, match=said + ".*; move it away and make it again: softcot-ds targets RECIPE"):
         _ = Experiment(recipe).splits
 
 
-def write_for(recipe, otherwise="gold", text="so it is answer {}", **changed):
+def write_for(recipe, text="so it is answer {}", **changed):
     """A file of targets, a solution of every second problem."""
     examples = gold(recipe)
     texts = [text.format(changed.get("answer", example.problem.answer)) for example in examples]
     problems = [
         Solved(e.problem.id, 1, [t] if i % 2 else []) for i, (e, t) in enumerate(zip(examples, texts, strict=True))
     ]
-    made_from = {"settings": recipe.targets.model_dump(mode="json")}
-    OwnTargets(made_from, otherwise, problems[: changed.get("first", 100)]).write(recipe.task.targets_file)
+    base = {"model": changed.get("model", recipe.base.model)}
+    base["fingerprint"] = weights_fingerprint(recipe.base.model_copy(update=base))
+    made_from = {"base": base, "settings": recipe.targets.model_dump(mode="json")}
+    OwnTargets(made_from, problems[: changed.get("first", 100)]).write(recipe.task.targets_file)
 
 
 def test_a_file_of_other_problems_or_answers_is_refused(tmp_path):
@@ -207,6 +232,17 @@ def test_a_file_of_other_problems_or_answers_is_refused(tmp_path):
     fewer = make_recipe(tmp_path, "task.validation_problems=8")
     own = Experiment(fewer).splits.own
     assert (own.problems, own.solved < 6) == (8, True), "a part of the problems is a training of its own"
+
+
+def test_solutions_by_another_model_are_not_its_own(tmp_path):
+    recipe = make_recipe(tmp_path)
+    recipe.run_dir.mkdir()
+    write_for(recipe, model=recipe.assistant.model)
+    with pytest.raises(SoftCoTError, match=r"solutions by package:pair/assistant .* package:pair/base holds other"):
+        agreed_start(Experiment(recipe))
+    assert not (recipe.run_dir / "recipe.yaml").exists()
+    write_for(recipe)
+    assert agreed_start(Experiment(recipe)) is None
 
 
 def test_what_is_wrong_with_a_recipe_is_said(tmp_path):
@@ -267,5 +303,6 @@ def test_training_on_them_and_its_report(tmp_path, scribe):
     report = evaluate(*recipe_and_adapter(str(tmp_path / "recipe.yaml"), []))
     assert report["train"]["own_targets"] == {
         "problems": 12, "solved": 6, "solutions": 6, "otherwise": "gold", "condition": "none",
+        "base": "package:pair/base", "fingerprint": weights_fingerprint(recipe.base),
     }  # fmt: skip
     assert "trained on 6 solutions by the base itself (condition none) for 6 of 12 training problems" in table(report)

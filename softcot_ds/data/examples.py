@@ -9,7 +9,7 @@ from pathlib import Path
 from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts
 from softcot_ds.data.targets import REMEDY, OwnShare, OwnTargets
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.recipe import TaskConfig
+from softcot_ds.recipe import TargetsConfig, TaskConfig
 from softcot_ds.tasks import Problem, Task
 
 
@@ -69,7 +69,12 @@ def make_example(problem: Problem, target: str, base: BasePrompts, assistant: As
 
 
 def load_splits(
-    task: Task, config: TaskConfig, base: BasePrompts, assistant: AssistantPrompts, limits: ContextLimits
+    task: Task,
+    config: TaskConfig,
+    targets: TargetsConfig,
+    base: BasePrompts,
+    assistant: AssistantPrompts,
+    limits: ContextLimits,
 ) -> Splits:
     """Read the task's data, cut the validation set, tokenize.
 
@@ -92,7 +97,7 @@ def load_splits(
     own = None
     if config.targets_file is not None and task.trains:
         # In the place of the data's own, of problems that fit with those: which problems are trained on is the same.
-        splits["train"], own = _with_own_targets(splits["train"], config.targets_file, task, base)
+        splits["train"], own = _with_own_targets(splits["train"], config.targets_file, targets, task, base)
         splits["train"], note = _leave_out_long(splits["train"], "train", config.max_tokens, limits)
         notes += [own.words(), *note]
     if not splits["train"] and task.trains:
@@ -128,7 +133,7 @@ def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Prob
 
 
 def _with_own_targets(
-    examples: list[Example], path: Path, task: Task, base: BasePrompts
+    examples: list[Example], path: Path, settings: TargetsConfig, task: Task, base: BasePrompts
 ) -> tuple[list[Example], OwnShare]:
     """Raises SoftCoTError when the file is not that of these problems and their answers, or damaged."""
     own = OwnTargets.read(path)
@@ -148,10 +153,11 @@ def _with_own_targets(
                 f"{wrong[0][-60:]!r}; {REMEDY}"
             )
         found += [replace(example, target_ids=base.target_ids(text)) for text in texts]
-        if not texts and own.otherwise == "gold":
+        if not texts and settings.otherwise == "gold":
             found.append(example)
         solved, solutions = solved + bool(texts), solutions + len(texts)
-    return found, OwnShare(len(examples), solved, solutions, own.otherwise, own.condition)
+    share = OwnShare(len(examples), solved, solutions, settings.otherwise, own.condition, own.base, own.fingerprint)
+    return found, share
 
 
 def _normalized(question: str) -> str:

@@ -1,11 +1,12 @@
 """The file of solutions that the base wrote itself, to be trained on in the place of the data's own.
 
 JSON lines. The first says what made the file and how many lines follow; each other one is of a training problem, in
-their order, also where no solution of it was right. Each line ends with a checksum over itself and the first one, so
-that a file that was cut, edited or put together is refused.
+their order, also where no solution of it was right. Each line ends with a checksum over itself and that of the line
+before, so that a file that was cut, edited or put together is refused.
 """
 
 import json
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -13,9 +14,10 @@ from typing import Any, Self
 from softcot_ds import __version__
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, content_digest, write_atomically
-from softcot_ds.tasks.records import read_json_lines
+from softcot_ds.tasks.records import Record, read_json_lines
 
 REMEDY = "move it away and make it again: softcot-ds targets RECIPE"
+_FORMAT = 2
 _CHECKSUM = "sha256"
 
 
@@ -40,9 +42,13 @@ class OwnShare:
     """Those that the base has a solution of."""
     solutions: int
     otherwise: str
-    """See ``OwnTargets``."""
+    """What becomes of the others: the recipe's ``targets.otherwise``."""
     condition: str
-    """See ``OwnTargets``."""
+    """Under which the base was asked."""
+    base: str
+    """The model that wrote them."""
+    fingerprint: str
+    """Of its weights."""
 
     def words(self) -> str:
         """A sentence for a report."""
@@ -59,8 +65,6 @@ class OwnTargets:
 
     made_from: dict[str, Any]
     """All that decided the solutions, JSON values."""
-    otherwise: str
-    """What becomes of problems without a solution: gold (the data's own is trained on) or leave_out."""
     problems: list[Solved]
 
     @property
@@ -73,20 +77,32 @@ class OwnTargets:
         """Under which the base was asked."""
         return self.made_from["settings"]["condition"]
 
+    @property
+    def base(self) -> str:
+        """The model that wrote them."""
+        return self.made_from["base"]["model"]
+
+    @property
+    def fingerprint(self) -> str:
+        """Of its weights."""
+        return self.made_from["base"]["fingerprint"]
+
     def write(self, path: Path) -> None:
         """Raises SoftCoTError when it cannot be written."""
-        header = _sealed({
-            "format": 1,
+        header = {
+            "format": _FORMAT,
             "made_from": self.made_from,
-            "otherwise": self.otherwise,
             "problems": len(self.problems),
             "solved": self.solved,
             "version": __version__,
-        })  # fmt: skip
-        lines = [header, *(_sealed(asdict(one), header[_CHECKSUM]) for one in self.problems)]
+        }
+        lines, before = [], ""
+        for record in (header, *map(asdict, self.problems)):
+            before = _checksum(record, before)
+            lines.append(json.dumps(record | {_CHECKSUM: before}) + "\n")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            write_atomically(path, "".join(json.dumps(line) + "\n" for line in lines))
+            write_atomically(path, "".join(lines))
         except OSError as error:
             raise cannot_write(path, error, "what was decoded is kept", "name another file in task.targets") from error
 
@@ -95,26 +111,32 @@ class OwnTargets:
         """Raises SoftCoTError when there is none, or it is not as it was written; names file and line."""
         if not path.is_file():
             raise SoftCoTError(f"task.targets: no file {path.absolute()}; make it with: softcot-ds targets RECIPE")
-        (where, header), *lines = read_json_lines(path)
-        if not _is_sealed(header) or header.get("format") != 1:
-            raise SoftCoTError(f"{where}: the first line is not that of a file of targets, or was edited; {REMEDY}")
-        for where, record in lines:
-            if not _is_sealed(record, header[_CHECKSUM]):
-                raise SoftCoTError(f"{where}: damaged, edited, or of another file of targets; {REMEDY}")
-        if len(lines) != header["problems"]:
-            raise SoftCoTError(
-                f"{where}: the file ends after {len(lines)} problems, and its first line says {header['problems']}; "
-                f"{REMEDY}"
-            )
+        try:
+            (_, header), *lines = _sealed(path)
+            if len(lines) != header["problems"]:
+                raise SoftCoTError(
+                    f"{path}: the file ends after {len(lines)} problems, and its first line says {header['problems']}"
+                )
+        except SoftCoTError as error:
+            raise SoftCoTError(f"{error}; {REMEDY}") from error
         problems = [Solved(one["id"], one["samples"], one["solutions"]) for _, one in lines]
-        return cls(header["made_from"], header["otherwise"], problems)
+        return cls(header["made_from"], problems)
 
 
-def _sealed(record: dict[str, Any], header: str = "") -> dict[str, Any]:
-    """With a checksum over it and the checksum of the first line."""
-    return record | {_CHECKSUM: content_digest([header, record])}
+def _sealed(path: Path) -> Iterator[tuple[str, Record]]:
+    """The records of a file, each behind its place. Raises SoftCoTError at the first that is not as it was written."""
+    before = ""
+    for where, record in read_json_lines(path):
+        is_first, found = not before, record.pop(_CHECKSUM, None)
+        before = _checksum(record, before)
+        if found != before or (is_first and record.get("format") != _FORMAT):
+            raise SoftCoTError(
+                f"{where}: the first line is not that of a file of targets, or was edited"
+                if is_first
+                else f"{where}: damaged, edited, or not the line that was written after the one before"
+            )
+        yield where, record
 
 
-def _is_sealed(record: dict[str, Any], header: str = "") -> bool:
-    rest = {key: value for key, value in record.items() if key != _CHECKSUM}
-    return record == _sealed(rest, header)
+def _checksum(record: Record, before: str) -> str:
+    return content_digest([before, record])

@@ -30,7 +30,7 @@ def make_targets(recipe: Recipe) -> None:
 
     Raises:
         SoftCoTError: task.targets names no file; the one that is there is damaged, or was made otherwise; the data is
-            malformed; the base cannot be asked.
+            malformed; the base cannot be asked, or solves nothing.
     """
     init_distributed(recipe.training.timeout_minutes)
     agree(recipe.flat())
@@ -49,7 +49,13 @@ def make_targets(recipe: Recipe) -> None:
     made_from = _made_from(experiment, examples, prompts)
     own = on_main(lambda: _made_before(path, made_from))
     if own is None:
-        own = OwnTargets(made_from, recipe.targets.otherwise, _solve(experiment, examples, prompts))
+        own = OwnTargets(made_from, _solve(experiment, examples, prompts))
+        if not own.solved:
+            raise SoftCoTError(
+                f"the base has solved none of {len(examples):,} training problems: there are no targets in its own "
+                "words. Ask more often (targets.samples), let it write more (evaluation.max_new_tokens, now "
+                f"{recipe.evaluation.max_new_tokens}), or train on the data's solutions: task.targets=gold"
+            )
         on_main(lambda: own.write(path))
     say(f"the base has solved {own.solved:,} of {len(own.problems):,} training problems: {path}")
 
@@ -78,7 +84,7 @@ def _made_from(experiment: Experiment, examples: Sequence[Example], prompts: Seq
             "dtype": recipe.base.dtype,
             "bits": recipe.backbone.bits,
         },
-        "settings": recipe.targets.model_dump(mode="json"),
+        "settings": recipe.targets.model_dump(mode="json", exclude={"otherwise"}),
         "longest": [recipe.evaluation.max_new_tokens, _longest(experiment)],
         "batch_size": recipe.evaluation.batch_size,
         "seed": recipe.seed,

@@ -13,6 +13,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import cannot_write, parse_yaml, write_atomically
 from softcot_ds.lock import sole_owner
+from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import Recipe, fixed_settings
 from softcot_ds.run_dir import latest_checkpoint
 from softcot_ds.training.checkpoint import FILES, read_training_state
@@ -107,11 +108,24 @@ def _other_settings(recipe: Recipe, saved: Path) -> list[str]:
 def _claim_run_dir(experiment: Experiment, resume_from: Path | None) -> None:
     """Write the resolved recipe into the run's directory; refuse one that holds another run's checkpoints."""
     refuse_other_run(experiment, resume_from)
+    _refuse_words_of_others(experiment)
     recipe = experiment.recipe
     try:
         write_atomically(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
     except OSError as error:
         raise cannot_write(recipe.run_dir, error, otherwise="set output_dir") from error
+
+
+def _refuse_words_of_others(experiment: Experiment) -> None:
+    """Raises SoftCoTError where the own targets are another model's, which reports would call the base's own."""
+    own, base = experiment.splits.own, experiment.recipe.base
+    if own is not None and own.fingerprint != (fingerprint := weights_fingerprint(base)):
+        raise SoftCoTError(
+            f"{experiment.recipe.task.targets} holds solutions by {own.base} (fingerprint {own.fingerprint[:12]}), but "
+            f"{base.model} holds other weights (fingerprint {fingerprint[:12]}): they are not in its own words. Set "
+            "base.model to the one that wrote them, or name another file in task.targets and make it: softcot-ds "
+            "targets RECIPE"
+        )
 
 
 def _choose(run_dir: Path) -> tuple[Path, dict[str, str]] | None:
