@@ -26,7 +26,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
-from softcot_ds.models.backbone import weights_fingerprint, width
+from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.run_dir import require_complete
 
@@ -175,8 +175,7 @@ def load_adapter(folder: Path, experiment: Experiment) -> Projection:
         _warn(f"{text} is not the one that {folder} was trained with")
     if config.chat_templates is None:
         _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
-    widths = width(experiment.assistant_config), width(experiment.base_config)
-    projection = kind.empty(experiment.recipe, *widths)
+    projection = kind.empty(experiment.recipe, *experiment.widths)
     path = folder / "projection.safetensors"
     weights = load_projection(path)
     check_fits(weights, projection, path)

@@ -12,7 +12,14 @@ from softcot_ds.data.examples import ContextLimits, Example, Splits, load_splits
 from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile, placeholder_id
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.backbone import context_length, generation_stop_ids, load_config, load_tokenizer, vocabulary
+from softcot_ds.models.backbone import (
+    context_length,
+    generation_stop_ids,
+    load_config,
+    load_tokenizer,
+    vocabulary,
+    width,
+)
 from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import make_task
@@ -57,6 +64,12 @@ class Experiment:
         """What stands at a thought's position in the condition placeholder. Raises SoftCoTError where it is not one
         token."""
         return placeholder_id(self.base_prompts.chat, self.recipe.evaluation.placeholder, "evaluation.placeholder")
+
+    @cached_property
+    def widths(self) -> tuple[int, int]:
+        """Of the assistant's states and of the base's embeddings. Raises SoftCoTError where one is no causal language
+        model's configuration."""
+        return width(self.assistant_config), width(self.base_config)
 
     @property
     def base_pad_id(self) -> int:

@@ -20,7 +20,7 @@ from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.methods.trial import load_assistant
 from softcot_ds.models.assistant import compute_thoughts
-from softcot_ds.models.backbone import context_length, partition_that_fits, width
+from softcot_ds.models.backbone import context_length, partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.planning.fit import spare_to_decode
@@ -194,7 +194,7 @@ class Adapter:
         """(B, T, D) float32, some questions at a time."""
         size = self.recipe.evaluation.batch_size
         parts = [self._some_thoughts(questions[start : start + size]) for start in range(0, len(questions), size)]
-        none = torch.empty(0, self.recipe.thoughts.count, width(self.experiment.base_config), device=device())
+        none = torch.empty(0, self.recipe.thoughts.count, self.experiment.widths[1], device=device())
         return torch.cat([none, *parts])
 
     def _some_thoughts(self, questions: Sequence[Question]) -> torch.Tensor:

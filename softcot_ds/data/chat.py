@@ -11,6 +11,7 @@ import signal
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager, suppress
+from functools import cache
 from itertools import takewhile
 from typing import Any
 
@@ -376,11 +377,12 @@ class Turn:
         )
 
 
-def _variables(template: str) -> set[str]:
+@cache
+def _variables(template: str) -> frozenset[str]:
     """Names that a template reads and does not define."""
     # Not optimized: an optimizer would compute 9**9**9. The extension is one that transformers gives to templates.
     environment = Environment(extensions=["jinja2.ext.loopcontrols"], optimized=False)
-    return find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template)))
+    return frozenset(find_undeclared_variables(environment.parse(_GENERATION_TAG.sub("", template))))
 
 
 def _shown(text: str) -> str:

@@ -29,7 +29,7 @@ from softcot_ds.evaluation.report import Record
 from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Projection, projection_class
-from softcot_ds.models.backbone import weights_fingerprint, width
+from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import Condition
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
@@ -80,7 +80,7 @@ class Conditions:
         return self._room(), self._mean_thoughts()
 
     def _zero(self) -> _Given:
-        shape = self._recipe.thoughts.count, width(self._experiment.base_config)
+        shape = self._recipe.thoughts.count, self._experiment.widths[1]
         zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
         return self._room(), zeros
 

@@ -15,7 +15,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
-from softcot_ds.models.backbone import load_frozen, partition_that_fits, width
+from softcot_ds.models.backbone import load_frozen, partition_that_fits
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
 from softcot_ds.models.reading import PADDING
@@ -68,7 +68,7 @@ def build_projection(recipe: Recipe, experiment: Experiment, base: PreTrainedMod
     Raises:
         SoftCoTError: it has state that no checkpoint would hold.
     """
-    assistant_width, base_width = width(experiment.assistant_config), width(experiment.base_config)
+    assistant_width, base_width = experiment.widths
     generator_state = torch.get_rng_state()
     torch.manual_seed(recipe.seed)
     projection = projection_class(recipe.projection.kind).create(recipe, assistant_width, base, base_width)
