@@ -195,6 +195,7 @@ def test_aqua_as_published(shared_data):
     assert test[2].answer == "A"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("how", "train", "first"), [("order", 1648, 1648), ("content", 1661, None)])
 def test_strategy_qa_as_published(shared_data, how, train, first):
     whole = published(

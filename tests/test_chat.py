@@ -127,6 +127,7 @@ SPECIAL += [
 ]
 
 
+@cache
 def _model(kind: str) -> Tokenizer:
     if kind.startswith("bytes"):
         backend = Tokenizer(models.BPE())

@@ -3,6 +3,7 @@
 import ast
 from collections.abc import Iterator
 from graphlib import TopologicalSorter
+from pathlib import Path
 
 import pytest
 from launch import ROOT
@@ -35,16 +36,13 @@ FLOORS = (
 """From the ground up. A room knows what lies below it; rooms of one floor do not know each other."""
 
 
-def modules() -> dict[str, ast.Module]:
-    """The package's modules by dotted name, without the package's own."""
-    found = {}
-    for path in sorted(PACKAGE.rglob("*.py")):
-        parts = path.relative_to(PACKAGE).with_suffix("").parts
-        found[".".join(parts).removesuffix(".__init__")] = ast.parse(path.read_text())
-    return found
+def name_of(path: Path) -> str:
+    """A module's dotted name, without the package's own."""
+    return ".".join(path.relative_to(PACKAGE).with_suffix("").parts).removesuffix(".__init__")
 
 
-MODULES = modules()
+SOURCES = {name_of(path): path.read_text() for path in sorted(PACKAGE.rglob("*.py"))}
+MODULES = {name: ast.parse(source) for name, source in SOURCES.items()}
 
 
 def imports(name: str) -> Iterator[str]:
@@ -98,9 +96,8 @@ def test_a_room_names_its_modules(name):
 
 
 def test_modules_and_functions_are_short():
-    for path in PACKAGE.rglob("*.py"):
-        text = path.read_text()
-        assert len(text.splitlines()) < 600, path.name
-        for node in ast.walk(ast.parse(text)):
+    for name, source in SOURCES.items():
+        assert len(source.splitlines()) < 600, name
+        for node in ast.walk(MODULES[name]):
             if isinstance(node, ast.FunctionDef):
-                assert node.end_lineno - node.lineno < 60, f"{path.name}: {node.name}"
+                assert node.end_lineno - node.lineno < 60, f"{name}: {node.name}"
