@@ -162,6 +162,22 @@ CHOSEN = [
     ("(A) 100 km - too small\n(B) 125 km - correct\n(C) 130 km - too large", "B"),
     ("It can't be A, C, D, so B is the answer.", "B"),
     ("125 km (B)", "B"),
+    # denied, taken back, supposed
+    ("The answer isn't A, it's B.", "B"),
+    ("I'll go with B, not C.", "B"),
+    ("It's not (A) or (C); it has to be (B).", "B"),
+    ("Option B seems right, but option D is wrong.", "B"),
+    ("Option D can't be right. That leaves B.", "B"),
+    ("I think the answer is A. Wait, no, it's B.", "B"),
+    ("The answer is A... no, B is the answer.", "B"),
+    ("The answer is C. That's wrong: 100 + 25 = 125.", "B"),
+    ("The answer is B? Actually, the answer is C? No. The answer is B.", "B"),
+    ("At first I thought the answer was C, but it is actually B.", "B"),
+    ("You might think the answer is C, but I'm not sure. I'd say B.", "B"),
+    ("If it were slower the answer would be A; the answer is B.", "B"),
+    ("The answer is B, although some say the answer is C.", "B"),
+    ("Since the car goes on, the answer is B.", "B"),
+    ("The answer is B. The other option is C.", "B"),
     # mentioned
     ("So it must be option B.", "B"),
     ("First (A), which is too small, then (C), which is too large. Therefore (B).", "B"),
@@ -219,6 +235,10 @@ def test_the_option_that_a_person_sees_chosen_is_found(output, letter):
         "A and B are people who walk.",
         "The first option is a trap.",
         "Choose one of the options.",
+        "I thought the answer was B.",
+        "If the car stops the answer is B.",
+        "The answer is B... no.",
+        "❌ A) 100 km\n❌ B) 125 km\n✅ C) 130 km\n❌ D) 150 km",
     ],
 )
 def test_what_chooses_no_option_or_two_is_no_answer(output):
@@ -239,6 +259,8 @@ def test_what_chooses_no_option_or_two_is_no_answer(output):
         ("F", "F"),
         ("The answer is (F).", "F"),
         ("05/01/2021 is the date.", "A"),
+        ("Today is 05/01/2021. Tomorrow is 05/02/2021.", None),
+        ("Today is 04/30/2021. Tomorrow is 05/01/2021.", "A"),
     ],
 )
 def test_dates_are_options_too(output, letter):
@@ -272,6 +294,8 @@ def test_people_named_like_options_are_none(output, letter):
         ("The answer is B", None),
         ("The answer is B.", None),
         ("The answer is B. The", "B"),
+        ("The answer is (B)", "B"),
+        ("The answer is (B", None),
         ("The answer is B. The answer is A", "B"),
         ("So B", None),
         ("100 + 25 = 125", None),

@@ -82,6 +82,20 @@ SAID = [
     ("My conclusion is yes", "yes"),
     ("1. Is X big? Yes.\n2. Is Y big? No.\n\nFinal answer: No", "no"),
     ("Thus, yes.\n\nQuestion: Is fire cold?\nNo.", "yes"),
+    # denied, taken back, supposed, in passing
+    ("The answer isn't yes; it's no.", "no"),
+    ("The answer is not yes. It is no.", "no"),
+    ("That is a no.", "no"),
+    ("The answer is no, because the answer to the first part is yes.", "no"),
+    ("The answer is no, even though one could say the answer is yes.", "no"),
+    ("Because it floats the answer is no.", "no"),
+    ("If a pear were heavier the answer would be yes, but it is lighter, so the answer is no.", "no"),
+    ("One might think the answer is yes, but it is no.", "no"),
+    ("Many people think the answer is yes. It is no.", "no"),
+    ("The answer is no. Actually, the answer is yes.", "yes"),
+    ("The answer is no. Actually, yes, it would.", "yes"),
+    ("The answer is yes, but there is no proof.", "yes"),
+    ("The answer is no, and there is no doubt, no.", "no"),
 ]
 
 
@@ -120,6 +134,11 @@ def test_the_yes_or_no_that_a_person_reads_is_found(output, answer):
         "Yesterday it rained.",
         "No-one ate it.",
         "Maybe.",
+        "It is no secret that pears float.",
+        "The answer is yes to the first question and no to the second.",
+        "The answer is yes if it is hollow, otherwise no.",
+        "If it is hollow the answer is yes.",
+        "I thought the answer was yes.",
     ],
 )
 def test_the_word_in_passing_is_no_answer(output):

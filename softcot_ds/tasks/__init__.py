@@ -5,7 +5,7 @@ kinds.py          kinds of answers, and the rules by which each is found
 answers.py        how a number is found in a text
 options.py        how the letter of an option is found
 yes_no.py         how a yes or no is found
-outputs.py        what they share: boxes, and where an output ends
+outputs.py        what they share: boxes, what is not meant, where an output ends
 numerals.py       reading numbers in the notations of text
 records.py        records of a data set, from a file or from the hub
 

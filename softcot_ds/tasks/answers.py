@@ -5,7 +5,7 @@ question of position and of what announces it:
 
 1. ``#### 18``: the first one; what a model writes after it is a remark or another problem.
 2. ``\boxed{18}``, "the answer is 18", "Answer: 18", ``<answer>18``: the last one. A boxed step of a solution that goes
-   on is none, and "Answer:" may open a solution.
+   on is none, "Answer:" may open a solution, and what is supposed or taken back does not count.
 3. What all the rest only explains: "26 students: 14 girls and 12 boys", "54. Each of the 6 boxes holds 9."
 4. The last statement that holds a number and is neither a question nor a remark ("This assumes 7 days a week.").
 """
@@ -18,7 +18,7 @@ from fractions import Fraction
 from itertools import groupby, pairwise
 
 from softcot_ds.tasks.numerals import Numeral, numerals, plain
-from softcot_ds.tasks.outputs import NEXT_PROBLEM, after_thinking, boxes
+from softcot_ds.tasks.outputs import NEXT_PROBLEM, TAKEN_BACK, after_thinking, boxes, is_supposed
 
 
 @dataclass(frozen=True)
@@ -76,7 +76,7 @@ _EQUALS = re.compile(rf"{_UNIT}[)\]}}*]*\ ?[.]*(?:=|≈|→|[-=]>)[^\n,;]{{0,40}
 _ASIDE = re.compile(
     r"""(?: \b(?:in|per|every|each|at|on|above|within|during|than|from|since|over|by|for|until|the|these|those|this
             |that|his|(?<!ing\ )her|their|all|another|other|(?<!him\ )(?<!her\ )(?<!left\ )with)
-          | \bout\ of(?:\ [a-z]{1,12}){0,4}
+          | \bout\ of(?:\ [a-z]{1,12}){0,4} | \bof\ wh(?:ich|om)
           | (?:\b(?:that|who)|(?<!,)\ which)(?:\ each)?\ (?:are|have|cost|weigh|hold|contain|seat|need|measure|sell|pay)
           | \b(?:each|all|both)\ of\ (?:which|whom)\ [a-z]{1,12}
           | \b(?:if|after|before|when|not)(?:\ [a-z]{1,12}){0,2} | \d\ of
@@ -175,7 +175,6 @@ _ANSWER = re.compile(
     re.VERBOSE | re.IGNORECASE,
 )
 _IS_THE_ANSWER = re.compile(r"\bis (?:the|my|our) (?:final |correct )?answer\b", re.IGNORECASE)
-_DOUBT = re.compile(r"[^.!?\n]{0,20}\? ?(?:no|wait|hmm)\b", re.IGNORECASE)
 _FILLERS = re.compile(
     r"""(?:[\W_]|\b(?:the|final|answer|is|total|of|a|an|about|approximately|approx|roughly|around|exactly|simply|just|only
         |therefore|thus|then|so|equal|equals|to|now|at|least|most|no|number|us|usd|eur|rs|inr|x|y|n|boxed)\b)*""",
@@ -210,7 +209,8 @@ def _announcements(text: str, items: set[int], readings: list[_Reading]) -> Iter
         for reading in readings[(index := _index(readings, mark.end())) : index + 1]:
             may_open = mark["colon"] and not mark["final"] and last_equation > reading.start
             opens = may_open and _opens_solution(text, readings, index)
-            if _follows(text, mark.end(), reading) and not opens and not _DOUBT.match(text, reading.end):
+            meant = not TAKEN_BACK.match(text, reading.end) and not is_supposed(text, mark.start())
+            if meant and not opens and _follows(text, mark.end(), reading):
                 yield reading
     for mark in _IS_THE_ANSWER.finditer(text):
         index = _index(readings, mark.start()) - 1

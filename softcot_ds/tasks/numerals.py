@@ -61,7 +61,7 @@ _NOTATIONS = [
         (r"(\d) dollars? and (\d\d) cents\b", r"\1.\2 dollars"),
         (r"(\d) (?:hours?|feet|foot|pounds?)(?:,? and)? (\d{1,2}) (?=minutes?|inch|ounces?)", r"\1:\2 "),
         (r"(?<!from )(?<!by )(?<!from [$€£])(?<![\w,.$€£])([$€£]?\d[\d,.]{0,20}) to (?=[$€£]?\d)", r"\1-"),
-        (r"(\bbetween [$€£]?\d[\d,.]{0,20}) and (?=[$€£]?\d)", r"\1-"),
+        (r"(\b(?:between|either) [$€£]?\d[\d,.]{0,20}) (?:and|or) (?=[$€£]?\d)", r"\1-"),
     )
 ]
 

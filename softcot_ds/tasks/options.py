@@ -10,7 +10,8 @@ problem are none. What is written last wins among what is announced; after that,
 3. "(B)" or "option B" in a conclusion ("So it is option B"), or the only one that is mentioned at all.
 4. The value of one option in the last statement: "Therefore 125 apples are left."
 
-What names two options in one of these places ("B or C") is no answer, and nothing weaker is looked for.
+What is denied, supposed ("if the answer is B") or taken back ("B. Wait, ...") does not count. What names two options in
+one of these places ("B or C") is no answer, and nothing weaker is looked for.
 """
 
 import re
@@ -23,7 +24,7 @@ from typing import Any
 
 from softcot_ds.tasks.answers import extract_number
 from softcot_ds.tasks.numerals import numerals, plain
-from softcot_ds.tasks.outputs import NEXT_PROBLEM, after_thinking, boxed_end, boxes
+from softcot_ds.tasks.outputs import NEXT_PROBLEM, TAKEN_BACK, after_thinking, boxed_end, boxes, is_supposed
 
 LETTERS = ascii_uppercase
 
@@ -37,7 +38,7 @@ class _Choice:
     end: int
     letter: str
     is_closed: bool = False
-    """The text could not have gone on: it stands in a closed box."""
+    """It is complete, whatever follows: in a closed box, or in parentheses."""
 
 
 def extract_option(text: str, cut: bool = False, options: Sequence[str] = ()) -> str | None:
@@ -143,7 +144,7 @@ class _Options:
         if number is not None and (letter := self._numbers.get(number)):
             return letter
         last = text.rstrip().rpartition("\n")[2]
-        key = value_key(last)
+        key = value_key(re.split(r"(?<=[.!?]) (?=[A-Z])", last)[-1])
         spans = {}
         for value, letter in self._values.items():
             for match in re.finditer(rf"(?<![\w.√])(?<![\d)][/,:*^+]){re.escape(value)}(?![\w/^]|[.,:]\d)", key):
@@ -179,8 +180,9 @@ _SAYS = re.compile(
             \b(?:is|was|be|equals)\b(?!n't)
           | 's(?=\ ) | (?=\ \(?[A-Z]\)?[.!)]?\ *$) )
         | (?<![^\W_])(?:option|choice|letter)(?:\ (?:that|which)\ [a-z\ ]{1,40})?(?:\ ?:|\ (?:is|should\ be|must\ be)\b)
-        | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|think|guess|it's|it\ is|must\ be)
-          (?=\ \(?[A-Z]\)?[.!]?\ *$)
+        | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|think|guess|say|leaves|it's|it\ is
+             |(?:must|has\ to)\ be)
+          (?=(?:\ [a-z]{1,12}ly)?\ \(?[A-Z]\)?(?:[.,;!]|\ *$))
         | 答案?(?:是|为|:)
         | \#{4}(?!\#) | <answer>
         | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|correspond(?:s|ing)?\ to|match(?:es|ing)?
@@ -189,16 +191,20 @@ _SAYS = re.compile(
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 _DENIED = re.compile(
-    r"(?:\b(?:not|never|no|cannot|neither|whether|if|suppose|assume|assuming|rules? out|ruled out|eliminates?|exclude"
-    r"|wrong|incorrect)|n't)(?: [a-z]{1,12}){0,2}[ ,(]*\Z",
+    r"(?:\b(?:not|never|no|cannot|neither|rules? out|ruled out|eliminates?|exclude|wrong|incorrect)|n't)"
+    r"(?: [a-z]{1,12}){0,2}[ (]*\Z",
     re.IGNORECASE,
 )
-# "Check each option: (A) ...", "We ask which answer is right. A ...": no option is chosen there yet.
-_ASKED = re.compile(r"\b(?:each|every|which|what)(?: (?:of|the|correct|right|answer)){0,3} \Z", re.IGNORECASE)
+# "Check each option: (A) ...", "We ask which answer is right. A ...", "The next option is B": none is chosen there yet.
+_ASKED = re.compile(
+    r"\b(?:each|every|which|what|first|second|third|next|other|another|given)"
+    r"(?: (?:of|the|correct|right|answer)){0,3} \Z",
+    re.IGNORECASE,
+)
 _FILLERS = re.compile(
     r"""(?: [\s:=\-—>('\[{#.,]
-          | \b(?:the|correct|right|final|best|definitely|clearly|simply|therefore|thus|so|hence|then|most|likely
-              |probably|indeed|also|only|our|my|option|choice|letter|answer|alternative|is|be|it)\b
+          | \b(?:the|correct|right|final|best|[a-z]{1,12}ly|therefore|thus|so|hence|then|most|indeed|also|our|my
+              |option|choice|letter|answer|alternative|is|be|it)\b
           | \bnot\ \(?[A-Za-z]\)?,?\ but(?:\ rather)?\b ){0,40}""",
     re.VERBOSE | re.IGNORECASE,
 )
@@ -212,14 +218,13 @@ _AFFIRMED = re.compile(
           | (?<!\w)\((?P<enclosed>[A-Za-z])\)
           | (?<![\w'(/*+=-])(?<![\w)]\ [+*/=-]\ )(?P<bare>(?-i:[A-Z]))(?=\)?\ (?:is|must)\ |\)\ ) )
         (?P<value>[):,]?\ ?(?:[^.!?\n;]|\.(?=\d)){0,60}?)
-        (?:\b(?:is|must\ be|would\ be|seems|appears|has\ to\ be|are)\b(?P<what>[^.!?\n;]{0,30})
+        (?:\b(?:is|must\ be|would\ be|seems|appears|has\ to\ be|are)\b(?P<what>[^.,!?\n;]{0,30})
           | \b(?P<does>satisfies|matches|works|fits|holds)\b
           | (?:\ ?[:—]|\ -)\ (?P<verdict>correct|right|yes)\b)""",
     re.VERBOSE | re.IGNORECASE,
 )
 _RIGHT = re.compile(r"\b(?<!in)(?<!not )(?:correct|right|true|best|answer|closest)\b", re.IGNORECASE)
 _WRONG = re.compile(r"\b(?:not|never|incorrect|wrong|false|neither|too|closer|impossible|no)\b|n't\b", re.IGNORECASE)
-_DOUBT = re.compile(r"[^.!?\n]{0,20}\? ?(?:no|wait|hmm)\b", re.IGNORECASE)
 
 
 def _announced(text: str, known: _Options) -> Iterator[_Choice]:
@@ -232,22 +237,26 @@ def _announced(text: str, known: _Options) -> Iterator[_Choice]:
         before = text[max(0, mark.start() - 40) : mark.start()]
         start = _FILLERS.match(text, mark.end()).end()
         opens_list = "\n" in text[mark.end() : start] and text.count("\n", 0, start) in listed
-        if _DENIED.search(before) or _ASKED.search(before) or opens_list:
+        if _is_denied(text, mark.start()) or _ASKED.search(before) or opens_list:
             continue
         stop = min(_sentence_end(text, start), start + 120)
         value = text[mark.end() : stop].lstrip(" :=\n")
         letter = _named_at(text, start, known) or known.of_beginning(text[start:stop]) or known.of_beginning(value)
-        if letter and not _DOUBT.match(text, start + 1) and not text.startswith("\\boxed", start):
-            yield _Choice(start, start + 1, letter)
+        if letter and not TAKEN_BACK.match(text, start + 1) and not text.startswith("\\boxed", start):
+            yield _Choice(start, start + 1, letter, text[start - 1 : start + 2] == f"({text[start]})")
     for match in _AFFIRMED.finditer(text):
         letter = match["named"] or match["enclosed"] or match["bare"]
         if letter.upper() not in known.letters or (letter == "a" and not match["enclosed"]):
             continue
         said = match["value"] + (match["what"] or "")
         affirmed = match["does"] or match["verdict"] or _RIGHT.search(match["what"])
-        denied = _WRONG.search(said) or _DENIED.search(text[max(0, match.start() - 40) : match.start()])
+        denied = _WRONG.search(said) or _is_denied(text, match.start())
         if affirmed and not denied and not re.search(r"\boption\b|\([A-Z]\)", said, re.IGNORECASE):
             yield _Choice(match.start(), match.end(), letter.upper())
+
+
+def _is_denied(text: str, position: int) -> bool:
+    return bool(_DENIED.search(text[max(0, position - 40) : position])) or is_supposed(text, position)
 
 
 def _named_at(text: str, start: int, known: _Options) -> str | None:
@@ -276,7 +285,7 @@ _LABEL_LINE = re.compile(
     rf"{_LABEL}(?:\((?P<enclosed>[A-Za-z])\)|(?P<bare>[A-Za-z])(?:[).:\]}},]|(?= *$)|(?= *[-—] )))(?P<rest>.*)",
     re.IGNORECASE,
 )
-_LISTED = re.compile(r"[\s>*#-]*\(?(?P<letter>[A-Za-z])[).:\]] *\S")
+_LISTED = re.compile(r"[^\w(]*\(?(?P<letter>[A-Za-z])[).:\]] *\S")
 _NOTHING_OR_REASON = re.compile(r"[\s.:,\])}-]*(?:because|since|as|explanation|\Z)", re.IGNORECASE)
 _ENDS_IN = re.compile(r"(?:[>=→.]|\d\)?) ?\(?(?P<letter>[A-Z])\)?\.?$")
 
@@ -325,9 +334,7 @@ def _concluded(text: str, known: _Options) -> str | None:
         found = set()
         for match in _MENTION.finditer(sentence):
             letter = match["enclosed"] or match["named"]
-            denied = _DENIED.search(sentence[max(0, match.start() - 40) : match.start()]) or _DENIED_AFTER.match(
-                sentence, match.end()
-            )
+            denied = _is_denied(sentence, match.start()) or _DENIED_AFTER.match(sentence, match.end())
             if letter.upper() in known.letters and not denied and not (letter == "a" and not match["enclosed"]):
                 found.add(letter.upper())
         mentioned |= found

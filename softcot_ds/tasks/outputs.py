@@ -1,4 +1,5 @@
-"""What an output is made of, whatever kind of answer it gives: thinking, boxes, and what comes after the answer."""
+"""What an output is made of, whatever kind of answer it gives: thinking, boxes, answers that are only supposed or are
+taken back, and what comes after the answer."""
 
 import re
 from collections.abc import Iterator
@@ -12,6 +13,21 @@ NEXT_PROBLEM = re.compile(
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
 """Where a model that has answered goes on with another problem or another turn."""
+TAKEN_BACK = re.compile(
+    r"""[^.!?\n]{0,40} (?: (?:\?|\.\.\.)\ ?no\b
+          | [.!?\n—,*)'][\s.*]{0,5}(?:oh,?\ |but\ |no,?\ ){0,2}
+            (?:wait|hmm|hold\ on|actually|scratch\ that|sorry|correction
+              |that(?:'s|\ is)\ (?:wrong|incorrect|not\ right))\b )""",
+    re.VERBOSE | re.IGNORECASE,
+)
+"""What may follow an answer that is no longer meant: "The answer is 18. Wait, she eats two more." """
+_SUPPOSED = re.compile(
+    r"""(?: \b(?:whether|if|unless|suppose|assum(?:e|ing)|let(?:'s|\ us)\ say)\b
+          | [\w,'")]\s(?:because|since|(?:even\ |al)?though|whereas)\b
+          | \b(?:might|may|could|some|many|people)(?:\ [a-z]{1,12})?\ (?:say|think|argue|guess|answer)\b | \bthought\b )
+        [^,.;:!?\n]{0,60}\Z""",
+    re.VERBOSE | re.IGNORECASE,
+)
 _BOX = re.compile(r"\\boxed ?\{")
 _BRACE = re.compile(r"[{}]")
 
@@ -29,6 +45,12 @@ def boxed_end(text: str) -> str | None:
 
 
 _BOXED_END = re.compile(r"\\boxed\{(\w{1,9})\}[\s.$]{0,20}\Z")
+
+
+def is_supposed(text: str, position: int) -> bool:
+    """Whether what begins at a position is only supposed, a reason for what stands before it, or what others say: "If
+    the answer is B, then", "no, because the answer to the first part is yes"."""
+    return bool(_SUPPOSED.search(text[max(0, position - 100) : position]))
 
 
 def boxes(text: str) -> Iterator[tuple[int, int]]:

@@ -8,6 +8,7 @@ Only a statement counts, not the word in "no evidence", "there is no way" or an 
 4. The word that opens the output: "Yes, because ...", unless the output takes it back ("No, wait ...").
 5. The last statement that begins with the word and answers no question that the output asks itself.
 
+What is denied, supposed ("if the answer is yes") or taken back ("Yes. Wait, ...") does not count.
 "yes or no", and "it depends", are no answer.
 """
 
@@ -15,7 +16,7 @@ import re
 from collections.abc import Iterator, Sequence
 
 from softcot_ds.tasks.numerals import plain
-from softcot_ds.tasks.outputs import NEXT_PROBLEM, after_thinking, boxed_end, boxes
+from softcot_ds.tasks.outputs import NEXT_PROBLEM, TAKEN_BACK, after_thinking, boxed_end, boxes, is_supposed
 
 _EMPHASIS = re.compile(r"\*+|(?<!\w)_+(?=\w)|(?<=\w)_+(?!\w)|\$|\\(?=[(\[)\]])|\"|[“”]")
 # The word as a statement: not "no one", "no longer", "yes or no".
@@ -45,7 +46,7 @@ _SAID = re.compile(
 )
 _CONCLUDES = re.compile(
     rf"""\b(?:so|thus|therefore|hence|overall|finally|consequently|accordingly|in\ (?:conclusion|summary|short)
-          |to\ conclude|to\ sum\ up|which\ means|as\ a\ result|that's\ a|it's\ a|i(?:'d|\ would)\ say)\b
+          |to\ conclude|to\ sum\ up|which\ means|as\ a\ result|(?:that|it)(?:'s|\ is)(?:\ a)?|i(?:'d|\ would)\ say)\b
         [\s,:']*
         (?:(?:the\ answer|it|i(?:'d|\ would)\ say|this|that|is|(?:would|must)\ be|a|clearly|then)\b[\s,:']*){{0,5}}
         {_WORD}
@@ -58,14 +59,12 @@ _STATEMENT = re.compile(
     rf"(?:^|(?<=[.!?;:])\s)[\s>#-]{{0,20}}(?:\d+[.)]\ +)?(?:well|hmm|oh|actually|ok)?[\s,'(]{{0,20}}{_WORD}",
     re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_TAKEN_BACK = re.compile(
-    r"['\s,.!:;—-]*(?:wait|hmm|hold on|actually|but (?:wait|actually)|let me|not quite|scratch)\b", re.IGNORECASE
+_BOTH = re.compile(
+    r"""[^.!?\n]{0,80}\b(?:and|or|but|otherwise|else)\b[^.!?\n]{0,80}?
+        \b(?P<other>yes|no)\b(?='?\s*(?:[.,;!?)]|$)|\ (?:to|for)\b)""",
+    re.VERBOSE | re.IGNORECASE | re.MULTILINE,
 )
-_DOUBT = re.compile(r"[^.!?\n]{0,20}\? ?(?:no|wait|hmm)\b", re.IGNORECASE)
-_DENIED = re.compile(
-    r"\b(?:whether|if|suppose|assume|assuming|let's say|let us say)(?: [a-z]{1,12}){0,2}\s*\Z", re.IGNORECASE
-)
-_VALUES = {"yes": "yes", "true": "yes", "no": "no", "false": "no"}
+_VALUES = {"yes": "yes", "true": "yes", "no": "no", "false": "no", "both": None}
 
 
 def extract_yes_no(text: str, cut: bool = False, options: Sequence[str] = ()) -> str | None:
@@ -89,11 +88,11 @@ def extract_yes_no(text: str, cut: bool = False, options: Sequence[str] = ()) ->
         return _VALUES[announced[-1][1]] if announced else None
     if announced:
         return _VALUES[announced[-1][1]]
-    if concluded := [match for match in _CONCLUDES.finditer(text) if not _TAKEN_BACK.match(text, match.end())]:
+    if concluded := [match for match in _CONCLUDES.finditer(text) if not TAKEN_BACK.match(text, match.end())]:
         return (concluded[-1]["word"] or concluded[-1]["last"]).lower()
     if alone := [match for line in text.split("\n") if (match := _ALONE.fullmatch(line))]:
         return _VALUES[alone[-1]["word"].lower()]
-    statements = [match for match in _STATEMENT.finditer(text) if not _TAKEN_BACK.match(text, match.end())]
+    statements = [match for match in _STATEMENT.finditer(text) if not TAKEN_BACK.match(text, match.end())]
     if statements and not re.search(r"\w", text[: statements[0].start("word")]):
         return statements[0]["word"].lower()
     own = [match for match in statements if not text[: match.start("word")].rstrip(" '(\n").endswith("?")]
@@ -108,9 +107,7 @@ def _announced(text: str) -> Iterator[tuple[int, str]]:
             yield stop + (text[stop : stop + 1] == "}"), match["word"].lower()
     for mark in _SAYS.finditer(text):
         match = _SAID.match(text, mark.end())
-        if match and "\n\n\n" not in match[0] and not _DOUBT.match(text, match.end()) and not _is_supposed(text, mark):
-            yield match.end(), match["word"].lower()
-
-
-def _is_supposed(text: str, mark: re.Match[str]) -> bool:
-    return bool(_DENIED.search(text[max(0, mark.start() - 40) : mark.start()]))
+        if not match or "\n\n\n" in match[0] or TAKEN_BACK.match(text, match.end()) or is_supposed(text, mark.start()):
+            continue
+        word, both = match["word"].lower(), _BOTH.match(text, match.end())
+        yield match.end(), word if not both or both["other"].lower() == _VALUES[word] else "both"
