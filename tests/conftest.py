@@ -151,6 +151,17 @@ def scribe(monkeypatch) -> Scribe:
 
 
 @pytest.fixture(scope="session")
+def first_evaluation(tmp_path_factory) -> Path:
+    """A folder in which everything lies that ``evaluations.recipe_in`` names, and one evaluation of it. Tests change a
+    copy."""
+    from evaluations import evaluate_first
+
+    folder = tmp_path_factory.mktemp("first")
+    evaluate_first(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
 def cluster(tmp_path_factory) -> Iterator[Cluster]:
     """A SLURM cluster of three nodes, started when the first test asks for it. A test leaves its nodes idle."""
     reason = why_unavailable()

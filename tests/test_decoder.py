@@ -4,6 +4,7 @@ import json
 import shutil
 
 import pytest
+from evaluations import make_recipe
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import ROOT
@@ -15,16 +16,6 @@ from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.decoder import Decoder, portions
 from softcot_ds.evaluation.jobs import Job, Thoughts, Worker, neighbours
 from softcot_ds.models.decoding import Output, Sampling
-from softcot_ds.recipe import load_recipe
-
-RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]
-DECODE = ["evaluation.batch_size=5", "evaluation.max_new_tokens=12", "evaluation.text_max_tokens=6"]
-
-
-def make_recipe(tmp_path, *overrides):
-    return load_recipe(RECIPE, [f"output_dir={tmp_path}", *SMALL, *DECODE, *overrides])
-
 
 SETTINGS = {"max_new_tokens": 5, "batch_size": 2, "prompts": "some"}
 PROMPTS = [BasePrompt([1] * length, [2]) for length in (3, 1, 2, 5, 4)]

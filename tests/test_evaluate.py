@@ -1,69 +1,49 @@
-"""Evaluation: what the conditions are, what decides an output, the same outputs on any number of ranks."""
+"""Evaluation: its report, the adapters that it takes, the same outputs on any number of ranks."""
 
 import itertools
 import json
 import math
 import shutil
 from dataclasses import replace
-from typing import get_args
 
 import pytest
 import torch
 from adapters import make_adapter
+from evaluations import EVERY, RECIPE, SMALL, WITHOUT_STATIC, edit, make_recipe, recipe_in, records
 from forked import run_forked
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from launch import ROOT
-from safetensors.torch import load_file, save_file
-from scribe import Scribe, replace_decoding
+from safetensors.torch import load_file
 
 from softcot_ds import agreement
-from softcot_ds.data.prompts import AssistantInput, BasePrompt
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.data.targets import OwnTargets
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation import decoder as decoder_module
 from softcot_ds.evaluation import jobs
-from softcot_ds.evaluation.conditions import CONDITIONS, Conditions, others
+from softcot_ds.evaluation.conditions import others
 from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.targets import make_targets
-from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main as generate_main
 from softcot_ds.inference import Adapter
 from softcot_ds.methods import trial
 from softcot_ds.models import backbone
-from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.partition import decoding_config
-from softcot_ds.models.scoring import Scorer
 from softcot_ds.planning.report import make_plan
-from softcot_ds.recipe import Condition, load_recipe
+from softcot_ds.recipe import load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
-from softcot_ds.thoughts import reader as thought_reader
 from softcot_ds.training.loop import train
-from softcot_ds.values import resolve_location
-
-RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]
-DECODE = ["evaluation.batch_size=5", "evaluation.max_new_tokens=12", "evaluation.text_max_tokens=6"]
-
-
-def make_recipe(tmp_path, *overrides):
-    return load_recipe(RECIPE, [f"output_dir={tmp_path}", *SMALL, *DECODE, *overrides])
 
 
 @pytest.fixture
 def recipe(tmp_path):
-    return make_recipe(tmp_path, "evaluation.conditions=[learned,shuffled,mean,zero,placeholder,none,text]")
+    return make_recipe(tmp_path, WITHOUT_STATIC)
 
 
 @pytest.fixture
 def adapter(tmp_path, recipe):
     return make_adapter(tmp_path / "adapter", recipe)
-
-
-def records(recipe, condition):
-    (path,) = recipe.run_dir.glob(f"evaluation/*/{condition}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 @pytest.mark.slow
@@ -92,45 +72,6 @@ def test_report_agrees_with_the_outputs(recipe, adapter):
     assert set(report["comparisons"]) == {f"learned-{name}" for name in recipe.evaluation.conditions[1:]}
 
 
-def test_conditions_are_what_they_say(recipe, adapter):
-    opened = Adapter(recipe, adapter)
-    experiment = opened.experiment
-    examples = experiment.splits.test
-    inputs = Conditions(opened, examples)
-    everything = list(range(len(examples)))
-    learned = inputs.of("learned").thoughts(everything)
-
-    weights = load_file(adapter / "projection.safetensors")
-    truth = inputs._hidden.double() @ weights["weight"].double().T + weights["bias"].double()
-    assert torch.allclose(learned.double(), truth, rtol=1e-5, atol=1e-6)
-
-    shuffled = inputs.of("shuffled").thoughts(everything)
-    owner = [int((learned - thoughts).abs().sum(dim=(1, 2)).argmin()) for thoughts in shuffled]
-    assert sorted(owner) == everything, "each question's thoughts are used once"
-    assert all(index != own for index, own in enumerate(owner)), "nobody keeps their own"
-
-    mean = inputs.of("mean").thoughts(everything)
-    assert torch.allclose(mean.double(), truth.mean(dim=0).expand_as(mean).double(), rtol=1e-5, atol=1e-6)
-    assert not inputs.of("zero").thoughts(everything).any()
-
-    placeholder = inputs.of("placeholder")
-    assert placeholder.thoughts is None
-    pad = experiment.base_tokenizer.pad_token_id  # it has no unknown token
-    assert [[*prompt.prefix_ids, *prompt.suffix_ids] for prompt in placeholder.prompts] == [
-        [*prompt.prefix_ids, *[pad] * 4, *prompt.suffix_ids] for prompt in inputs.of("zero").prompts
-    ]
-
-    none = inputs.of("none")
-    assert none.thoughts is None
-    assert "plan" not in experiment.base_tokenizer.decode(none.prompts[0].prefix_ids + none.prompts[0].suffix_ids)
-
-    inputs.words = [f"word {index}" for index in everything]
-    text = inputs.of("text")
-    assert text.thoughts is None
-    assert "plan :\nword 3" in experiment.base_tokenizer.decode(text.prompts[3].prefix_ids)
-    assert set(CONDITIONS) == set(get_args(Condition))
-
-
 def test_cut_and_unparsed_outputs_are_counted_and_a_cut_number_is_no_answer(tmp_path, scribe):
     recipe = make_recipe(tmp_path, "evaluation.conditions=[learned,none]")
     report = evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))
@@ -144,192 +85,6 @@ def test_cut_and_unparsed_outputs_are_counted_and_a_cut_number_is_no_answer(tmp_
         assert len({(record["cut"], record["answer"]) for record in rows}) == 4, "all kinds are among them"
         shown = next(line for line in table(report).splitlines() if line.startswith(condition)).split()
         assert shown[5:7] == [str(row["unparsed"]), str(row["cut"])]
-
-
-def test_each_condition_reads_its_own_prompt(recipe, adapter, scribe):
-    evaluate(recipe, adapter)
-    experiment = Experiment(recipe)
-    wording = experiment.base_prompts.prompts
-
-    def rendered(messages, question, thoughts=""):
-        (message,) = messages
-        content = message["content"].replace("{question}", question).replace("{thoughts}", thoughts)
-        return experiment.base_tokenizer.apply_chat_template(
-            [{"role": message["role"], "content": content}], tokenize=False, add_generation_prompt=True
-        )
-
-    for condition in recipe.evaluation.conditions:
-        for record, example in zip(records(recipe, condition), experiment.splits.test, strict=True):
-            question = example.problem.question
-            if condition == "none":
-                assert record["prompt"] == rendered(wording.base_without_thoughts, question)
-            elif condition == "text":
-                asked = BasePrompt(experiment.assistant_prompts.words_prompt(question), [])
-                assert record["prompt"] == rendered(wording.base, question, f"0.000 0 {scribe.ending(asked)[0]}")
-            elif condition == "placeholder":
-                assert record["prompt"] == rendered(wording.base, question, "<|pad|>" * 4)
-            else:
-                assert record["prompt"] == rendered(wording.base, question, "[4 thoughts]")
-    assert {len(records(recipe, condition)) for condition in recipe.evaluation.conditions} == {24}
-
-
-@pytest.mark.slow
-def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
-    recipe = make_recipe(tmp_path, "evaluation.conditions=[learned]", "evaluation.batch_size=3")
-    adapter = make_adapter(tmp_path / "adapter", recipe)
-    evaluate(recipe, adapter)
-    whole = records(recipe, "learned")
-    parts = list(recipe.run_dir.glob("outputs/*/*.part"))
-    assert len(parts) == 2, "what is decoded, and losses"
-    for part in parts:
-        lines = part.read_text().splitlines(keepends=True)
-        part.write_text("".join(lines[:2]) + lines[2][:80])  # killed while it wrote its third batch
-    decoded, scored = [], []
-    decode, losses = decoder_module.decode, Scorer.losses
-    monkeypatch.setattr(
-        decoder_module, "decode", lambda model, prompts, *rest: decoded.append(prompts) or decode(model, prompts, *rest)
-    )
-    monkeypatch.setattr(
-        Scorer, "losses", lambda self, prompts, *rest: scored.append(prompts) or losses(self, prompts, *rest)
-    )
-    evaluate(recipe, adapter)
-    assert records(recipe, "learned") == whole
-    for done, portion in ((decoded, 6), (scored, 3)):
-        assert sum(map(len, done)) == 24 - 2 * portion, "what is finished is not done again"
-
-
-THOUGHTS = {"learned", "shuffled", "mean"}
-EVERY = THOUGHTS | {"zero", "placeholder", "none", "text", "static"}
-WORDS = {"assistant"}
-LOSSES = {f"{condition} loss" for condition in EVERY}
-
-
-def both(names):
-    """What is decoded, and the losses under the conditions among that."""
-    return names | {f"{name} loss" for name in names & EVERY}
-
-
-@pytest.fixture(scope="module")
-def first_evaluation(tmp_path_factory):
-    """A folder in which everything that a recipe names lies, and one evaluation of it."""
-    folder = tmp_path_factory.mktemp("first")
-    for name in ("base", "assistant"):
-        shutil.copytree(resolve_location(f"package:pair/{name}"), folder / name)
-    write_questions(folder / "test.jsonl")
-    shutil.copy(folder / "test.jsonl", folder / "train.jsonl")
-    (folder / "train.jsonl").write_text((folder / "test.jsonl").read_text().replace("has", "had"))
-    make_adapter(folder / "static", recipe_in(folder, "projection.kind=static"))
-    make_adapter(folder / "adapter", recipe_in(folder))
-    with pytest.MonkeyPatch.context() as patch:
-        replace_decoding(patch, Scribe(load_tokenizer(recipe_in(folder).base)))
-        evaluate(recipe_in(folder), folder / "adapter")
-    return folder
-
-
-def write_questions(path, answer=1, first="tom"):
-    names = [first, "ann", "leo", "eva", "max", "mia", "ben"]
-    lines = [{"question": f"{n} has {i} coins .", "answer": f"so\n#### {i + answer}"} for i, n in enumerate(names, 3)]
-    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
-
-
-def recipe_in(folder, *overrides):
-    """Every path leads into ``folder``: in a copy of it, all of them are others."""
-    settings = [
-        f"output_dir={folder}",
-        "task.name=gsm8k",
-        f"task.train={folder}/train.jsonl",
-        f"task.test={folder}/test.jsonl",
-        "task.train_problems=null",
-        "task.test_problems=null",
-        "task.validation_problems=0",
-        f"base.model={folder}/base",
-        f"assistant.model={folder}/assistant",
-        "thoughts.source=online",
-        f"evaluation.conditions=[{','.join(sorted(EVERY))}]",
-        f"evaluation.static_adapter={folder}/static",
-    ]
-    return load_recipe(RECIPE, [*settings, *DECODE, *overrides])
-
-
-def scaled(path):
-    save_file({name: value * 2 for name, value in load_file(path).items()}, path)
-
-
-def edit(path, old, new):
-    text = path.read_text()
-    assert old in text
-    path.write_text(text.replace(old, new, 1))
-
-
-@pytest.mark.parametrize(
-    ("anew", "overrides", "change"),
-    [
-        pytest.param(set(), [], None, id="all moved"),
-        pytest.param(set(), ["name=other"], lambda f: (f / "demo").rename(f / "other"), id="all moved and renamed"),
-        pytest.param(set(), ["evaluation.partition=zero3", "evaluation.top_p=0.5"], None, id="what decides nothing"),
-        pytest.param(set(), ["training.learning_rate=1", "thoughts.source=cache"], None, id="other work"),
-        pytest.param(LOSSES, [], lambda f: write_questions(f / "test.jsonl", answer=2), id="references"),
-        pytest.param(set(), [], lambda f: edit(f / "base/chat_template.jinja", "{{", "{# #}{{"), id="a comment"),
-        pytest.param(
-            both(THOUGHTS), [], lambda f: scaled(f / "adapter/projection.safetensors"), id="adapter retrained"
-        ),
-        pytest.param(both(THOUGHTS | WORDS), ["assistant.attention=eager"], None, id="assistant's attention"),
-        pytest.param(
-            both({"static"}), [], lambda f: scaled(f / "static/projection.safetensors"), id="static retrained"
-        ),
-        pytest.param(both({"placeholder"}), ["evaluation.placeholder=<|end|>"], None, id="placeholder"),
-        pytest.param(both({"shuffled"}), ["seed=1"], None, id="greedily a seed only shuffles"),
-        pytest.param(WORDS, ["evaluation.text_max_tokens=5"], None, id="words of other lengths, the same here"),
-        pytest.param(
-            both(THOUGHTS | WORDS | {"text"}),
-            [],
-            lambda f: edit(f / "assistant/chat_template.jinja", "{{", "{{ 'plan' }}{{"),
-            id="assistant's template",
-        ),
-        pytest.param(
-            both(EVERY),
-            [],
-            lambda f: edit(f / "base/chat_template.jinja", "{{", "{{ 'plan' }}{{"),
-            id="base's template",
-        ),
-        pytest.param(
-            EVERY,
-            [],
-            lambda f: edit(f / "base/generation_config.json", '"eos_token_id": 2', '"eos_token_id": [2, 9]'),
-            id="one more token that ends an answer",
-        ),
-        pytest.param(both(EVERY), ["base.dtype=bfloat16"], None, id="dtype"),
-        pytest.param(both(EVERY), ["base.attention=eager"], None, id="attention"),
-        pytest.param(EVERY, ["evaluation.max_new_tokens=9"], None, id="length"),
-        pytest.param(both(EVERY | WORDS), ["evaluation.batch_size=4"], None, id="batch size"),
-        pytest.param(EVERY | WORDS | {"text loss"}, ["evaluation.temperature=1"], None, id="temperature"),
-        pytest.param(both(EVERY | WORDS), ["task.test_problems=6"], None, id="fewer questions"),
-        pytest.param(
-            both(EVERY | WORDS), [], lambda f: write_questions(f / "test.jsonl", first="kim"), id="one other question"
-        ),
-    ],
-)
-def test_what_decides_an_output_is_compared_by_content(
-    first_evaluation, tmp_path, scribe, capsys, anew, overrides, change
-):
-    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
-    if change is not None:
-        change(folder)
-    recipe = recipe_in(folder, *overrides)
-    report = evaluate(recipe, folder / "adapter")
-    lines = capsys.readouterr().out.splitlines()
-    whole = ("1 of 1 batches were done before", "2 of 2 batches were done before")  # outputs, and losses
-    reused = {line.partition(":")[0] for line in lines if line.endswith(whole)}
-    assert both(EVERY | WORDS) - reused == anew
-    assert scribe.num_prompts == len(anew & (EVERY | WORDS)) * report["num_problems"]
-    assert sum(map(len, scribe.scored)) == len(anew & LOSSES) * report["num_problems"]
-    # The report is of the references as they are now, and the first one is still there.
-    references = {json.loads(line)["answer"].split()[-1] for line in (folder / "test.jsonl").read_text().splitlines()}
-    newest = max(recipe.run_dir.glob("evaluation/*/zero.jsonl"), key=lambda path: path.stat().st_mtime_ns)
-    assert {json.loads(line)["reference"] for line in newest.read_text().splitlines()} <= references
-    for path in first_evaluation.glob("demo/evaluation/*/*.jsonl"):
-        kept = recipe.run_dir / path.relative_to(first_evaluation / "demo")
-        assert kept.read_bytes() == path.read_bytes()
 
 
 @settings(max_examples=200)
@@ -426,14 +181,6 @@ def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evalu
     assert len(before) == len(EVERY)
 
 
-def test_states_that_are_computed_for_want_of_a_cache_are_as_precise_as_its_own(tmp_path):
-    for dtype in ("bfloat16", "float32"):
-        recipe = make_recipe(tmp_path, "thoughts.source=cache", f"cache.path={tmp_path}/none", f"cache.dtype={dtype}")
-        experiment = Experiment(recipe)
-        states = thought_reader.read_all_thoughts(experiment, experiment.splits.test)
-        assert str(states.dtype) == f"torch.{thought_reader.states_dtype(recipe)}" == f"torch.{dtype}"
-
-
 def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monkeypatch):
     loads = []
     load = trial.load_frozen
@@ -444,29 +191,12 @@ def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monke
     assert loads == ["assistant", "package:pair/base"]
 
 
-def test_outputs_of_another_version_are_not_used_again(first_evaluation, tmp_path, scribe, monkeypatch):
-    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
-    monkeypatch.setattr(jobs, "__version__", "99")
-    evaluate(recipe_in(folder), folder / "adapter")
-    assert scribe.num_prompts == len(EVERY | WORDS) * 7
-    assert sum(map(len, scribe.scored)) == len(EVERY) * 7
-
-
 def test_a_base_that_training_does_not_partition_may_be_partitioned_for_decoding(tmp_path):
     recipe = make_recipe(tmp_path, "backbone.partition=none", "evaluation.partition=zero3")
     assert decoding_config(recipe)["zero_optimization"]["stage"] == 3
     offloading = f"backbone.deepspeed={ROOT}/ds_configs/zero3_cpu_offload.json"
     own = make_recipe(tmp_path, "backbone.partition=node", offloading)
     assert decoding_config(own)["zero_optimization"].keys() >= {"offload_param"}, "its own file where it fits"
-
-
-def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):
-    folder = shutil.copytree(first_evaluation, tmp_path / "copy")
-    (folder / "assistant/model.safetensors").unlink()  # which they do not need
-    recipe = recipe_in(folder, "projection.kind=static", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
-    report = evaluate(recipe, folder / "static")
-    assert scribe.num_prompts == sum(map(len, scribe.scored)) == report["num_problems"]
-    assert records(recipe, "shuffled") == records(recipe, "mean") == records(recipe, "learned")
 
 
 def test_ranks_that_see_different_files_do_not_mix_their_outputs(recipe, adapter, scribe, monkeypatch):
@@ -496,44 +226,6 @@ def test_a_check_on_few_problems_has_a_report_of_its_own(first_evaluation, tmp_p
     assert json.loads(of_the_run.read_text())["num_problems"] == 3
     evaluate(recipe_in(folder), folder / "adapter")
     assert json.loads(of_the_run.read_text())["num_problems"] == 7
-
-
-@pytest.mark.slow
-def test_static_prompt_is_a_condition_of_its_own(tmp_path):
-    static = make_recipe(tmp_path, "projection.kind=static", "name=static")
-    static_adapter = make_adapter(tmp_path / "static-adapter", static)
-    recipe = make_recipe(
-        tmp_path, f"evaluation.static_adapter={static_adapter}", "evaluation.conditions=[learned,static]"
-    )
-    adapter = make_adapter(tmp_path / "adapter", recipe)
-    report = evaluate(recipe, adapter)
-    assert set(report["conditions"]) == {"learned", "static"}
-    # The static adapter, evaluated as itself, says the same.
-    alone = make_recipe(tmp_path, "projection.kind=static", "name=static", "evaluation.conditions=[learned]")
-    evaluate(alone, static_adapter)
-    assert [r["output"] for r in records(alone, "learned")] == [r["output"] for r in records(recipe, "static")]
-
-    wrong = make_recipe(tmp_path, f"evaluation.static_adapter={adapter}", "evaluation.conditions=[static]")
-    with pytest.raises(SoftCoTError, match="is a linear projection, not static"):
-        evaluate(wrong, adapter)
-
-
-def test_an_adapter_makes_other_numbers_of_thoughts_than_it_was_trained_with(recipe, adapter, tmp_path, scribe):
-    """As if it had been trained with so many. The assistant is asked for so many, and the report says both."""
-    told = evaluate(make_recipe(tmp_path, "evaluation.thoughts=2", "name=fewer"), adapter)
-    assert (told["num_thoughts"], told["trained_num_thoughts"]) == (2, 4)
-    assert "2 thoughts (trained with 4)" in table(told)
-    of_two = make_recipe(tmp_path, "thoughts.count=2", "name=of-two")
-    straight = evaluate(of_two, make_adapter(tmp_path / "of-two-adapter", of_two))
-    assert (straight["num_thoughts"], straight["trained_num_thoughts"]) == (2, 2)
-    fewer = make_recipe(tmp_path, "name=fewer")
-    for condition in of_two.evaluation.conditions:
-        assert records(fewer, condition) == records(of_two, condition)
-        assert condition == "none" or "[2 thoughts]" in records(fewer, condition)[0]["prompt"]
-
-    static = make_recipe(tmp_path, "projection.kind=static", "name=static", "evaluation.thoughts=2")
-    with pytest.raises(SoftCoTError, match="and a static projection makes just as many, not 2"):
-        evaluate(static, make_adapter(tmp_path / "static-adapter", static))
 
 
 def test_adapter_of_other_models_is_refused(recipe, adapter):

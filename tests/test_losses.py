@@ -7,6 +7,7 @@ from unittest.mock import Mock
 import pytest
 import torch
 from adapters import make_adapter
+from evaluations import EVERY, records
 from launch import ROOT
 from toy_models import VOCABULARY, make_toy
 from transformers import AutoModelForCausalLM
@@ -29,17 +30,11 @@ from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=11", "thoughts.source=online"]
-EVERY = ["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
 LOSS_ALONE = ["evaluation.decode=false", "evaluation.batch_size=4", "evaluation.text_max_tokens=6"]
 
 
 def make_recipe(tmp_path, *overrides):
     return load_recipe(RECIPE, [f"output_dir={tmp_path}", *SMALL, *LOSS_ALONE, *overrides])
-
-
-def records(recipe, condition):
-    (path,) = recipe.run_dir.glob(f"evaluation/*/{condition}.jsonl")
-    return [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def naive(base, prompt, thoughts, target):
