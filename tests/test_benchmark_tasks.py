@@ -193,6 +193,11 @@ def test_aqua_as_published(shared_data):
     )
     assert test[2].question.endswith("\nOptions:\n(A) 36\n(B) 15\n(C) 17\n(D) 5\n(E) 7")
     assert test[2].answer == "A"
+    assert test[0].options[:2] + test[0].options[4:] == ("5(√3 + 1)", "6(√3 + √2)", "None of these")
+    assert test[0].answer == "A"
+    assert test[253].question.startswith("A grocery sells a bag of ice for $1.25, and makes 20% profit.")
+    assert test[253].options == ("125", "150", "225", "250", "275")
+    assert test[253].reasoning == "Profit per bag = 1.25 * 0.20 = 0.25\nTotal profit = 500 * 0.25 = 125\nAnswer is A."
 
 
 @pytest.mark.slow
@@ -206,6 +211,15 @@ def test_strategy_qa_as_published(shared_data, how, train, first):
     assert everything[0].question == "Are more people today related to Genghis Khan than Julius Caesar?"
     assert everything[0].answer == "yes"
     assert everything[0].reasoning.splitlines()[1] == "2. Genghis Khan had sixteen children."
+    assert everything[7].answer == "yes"
+    assert everything[7].reasoning == (
+        "1. The average cost of a US Boeing 737 plane is 1.6 million dollars.\n"
+        "2. Wonder Woman (2017 film) grossed over 800 million dollars at the box office."
+    )
+    assert everything[-1].question.startswith("Does highest US Court have enough seats for every Prime Minister")
+    assert everything[-1].answer == "no"
+    both = [problem.answer for problem in everything + whole.read("test")]
+    assert (len(both), both.count("no")) == (2290, 1219)
     task = make_task(TaskConfig(name="strategy_qa", train=whole.config.train, test_from_train=how))
     parts = task.read("train"), task.read("test")
     assert [len(part) for part in parts] == [train, 2061 - train]
@@ -219,15 +233,28 @@ def test_date_understanding_as_published(shared_data, file, count):
     test = published(shared_data, "date_understanding", test=f"date_understanding/{file}").read("test")
     assert len(test) == count
     assert Counter(len(p.options) for p in test).keys() == {5, 6}
-    first = {
-        "task.json": ("Yesterday was April 30, 2021. What is the date today in MM/DD/YYYY?", "05/01/2021"),
-        "bbh_date_understanding.json": (
-            "Today is Christmas Eve of 1937. What is the date tomorrow in MM/DD/YYYY?",
-            "12/25/1937",
-        ),
+    checked = {
+        "task.json": {
+            0: ("Yesterday was April 30, 2021. What is the date today in MM/DD/YYYY?", "05/01/2021"),
+            100: ("2015 is coming in 36 hours. What is the date tomorrow in MM/DD/YYYY?", "12/30/2014"),
+            368: (
+                "The first day of 2019 is a Tuesday, and today is the first Monday of 2019. What is the date 24 hours "
+                "later in MM/DD/YYYY?",
+                "01/08/2019",
+            ),
+        },
+        "bbh_date_understanding.json": {
+            0: ("Today is Christmas Eve of 1937. What is the date tomorrow in MM/DD/YYYY?", "12/25/1937"),
+            249: (
+                "Jane was born on the last day of Feburary in 2000. Today is her 16-year-old birthday. What is the "
+                "date a month ago in MM/DD/YYYY?",
+                "01/29/2016",
+            ),
+        },
     }[file]
-    assert test[0].question.split("\nOptions:")[0] == first[0]
-    assert test[0].options["ABCDEF".index(test[0].answer)] == first[1]
+    for number, (question, date) in checked.items():
+        assert test[number].question.split("\nOptions:")[0] == question
+        assert test[number].options["ABCDEF".index(test[number].answer)] == date
     # As if by chance: each of the six letters within three deviations of a sixth.
     for letter in "ABCDEF":
         share = sum(p.answer == letter for p in test)
