@@ -11,9 +11,13 @@ import pytest
 import torch
 from launch import ROOT, run
 from test_step import make_model
+from transformers import AutoTokenizer
 
 from softcot_ds import plan
 from softcot_ds.command import EXIT_MISTAKE
+from softcot_ds.data.chat import ChatFormat
+from softcot_ds.data.examples import Splits, make_example
+from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, PromptFile
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT
@@ -27,7 +31,8 @@ from softcot_ds.planning.report import Plan, as_json, as_text, make_plan, scale
 from softcot_ds.planning.search import Planner, Way
 from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
 from softcot_ds.planning.work import StepOnMeta
-from softcot_ds.recipe import ModelConfig, load_recipe
+from softcot_ds.recipe import ModelConfig, TaskConfig, load_recipe
+from softcot_ds.tasks import make_task
 
 RECIPES = ROOT / "recipes"
 PUBLISHED = {
@@ -55,6 +60,57 @@ def h100s(nodes: int, per_node: int = 8) -> Cluster:
 @pytest.mark.parametrize("name", PUBLISHED)
 def test_shipped_shapes_have_the_published_number_of_weights(name):
     assert Shape.of(find_config(ModelConfig(model=name))).total == PUBLISHED[name]
+
+
+@pytest.mark.parametrize(
+    ("name", "settings", "problems"),
+    [
+        ("paper/aqua_llama_8b", [], (97_467, 0, 254)),
+        ("paper/aqua_llama_8b", ["task.train_problems=500", "task.validation_problems=100"], (400, 100, 254)),
+        ("paper/strategy_qa_llama_8b", ["task.test_from_train=order"], (1648, 0, 413)),
+        ("paper/aqua_llama_8b", ["task.name=date_understanding"], (0, 0, 250)),
+        ("gsm8k_llama_70b", ["task.test_problems=2000"], (7217, 256, 1319)),
+    ],
+)
+def test_without_its_data_a_recipe_is_planned_by_what_is_published_of_its_own_task(name, settings, problems):
+    recipe = load_recipe(RECIPES / f"{name}.yaml", settings)
+    data = read_data(recipe)
+    assert (data.train, data.validation, data.test) == problems
+    assert f" of {recipe.task.name} as published" in data.source
+
+
+def test_more_validation_than_there_is_published_is_refused():
+    recipe = load_recipe(RECIPES / "paper/strategy_qa_llama_8b.yaml", ["task.validation_problems=2061"])
+    with pytest.raises(SoftCoTError, match="validation_problems is 2061 of 2061 training problems; leave some"):
+        read_data(recipe)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("name", "file", "number"),
+    [
+        ("gsm8k", "gsm8k/test.jsonl", "test"),
+        ("aqua", "aqua/test.json", "test"),
+        ("strategy_qa", "strategyqa/eladsegal_train.json", "train"),
+        ("date_understanding", "date_understanding/bbh_date_understanding.json", "test"),
+    ],
+)
+def test_sizes_of_tasks_are_those_of_their_data(shared_data, name, file, number):
+    task = make_task(TaskConfig.model_validate({"name": name, "test": str(shared_data / file)}))
+    chat = ChatFormat(AutoTokenizer.from_pretrained(shared_data / "qwen2.5_tokenizer"), {}, "qwen")
+    prompts = PromptFile.load(task.prompt_file)
+    base, assistant = BasePrompts(chat, prompts), AssistantPrompts(chat, prompts, 4, None)
+    problems = task.read("test")
+    assert len(problems) == getattr(task.sizes, number)
+    examples = [make_example(problem, task.target(problem), base, assistant) for problem in problems]
+    found = data_of(Splits(examples, [], [], []))
+    sizes = task.sizes
+    assert (found.mean.shared, found.mean.suffix) == (sizes.instructions, 5)
+    for part, (mean, most) in {"prefix": sizes.question, "target": sizes.target}.items():
+        assert getattr(found.mean, part) == pytest.approx(mean, rel=0.05)
+        assert getattr(found.longest, part) == pytest.approx(most, rel=0.3)
+    assert found.mean.assistant - 4 == pytest.approx(sizes.assistant[0], rel=0.05)
+    assert found.longest.assistant - 4 == pytest.approx(sizes.assistant[1], rel=0.3)
 
 
 def test_a_token_meets_the_experts_that_it_is_sent_to():

@@ -13,7 +13,8 @@ from softcot_ds.experiment import planned
 from softcot_ds.models.model_files import tokenizer_is_here
 from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.recipe import Recipe
-from softcot_ds.tasks import Problem, make_task
+from softcot_ds.tasks import Problem, Task, make_task
+from softcot_ds.tasks.gsm8k import GSM8K
 
 
 @dataclass(frozen=True)
@@ -55,8 +56,8 @@ class Data:
 
 
 def read_data(recipe: Recipe) -> Data:
-    """The recipe's own data where models' tokenizers and data lie here, and there is some to train on, else numbers of
-    GSM8K.
+    """The recipe's own data where models' tokenizers and data lie here, and there is some to train on, else the numbers
+    of what is published for its task.
 
     Raises:
         SoftCoTError: the data lies here and is wrong.
@@ -64,9 +65,9 @@ def read_data(recipe: Recipe) -> Data:
     generated = chosen(TASKS, recipe.task.name).most_generated is not None
     sources = [name for name in (recipe.task.train, recipe.task.test) if name is not None]
     files = generated or all(Path(name).is_file() for name in sources)
-    is_read = files and make_task(recipe.task).trains
-    if not is_read or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
-        return _typical(recipe)
+    task = make_task(recipe.task)
+    if not files or not task.trains or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
+        return _typical(task, recipe.thoughts.count)
     return data_of(planned(recipe).splits)
 
 
@@ -94,21 +95,27 @@ def _lengths(examples: Sequence[Example], shared: int, of: Callable[[list[int]],
     )
 
 
-def _typical(recipe: Recipe) -> Data:
-    """GSM8K with Qwen2.5's tokenizer (docs/training-step.md): 7,473 problems for training, 1,319 for test."""
-    task, thoughts = recipe.task, recipe.thoughts.count
-    train = min(task.train_problems or 7473, 7473) - task.validation_problems
-    if train < 1:
+def _typical(task: Task, thoughts: int) -> Data:
+    """The sizes of what is published for the task, or GSM8K's."""
+    config, own = task.config, task.sizes
+    sizes = own or GSM8K.sizes
+    available, test = (config.train_problems or sizes.train, config.test_problems or sizes.test)
+    if own:
+        available, test = min(available, own.train), min(test, own.test)
+    if config.test_from_train:
+        available, test = available * 4 // 5, available - available * 4 // 5
+    validation = config.validation_problems if task.trains else 0
+    train = available - validation if task.trains else 0
+    if task.trains and train < 1:
         raise SoftCoTError(
-            f"task.validation_problems is {task.validation_problems} of {task.train_problems or 7473} training "
-            "problems; leave some for training"
+            f"task.validation_problems is {validation} of {available} training problems; leave some for training"
         )
-    return Data(
-        Lengths(54, 66, 5, 91, 120 + thoughts),
-        Lengths(54, 218, 5, 342, 270 + thoughts),
-        train,
-        task.validation_problems,
-        min(task.test_problems or 1319, 1319),
-        14_000,
-        "lengths and numbers of problems of GSM8K, as the recipe's data or tokenizers do not lie here",
+    mean, longest = (
+        Lengths(sizes.instructions, sizes.question[i], 5, sizes.target[i], sizes.assistant[i] + thoughts)
+        for i in (0, 1)
     )
+    name = config.name if own else "gsm8k"
+    source = (
+        f"lengths and numbers of problems of {name} as published, as the recipe's data or tokenizers do not lie here"
+    )
+    return Data(mean, longest, train, validation, test, sizes.tokens, source)

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import DataTask, Problem, boxed, with_options, without_labels
+from softcot_ds.tasks.base import DataTask, Problem, Sizes, boxed, with_options, without_labels
 from softcot_ds.tasks.kinds import KINDS
 from softcot_ds.tasks.options import LETTERS
 from softcot_ds.tasks.records import Record, Types
@@ -14,6 +14,7 @@ class AQuA(DataTask):
 
     published = "deepmind/aqua_rat"
     subset = "raw"
+    sizes = Sizes(97_467, 254, 80, (102, 245), (87, 334), (169, 312), 20_000)  # lengths and tokens of its other splits
     required: Mapping[str, Types] = {"question": str, "options": list, "rationale": str, "correct": str}
     kind = KINDS["option"]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Literal
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import Problem
+from softcot_ds.tasks.base import Problem, Sizes
 from softcot_ds.tasks.gsm8k import GSM8K
 from softcot_ds.tasks.records import Record, check_value
 
@@ -25,6 +25,7 @@ class ASDivAug(GSM8K):
 
     published = "xuyige/ASDiv-Aug"
     subset = None
+    sizes = Sizes(4183, 1038, 65, (57, 142), (20, 60), (115, 200), 5_000)  # guessed from ASDiv, but for the numbers
     why_left_out = "their answer is not one number"
 
     def records(self, split: Literal["train", "test"]) -> Iterator[tuple[str, Record]]:

@@ -36,6 +36,25 @@ class Problem:
         return hashlib.sha256(self.question.encode()).hexdigest()[:16]
 
 
+@dataclass(frozen=True)
+class Sizes:
+    """How many problems a data set has as it is published, and how long they are in the wording of its task: tokens of
+    Qwen2.5's tokenizer, on average and at most."""
+
+    train: int
+    """0 where there is no training data."""
+    test: int
+    instructions: int
+    """What all prompts of the base begin with."""
+    question: tuple[int, int]
+    """The rest of the prompt before the thoughts."""
+    target: tuple[int, int]
+    assistant: tuple[int, int]
+    """What the assistant reads, the thoughts apart."""
+    tokens: int
+    """Different ones in all that the base reads."""
+
+
 def check_question(question: str) -> None:
     """Raises SoftCoTError when there is nothing to answer, or what is no text."""
     if not question.strip():
@@ -62,6 +81,8 @@ class Task(ABC):
     """False for a task that there is only test data of."""
     is_described_by_recipe: ClassVar[bool] = False
     """Whether ``task.fields``, ``task.answer`` and ``task.prompts`` say what its records, answers and wording are."""
+    sizes: ClassVar[Sizes | None] = None
+    """Of what is published, for plans where the data does not lie here; None where it is the user's own, or made."""
     kind: Kind = KINDS["number"]
 
     def __init__(self, config: TaskConfig) -> None:

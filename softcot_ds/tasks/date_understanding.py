@@ -10,7 +10,7 @@ import re
 from collections.abc import Mapping
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import DataTask, Problem, boxed, with_options, without_labels
+from softcot_ds.tasks.base import DataTask, Problem, Sizes, boxed, with_options, without_labels
 from softcot_ds.tasks.kinds import KINDS
 from softcot_ds.tasks.options import LETTERS
 from softcot_ds.tasks.records import Record, Types
@@ -25,6 +25,7 @@ class DateUnderstanding(DataTask):
     published = "lukaemon/bbh"
     subset = "date_understanding"
     has_training_data = False
+    sizes = Sizes(0, 250, 82, (131, 154), (9, 9), (203, 226), 300)
     required: Mapping[str, Types] = {}
     kind = KINDS["option"]
 

@@ -4,7 +4,7 @@ import re
 from collections.abc import Mapping
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import DataTask, Problem
+from softcot_ds.tasks.base import DataTask, Problem, Sizes
 from softcot_ds.tasks.records import Record, Types
 
 _CALCULATOR = re.compile(r"<<([^<>]*)>>")
@@ -17,6 +17,7 @@ class GSM8K(DataTask):
 
     published = "openai/gsm8k"
     subset = "main"
+    sizes = Sizes(7473, 1319, 54, (66, 218), (91, 342), (132, 284), 14_000)
     required: Mapping[str, Types] = {"question": str, "answer": str}
 
     def problem(self, record: Record) -> Problem:

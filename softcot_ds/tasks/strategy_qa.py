@@ -6,7 +6,7 @@ There are no public answers for its test questions: the papers take the last fif
 
 from collections.abc import Mapping
 
-from softcot_ds.tasks.base import DataTask, Problem, boxed
+from softcot_ds.tasks.base import DataTask, Problem, Sizes, boxed
 from softcot_ds.tasks.kinds import KINDS
 from softcot_ds.tasks.records import Record, Types
 
@@ -15,6 +15,7 @@ class StrategyQA(DataTask):
     """Records with ``question``, ``answer``, true or false, and ``facts``: the solution, which no prompt may show."""
 
     published = "ChilleD/StrategyQA"
+    sizes = Sizes(2061, 229, 77, (24, 42), (56, 148), (84, 102), 13_000)
     required: Mapping[str, Types] = {"question": str, "answer": bool, "facts": (list, str)}
     kind = KINDS["yes_no"]
 
