@@ -26,6 +26,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.run_dir import require_complete
@@ -77,6 +78,8 @@ class AdapterConfig(_Record):
     """Digest of the training examples' tokens, in their order. None: written before it was recorded."""
     chat_templates: dict[str, str] | None = None
     """Digest of the effective chat template of base and assistant. None: written before they were recorded."""
+    layer: int | None = None
+    """Of the assistant, whose states it was trained on; None for the last."""
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -91,7 +94,8 @@ class AdapterConfig(_Record):
         return self.model_copy(update={"step": step})
 
     def check_models(self, recipe: Recipe, assistant: bool = True) -> None:
-        """Raises SoftCoTError when the recipe's models are not those that the adapter was trained with.
+        """Raises SoftCoTError when the recipe's models, or the layer of the assistant, are not those that the adapter
+        was trained with.
 
         Args:
             assistant: whether the assistant matters; it does not for free vectors.
@@ -107,6 +111,13 @@ class AdapterConfig(_Record):
                     f"fingerprint {trained.fingerprint[:12]}), but {config.model} holds other weights "
                     f"(fingerprint {fingerprint[:12]}); set {name}.model to the model it was trained with"
                 )
+
+        if assistant and (layer := states_layer(recipe)) != self.layer:
+            trained, now = ("the last layer" if number is None else f"layer {number}" for number in (self.layer, layer))
+            raise SoftCoTError(
+                f"the adapter was trained on states of {trained} of the assistant, and thoughts.layer="
+                f"{recipe.thoughts.layer} names {now}; set it to {-1 if self.layer is None else self.layer}"
+            )
 
     def other_templates(self, experiment: Experiment) -> list[str]:
         """Which models have another chat template now than in training, for messages."""
@@ -153,6 +164,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         step=0,
         training_data=digest(experiment.splits.train),
         chat_templates=_chat_templates(experiment),
+        layer=states_layer(recipe),
     )
 
 

@@ -27,7 +27,7 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
     for option, help_text in (
         ("verify", "check every byte; given a recipe, also compute some rows again"),
-        ("info", "say what the cache is, how large and who made it"),
+        ("info", "say what the cache is, how large, who made it and what of its states varies with the question"),
         ("prune", "remove what stopped builders left, and damaged shards"),
     ):
         parser.add_argument(f"--{option}", dest="inspect", action="store_const", const=option, help=help_text)

@@ -12,6 +12,7 @@ from softcot_ds.data.examples import ContextLimits, Example, Splits, load_splits
 from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile, placeholder_id
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import (
     context_length,
     generation_stop_ids,
@@ -44,7 +45,8 @@ class Experiment:
             recipe.thoughts.placeholder,
         )
         self._check_tokens("base", [self.base_prompts.end_of_turn_id])
-        self._check_tokens("assistant", [self.assistant_prompts.placeholder_id])
+        self._check_tokens("assistant", self.assistant_prompts.placeholder_ids)
+        states_layer(recipe)
         if "text" in recipe.evaluation.conditions:
             _ = self.assistant_prompts.stop_ids  # what is wrong with them is said now, not when the words are asked for
         if "placeholder" in recipe.evaluation.conditions:

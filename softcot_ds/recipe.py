@@ -28,7 +28,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 from softcot_ds.section import FREE, Section
 from softcot_ds.task_config import TargetsConfig, TaskConfig
-from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, ExistingFile, Folder, ModelName
+from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, TextOrTexts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -64,8 +64,12 @@ class ThoughtsConfig(Section):
     """T, the number of soft thoughts of a question."""
     source: Annotated[Literal["cache", "online"], FREE] = "cache"
     """cache: read the assistant's states from disk, no assistant in the training job. online: run the assistant."""
-    placeholder: str | None = None
-    """The assistant's token at a thought's position. Default: its unknown token, else pad, else end-of-sequence."""
+    placeholder: TextOrTexts | None = None
+    """The assistant's token at a thought's position, or several that thoughts take in turn. Default: its unknown token,
+    else pad, else end-of-sequence."""
+    layer: int = -1
+    """The assistant's layer whose states are taken, as transformers numbers hidden_states: from 1 on, or from the end,
+    where -1 is the last one, after the final norm. Those of others are before it, and layers above are not run."""
 
 
 class CacheConfig(Section):

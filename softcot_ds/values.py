@@ -3,9 +3,9 @@
 import os
 import re
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
-from pydantic import AfterValidator, Field
+from pydantic import AfterValidator, Field, PlainValidator
 
 PACKAGE_SCHEME = "package:"
 """``package:pair/base`` names a folder that is shipped inside the installed package."""
@@ -77,12 +77,20 @@ def _check_targets(name: str) -> str:
     return name
 
 
+def _check_texts(value: Any) -> str | list[str]:
+    texts = [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or not texts or not all(isinstance(text, str) for text in texts):
+        raise ValueError(f"a text, or a list of texts, found {value!r}; put numbers in quotes")
+    return value
+
+
 ModelName = Annotated[str, AfterValidator(_check_model)]
 DataName = Annotated[str, AfterValidator(_check_data)]
 Key = Annotated[str, Field(min_length=1)]
 """Of a record of the data."""
 TargetsName = Annotated[str, Field(min_length=1), AfterValidator(_check_targets)]
 """``gold``, or a file that exists or can be made."""
+TextOrTexts = Annotated[str | list[str], PlainValidator(_check_texts)]
 AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
 ExistingFile = Annotated[AnyPath, AfterValidator(_check_file)]
 Folder = Annotated[AnyPath, AfterValidator(_check_folder)]

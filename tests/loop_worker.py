@@ -24,12 +24,13 @@ from softcot_ds.training.validation import Validator
 
 ACCUMULATION = 2
 forward, samples, save = SoftCoT.forward, Validator._samples, loop.save_checkpoint
+look = Validator._thought_statistics
 StopRequest, Record, shut_down = loop.StopRequest, loop.Record, distributed.shut_down
 fetch, decode = PartitionedParameterCoordinator.fetch_sub_module, validation.decode
 fault, passes, began_to_wait = "", 0, 0.0
 ahead: list[list[Any]] = []
-"""Weights that were there or on their way when they were asked for, and those that were not: of each pass, and of all
-that decode the samples of one validation."""
+"""Weights that were there or on their way when they were asked for, and those that were not: of each pass, of a look at
+the thoughts, and of all that decode the samples of one validation."""
 
 
 def counted_fetch(coordinator: PartitionedParameterCoordinator, module: torch.nn.Module, forward: bool) -> None:
@@ -39,15 +40,20 @@ def counted_fetch(coordinator: PartitionedParameterCoordinator, module: torch.nn
     fetch(coordinator, module, forward)
 
 
+def counted_look(validator: Validator) -> dict[str, float]:
+    ahead.append(["look", 0, 0])
+    return look(validator)
+
+
 def counted_decode(*arguments: Any) -> Any:
     ahead.append(["decode", 0, 0])
     return decode(*arguments)
 
 
-def disturbed_forward(model: SoftCoT, batch: object) -> torch.Tensor:
+def disturbed_forward(model: SoftCoT, batch: object, **how: bool) -> torch.Tensor:
     global passes, began_to_wait
     ahead.append(["train" if model.training else "validate", 0, 0])
-    loss = forward(model, batch)
+    loss = forward(model, batch, **how)
     if not model.training:
         return loss
     step, last_micro_batch = passes // ACCUMULATION + 1, passes % ACCUMULATION == ACCUMULATION - 1
@@ -97,6 +103,7 @@ def report(message: str) -> None:
 
 PartitionedParameterCoordinator.fetch_sub_module, validation.decode = counted_fetch, counted_decode
 SoftCoT.forward, Validator._samples = disturbed_forward, disturbed_samples
+Validator._thought_statistics = counted_look
 loop.StopRequest, loop.Record, loop.save_checkpoint = late_request, visible_record, slow_save
 # The ranks stay together from one training to the next, and only one of them speaks.
 distributed.shut_down, command._report = lambda *_: None, report

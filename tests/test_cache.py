@@ -30,10 +30,11 @@ from softcot_ds.errors import OtherRankFailed, SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import TEMPORARY_SUFFIX
 from softcot_ds.methods import trial
-from softcot_ds.models.assistant import compute_thoughts, read_shared
+from softcot_ds.models.assistant import compute_thoughts, end_after, read_shared
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts import builder as thought_builder
 from softcot_ds.thoughts import computing as thought_computing
+from softcot_ds.thoughts import inspection
 from softcot_ds.thoughts import manifest as tm
 from softcot_ds.thoughts import store as ts
 from softcot_ds.thoughts.manifest import StoreIdentity
@@ -81,13 +82,13 @@ def make_inputs(count: int, prefix: int = 21, seed: int = 0, tail: int = 0) -> l
     return inputs
 
 
-def one_by_one(assistant, inputs) -> torch.Tensor:
-    """The definition: last of all hidden states of the whole causal language model, each input alone."""
+def one_by_one(assistant, inputs, layer: int = -1) -> torch.Tensor:
+    """The definition: last of all hidden states of the whole causal language model, or another, each input alone."""
     rows = []
     with torch.no_grad():
         for item in inputs:
             states = assistant(torch.tensor([item.token_ids]), output_hidden_states=True).hidden_states
-            rows.append(states[-1][:, item.positions])
+            rows.append(states[layer][:, item.positions])
     return torch.cat(rows)
 
 
@@ -110,12 +111,15 @@ def never(_batch):
 
 @pytest.mark.parametrize("attention", ["sdpa", "eager"])
 @pytest.mark.parametrize("family", FAMILIES)
-def test_thoughts_are_the_last_hidden_states_at_the_placeholders(family, attention):
+@pytest.mark.parametrize("layer", [-1, 1, 2])
+def test_thoughts_are_the_hidden_states_at_the_placeholders(family, attention, layer):
     assistant = make_assistant(family, torch.float64)
     assistant.set_attn_implementation(attention)
     inputs = make_inputs(9, tail=2)
-    truth = one_by_one(assistant, inputs)
+    truth = one_by_one(assistant, inputs, layer)
     assert (truth[0] - truth[1]).abs().max() > 0.1
+    if layer != -1:
+        end_after(assistant, layer)
     prefix = read_shared(assistant, inputs)
     assert prefix.length == 21
     for used in (prefix, read_shared(assistant, inputs[:1])):
@@ -343,8 +347,20 @@ def test_info_tells_what_a_cache_is(tmp_path, capsys):
     fill(tmp_path / "a", make_inputs(7), fake)
     assert cache.main(["--info", str(tmp_path)]) == 0
     out = capsys.readouterr().out
-    for text in ("toys/llama", "7 of 4 x 32 float32", "in 1 shard", "created", "sdpa"):
+    for text in ("toys/llama", "7 of 4 x 32 float32", "in 1 shard", "created", "sdpa", "of all rows", "by question"):
         assert text in out
+
+
+def test_info_of_a_large_cache_is_of_the_same_few_rows_whatever_the_shards(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(inspection, "_SAMPLED_ROWS", 5)
+    found = []
+    for folder, inputs in ((tmp_path / "a", make_inputs(30)), (tmp_path / "b", make_inputs(30)[::-1])):
+        fill(folder, inputs, fake)
+        assert cache.main(["--info", str(folder)]) == 0
+        out = capsys.readouterr().out
+        assert "of a fixed sample of 5 rows" in out
+        found.append(out[out.index("states") :])
+    assert found[0] == found[1]
 
 
 def test_verify_finds_a_flipped_bit_and_exits_with_2(tmp_path, capsys):
@@ -420,6 +436,30 @@ def test_the_command_builds_a_recipes_cache_once(recipe_file, capsys):
     assert "nothing to compute" in capsys.readouterr().out
 
 
+@pytest.mark.slow
+def test_states_of_another_layer_have_a_cache_of_their_own(recipe_file, capsys):
+    """Of three layers the last, which it is by default, and the one in the middle, each named in two ways."""
+    inputs = Experiment(load_recipe(recipe_file)).splits.assistant_inputs()
+    for override, anew in ("layer=-1", True), ("layer=3", False), ("layer=2", True), ("layer=-2", False):
+        assert cache.main([str(recipe_file), f"thoughts.{override}"]) == 0
+        assert ("nothing to compute" not in capsys.readouterr().out) == anew
+    recipe = load_recipe(recipe_file, ["thoughts.layer=2"])
+    assistant = LlamaForCausalLM.from_pretrained(recipe.assistant.model)
+    rows = read(open_cache(recipe, inputs), inputs)
+    torch.testing.assert_close(rows, one_by_one(assistant, inputs, 2), rtol=1e-4, atol=1e-4)
+    assert cache.main([str(recipe_file), "thoughts.layer=2", "--verify"]) == 0
+    with pytest.raises(SoftCoTError, match=r"There are others: .* \(layer is 2, wanted 1\)"):
+        open_cache(load_recipe(recipe_file, ["thoughts.layer=1"]))
+
+
+@pytest.mark.parametrize("layer", [0, 4, -4])
+def test_a_layer_that_the_assistant_has_not_is_refused(recipe_file, layer):
+    with pytest.raises(
+        SoftCoTError, match=rf"thoughts.layer={layer}: .*assistant has 3 layers; set it to one from 1 to 3"
+    ):
+        Experiment(load_recipe(recipe_file, [f"thoughts.layer={layer}"]))
+
+
 def test_evaluation_with_other_thoughts_has_a_cache_of_its_own(recipe_file, capsys):
     other = "evaluation.thoughts=2"
     assert cache.main([str(recipe_file), other]) == 0
@@ -489,9 +529,10 @@ def test_several_thoughts_of_an_input_are_built_like_one(tmp_path, dtype):
     assert torch.equal(found, truth.to(getattr(torch, dtype)))
 
 
-def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file):
+@pytest.mark.parametrize("layer", [-1, 1])
+def test_training_online_sees_the_cached_thoughts_bit_for_bit(recipe_file, layer):
     """The models and the builder's function of both commands, one batch of the same inputs."""
-    recipe = load_recipe(recipe_file, ["thoughts.source=online"])
+    recipe = load_recipe(recipe_file, ["thoughts.source=online", f"thoughts.layer={layer}"])
     experiment = Experiment(recipe)
     inputs = experiment.splits.assistant_inputs()
     compute = thought_computing.load_assistant(recipe, inputs, alone())
@@ -536,11 +577,13 @@ def test_verify_computes_rows_again_and_names_a_wrong_one(recipe_file, capsys):
 
 @pytest.mark.distributed
 def test_an_assistant_split_over_two_ranks_has_the_same_thoughts(recipe_file, tmp_path):
-    """Ranks as of the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save."""
+    """Ranks as of the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save. Of a layer
+    before the last, so that others are let go."""
+    of = ["evaluation.thoughts=2", "thoughts.layer=2"]
     split = [str(recipe_file), f"cache.path={tmp_path / 'split'}", "cache.partition=zero3", "cache.tokens_per_batch=1"]
-    run_forked(2, "softcot_ds.cache", *split, "evaluation.thoughts=2")
-    assert cache.main([str(recipe_file), "evaluation.thoughts=2"]) == 0
-    wholes, splits = (cached(load_recipe(recipe_file, [*some, "evaluation.thoughts=2"])) for some in ([], split[1:]))
+    run_forked(2, "softcot_ds.cache", *split, *of)
+    assert cache.main([str(recipe_file), *of]) == 0
+    wholes, splits = (cached(load_recipe(recipe_file, [*some, *of])) for some in ([], split[1:]))
     for (whole, inputs), (parts, _) in zip(wholes, splits, strict=True):
         found, wanted = (read(open_cache(of, inputs), inputs) for of in (parts, whole))
         torch.testing.assert_close(found, wanted, rtol=1e-4, atol=1e-4)

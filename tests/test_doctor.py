@@ -28,10 +28,15 @@ from softcot_ds.methods import trial
 from softcot_ds.models import toy
 from softcot_ds.models.backbone import load_config
 from softcot_ds.recipe import load_recipe
+from softcot_ds.thoughts import manifest
+from softcot_ds.thoughts.manifest import row_key
+from softcot_ds.thoughts.reader import cache_identity
+from softcot_ds.thoughts.store import StoreWriter
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 GIB = 2**30
-TITLES = ["versions", "devices", "communication", "folders", "disks", "models", "memory", "gathering", "launchers"]
+TITLES = ["versions", "devices", "communication", "folders", "disks", "models", "states", "memory", "gathering"]
+TITLES.append("launchers")
 
 
 def healthy(rank: int) -> Facts:
@@ -82,7 +87,7 @@ def cluster(*changed_ranks: int, versions=(), output_dir=(), temporary=(), base=
 
 def test_a_healthy_cluster_gets_one_ok_for_each_check():
     findings = diagnosis.judge(cluster())
-    assert [finding.level for finding in findings] == ["ok"] * 9, findings
+    assert [finding.level for finding in findings] == ["ok"] * 10, findings
     assert [finding.title for finding in findings] == TITLES
     assert "4 ranks over NCCL, the sum is right, bus bandwidth 50.00 GB/s" in findings[2].text
 
@@ -105,6 +110,10 @@ def test_what_the_gpus_cannot_hold_is_found_by_plan():
 CPU = {"gpus": 0, "gpu": "", "gpus_allotted": 0}
 
 WRONG = {
+    "states alike": (
+        cluster(states=(56.4, 1.23)),
+        "warning", "states", "1.23 of their length varies with the question, 56.4 is the same", "--info shows more",
+    ),
     "too large": (
         cluster(too_large="training 134 GiB of a GPU, by plan"),
         "warning", "memory", "training 134 GiB of a GPU, by plan is too much", "--nodes 2 --gpus-per-node 2 shows",
@@ -422,6 +431,25 @@ def test_a_limit_below_a_layers_size_is_a_warning_with_the_size(tmp_path):
     layer = sum(w.numel() for name, w in weights.items() if ".layers.0." in name and w.numel() > 20_000)
     assert (wrong.level, wrong.title) == ("warning", "gathering")
     assert f"stage3_prefetch_bucket_size is 5000, and these models need {layer}: the rest of a layer" in wrong.text
+
+
+@pytest.mark.parametrize(("size", "level"), [(0.2, "ok"), (0.05, "warning")])
+def test_states_of_the_cache_that_hardly_differ_are_a_warning(tmp_path, size, level):
+    recipe = load_recipe(RECIPE, [f"cache.path={tmp_path}"])
+    assert examine._states(recipe) is None, "no cache yet"
+    identity, shards = cache_identity(recipe), []
+    folder = tmp_path / identity.folder_name
+    folder.mkdir()
+    signs = torch.tensor([[1.0], [-1.0]]).repeat(200, 1)[:, :, None]  # more rows than are looked at
+    keys = [row_key([number], [0]) for number in range(len(signs))]
+    with StoreWriter(folder, identity, on_commit=shards.append) as writer:
+        writer.append(keys, (1 + size * signs).expand(-1, *identity.row_shape))
+    manifest.save_manifest(folder, replace(manifest.new_manifest(identity), shards=tuple(shards)))
+    constant, varying = examine._states(recipe)
+    assert varying / constant == pytest.approx(size, rel=0.2), "of a sample, in which the signs are not half and half"
+    (verdict, *_) = diagnosis._states(cluster(states=(constant, varying)))
+    assert verdict[0] == level
+    assert examine._states(load_recipe(RECIPE, [f"cache.path={tmp_path}", "projection.kind=static"])) is None
 
 
 @pytest.mark.slow

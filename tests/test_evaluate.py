@@ -1,6 +1,5 @@
 """Evaluation: its report, the adapters that it takes, the same outputs on any number of ranks."""
 
-import itertools
 import json
 import math
 import shutil
@@ -11,23 +10,20 @@ import torch
 from adapters import make_adapter
 from evaluations import EVERY, RECIPE, SMALL, WITHOUT_STATIC, edit, make_recipe, recipe_in, records
 from forked import run_forked
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from launch import ROOT
 from safetensors.torch import load_file
 
 from softcot_ds import agreement
-from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.data.targets import OwnTargets
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import jobs
-from softcot_ds.evaluation.conditions import others
 from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.targets import make_targets
 from softcot_ds.generate import main as generate_main
 from softcot_ds.inference import Adapter
 from softcot_ds.methods import trial
+from softcot_ds.models import assistant as assistant_module
 from softcot_ds.models import backbone
 from softcot_ds.models.partition import decoding_config
 from softcot_ds.planning.report import make_plan
@@ -87,23 +83,6 @@ def test_cut_and_unparsed_outputs_are_counted_and_a_cut_number_is_no_answer(tmp_
         assert shown[5:7] == [str(row["unparsed"]), str(row["cut"])]
 
 
-@settings(max_examples=200)
-@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 2**64 - 1))
-def test_shuffled_takes_the_thoughts_of_a_question_that_is_another_to_the_assistant(kinds, seed):
-    inputs = [AssistantInput(str(index), [kind], [0]) for index, kind in enumerate(kinds)]
-    possible = any(
-        all(kinds[taken] != kind for taken, kind in zip(order, kinds, strict=True))
-        for order in itertools.permutations(range(len(kinds)))
-    )
-    if not possible:
-        with pytest.raises(SoftCoTError, match=r"problems are the same to the assistant; raise task\.test_problems"):
-            others(inputs, seed)
-        return
-    taken = others(inputs, seed)
-    assert sorted(taken) == list(range(len(kinds)))
-    assert all(kinds[other] != kind for other, kind in zip(taken, kinds, strict=True))
-
-
 def of_another_base(path):
     values = json.loads(path.read_text())
     values["base"]["fingerprint"] = "0" * 64
@@ -111,7 +90,7 @@ def of_another_base(path):
 
 
 def forbid_models(monkeypatch):
-    for module in (backbone, trial):
+    for module in (backbone, trial, assistant_module):
         monkeypatch.setattr(module, "load_frozen", lambda *_: pytest.fail("a model was loaded"))
 
 
@@ -150,8 +129,17 @@ def forbid_models(monkeypatch):
             "base .* holds ot",
         ),
         ([], lambda f: (f / "adapter/trainer.json").write_text("{"), "trainer.json is damaged"),
+        (
+            ["thoughts.layer=1"],
+            None,
+            r"trained on states of the last layer .*layer=1 names layer 1; set it to -1",
+        ),
         (["evaluation.placeholder='so it'"], None, r"evaluation.placeholder 'so it' is 5 tokens for the tokenizer of"),
-        (["task.test_problems=1"], None, r"shuffled gives .* but 1 of the 1 test problems are the same"),
+        (
+            ["task.test_problems=1"],
+            None,
+            r"shuffled: not each .*: 1 of the 1 problems are the same .*; raise task",
+        ),
         (
             ["projection.kind=static"],
             None,
@@ -183,8 +171,8 @@ def test_a_finished_evaluation_needs_no_model_and_leaves_its_results(first_evalu
 
 def test_the_assistant_is_gone_before_the_base_is_loaded(tmp_path, scribe, monkeypatch):
     loads = []
-    load = trial.load_frozen
-    monkeypatch.setattr(trial, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
+    load = assistant_module.load_frozen
+    monkeypatch.setattr(assistant_module, "load_frozen", lambda *rest: loads.append("assistant") or load(*rest))
     monkeypatch.setattr(jobs, "load_to_run", lambda config, *_: loads.append(config.model))
     recipe = make_recipe(tmp_path, "evaluation.conditions=[none,learned,mean]")
     evaluate(recipe, make_adapter(tmp_path / "adapter", recipe))

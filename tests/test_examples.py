@@ -1,8 +1,12 @@
 """Splits without overlap."""
 
-import pytest
+import itertools
 
-from softcot_ds.data.examples import ContextLimits, load_splits
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from softcot_ds.data.examples import ContextLimits, load_splits, others
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import TargetsConfig, TaskConfig
@@ -143,3 +147,20 @@ def test_problems_too_long_for_the_assistant_are_too_long():
 def test_thoughts_wider_than_a_context_are_refused(limits):
     with pytest.raises(SoftCoTError, match=r"8 thoughts do not fit the context .* take fewer: thoughts.count"):
         split(["a"], count=8, limits=limits)
+
+
+@settings(max_examples=200)
+@given(st.lists(st.integers(0, 4), min_size=1, max_size=6), st.integers(0, 2**64 - 1))
+def test_shuffled_takes_the_thoughts_of_a_question_that_is_another_to_the_assistant(kinds, seed):
+    inputs = [AssistantInput(str(index), [kind], [0]) for index, kind in enumerate(kinds)]
+    possible = any(
+        all(kinds[taken] != kind for taken, kind in zip(order, kinds, strict=True))
+        for order in itertools.permutations(range(len(kinds)))
+    )
+    if not possible:
+        with pytest.raises(SoftCoTError, match="problems are the same to the assistant"):
+            others(inputs, seed)
+        return
+    taken = others(inputs, seed)
+    assert sorted(taken) == list(range(len(kinds)))
+    assert all(kinds[other] != kind for other, kind in zip(taken, kinds, strict=True))

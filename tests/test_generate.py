@@ -15,7 +15,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main
-from softcot_ds.methods import trial
+from softcot_ds.models import assistant as assistant_module
 from softcot_ds.models import backbone
 from softcot_ds.models.backbone import load_frozen
 from softcot_ds.recipe import load_recipe
@@ -46,7 +46,7 @@ def loaded(monkeypatch):
         loaded.append(config.model.rpartition("/")[2])
         return load_frozen(config, *rest)
 
-    for module in (trial, backbone):  # where the assistant is loaded, and the base
+    for module in (assistant_module, backbone):  # where the assistant is loaded, and the base
         monkeypatch.setattr(module, "load_frozen", load)
     return loaded
 

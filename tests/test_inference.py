@@ -15,7 +15,7 @@ import softcot_ds
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_yaml
 from softcot_ds.generate import main as generate_main
-from softcot_ds.methods import trial
+from softcot_ds.models import assistant as assistant_module
 from softcot_ds.models import backbone
 from softcot_ds.models.partition import is_partitioned
 from softcot_ds.recipe import load_recipe
@@ -52,7 +52,7 @@ def loaded(monkeypatch):
     """Names of the models that are loaded."""
     loaded = []
     load = backbone.load_frozen
-    for module in (trial, backbone):
+    for module in (assistant_module, backbone):
         monkeypatch.setattr(
             module, "load_frozen", lambda config, *rest: loaded.append(config.model) or load(config, *rest)
         )

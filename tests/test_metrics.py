@@ -14,8 +14,10 @@ from tensorboard.compat.proto.event_pb2 import Event
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import load_recipe
 from softcot_ds.training import record
+from softcot_ds.training.gap import Gap
 from softcot_ds.training.metrics import TensorBoard
 from softcot_ds.training.record import History, Window, rates
+from softcot_ds.training.validation import Validation
 
 ROOT = Path(__file__).parents[1]
 
@@ -150,3 +152,16 @@ def test_utilisation_of_an_unknown_device_is_not_told():
     window.add(1, [0], torch.tensor(1.0), 100, int(1e12))
     _, throughput = window.read([], None)
     assert "throughput/mfu" not in throughput
+
+
+@pytest.mark.parametrize(("gap", "is_said"), [(Gap(0.0003, 0.0004, 150), True), (Gap(0.0005, 0.0004, 150), False)])
+def test_run_that_ends_without_a_gap_says_so(tmp_path, capsys, gap, is_said):
+    run = record.Record(load_recipe(ROOT / "recipes/word_problems.yaml", [f"output_dir={tmp_path}"]), range(64), 0)
+    run.report_validation(100, Validation({"loss/validation": 1.0}, Gap(0.0, 0.1, 150), "samples"))
+    run.report_validation(200, Validation({"loss/validation": 0.9}, gap, "samples"))
+    run.finish({"first_loss": 1.0, "last_loss": 0.5}, tmp_path / "adapter")
+    printed = capsys.readouterr().out
+    assert f"step 200  validation loss 0.9000, {gap.mean:+.4f} ± 0.0004 with another question's thoughts" in printed
+    line = "validation does not tell a question's thoughts from another's: +0.0003 ± 0.0004 nats per token with those,"
+    assert (f"{line} over 150 problems." in printed) == is_said
+    assert printed.count("does not tell") == is_said

@@ -160,6 +160,17 @@ def test_a_template_that_shows_the_thoughts_twice_or_never_is_refused(template, 
         chat_format(template).check(PROMPTS.base)
 
 
+def test_thoughts_take_several_placeholders_in_turn():
+    chat = chat_format()
+    item = AssistantPrompts(chat, PROMPTS, 5, ["x", "</s>", "y"]).thoughts_input("id", "2+2?")
+    one = AssistantPrompts(chat, PROMPTS, 5, "x").thoughts_input("id", "2+2?")
+    x, y, end = (ids(chat.tokenizer, text) for text in ("x", "y", "</s>"))
+    assert item.token_ids == one.token_ids[:-5] + x + end + y + x + end
+    assert item.positions == one.positions
+    with pytest.raises(SoftCoTError, match=r"thoughts.placeholder 'two' is 3 tokens"):
+        AssistantPrompts(chat, PROMPTS, 1, ["x", "two"])
+
+
 @pytest.mark.parametrize(("placeholder", "count"), [("two", 3), ("", 0), ("ü", 2)])
 def test_a_placeholder_is_exactly_one_token(placeholder, count):
     with pytest.raises(SoftCoTError, match=f"thoughts.placeholder {placeholder!r} is {count} tokens .*owner/model"):
@@ -171,7 +182,7 @@ def test_the_placeholder_falls_back_to_unknown_then_padding_then_end():
     chat = ChatFormat(tokenizer, {}, "owner/model")
     for name, token in (("eos", "</s>"), ("pad", "<|im_start|>"), ("unk", "<s>")):
         setattr(tokenizer, f"{name}_token", token)
-        assert AssistantPrompts(chat, PROMPTS, 1, None).placeholder_id == tokenizer.convert_tokens_to_ids(token)
+        assert AssistantPrompts(chat, PROMPTS, 1, None).placeholder_ids == [tokenizer.convert_tokens_to_ids(token)]
     for name in ("eos", "pad", "unk"):
         setattr(tokenizer, f"{name}_token", None)
     with pytest.raises(SoftCoTError, match=r"has no unk, pad or eos token; set thoughts.placeholder"):

@@ -126,6 +126,14 @@ def test_unknown_key_without_a_near_one_lists_what_is_known_there(write):
     assert mistake == "cache.zzzz: unknown key; known here: path, dtype, shard_mib, tokens_per_batch, partition"
 
 
+@pytest.mark.parametrize("value", ["5", "[]", "[x, 1]", "{a: b}"])
+def test_placeholders_are_a_text_or_texts(write, value):
+    (mistake,) = mistakes_in(write(), f"thoughts.placeholder={value}")
+    assert mistake.startswith("thoughts.placeholder: a text, or a list of texts, found ")
+    assert load_recipe(write(), ["thoughts.placeholder=[x, '1']"]).thoughts.placeholder == ["x", "1"]
+    assert load_recipe(write(), ["thoughts.placeholder=x"]).thoughts.placeholder == "x"
+
+
 def test_all_mistakes_are_reported_together(write):
     path = write(
         task={"name": "gsm8k", "train": "missing.jsonl", "validation_problems": -1},

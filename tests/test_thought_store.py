@@ -52,6 +52,20 @@ def write(folder: Path, identity: StoreIdentity, keys, rows, rows_per_shard: int
     return records
 
 
+def test_a_cache_made_before_there_was_another_layer_is_one_of_the_last(tmp_path):
+    """Name and digest as version 0.1.0 wrote them."""
+    identity = make_identity()
+    assert identity.digest == "51334fba01ac23b831ec2e8cfc4a6a2aa3bd548615bfdcec1f676ce622b77028"
+    write(tmp_path, identity, *make_rows(identity, 3))
+    assert "layer" not in json.loads((tmp_path / tm.MANIFEST_NAME).read_text())["identity"]
+    assert ThoughtStore.open(tmp_path, identity).identity.layer is None
+    other = make_identity(layer=2)
+    assert StoreIdentity.from_json(other.to_json()) == other
+    assert other.digest != identity.digest
+    with pytest.raises(SoftCoTError, match="layer is None, wanted 2"):
+        ThoughtStore.open(tmp_path, other)
+
+
 @pytest.mark.parametrize("dtype", ["float32", "bfloat16", "float16"])
 @pytest.mark.parametrize("initial", [None, 2])
 @pytest.mark.parametrize(("thoughts", "width"), [(3, 5), (1, 1), (4, 64)])

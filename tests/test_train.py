@@ -13,7 +13,7 @@ import pytest
 import torch
 from forked import kill_forked, run_forked
 from launch import ROOT, deepspeed_command, run_and_signal
-from runs import losses, read_events
+from runs import losses, read_events, scalars
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 from transformers.optimization import (
@@ -61,6 +61,9 @@ def test_killed_run_resumes_to_the_same_curve(straight_run, tmp_path):
     final = "checkpoints/step-12/projection.safetensors"
     want, found = load_file(straight / final), load_file(tmp_path / "demo" / final)
     assert all(torch.equal(want[name], found[name]) for name in want)
+    for tag in ("loss/validation", "loss/validation_gap", "thoughts/question_share"):
+        assert scalars(tmp_path / "demo", tag) == scalars(straight, tag)
+        assert scalars(straight, tag).keys() == {6, 12}
 
 
 def test_run_directory_holds_what_it_should(straight_run):
@@ -95,6 +98,9 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
     assert tags >= {
         "loss/train",
         "loss/validation",
+        "loss/validation_shuffled",
+        "loss/validation_gap",
+        "loss/validation_gap_margin",
         "optimizer/learning_rate",
         "optimizer/gradient_norm",
         "throughput/tokens_per_second",
@@ -108,6 +114,9 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
         "thoughts/norm",
         "thoughts/token_embedding_norm",
         "thoughts/cosine_to_nearest_token",
+        "thoughts/constant_norm",
+        "thoughts/varying_norm",
+        "thoughts/question_share",
     }
     logged = {event.step: event.value for event in events.Scalars("loss/train")}
     for step, loss in losses(run_dir).items():

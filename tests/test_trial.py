@@ -14,7 +14,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.methods.trial import check_model, why_gradient_wrong, why_not_fast, why_unsuitable
-from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, end_after, read_shared
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.shared_prefix import NO_PREFIX
 
@@ -88,6 +88,30 @@ def test_assistants_that_are_called_fit_give_the_states_of_inputs_run_alone(fami
     ]
     for prefix in (read_shared(model, inputs), NO_PREFIX):
         torch.testing.assert_close(compute_thoughts(model, inputs, prefix), torch.stack(hidden), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("family", ["llama", "gemma3", "gpt_oss", "opt", "gpt2", "openai-gpt", "bloom"])
+def test_assistants_that_end_early_give_the_states_of_that_layer(family):
+    """Whatever a family calls its layers, and whatever they give out."""
+    model = make_toy(family)
+    inputs = [
+        AssistantInput("a", [30, 31, 32, 33, 40, 41, 50], [4, 5]),
+        AssistantInput("b", [30, 31, 35, 40, 41], [3, 4]),
+    ]
+    truth = [
+        decoder_of(model)(input_ids=torch.tensor([item.token_ids]), output_hidden_states=True).hidden_states[2]
+        for item in inputs
+    ]
+    truth = torch.stack([states[0, item.positions] for states, item in zip(truth, inputs, strict=True)])
+    reads_once = read_shared(model, inputs).length
+    end_after(model, 2)
+    assert why_unsuitable(model, "assistant") is None
+    prefix = read_shared(model, inputs)
+    assert prefix.length == reads_once
+    for used in (prefix, NO_PREFIX):
+        torch.testing.assert_close(compute_thoughts(model, inputs, used), truth, rtol=1e-4, atol=1e-5)
+    with pytest.raises(SoftCoTError, match=r"layers of .* are not found in it; set it to -1"):
+        end_after(make_toy("longcat_flash"), 1)
 
 
 # ------------------------------------------------------------------------------- models that are not what they seem

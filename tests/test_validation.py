@@ -2,7 +2,9 @@
 
 from functools import partial
 
+import numpy as np
 import pytest
+import scipy.stats
 import torch
 from launch import ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,6 +18,7 @@ from softcot_ds.thoughts.reader import ThoughtReader
 from softcot_ds.training import validation
 from softcot_ds.training.batches import read_batch
 from softcot_ds.training.engine import build_model
+from softcot_ds.training.gap import Gap
 from softcot_ds.training.validation import Validator, compare_with_tokens
 
 SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_problems=3", "thoughts.source=online"]
@@ -30,9 +33,9 @@ class Engine:
         self.module = module
         self.batches = []
 
-    def __call__(self, batch):
+    def __call__(self, batch, **how):
         self.batches.append(tuple(item.example_id for item in batch.assistant))
-        return self.module(batch)
+        return self.module(batch, **how)
 
 
 @pytest.fixture(scope="module")
@@ -52,41 +55,115 @@ def make_batch(experiment, model):
 
 
 @pytest.fixture(scope="module")
-def true_loss(experiment, model):
-    """The mean over all supervised tokens, of each example alone, the base in float64."""
-    nats = []
+def truth(experiment, model):
+    """Thoughts of each example (7, T, D), and the loss of each with the thoughts of each (7, 7), nats over its target:
+    one by one, projection and base in float64. Examples in the order of their lengths."""
     base = build_model(experiment.recipe, experiment, None).base.double()
     embed = base.get_input_embeddings()
-    for example in experiment.splits.validation:
-        states = compute_thoughts(model.assistant, [example.assistant])[0].double()
-        thoughts = states @ model.projection.weight.double().T + model.projection.bias.double()
+    examples = sorted(experiment.splits.validation, key=lambda example: example.length)
+    states = [compute_thoughts(model.assistant, [example.assistant])[0].double() for example in examples]
+    thoughts = [state @ model.projection.weight.double().T + model.projection.bias.double() for state in states]
+    nats = torch.zeros(len(examples), len(examples), dtype=torch.float64)
+    for row, example in enumerate(examples):
         prefix, rest = (
             embed(torch.tensor(ids)) for ids in (example.prefix_ids, example.suffix_ids + example.target_ids)
         )
-        with torch.no_grad():
-            logits = base(inputs_embeds=torch.cat([prefix, thoughts, rest])[None]).logits[0]
-        predictions = logits[-len(example.target_ids) - 1 : -1].log_softmax(dim=-1)
-        nats += [-row[token].item() for row, token in zip(predictions, example.target_ids, strict=True)]
-    return sum(nats) / len(nats)
+        for column, given in enumerate(thoughts):
+            with torch.no_grad():
+                logits = base(inputs_embeds=torch.cat([prefix, given, rest])[None]).logits[0]
+            predictions = logits[-len(example.target_ids) - 1 : -1].log_softmax(dim=-1)
+            nats[row, column] = -predictions[torch.arange(len(example.target_ids)), example.target_ids].sum()
+    return torch.stack(thoughts).detach(), nats
 
 
-@pytest.mark.parametrize("ranks", [1, 2, 3, 5])
-def test_validation_loss_is_the_mean_over_all_tokens_on_any_number_of_ranks(
-    experiment, model, make_batch, true_loss, ranks, monkeypatch
+@pytest.mark.parametrize(
+    ("ranks", "alike", "size"), [(1, 1, 2), (2, 1, 2), (2, 2, 2), (3, 1, 2), (5, 1, 2), (1, 1, 1), (2, 1, 9)]
+)
+def test_validation_is_that_of_each_example_alone_on_any_number_of_ranks(
+    experiment, model, make_batch, truth, ranks, alike, size, monkeypatch
 ):
-    # Four batches: of three ranks two have none in the second round, of five one never has any.
+    """Of three ranks two have no batch in the second round, of five one never has any. ``alike``: so many ranks work on
+    one part together."""
+    monkeypatch.setattr(experiment.recipe.training, "micro_batch_size", size)
     examples, sums, ran = experiment.splits.validation, [], []
-    monkeypatch.setattr(validation, "sum_over_ranks", lambda total: sums.append(total.clone()) or torch.ones(2))
-    for rank in range(ranks):
+    for rank in range(ranks * alike):
+        found: list[torch.Tensor] = []
+        monkeypatch.setattr(validation, "sum_over_ranks", lambda t, found=found: found.append(t.clone()) or t.fill_(1))
         engine = Engine(model)
-        Validator(engine, examples, make_batch, experiment, DataRanks(rank, ranks))._loss()
+        data_ranks = DataRanks(rank // alike, ranks, alike, is_first=rank % alike == 0)
+        with torch.no_grad():
+            validator = Validator(engine, examples, make_batch, experiment, data_ranks)
+            validator._losses()
+            validator._parts()
+        sums.append(found)
         ran.append(engine.batches)
-    loss, count = torch.stack(sums).sum(dim=0).tolist()
-    assert count == sum(len(example.target_ids) for example in examples)
-    assert loss / count == pytest.approx(true_loss, rel=1e-6)
-    assert {len(batches) for batches in ran} == {-(-4 // ranks)}, "every rank runs as often as the others"
-    ids = [example.problem.id for example in sorted(examples, key=lambda example: example.length)]
-    assert {batch for batches in ran for batch in batches} == {tuple(ids[i : i + 2]) for i in range(0, 7, 2)}
+    totals = [torch.stack(of_ranks).sum(dim=0) for of_ranks in zip(*sums, strict=True)]
+    batches = -(-7 // size)
+    assert {len(of_rank) for of_rank in ran} == {2 * -(-batches // ranks)}, "every rank runs as often as the others"
+
+    # On one rank now, with the sums of all.
+    left = iter(totals)
+    monkeypatch.setattr(validation, "sum_over_ranks", lambda t: t.copy_(next(left)))
+    with torch.no_grad():
+        scalars, gap = validator._losses()
+        parts = validator._parts()
+    thoughts, nats = truth
+    own, shuffled, _ = totals
+    tokens = sum(len(example.target_ids) for example in examples)
+    torch.testing.assert_close(own, nats.diag(), rtol=1e-5, atol=0)  # float32's rounding of one example
+    assert scalars["loss/validation"] == pytest.approx(nats.trace().item() / tokens, rel=1e-6)
+    taken = [int((nats[row] - loss).abs().argmin()) for row, loss in enumerate(shuffled)]
+    assert sorted(taken) == list(range(7)), "the thoughts of each are used once"
+    assert all(row != column for row, column in enumerate(taken)), "nobody has their own"
+    torch.testing.assert_close(shuffled, nats[range(7), taken], rtol=1e-5, atol=0)
+    assert scalars["loss/validation_shuffled"] == pytest.approx(nats[range(7), taken].sum().item() / tokens, rel=1e-6)
+    assert scalars["loss/validation_gap"] == gap.mean
+    assert gap.mean == pytest.approx((nats[range(7), taken] - nats.diag()).sum().item() / tokens, rel=1e-4)
+
+    means = thoughts.mean(dim=0)
+    deviations = thoughts - means
+    everything = (thoughts - means.mean(dim=0)).square().sum()
+    assert parts["thoughts/constant_norm"] == pytest.approx(means.norm(dim=1).square().mean().sqrt().item(), rel=1e-5)
+    assert parts["thoughts/varying_norm"] == pytest.approx(
+        deviations.norm(dim=2).square().mean().sqrt().item(), rel=1e-4
+    )
+    assert parts["thoughts/question_share"] == pytest.approx((deviations.square().sum() / everything).item(), rel=1e-4)
+
+
+def test_gap_of_solutions_of_one_length_has_the_interval_of_a_paired_t_test():
+    own, shuffled = np.random.default_rng(0).normal([[10], [11]], 2, (2, 12))
+    gap = Gap.of(own, shuffled, np.full(12, 5))
+    interval = scipy.stats.ttest_rel(shuffled, own).confidence_interval()
+    assert (gap.mean - gap.margin, gap.mean + gap.margin) == pytest.approx([bound / 5 for bound in interval])
+    assert not gap.is_seen
+    assert not Gap.of(own, own, np.full(12, 5)).is_seen
+    assert not Gap.of(own + 9, own, np.full(12, 5)).is_seen, "another's thoughts are better"
+    assert Gap.of(own, own + 0.1 + own / 100, np.full(12, 5)).is_seen
+
+
+@pytest.mark.parametrize(("effect", "least", "most"), [(0.0, 0.005, 0.045), (0.1, 0.7, 1.0)])
+def test_gap_is_seen_as_often_as_its_interval_says(effect, least, most):
+    """Of 400 validations of 60 problems of 1 to 100 tokens: one in 40 where there is no effect."""
+    rng, seen = np.random.default_rng(1), 0
+    for _ in range(400):
+        tokens = rng.integers(1, 100, 60)
+        own = tokens + rng.normal(0, 1, 60) * np.sqrt(tokens)
+        shuffled = own + tokens * effect + rng.normal(0, 2, 60) * np.sqrt(tokens)
+        seen += Gap.of(own, shuffled, tokens).is_seen
+    assert least < seen / 400 < most
+
+
+def test_problems_that_cannot_have_another_ones_thoughts_are_not_compared(
+    experiment, model, make_batch, capsys, monkeypatch
+):
+    alone = Validator(Engine(model), experiment.splits.validation[:1], make_batch, experiment, DataRanks(0, 1))
+    assert "1 of the 1 problems are the same to the assistant; so whether thoughts carry" in capsys.readouterr().out
+    monkeypatch.setattr(model.projection, "needs_states", False)
+    free = Validator(Engine(model), experiment.splits.validation, make_batch, experiment, DataRanks(0, 1))
+    for validator in (alone, free):
+        with torch.no_grad():
+            scalars, gap = validator._losses()
+        assert (scalars.keys(), gap) == ({"loss/validation"}, None)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

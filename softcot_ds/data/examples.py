@@ -1,6 +1,7 @@
 """From problems to examples: the splits of a task's data, as tokens."""
 
 import hashlib
+import random
 from array import array
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -201,6 +202,28 @@ def _leave_out_long(
     if max_tokens is None:
         raise SoftCoTError(f"{found}; set task.max_tokens={base_limit} to leave them out, or use a longer context")
     return short, [f"{found}; left out"]
+
+
+def others(inputs: Sequence[AssistantInput], seed: int) -> list[int]:
+    """For each input the index of another one, which is not the same tokens; each is used once.
+
+    Raises:
+        SoftCoTError: that is impossible, because more than half of the inputs are the same, as one alone is.
+    """
+    order = random.Random(seed).sample(range(len(inputs)), len(inputs))
+    alike: dict[tuple[int, ...], list[int]] = {}
+    for index in order:
+        alike.setdefault(tuple(inputs[index].token_ids), []).append(index)
+    most = max(len(group) for group in alike.values())
+    if 2 * most > len(inputs):
+        raise SoftCoTError(
+            f"not each question can have another one's thoughts: {most} of the {len(inputs)} problems are the same to "
+            "the assistant"
+        )
+    # A rotation of a random order with like beside like, by more than the likes of any: nobody keeps their own.
+    order = [index for group in alike.values() for index in group]
+    taken = dict(zip(order, order[most:] + order[:most], strict=True))
+    return [taken[index] for index in range(len(inputs))]
 
 
 def digest(examples: Sequence[Example]) -> str:

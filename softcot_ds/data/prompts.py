@@ -5,6 +5,7 @@ tokens as if one token stood between them. No model name is ever tested: any tok
 wording is data: a prompt file, a YAML mapping with four lists of chat messages (see softcot_ds/tasks/gsm8k.yaml).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -129,22 +130,34 @@ class BasePrompts:
 class AssistantPrompts:
     """Inputs of the assistant."""
 
-    def __init__(self, chat: ChatFormat, prompts: PromptFile, count: int, placeholder: str | None) -> None:
-        """Raises SoftCoTError when the placeholder is not one token, or the template cannot show the prompts."""
+    def __init__(
+        self, chat: ChatFormat, prompts: PromptFile, count: int, placeholder: str | Sequence[str] | None
+    ) -> None:
+        """
+        Args:
+            placeholder: what ``placeholder_id`` takes, or several that the thoughts take in turn.
+
+        Raises:
+            SoftCoTError: a placeholder is not one token, or the template cannot show the prompts.
+        """
         self.chat = chat
         self.prompts = prompts
-        self.count = count
-        self.placeholder_id = placeholder_id(chat, placeholder, "thoughts.placeholder")
+        texts = [placeholder] if placeholder is None or isinstance(placeholder, str) else placeholder
+        ids = [placeholder_id(chat, text, "thoughts.placeholder") for text in texts]
+        self.placeholder_ids = [ids[slot % len(ids)] for slot in range(count)]
+        """Of each thought."""
         chat.check(prompts.assistant)
         chat.check(prompts.assistant_text)
 
     def thoughts_input(self, example_id: str, question: str) -> AssistantInput:
         left_ids, _ = self.chat.split_prompt_ids(self.prompts.assistant, question=question, count=str(self.count))
-        return AssistantInput(
-            example_id,
-            left_ids + [self.placeholder_id] * self.count,
-            list(range(len(left_ids), len(left_ids) + self.count)),
-        )
+        token_ids = left_ids + self.placeholder_ids
+        return AssistantInput(example_id, token_ids, list(range(len(left_ids), len(token_ids))))
+
+    @property
+    def count(self) -> int:
+        """T, thoughts of a question."""
+        return len(self.placeholder_ids)
 
     def words_prompt(self, question: str) -> list[int]:
         """What the assistant reads when it answers in words."""

@@ -47,6 +47,8 @@ from softcot_ds.planning.fit import why_too_large
 from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
+from softcot_ds.thoughts.anatomy import Parts, sample
+from softcot_ds.thoughts.reader import open_cache
 
 JOIN_MINUTES = 2.0
 """How long the ranks wait for each other at the start."""
@@ -57,6 +59,8 @@ EXCHANGE_SECONDS = 60.0
 """How long the all-reduces may take before NCCL counts as stuck; its first one sets up all connections."""
 LOOK_SECONDS = 10.0
 """How long a file may take to show up on another node: network file systems cache folders for a while."""
+_SAMPLED_ROWS = 256
+"""Of the cache, whose states are looked at."""
 TOLERANCE = 2e-3
 """Relative error of float32 products in the Frobenius norm; TF32, which a site may have switched on, has 3e-4."""
 
@@ -136,6 +140,7 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
         if not any(model.failure for model in facts.models.values()):
             facts.prompts_failure = _failure_of(lambda: Experiment(recipe))
             facts.limits_failure = _failure_of(lambda: _look_at_limits(facts, recipe))
+            facts.states = _states(recipe) if rank == 0 else None
         facts.checkpoint_bytes = _checkpoint_bytes(recipe, facts.models)
     return facts
 
@@ -250,6 +255,18 @@ def _look_at_limits(facts: Facts, recipe: Recipe) -> None:
         online = recipe.thoughts.source == "online"
         models = [recipe.base, recipe.assistant] if online else [recipe.base]
         facts.limits = short_limits(config, *map(backbone.shapes_of, models))
+
+
+def _states(recipe: Recipe) -> tuple[float, float] | None:
+    """See ``Facts.states``; of some rows of the cache."""
+    if not projection_class(recipe.projection.kind).needs_states:
+        return None
+    with suppress(SoftCoTError):  # there is none, or softcot-ds cache --verify says what is wrong with it
+        states_NTP = sample(open_cache(recipe), _SAMPLED_ROWS)
+        if len(states_NTP) > 1:
+            parts = Parts.of(states_NTP)
+            return parts.constant_norm, parts.varying_norm
+    return None
 
 
 def too_large(recipe: Recipe, everyone: Sequence[Facts]) -> str | None:

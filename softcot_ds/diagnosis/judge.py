@@ -17,6 +17,8 @@ MESSAGE_BYTES = 64 * 2**20
 SLOW_GB_PER_S = 2.0
 SMALL_SHM_BYTES = 256 * 2**20
 DISK_FLOOR_BYTES = GIB
+SMALL_RATIO = 0.1
+"""Of what varies with the question in the assistant's states, by the length of what does not."""
 
 SHOWN = ("python", "torch", "deepspeed", "transformers", "triton")
 KNOWN_BAD = (
@@ -113,6 +115,9 @@ class Facts:
     """Why that could not be found out."""
     prompts_failure: str = ""
     """Why the recipe's prompts cannot be made with these models."""
+    states: tuple[float, float] | None = None
+    """Of rank 0: the length of what is the same in the assistant's states of all questions, and of what varies with the
+    question; None where there is no cache of them, or none is needed."""
     checkpoint_bytes: int = 0
     """What the checkpoints to keep take, and one more while it is written; 0 when unknown."""
     launchers: dict[str, bool] = field(default_factory=dict)
@@ -129,7 +134,7 @@ class Facts:
 
 def judge(everyone: Sequence[Facts]) -> list[Finding]:
     """What the facts of all ranks, in their order, mean: for each check its ok, or all that is wrong."""
-    checks = (_versions, _devices, _communication, _folders, _disks, _models, _memory, _gathering, _launchers)
+    checks = (_versions, _devices, _communication, _folders, _disks, _models, _states, _memory, _gathering, _launchers)
     findings = []
     for check in checks:
         found = [Finding(verdict[0], check.__name__.strip("_"), *verdict[1:]) for verdict in check(everyone)]
@@ -349,6 +354,22 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     )
     same = f", the same on {len(firsts)} nodes" if len(firsts) > 1 else ""
     yield OK, f"{', '.join(texts)}{same}" if texts else "no recipe given: not looked at"
+
+
+def _states(everyone: Sequence[Facts]) -> Iterator[Verdict]:
+    """The assistant's states differ from question to question."""
+    if (states := everyone[0].states) is None:
+        yield OK, "no cache of them that can be read, or none is needed: not looked at"
+        return
+    constant, varying = states
+    text = f"{varying:.3g} of their length varies with the question, {constant:.3g} is the same for all"
+    if varying < SMALL_RATIO * constant:
+        yield (
+            WARNING,
+            f"{text}: training sees little else than a constant",
+            "softcot-ds cache RECIPE --info shows more; docs/debugging.md says what to try",
+        )
+    yield OK, text
 
 
 def _memory(everyone: Sequence[Facts]) -> Iterator[Verdict]:

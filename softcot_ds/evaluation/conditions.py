@@ -11,7 +11,6 @@ static       a learned prompt of free vectors, from the adapter of a projection.
 """
 
 import hashlib
-import random
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cache, cached_property
@@ -20,8 +19,8 @@ import torch
 from torch import nn
 
 from softcot_ds.adapter import AdapterConfig, load_adapter
-from softcot_ds.data.examples import Example
-from softcot_ds.data.prompts import AssistantInput, BasePrompt
+from softcot_ds.data.examples import Example, others
+from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.jobs import Thoughts
@@ -29,6 +28,7 @@ from softcot_ds.evaluation.report import Record
 from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Projection, projection_class
+from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import Condition
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
@@ -74,7 +74,13 @@ class Conditions:
         return self._room(), self._projected(range(len(self._examples)))
 
     def _shuffled(self) -> _Given:
-        return self._room(), self._projected(others([e.assistant for e in self._examples], self._recipe.seed))
+        try:
+            whose = others([example.assistant for example in self._examples], self._recipe.seed)
+        except SoftCoTError as error:
+            raise SoftCoTError(
+                f"shuffled: {error}; raise task.test_problems, or leave shuffled out of evaluation.conditions"
+            ) from error
+        return self._room(), self._projected(whose)
 
     def _mean(self) -> _Given:
         return self._room(), self._mean_thoughts()
@@ -151,6 +157,7 @@ class Conditions:
         """
         assistant = self._recipe.assistant
         inputs = [self._examples[index].assistant for index in whose]
+        layer = states_layer(self._recipe)
         return {
             "projection": self._projection_digest,
             "assistant": self._assistant_fingerprint,
@@ -158,7 +165,7 @@ class Conditions:
             "attention": assistant.attention,
             "read as": states_dtype(self._recipe),
             "inputs": content_digest([[item.token_ids, item.positions] for item in inputs]),
-        }
+        } | ({} if layer is None else {"layer": layer})  # as before there was another than the last
 
     @cached_property
     def _projection_digest(self) -> str:
@@ -185,29 +192,6 @@ def _repeated(projection: Projection) -> Thoughts:
     """The same for every problem: ``learned``, ``shuffled`` and ``mean`` of free vectors are decoded once."""
     made_from = {"free vectors": _weights_digest(projection)}
     return Thoughts(lambda indices: projection(None, len(indices)).detach(), made_from)
-
-
-def others(inputs: Sequence[AssistantInput], seed: int) -> list[int]:
-    """For each input the index of another one, which is not the same tokens; each is used once.
-
-    Raises:
-        SoftCoTError: that is impossible, because more than half of the inputs are the same, as one alone is.
-    """
-    order = random.Random(seed).sample(range(len(inputs)), len(inputs))
-    alike: dict[tuple[int, ...], list[int]] = {}
-    for index in order:
-        alike.setdefault(tuple(inputs[index].token_ids), []).append(index)
-    most = max(len(group) for group in alike.values())
-    if 2 * most > len(inputs):
-        raise SoftCoTError(
-            f"the condition shuffled gives each question another one's thoughts, but {most} of the {len(inputs)} test "
-            "problems are the same to the assistant; raise task.test_problems, or leave shuffled out of "
-            "evaluation.conditions"
-        )
-    # A rotation of a random order with like beside like, by more than the likes of any: nobody keeps their own.
-    order = [index for group in alike.values() for index in group]
-    taken = dict(zip(order, order[most:] + order[:most], strict=True))
-    return [taken[index] for index in range(len(inputs))]
 
 
 def _weights_digest(module: nn.Module) -> str:

@@ -28,7 +28,7 @@ from softcot_ds.models.assistant import check_length, compute_thoughts, read_sha
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
-from softcot_ds.models.loss import cross_entropy
+from softcot_ds.models.loss import cross_entropy, token_losses
 from softcot_ds.models.operations import Decoder
 from softcot_ds.models.shared_prefix import SharedPrefix
 
@@ -108,11 +108,15 @@ class SoftCoT(nn.Module):
         self.projection.train(mode)
         return self
 
-    def forward(self, batch: Batch) -> torch.Tensor:
+    def forward(self, batch: Batch, per_token: bool = False) -> torch.Tensor:
         """Cross entropy summed over the supervised tokens of the batch, in nats.
 
         A scalar in float32 (float64 for a float64 base). It is a sum because the mean is over the global batch, whose
         token count the caller knows.
+
+        Args:
+            per_token: give (K,) float64, the loss of each supervised token, instead; without gradient, as all their
+                logits are held at once.
 
         Raises:
             SoftCoTError: an example is longer than the base's context.
@@ -124,14 +128,16 @@ class SoftCoT(nn.Module):
             self._shared = self.prefixed.read_shared(ids)
         embeds_BSD = self._embeds(batch)
         prefix_length = batch.prefix_ids.shape[1]
+        loss_of = token_losses if per_token else cross_entropy
         if self.prefixed is None:
             logits_KV = full_logits(self.base, embeds_BSD, batch.prefix_mask, batch.predict_at, batch.longest)
-            return cross_entropy(logits_KV, batch.targets)
+            return loss_of(logits_KV, batch.targets)
         num_thoughts = embeds_BSD.shape[1] - prefix_length - batch.suffix_ids.shape[1]
         mask_BN, positions_BS = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
-        return self.prefixed.loss(
-            embeds_BSD, mask_BN, positions_BS, prefix_length, batch.predict_at, batch.targets, self._shared
-        )
+        inputs = embeds_BSD, mask_BN, positions_BS, prefix_length, batch.predict_at
+        if per_token:
+            return token_losses(self.prefixed.logits(*inputs, self._shared), batch.targets)
+        return self.prefixed.loss(*inputs, batch.targets, self._shared)
 
     def operations(self, batch: Batch) -> int:
         """Floating-point operations of the forward and backward pass over a batch, padding included; 0 where they are

@@ -24,7 +24,7 @@ from softcot_ds.distributed import device as own_device
 from softcot_ds.distributed import from_all_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
-from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared
 from softcot_ds.models.backbone import layers_in_few_bits, load_config, load_frozen, weight_bytes
 from softcot_ds.models.decoding import try_decoding
 from softcot_ds.models.embedding import device_of
@@ -67,7 +67,7 @@ def load_assistant(recipe: Recipe) -> PreTrainedModel:
     Raises:
         SoftCoTError: it cannot be loaded, or cannot be an assistant.
     """
-    assistant = load_frozen(recipe.assistant, "none", own_device())
+    assistant = load_to_think(recipe, "none", own_device())
     check_model(assistant, "assistant", recipe.assistant.model)
     return assistant
 

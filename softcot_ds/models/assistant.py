@@ -1,4 +1,4 @@
-"""Running the assistant: its hidden states at the placeholders are the soft thoughts.
+"""Running the assistant: its hidden states at the placeholders are the soft thoughts, of its last layer or another.
 
 The cache and ``thoughts.source=online`` both come through here: in the same batch they are equal bit for bit.
 B inputs, S tokens of the longest, T placeholders each, P assistant width.
@@ -6,6 +6,7 @@ B inputs, S tokens of the longest, T placeholders each, P assistant width.
 
 import inspect
 from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -15,9 +16,10 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.backbone import context_length
+from softcot_ds.models.backbone import context_length, load_config, load_frozen
 from softcot_ds.models.embedding import device_of
 from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
+from softcot_ds.recipe import Partition, Recipe
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:
@@ -27,6 +29,75 @@ def decoder_of(model: PreTrainedModel) -> nn.Module:
         return decoder
     inner = (module for module in model.modules() if isinstance(module, PreTrainedModel) and module is not model)
     return next(inner, model)
+
+
+def states_layer(recipe: Recipe) -> int | None:
+    """The layer whose states are the thoughts, from 1 on; None for the last, whose states are after the final norm.
+
+    Raises:
+        SoftCoTError: the assistant has no such layer.
+    """
+    count = load_config(recipe.assistant).get_text_config().num_hidden_layers
+    layer = recipe.thoughts.layer
+    number = layer if layer >= 0 else count + 1 + layer
+    if not 1 <= number <= count:
+        raise SoftCoTError(
+            f"thoughts.layer={layer}: {recipe.assistant.model} has {count} layers; set it to one from 1 to {count}, or "
+            "to -1 for the last, -2 for the one before it, and so on"
+        )
+    return None if number == count else number
+
+
+def load_to_think(
+    recipe: Recipe,
+    partition: Partition,
+    device: torch.device,
+    deepspeed_config: dict[str, Any] | None = None,
+    group_size: int | None = None,
+) -> PreTrainedModel:
+    """The recipe's assistant by ``load_frozen``, ending after the layer that ``thoughts.layer`` names.
+
+    Raises:
+        SoftCoTError: see ``load_frozen`` and ``states_layer``; or its layers are not found.
+    """
+    layer = states_layer(recipe)
+    model = load_frozen(recipe.assistant, partition, device, deepspeed_config, group_size)
+    if layer is not None:
+        end_after(model, layer)
+    return model
+
+
+def end_after(model: PreTrainedModel, layer: int) -> None:
+    """Have a model end after so many layers: the others are let go, and the last hidden states that its decoder gives
+    are what the last one left hands on, without the final norm.
+
+    Raises:
+        SoftCoTError: its layers are not found.
+    """
+    decoder = decoder_of(model)
+    layers = _layers_of(decoder)
+    if layers is None or len(layers) != model.config.get_text_config().num_hidden_layers:
+        raise SoftCoTError(
+            f"thoughts.layer={layer}: the layers of {type(model).__name__} are not found in it; set it to -1"
+        )
+    del layers[layer:]
+    handed_on: list[torch.Tensor] = []
+
+    def keep(_module: nn.Module, _inputs: Any, output: Any) -> None:
+        handed_on[:] = [output if isinstance(output, torch.Tensor) else output[0]]
+
+    def give(_module: nn.Module, _inputs: Any, output: Any) -> Any:
+        output.last_hidden_state = handed_on.pop()
+        return output
+
+    layers[-1].register_forward_hook(keep)
+    decoder.register_forward_hook(give)
+
+
+def _layers_of(decoder: nn.Module) -> nn.ModuleList | None:
+    """Families call their list of layers differently; it is the longest one."""
+    lists = (module for module in decoder.children() if isinstance(module, nn.ModuleList))
+    return max(lists, key=len, default=None)
 
 
 def read_shared(assistant: PreTrainedModel, inputs: Sequence[AssistantInput]) -> SharedPrefix:
@@ -39,6 +110,8 @@ def read_shared(assistant: PreTrainedModel, inputs: Sequence[AssistantInput]) ->
     if "past_key_values" not in inspect.signature(decoder.forward).parameters:
         return NO_PREFIX
     cache = DynamicCache(config=assistant.config.get_text_config())
+    if (layers := _layers_of(decoder)) is not None:
+        del cache.layers[len(layers) :]  # of one that ends early (``end_after``)
     # States of other kinds (linear attention, convolutions) cannot be given to a whole batch: read the prefix anew.
     if not {type(layer) for layer in cache.layers} <= {DynamicLayer, DynamicSlidingWindowLayer}:
         return NO_PREFIX
@@ -64,7 +137,7 @@ def check_length(length: int, model: PreTrainedModel) -> None:
 def compute_thoughts(
     assistant: PreTrainedModel, inputs: Sequence[AssistantInput], prefix: SharedPrefix = NO_PREFIX
 ) -> torch.Tensor:
-    """The assistant's last hidden states, after the final norm, at the placeholders.
+    """The assistant's last hidden states at the placeholders: after the final norm, unless it ends early.
 
     Args:
         assistant: causal language model; its head is not run.

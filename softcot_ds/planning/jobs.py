@@ -109,7 +109,8 @@ def jobs(planner: Planner, cluster: Cluster, choice: Choice, evaluation: Decodin
     times = steps_of(planner) // recipe.training.validate_every
     step = choice.seconds / way.accumulation
     streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
-    passes = -(-planner.data.validation // (way.micro_batch * streams))
+    # With the thoughts of another question too, where there are any.
+    passes = -(-planner.data.validation // (way.micro_batch * streams)) * (1 + planner.needs_states)
     # Forward alone is a good third of a step; every rank decodes the samples.
     sampled = SAMPLE_TOKENS * token_seconds(planner, cluster, way, SAMPLES)
     validation = times * (passes * step * 0.4 + sampled) if planner.data.validation else 0.0

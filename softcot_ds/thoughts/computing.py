@@ -15,8 +15,7 @@ from softcot_ds import distributed
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.trial import check_ahead, check_model
-from softcot_ds.models.assistant import compute_thoughts, decoder_of, read_shared
-from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared
 from softcot_ds.models.partition import make_layers_leaves, plain_config, with_limits
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts.builder import fill, say
@@ -86,7 +85,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
             cores = len(os.sched_getaffinity(0))
             bound = cores < (os.cpu_count() or 1)
             torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
-    model = load_frozen(recipe.assistant, "none", device)
+    model = load_to_think(recipe, "none", device)
     check_model(model, "assistant", recipe.assistant.model)
     prefix = read_shared(model, inputs)
     return lambda batch: compute_thoughts(model, batch, prefix)
@@ -98,7 +97,7 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
     distributed.init_distributed(recipe.training.timeout_minutes)
     config = plain_config(recipe.assistant.dtype)
     partition, group_size = recipe.cache.partition, recipe.backbone.group_size
-    model = load_frozen(recipe.assistant, partition, distributed.device(), config, group_size)
+    model = load_to_think(recipe, partition, distributed.device(), config, group_size)
     make_layers_leaves(model)
     # The decoder is the root: DeepSpeed follows the order of layers from one forward pass of its root to the next.
     engine, *_ = deepspeed.initialize(model=decoder_of(model), config=with_limits(config, model))

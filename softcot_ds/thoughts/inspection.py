@@ -7,17 +7,25 @@ from softcot_ds.progress import size
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts import manifest as tm
 from softcot_ds.thoughts import store as ts
+from softcot_ds.thoughts.anatomy import Anatomy, sample
 from softcot_ds.thoughts.builder import extent, only_builder, say
 from softcot_ds.thoughts.manifest import DamagedShard
 from softcot_ds.thoughts.ranks import join_ranks
 from softcot_ds.thoughts.reader import cache_folders, open_cache
 from softcot_ds.thoughts.store import ThoughtStore
 
+_SAMPLED_ROWS = 512
+"""Whose anatomy is told, at most: of 32 thoughts of width 8,192 in bfloat16 they are 256 MiB."""
+
 
 def info(folder: Path) -> None:
-    """Print what a cache is, how large, who made it. Raises SoftCoTError when there is none or it is damaged."""
-    manifest = ThoughtStore.open(folder).manifest
-    identity = manifest.identity
+    """Print what a cache is, how large, who made it, and what of its states varies with the question.
+
+    Raises:
+        SoftCoTError: there is none, or it is damaged.
+    """
+    store = ThoughtStore.open(folder)
+    manifest, identity = store.manifest, store.identity
     unlisted = set(tm.shard_names(folder)) - {shard.name for shard in manifest.shards}
     shape = " x ".join(f"{n:,}" for n in identity.row_shape)
     print(f"{folder}")
@@ -29,6 +37,12 @@ def info(folder: Path) -> None:
         f"  besides    {len(unlisted)} finished shards that no manifest lists, {len(tm.leftover_names(folder))} "
         f"unfinished files, {len(tm.damaged_names(folder))} damaged shards set aside"
     )
+    if len(store) > 1:
+        states_NTP = sample(store, _SAMPLED_ROWS)
+        of = "all" if len(states_NTP) == len(store) else f"a fixed sample of {len(states_NTP):,}"
+        print(f"  states     of {of} rows")
+        for line in Anatomy.of(states_NTP).lines():
+            print(f"  {line}")
 
 
 def verify(folder: Path) -> None:

@@ -86,6 +86,8 @@ class StoreIdentity:
     """Attention implementation that the assistant ran with."""
     num_initial_embeddings: int | None = None
     """K of SoftCoT++; None for SoftCoT, whose rows have no such dimension."""
+    layer: int | None = None
+    """Of the assistant, from 1 on; None for the last, whose states are after the final norm."""
     assistant: str = field(default="", compare=False)
     """Folder or hub name, for people: weights that moved are still the same weights."""
     revision: str | None = field(default=None, compare=False)
@@ -95,7 +97,7 @@ class StoreIdentity:
         texts = [self.fingerprint, self.dtype, self.compute_dtype, self.attention, self.assistant]
         texts += [] if self.revision is None else [self.revision]
         numbers = [self.num_thoughts, self.width]
-        numbers += [] if self.num_initial_embeddings is None else [self.num_initial_embeddings]
+        numbers += [number for number in (self.num_initial_embeddings, self.layer) if number is not None]
         if not all(isinstance(text, str) for text in texts) or not all(map(is_count, numbers)):
             raise ValueError(f"an identity of texts and positive integers, not {self}")
         if self.dtype not in DTYPES:
@@ -118,7 +120,8 @@ class StoreIdentity:
     @property
     def digest(self) -> str:
         """SHA-256, in hex, of the fields that decide values. Stands in every shard."""
-        decisive = {f.name: getattr(self, f.name) for f in fields(self) if f.compare}
+        for_people = {f.name for f in fields(self) if not f.compare}
+        decisive = {name: value for name, value in self.to_json().items() if name not in for_people}
         return hashlib.sha256(json.dumps(decisive, sort_keys=True).encode()).hexdigest()
 
     @property
@@ -133,7 +136,10 @@ class StoreIdentity:
         return [f"{name} is {getattr(self, name)!r}, wanted {getattr(wanted, name)!r}" for name in names]
 
     def to_json(self) -> dict[str, Any]:
-        return asdict(self)
+        values = asdict(self)
+        if self.layer is None:  # caches were made before there was another, and they are what they were
+            del values["layer"]
+        return values
 
     @classmethod
     def from_json(cls, values: Mapping[str, Any]) -> Self:

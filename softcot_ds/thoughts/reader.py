@@ -72,6 +72,7 @@ def cached(recipe: Recipe) -> list[tuple[Recipe, list[AssistantInput]]]:
 def cache_identity(recipe: Recipe) -> StoreIdentity:
     """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
     from softcot_ds.models import backbone
+    from softcot_ds.models.assistant import states_layer
 
     assistant = recipe.assistant
     return StoreIdentity(
@@ -81,6 +82,7 @@ def cache_identity(recipe: Recipe) -> StoreIdentity:
         dtype=recipe.cache.dtype or assistant.dtype,
         compute_dtype=assistant.dtype,
         attention=assistant.attention,
+        layer=states_layer(recipe),
         assistant=assistant.model,
         revision=assistant.revision,
     )

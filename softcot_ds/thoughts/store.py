@@ -236,6 +236,10 @@ class ThoughtStore:
     def __contains__(self, key: bytes) -> bool:
         return bool(self._locate([key])[1][0])
 
+    def keys(self) -> list[bytes]:
+        """Of all different rows, ascending."""
+        return [bytes(key).ljust(KEY_BYTES, b"\0") for key in self._index.keys]  # numpy drops zeros at the end
+
     def missing(self, keys: Sequence[bytes]) -> list[int]:
         """Indices into ``keys`` of those that are not in the cache."""
         return np.flatnonzero(~self._locate(keys)[1]).tolist()

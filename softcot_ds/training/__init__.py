@@ -10,6 +10,7 @@ metrics.py     TensorBoard, timers
 profiling.py   a window of steps as a trace
 memory.py      the memory that a training is expected to need
 validation.py  validation loss, thoughts, sample answers
+gap.py         whether thoughts carry their question
 checkpoint.py  what training needs to go on, saved and loaded
 resume.py      what a training goes on from, and that it is of this very run
 """

@@ -15,6 +15,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
+from softcot_ds.models.assistant import load_to_think
 from softcot_ds.models.backbone import load_frozen, partition_that_fits
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
@@ -34,7 +35,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     if recipe.thoughts.source == "online" and projection_class(recipe.projection.kind).needs_states:
         # Where the base is in slices, the engine is of another stage than weights that are gathered need.
         partition = partition_that_fits(recipe.assistant, partition, group_size, otherwise="none")
-        assistant = load_frozen(recipe.assistant, partition, device(), config, group_size)
+        assistant = load_to_think(recipe, partition, device(), config, group_size)
     if kept := keep_layers(base, recipe.backbone.resident_gib, partial(spare_to_train, recipe, experiment.splits)):
         say(f"{count(kept, 'layer')} of the base held whole on each rank")
     if recipe.backbone.use_liger_kernel and (line := fuse_layers(base)):

@@ -99,7 +99,7 @@ def _train(recipe: Recipe) -> None:
         if stopping is not None and not last:
             _stop(recipe, stopping, step, folder)
         if validating:
-            record.report_validation(step, *validator.run())
+            record.report_validation(step, validator.run())
         if profiler.ends_with(step):
             profiler.write()
         if pausing or step == start + 1:

@@ -19,6 +19,7 @@ from softcot_ds.planning.hardware import peak_flops
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
 from softcot_ds.training.metrics import PhaseTimer, TensorBoard, peak_memory_gib
+from softcot_ds.training.validation import Validation
 
 _MAX_SKIPPED = 3
 """Steps in a row whose gradient is not finite, upon which a run ends: the next will hardly be better."""
@@ -41,6 +42,8 @@ class Record:
         on_gpu = device().type == "cuda"
         self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
         self._progress = Progress(recipe.training.num_steps - start, "steps")
+        self._validation: Validation | None = None
+        """The newest of this process."""
 
     def report(
         self, step: int, batch: list[int], learning_rate: float, engine: Any, skipped: bool, last_saved: Path | None
@@ -67,10 +70,12 @@ class Record:
             rate = f"lr {learning_rate:.1e}"
             say(f"step {step}  {epoch}  loss {losses[step]:.4f}  {rate}  {rates(throughput)}  {line}")
 
-    def report_validation(self, step: int, points: dict[str, float], samples: str) -> None:
-        self._board.scalars(points, step)
-        self._board.text("samples", samples, step)
-        say(f"step {step}  validation loss {points['loss/validation']:.4f}")
+    def report_validation(self, step: int, found: Validation) -> None:
+        self._board.scalars(found.scalars, step)
+        self._board.text("samples", found.samples, step)
+        self._validation = found
+        gap = f", {found.gap} with another question's thoughts" if found.gap else ""
+        say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")
 
     def write(self, engine: Any) -> dict[str, Any]:
         """Write the losses so far, and give the summary of the run that goes into a checkpoint."""
@@ -84,6 +89,11 @@ class Record:
         self._board.hyperparameters(self._recipe.flat(), {"loss/train": last}, steps)
         self._board.close()
         say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
+        if self._validation and (gap := self._validation.gap) and not gap.is_seen:
+            say(
+                f"validation does not tell a question's thoughts from another's: {gap} nats per token with those, over "
+                f"{gap.num_problems} problems. What was learned is a prompt, the same for all; see docs/debugging.md"
+            )
         if skipped := sorted(self._history.skipped):
             say(f"skipped, as their gradient was not finite: steps {', '.join(map(str, skipped))}")
 

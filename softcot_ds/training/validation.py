@@ -1,24 +1,41 @@
 """What is looked at between training steps: validation loss, the thoughts themselves, sample answers."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
+import numpy as np
 import torch
 
-from softcot_ds.data.examples import Example
+from softcot_ds.data.batches import Batch
+from softcot_ds.data.examples import Example, others
 from softcot_ds.data.prompts import BasePrompt
-from softcot_ds.distributed import DataRanks, device, sum_over_ranks
+from softcot_ds.distributed import DataRanks, device, say, sum_over_ranks
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
 from softcot_ds.models.embedding import whole_embedding
-from softcot_ds.models.loss import IGNORE
 from softcot_ds.models.partition import OwnPasses
+from softcot_ds.thoughts.anatomy import Parts
 from softcot_ds.training.batches import MakeBatch
+from softcot_ds.training.gap import Gap
 
 _NUM_SAMPLES = 2
 _SAMPLE_TOKENS = 128
 _ROW_ELEMENTS = 2**22
 """Elements of the token table that are looked at together: 16 MiB in float32."""
+
+
+@dataclass(frozen=True)
+class Validation:
+    """What one validation has found."""
+
+    scalars: dict[str, float]
+    """For TensorBoard."""
+    gap: Gap | None
+    """None where thoughts do not depend on the question, or no problem can have another's."""
+    samples: str
+    """Answers, as text."""
 
 
 class Validator:
@@ -35,57 +52,108 @@ class Validator:
         """Raises SoftCoTError when the base cannot decode sample answers: now, not after some steps."""
         self._engine = engine
         self._examples = examples
+        self._by_length = sorted(examples, key=lambda example: example.length)
         self._make_batch = make_batch
         self._experiment = experiment
         self._ranks = ranks
         self._batch_size = experiment.recipe.training.micro_batch_size
         self._passes = OwnPasses(engine)
         self._decoding_passes = OwnPasses(engine, engine.module.base)
+        self._shuffled = self._with_thoughts_of_another()
         try_decoding(engine.module.base)
 
     @torch.no_grad()
-    def run(self) -> tuple[dict[str, float], str]:
-        """Scalars for TensorBoard, and sample answers as text."""
+    def run(self) -> Validation:
+        """Validate the engine's weights as they are."""
         self._engine.eval()
         with self._passes:
-            scalars = {"loss/validation": self._loss()}
+            scalars, gap = self._losses()
         with self._decoding_passes:
             scalars |= self._thought_statistics()
             samples = self._samples()
         self._engine.train()
-        return scalars, samples
+        return Validation(scalars, gap, samples)
 
-    def _loss(self) -> float:
-        """Mean cross entropy over the supervised tokens of all validation examples, nats."""
-        total = torch.zeros(2, dtype=torch.float64, device=device())
-        by_length = sorted(self._examples, key=lambda example: example.length)
+    def _with_thoughts_of_another(self) -> list[Example] | None:
+        """The same examples, but that the assistant is asked another one's question."""
+        if not self._by_length or not self._engine.module.projection.needs_states:
+            return None
+        inputs = [example.assistant for example in self._by_length]
+        try:
+            taken = others(inputs, self._experiment.recipe.seed)
+        except SoftCoTError as error:
+            say(f"validation: {error}; so whether thoughts carry their question is not watched")
+            return None
+        return [
+            replace(example, assistant=inputs[other]) for example, other in zip(self._by_length, taken, strict=True)
+        ]
+
+    def _losses(self) -> tuple[dict[str, float], Gap | None]:
+        """Mean cross entropy over the supervised tokens of all examples, nats; with another question's thoughts too."""
+        tokens = np.array([len(example.target_ids) for example in self._by_length])
+        own = self._nats(self._by_length)
+        found = {"loss/validation": float(own.sum() / tokens.sum())}
+        if self._shuffled is None:
+            return found, None
+        shuffled = self._nats(self._shuffled)
+        gap = Gap.of(own, shuffled, tokens)
+        found |= {
+            "loss/validation_shuffled": float(shuffled.sum() / tokens.sum()),
+            "loss/validation_gap": gap.mean,
+            "loss/validation_gap_margin": gap.margin,
+        }
+        return found, gap
+
+    def _nats(self, examples: Sequence[Example]) -> np.ndarray:
+        """(N,) float64, the loss of each example, summed over its tokens: the same on any number of ranks, and all."""
+        nats_N = torch.zeros(len(examples), dtype=torch.float64, device=device())
+        for where, batch, counts in self._batches(examples):
+            parts = self._engine(batch, per_token=True).split([len(example.target_ids) for example in examples[where]])
+            if counts:
+                nats_N[where] = torch.stack([part.sum() for part in parts])
+        return sum_over_ranks(nats_N).cpu().numpy()
+
+    def _batches(self, examples: Sequence[Example]) -> Iterator[tuple[slice, Batch, bool]]:
+        """Batches on the device, on each rank as many: where their examples stand, and whether this rank's count."""
         # Cut by the examples alone: padding, and with it rounding, does not depend on the number of ranks.
-        size = self._batch_size
-        batches = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        ranks = self._ranks
-        for start in range(0, len(batches), ranks.count):
-            mine = start + ranks.number < len(batches)
+        size, ranks = self._batch_size, self._ranks
+        parts = [slice(start, start + size) for start in range(0, len(examples), size)]
+        for first in range(0, len(parts), ranks.count):
             # A rank that is out of batches runs along with one that counts for nothing.
-            batch = self._make_batch(batches[start + ranks.number if mine else start])
-            if not mine:
-                batch.targets.fill_(IGNORE)
-            count = int((batch.targets != IGNORE).sum())
-            total += torch.stack([self._engine(batch.to(device())).double(), total.new_tensor(count)])
-        loss, count = sum_over_ranks(total).tolist()
-        return loss / count
+            mine = first + ranks.number < len(parts)
+            where = parts[first + ranks.number if mine else first]
+            yield where, self._make_batch(examples[where]).to(device()), mine and ranks.is_first
 
     def _thought_statistics(self) -> dict[str, float]:
-        """How the projected thoughts lie among the token embeddings."""
+        """How the projected thoughts lie among the token embeddings, and what of them varies with the question."""
         model = self._engine.module
-        thoughts = (
-            model.thoughts(self._make_batch(self._examples[: self._batch_size]).to(device())).float().flatten(0, 1)
-        )
+        found: dict[str, float] = {}
+        if model.projection.needs_states:
+            found = self._parts()
+        some = self._examples[: self._batch_size]
+        thoughts_ND = model.thoughts(self._make_batch(some).to(device())).float().flatten(0, 1)
         with whole_embedding(model.base.get_input_embeddings()) as embed:
-            token_norm, cosines = compare_with_tokens(thoughts, embed, model.base.config.get_text_config().vocab_size)
-        return {
-            "thoughts/norm": thoughts.norm(dim=1).mean().item(),
+            vocabulary = model.base.config.get_text_config().vocab_size
+            token_norm, cosines = compare_with_tokens(thoughts_ND, embed, vocabulary)
+        return found | {
+            "thoughts/norm": thoughts_ND.norm(dim=1).mean().item(),
             "thoughts/token_embedding_norm": token_norm,
             "thoughts/cosine_to_nearest_token": cosines.mean().item(),
+        }
+
+    def _parts(self) -> dict[str, float]:
+        """What of the projected thoughts of all examples is the same for all, and what varies with the question."""
+        parts = None
+        for _, batch, counts in self._batches(self._by_length):
+            thoughts_BTD = self._engine.module.thoughts(batch)
+            parts = parts or Parts(*thoughts_BTD.shape[1:], thoughts_BTD.device)
+            if counts:
+                parts.add(thoughts_BTD)
+        sum_over_ranks(parts.totals)
+        return {
+            "thoughts/constant_norm": parts.constant_norm,
+            "thoughts/varying_norm": parts.varying_norm,
+            "thoughts/question_share": parts.question_share,
         }
 
     def _samples(self) -> str:
