@@ -21,6 +21,7 @@ CONFIGS = sorted((ROOT / "ds_configs").glob("*.json"))
 # The families of the models that recipes name, so that they can be built without the hub.
 FAMILIES = {
     "meta-llama/Llama-3": "llama",
+    "HuggingFaceTB/SmolLM2": "llama",
     "Qwen/Qwen2.5": "qwen2",
     "Qwen/Qwen3": "qwen3",
     "Qwen/Qwen3-30B-A3B": "qwen3_moe",

@@ -1,0 +1,70 @@
+"""The four data sets that are at hand, from cache to report, with a real model: nothing here is made to fit."""
+
+import json
+import os
+from pathlib import Path
+
+import pytest
+from launch import BIN, ROOT, run
+
+from softcot_ds.recipe import load_recipe
+from softcot_ds.tasks import make_task
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(1800)]
+
+DATA = {
+    "gsm8k": "task.train={0}/gsm8k/train.jsonl task.test={0}/gsm8k/test.jsonl",
+    "aqua": "task.train={0}/aqua/dev.json task.test={0}/aqua/test.json",
+    "strategy_qa": "task.train={0}/strategyqa/eladsegal_train.json task.test={0}/strategyqa/eladsegal_dev.json",
+}
+DATES = "task.name=date_understanding task.test={0}/date_understanding/task.json task.test_problems=4"
+FEW = "task.train_problems=16 task.validation_problems=4 task.test_problems=4 training.steps=2 training.warmup_steps=0"
+SHORT = ["evaluation.batch_size=4", "evaluation.max_new_tokens=64", "evaluation.conditions=[learned,none]"]
+
+
+@pytest.fixture
+def model() -> Path:
+    """A folder of a small instruct model."""
+    named = os.environ.get("SOFTCOT_REAL_MODELS")
+    if not named:
+        pytest.skip("SOFTCOT_REAL_MODELS names no folder with a real model in it, such as SmolLM2-135M-Instruct")
+    folders = sorted(path.parent for path in Path(named).glob("**/config.json"))
+    assert folders, f"there is no model in SOFTCOT_REAL_MODELS={named}"
+    return folders[0]
+
+
+def read_records(folder: Path, condition: str) -> list[dict]:
+    (path,) = folder.glob(f"evaluation/*/{condition}.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def test_four_data_sets_go_from_cache_to_report(model, shared_data, tmp_path):
+    for name, data in DATA.items():
+        places = f"base.model={model} assistant.model={model} output_dir={tmp_path} cache.path={tmp_path}/cache"
+        overrides = f"name={name} task.name={name} {data} {places} {FEW}".format(shared_data).split() + SHORT
+        for command in ("cache", "train", "evaluate"):
+            run([str(BIN / "softcot-ds"), command, "recipes/smollm2.yaml", *overrides], timeout=600)
+        check(tmp_path / name, load_recipe(ROOT / "recipes/smollm2.yaml", overrides))
+    dates = [*DATES.format(shared_data).split(), *SHORT, f"output_dir={tmp_path}", "name=dates"]
+    run([str(BIN / "softcot-ds"), "evaluate", f"{tmp_path}/aqua/checkpoints/step-2", *dates], timeout=600)
+    check(tmp_path / "dates", load_recipe(tmp_path / "aqua/recipe.yaml", dates, without="task"))
+
+
+def check(run_dir: Path, recipe) -> None:
+    """Each of four test problems was put to the base as it is published, and what it wrote was read by our rule."""
+    task = make_task(recipe.task)
+    problems = {problem.id: problem for problem in task.read("test")}
+    report = json.loads(next(run_dir.glob("evaluation/*/report.json")).read_text())
+    assert report["task"] == recipe.task.name
+    for condition, found in report["conditions"].items():
+        records = read_records(run_dir, condition)
+        assert len(records) == found["loss"]["num_problems"] == 4
+        for record in records:
+            problem = problems[record["id"]]
+            assert problem.question in record["prompt"]
+            assert ("[4 thoughts]" in record["prompt"]) == (condition == "learned")
+            assert record["output"].strip()
+            assert record["answer"] == task.extract(record["output"], record["cut"], problem.options)
+            assert record["correct"] == (record["answer"] == problem.answer)
+        assert found["unparsed"] == sum(record["answer"] is None for record in records)
+        assert 0 < found["loss"]["per_token"] < 5, "a model that has read English"
