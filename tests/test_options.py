@@ -178,6 +178,8 @@ CHOSEN = [
     ("The answer is B, although some say the answer is C.", "B"),
     ("Since the car goes on, the answer is B.", "B"),
     ("The answer is B. The other option is C.", "B"),
+    ("The answer is B, actually.", "B"),
+    ("The answer is B. Sorry for the delay!", "B"),
     # mentioned
     ("So it must be option B.", "B"),
     ("First (A), which is too small, then (C), which is too large. Therefore (B).", "B"),
@@ -273,6 +275,8 @@ def test_dates_are_options_too(output, letter):
         ("A and B together take 8 days, so B alone takes 24 days.", "B"),
         ("A and B work together. A's share of a day is 1/12.\nThe answer is C.", "C"),
         ("Let B = 24. Then A = 12.\nAnswer: (A)", "A"),
+        ("It is A, B and C who work. So 24 days.", "B"),
+        ("A train leaves B, and a car leaves A.", None),
         ("A takes 12 days.\nB takes 24 days.\nTogether they take 8 days.", "C"),
         ("(A + B)'s work of a day is 1/8.\nSo 8 days.", "C"),
         ("Answer: C = 24 - 18 = 6", "D"),

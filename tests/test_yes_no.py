@@ -95,6 +95,8 @@ SAID = [
     ("The answer is no. Actually, the answer is yes.", "yes"),
     ("The answer is no. Actually, yes, it would.", "yes"),
     ("The answer is yes, but there is no proof.", "yes"),
+    ("No, actually, it would float.", "no"),
+    ("Yes. Let me explain: it sinks.", "yes"),
     ("The answer is no, and there is no doubt, no.", "no"),
 ]
 

@@ -180,9 +180,9 @@ _SAYS = re.compile(
             \b(?:is|was|be|equals)\b(?!n't)
           | 's(?=\ ) | (?=\ \(?[A-Z]\)?[.!)]?\ *$) )
         | (?<![^\W_])(?:option|choice|letter)(?:\ (?:that|which)\ [a-z\ ]{1,40})?(?:\ ?:|\ (?:is|should\ be|must\ be)\b)
-        | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|think|guess|say|leaves|it's|it\ is
-             |(?:must|has\ to)\ be)
-          (?=(?:\ [a-z]{1,12}ly)?\ \(?[A-Z]\)?(?:[.,;!]|\ *$))
+        | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|think|guess|i(?:'d|\ would)\ say
+             |(?:that|which)\ leaves(?:\ us\ with)?|it's|it\ is|(?:must|has\ to)\ be)
+          (?=(?:\ [a-z]{1,12}ly)?\ \(?[A-Z]\)?(?:[.;!]|,(?!\ \(?[A-Z]\b)|\ *$))
         | 答案?(?:是|为|:)
         | \#{4}(?!\#) | <answer>
         | \b(?:choose|chose|select|pick|(?:go|going)\ with|opt\ for|correspond(?:s|ing)?\ to|match(?:es|ing)?

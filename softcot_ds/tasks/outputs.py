@@ -14,16 +14,17 @@ NEXT_PROBLEM = re.compile(
 )
 """Where a model that has answered goes on with another problem or another turn."""
 TAKEN_BACK = re.compile(
-    r"""[^.!?\n]{0,40} (?: (?:\?|\.\.\.)\ ?no\b
-          | [.!?\n—,*)'][\s.*]{0,5}(?:oh,?\ |but\ |no,?\ ){0,2}
-            (?:wait|hmm|hold\ on|actually|scratch\ that|sorry|correction
-              |that(?:'s|\ is)\ (?:wrong|incorrect|not\ right))\b )""",
+    r"""[^.!?\n]{0,40}(?:\?|\.\.\.)\ ?(?:no|actually)\b
+        | (?: [\s,.!*)'—]{1,6} | [^.!?\n]{0,40}[.!?\n—][\s*]{0,5} ) (?:oh,?\ |but\ |no,?\ ){0,2}
+          (?:wait\b|hmm|hold\ on|scratch\ that|sorry,)
+        | [^.!?\n]{0,40}[.!?\n—][\s*]{0,5}(?:but\ |no,?\ ){0,2}
+          (?:actually|correction|that(?:'s|\ is)\ (?:wrong|incorrect|not\ right))\b""",
     re.VERBOSE | re.IGNORECASE,
 )
 """What may follow an answer that is no longer meant: "The answer is 18. Wait, she eats two more." """
 _SUPPOSED = re.compile(
     r"""(?: \b(?:whether|if|unless|suppose|assum(?:e|ing)|let(?:'s|\ us)\ say)\b
-          | [\w,'")]\s(?:because|since|(?:even\ |al)?though|whereas)\b
+          | [\w,'")]\s(?:because(?!\ of)|since|(?:even\ |al)?though|whereas)\b
           | \b(?:might|may|could|some|many|people)(?:\ [a-z]{1,12})?\ (?:say|think|argue|guess|answer)\b | \bthought\b )
         [^,.;:!?\n]{0,60}\Z""",
     re.VERBOSE | re.IGNORECASE,
