@@ -114,11 +114,11 @@ def test_a_bad_override_is_named_as_it_was_written(write, override, message):
         ("steps=1", "training.steps"),
         ("learning_rate=1", "training.learning_rate"),
         ("base.dtyp=float32", "base.dtype"),
+        ("task.fields.option=a", "task.fields.options"),
     ],
 )
 def test_unknown_key_names_the_nearest_one(write, override, nearest):
-    (mistake,) = mistakes_in(write(), override)
-    assert mistake == f"{override.partition('=')[0]}: unknown key; did you mean {nearest}?"
+    assert f"{override.partition('=')[0]}: unknown key; did you mean {nearest}?" in mistakes_in(write(), override)
 
 
 def test_unknown_key_without_a_near_one_lists_what_is_known_there(write):
