@@ -14,7 +14,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from multiprocessing import connection, forkserver
 from multiprocessing.process import BaseProcess
@@ -23,6 +23,8 @@ from typing import IO
 from unittest import mock
 
 from launch import ROOT, environment, free_port
+
+from softcot_ds.errors import SoftCoTError
 
 
 def run_forked(
@@ -54,6 +56,27 @@ def kill_forked(when: Path, ranks: int, module: str, *arguments: object, timeout
             time.sleep(0.02)
         assert when.exists(), f"{when} never appeared:\n{output.read()}"
     output.close()
+
+
+def fork(work: Callable[[], object]) -> int:
+    """The child of this process that runs ``work``: it ends with 0, 2 for SoftCoTError, 1 for anything else."""
+    child = os.fork()
+    if child:
+        return child
+    code = 1
+    try:
+        work()
+        code = 0
+    except SoftCoTError as error:
+        print(error, flush=True)
+        code = 2
+    finally:
+        os._exit(code)
+
+
+def exit_code(child: int) -> int:
+    """When the child of ``fork`` has ended."""
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 @contextmanager

@@ -1,23 +1,19 @@
 """Run by test_plan.py: what two ranks really hold and move in a training step, and hold in decoding.
 
-They are forked, not started: imports take longer than the work. Arguments: a folder, where results.json is left, and
-jobs as ``job`` names them.
+Arguments: a folder, where results.json is left, and jobs as ``recipe_of`` reads them.
 """
 
 import gc
 import json
-import multiprocessing
-import os
 import re
 import sys
 import weakref
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 from unittest import mock
 
 import torch
-from launch import ROOT, free_port
+from launch import ROOT
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
@@ -154,11 +150,7 @@ def measure(folder: Path, job: str) -> dict[str, int]:
     return found | {"decoding": held.peak - held.at_start}
 
 
-def work(number: int, port: str, folder: Path, jobs: list[str]) -> None:
-    place = {"RANK": number, "LOCAL_RANK": number, "WORLD_SIZE": RANKS, "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()}, MASTER_ADDR="127.0.0.1")
-    torch.set_num_threads(1)
-    gc.freeze()  # what was imported holds no tensors of ours, and need not be looked through again and again
+def work(folder: Path, jobs: list[str]) -> None:
     init_distributed(5)
     on_main(lambda: make_files(folder))
     results = {job: measure(folder, job) for job in jobs}
@@ -168,13 +160,4 @@ def work(number: int, port: str, folder: Path, jobs: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    import_module("deepspeed.runtime.zero.muon.muon_optimizer")  # takes seconds, and each rank would for itself
-    folder, *jobs = sys.argv[1:]
-    fork = multiprocessing.get_context("fork")
-    port = free_port()
-    started = [fork.Process(target=work, args=(number, port, Path(folder), jobs)) for number in range(RANKS)]
-    for process in started:
-        process.start()
-    for process in started:
-        process.join()
-    sys.exit(max(abs(process.exitcode) for process in started))
+    work(Path(sys.argv[1]), sys.argv[2:])

@@ -11,14 +11,14 @@ import random
 import shutil
 import signal
 import socket
-import subprocess
 import time
-from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torch.distributed as dist
+from forked import exit_code, fork
+from small_disk import small_disk
 
 from softcot_ds import cache
 from softcot_ds.data.prompts import AssistantInput
@@ -63,26 +63,6 @@ def build(
     thought_builder.fill(
         folder, IDENTITY, INPUTS[:count], lambda: compute, ranks, shard_mib=1, tokens_per_batch=5 * (T + 2)
     )
-
-
-def fork(work: Callable[[], None]) -> int:
-    """Run ``work`` in a child; exit code 0, 2 for SoftCoTError, 1 for anything else."""
-    child = os.fork()
-    if child:
-        return child
-    code = 1
-    try:
-        work()
-        code = 0
-    except SoftCoTError as error:
-        print(error, flush=True)
-        code = 2
-    finally:
-        os._exit(code)
-
-
-def exit_code(child: int) -> int:
-    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
 
 
 def fork_team(folder: Path, log: Path, size: int) -> list[int]:
@@ -485,24 +465,11 @@ def test_a_reader_during_a_build_sees_right_rows_and_ever_more(tmp_path):
     assert len(set(seen)) > 2  # not only nothing and everything
 
 
-@contextlib.contextmanager
-def small_disk(folder: Path, mebibytes: int) -> Iterator[Callable[[int], None]]:
-    """A file system of its own; yields what changes its size."""
-    folder.mkdir()
-    mounted = subprocess.run(["mount", "-t", "tmpfs", "-o", f"size={mebibytes}m", "tmpfs", str(folder)], check=False)
-    if mounted.returncode:
-        pytest.skip("no right to mount a small tmpfs")
-    try:
-        yield lambda size: subprocess.run(["mount", "-o", f"remount,size={size}m", str(folder)], check=True)
-    finally:
-        subprocess.run(["umount", str(folder)], check=True)
-
-
 def test_a_disk_that_fills_up_stops_the_build_and_keeps_what_is_finished(tmp_path, monkeypatch):
     """Others fill it while the builder works, so that the check before the work has passed."""
     usage = shutil.disk_usage(tmp_path)
     log = tmp_path / "log"
-    with small_disk(tmp_path / "disk", 4) as resize:
+    with small_disk(tmp_path / "disk", "4m") as resize:
         folder = tmp_path / "disk" / "cache"
         with monkeypatch.context() as patch:
             patch.setattr(thought_builder.shutil, "disk_usage", lambda _: usage)
@@ -514,7 +481,7 @@ def test_a_disk_that_fills_up_stops_the_build_and_keeps_what_is_finished(tmp_pat
         computed(log)
         with pytest.raises(SoftCoTError, match=r"needs .* its disk has"):
             build(folder, log)
-        resize(32)
+        resize("32m")
         build(folder, log)
         assert kept.isdisjoint(computed(log))
         check_complete(folder)

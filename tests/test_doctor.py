@@ -1,7 +1,6 @@
 """The doctor finds what is wrong, says where and what to do, and leaves nothing behind."""
 
 import json
-import os
 import re
 import shutil
 import socket
@@ -16,6 +15,7 @@ import pytest
 import torch
 from launch import ROOT, deepspeed_command, environment, run
 from safetensors.torch import load_file, save_file
+from small_disk import small_disk
 
 from softcot_ds import distributed, doctor, launchers
 from softcot_ds.agreement import code_digest
@@ -384,21 +384,15 @@ def test_a_device_that_raises_becomes_a_fact(tmp_path, monkeypatch):
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_a_full_disk_is_a_problem_with_a_remedy(tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
+    with small_disk(disk, "64k"):
         (disk / "rest").write_bytes(bytes(32 * 1024))
         short = wrong_alone(f"output_dir={disk}", f"cache.path={tmp_path}")
         with (disk / "rest").open("ab") as file, pytest.raises(OSError, match="No space left"):
             file.write(bytes(2**20))
         full = wrong_alone(f"output_dir={disk}", f"cache.path={tmp_path}")
         assert [path.name for path in disk.iterdir()] == ["rest"]
-    finally:
-        subprocess.run(["umount", disk], check=True)
     assert [(finding.level, finding.title) for finding in short] == [("problem", "disks")]
     assert f"output_dir {disk} has 0.0 MiB free" in short[0].text
     assert short[0].remedy == "make room, or name another folder"

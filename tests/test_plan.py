@@ -2,14 +2,14 @@
 
 import json
 import re
-import sys
 from dataclasses import replace
 from itertools import pairwise
 
 import plan_worker
 import pytest
 import torch
-from launch import ROOT, run
+from forked import run_forked
+from launch import ROOT
 from test_step import make_model
 from transformers import AutoTokenizer
 
@@ -435,7 +435,7 @@ def test_ranks_hold_and_move_what_was_planned(tmp_path):
     that is most of the model; experts, in bfloat16."""
     jobs = [f"{name}:{partition}:16" for name in plan_worker.SHAPES for partition in search.PARTITIONS]
     jobs += [f"deep:{partition}:8" for partition in search.PARTITIONS]
-    run([sys.executable, str(ROOT / "tests" / "plan_worker.py"), str(tmp_path), *jobs])
+    run_forked(plan_worker.RANKS, "plan_worker", tmp_path, *jobs)
     lengths, table = plan_worker.LENGTHS, load_hardware()
     for job, measured in json.loads((tmp_path / "results.json").read_text()).items():
         recipe = plan_worker.recipe_of(tmp_path, job)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from forked import exit_code, fork
 from launch import environment
 
 from softcot_ds.thoughts import manifest as tm
@@ -119,11 +120,12 @@ def test_the_deepspeed_launchers_environment_shares_the_work(tmp_path):
 
 @pytest.mark.parametrize("variable", ["OMPI_COMM_WORLD_SIZE", "PMI_SIZE", "SLURM_STEP_NUM_TASKS"])
 @pytest.mark.distributed
-def test_singletons_that_a_launcher_did_not_connect_are_refused(tmp_path, variable):
-    process = launch([], "from softcot_ds.thoughts.ranks import join_ranks; join_ranks()", tmp_path, **{variable: "2"})
-    _, errors = process.communicate(timeout=60)
-    assert process.returncode != 0
-    assert f"the launcher started several processes ({variable}=2), but MPI sees only one" in errors
+def test_singletons_that_a_launcher_did_not_connect_are_refused(monkeypatch, capfd, variable):
+    for name in os.environ.keys() - environment().keys():
+        monkeypatch.delenv(name)
+    monkeypatch.setenv(variable, "2")
+    assert exit_code(fork(join_ranks)) == 2
+    assert f"the launcher started several processes ({variable}=2), but MPI sees only one" in capfd.readouterr().out
 
 
 def test_alone_no_mpi_is_started(monkeypatch):

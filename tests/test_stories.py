@@ -1,10 +1,10 @@
 """GSM8K with two small real models, of different widths and tokenizers: cache, train, be killed, resume, evaluate."""
 
 import json
-import signal
 
 import pytest
-from launch import BIN, deepspeed_command, run, run_and_signal
+from forked import kill_forked, run_forked
+from launch import BIN, deepspeed_command, run
 
 pytestmark = pytest.mark.distributed
 
@@ -49,11 +49,10 @@ evaluation: {{batch_size: 16, max_new_tokens: 8, partition: none}}
     mpirun = [str(BIN / "mpirun"), "--oversubscribe", "--bind-to", "none", "-n", "2"]
     built = run([*mpirun, str(BIN / "python"), "-m", "softcot_ds.cache", str(recipe)])
     assert "2 processes over MPI" in built.stdout
-    train = deepspeed_command(2, "softcot_ds.train", recipe)
-    run_and_signal(train, signal.SIGKILL, when=tmp_path / "stories/checkpoints/step-10/COMPLETE")
+    kill_forked(tmp_path / "stories/checkpoints/step-10/COMPLETE", 2, "softcot_ds.train", recipe)
     resumed = run(deepspeed_command(2, "softcot_ds.train", recipe)).stdout
     assert "resuming from" in resumed
-    run(deepspeed_command(2, "softcot_ds.evaluate", recipe))
+    run_forked(2, "softcot_ds.evaluate", recipe)
 
     report = json.loads((tmp_path / "stories/report.json").read_text())
     assert report["task"] == "gsm8k"

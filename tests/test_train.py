@@ -2,10 +2,8 @@
 
 import gzip
 import json
-import os
 import re
 import signal
-import subprocess
 from collections import Counter
 from functools import partial
 
@@ -15,6 +13,7 @@ from forked import kill_forked, run_forked
 from launch import ROOT, deepspeed_command, run_and_signal
 from runs import losses, read_events, scalars
 from safetensors.torch import load_file
+from small_disk import small_disk
 from transformers import AutoModelForCausalLM
 from transformers.optimization import (
     get_constant_schedule_with_warmup,
@@ -190,13 +189,9 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     assert len(saved) == 1, output
 
 
-@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small tmpfs needs root")
 def test_full_disk_ends_clearly_and_leaves_nothing_half_written(tmp_path):
     disk = tmp_path / "disk"
-    disk.mkdir()
-    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=700k", "tmpfs", disk], capture_output=True).returncode:
-        pytest.skip("this machine does not let root mount a tmpfs")
-    try:
+    with small_disk(disk, "700k"):
         often = [*LONG, "training.save_every=1", "training.keep_checkpoints=12"]
         done = run_forked(2, "softcot_ds.train", RECIPE, f"output_dir={disk}", *often, check=False)
         assert done.returncode != 0
@@ -208,8 +203,6 @@ def test_full_disk_ends_clearly_and_leaves_nothing_half_written(tmp_path):
             assert (checkpoint / "COMPLETE").exists()
             load_file(checkpoint / "projection.safetensors")
             load_file(checkpoint / "optimizer.safetensors")
-    finally:
-        subprocess.run(["umount", disk], check=True)
 
 
 @pytest.mark.parametrize(("steps", "warmup"), [(1, 0), (2, 1), (7, 6), (50, 0), (50, 10)])
