@@ -4,14 +4,11 @@ import json
 import re
 
 import pytest
-import torch
 from forked import run_forked
 from launch import ROOT
 from runs import losses
 from safetensors.torch import load_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
-
-from softcot_ds.values import resolve_location
+from toy_models import make_random_pair
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 STEPS = 3
@@ -39,15 +36,8 @@ pytestmark = pytest.mark.distributed
 def done(tmp_path_factory):
     """The folder in which the four ranks of slices_worker.py have worked, what they found, and what they printed."""
     folder = tmp_path_factory.mktemp("slices")
-    torch.manual_seed(0)
-    models = []
-    for name in ("assistant", "base"):
-        location = resolve_location(f"package:pair/{name}")
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location), dtype=torch.float32)
-        model.save_pretrained(folder / name)
-        AutoTokenizer.from_pretrained(location).save_pretrained(folder / name)
-        models.append(f"{name}.model={folder / name}")
-    done = run_forked(4, "slices_worker", folder, RECIPE, *models, *SETTINGS, f"output_dir={folder / 'runs'}")
+    settings = [*make_random_pair(folder), *SETTINGS, f"output_dir={folder / 'runs'}"]
+    done = run_forked(4, "slices_worker", folder, RECIPE, *settings)
     return folder, json.loads((folder / "results.json").read_text()), done.stdout
 
 

@@ -14,7 +14,8 @@ from forked import run_forked
 from launch import ROOT, deepspeed_command, run
 from runs import losses, scalars
 from safetensors.torch import load_file, save_file
-from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
+from toy_models import make_random_pair
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softcot_ds.cache import main as build_cache
 from softcot_ds.data.batches import global_batches
@@ -152,21 +153,7 @@ class Course:
 
 @pytest.fixture(scope="module")
 def random_pair(tmp_path_factory):
-    """The embedded pair with random weights, as overrides.
-
-    Trained weights amplify float32's rounding: any float32 pass through them, the naive one too, gives a gradient some
-    2e-5 away from float64's.
-    """
-    torch.manual_seed(0)
-    tmp_path = tmp_path_factory.mktemp("pair")
-    overrides = []
-    for name in ("assistant", "base"):
-        location = resolve_location(f"package:pair/{name}")
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location), dtype=torch.float32)
-        model.save_pretrained(tmp_path / name)
-        AutoTokenizer.from_pretrained(location).save_pretrained(tmp_path / name)
-        overrides.append(f"{name}.model={tmp_path / name}")
-    return overrides
+    return make_random_pair(tmp_path_factory.mktemp("pair"))
 
 
 def first_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:

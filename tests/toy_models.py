@@ -1,14 +1,17 @@
-"""Toy models of transformers' causal families, made from nothing but a family's name."""
+"""Toy models of transformers' causal families, made from nothing but a family's name; and the embedded pair anew."""
 
+from pathlib import Path
 from typing import Any
 
-from transformers import PreTrainedConfig, PreTrainedModel
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer, PreTrainedConfig, PreTrainedModel
 from transformers.models.auto.configuration_auto import CONFIG_MAPPING
 
 from softcot_ds.models import toy
 from softcot_ds.models.toy import VOCABULARY, WIDTH, toy_config
+from softcot_ds.values import resolve_location
 
-__all__ = ["VARIANTS", "VOCABULARY", "WIDTH", "make_config", "make_toy"]
+__all__ = ["VARIANTS", "VOCABULARY", "WIDTH", "make_config", "make_random_pair", "make_toy"]
 
 _SWA = {"sliding_window": 5, "layer_types": ["sliding_attention", "full_attention", "sliding_attention"]}
 _GEMMA4 = {
@@ -49,3 +52,20 @@ def make_config(name: str) -> PreTrainedConfig:
 def make_toy(name: str) -> PreTrainedModel:
     """A frozen toy in float32. Raises ValueError where a family has not become small."""
     return toy.make_toy(make_config(name))
+
+
+def make_random_pair(folder: Path) -> list[str]:
+    """The embedded pair with random weights in float32, as overrides of a recipe; its files lie in ``folder``.
+
+    Trained weights amplify float32's rounding: any float32 pass through them, the naive one too, gives a gradient some
+    2e-5 away from float64's.
+    """
+    torch.manual_seed(0)
+    overrides = []
+    for name in ("assistant", "base"):
+        location = resolve_location(f"package:pair/{name}")
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(location), dtype=torch.float32)
+        model.save_pretrained(folder / name)
+        AutoTokenizer.from_pretrained(location).save_pretrained(folder / name)
+        overrides.append(f"{name}.model={folder / name}")
+    return overrides
