@@ -26,13 +26,15 @@ class Scribe:
     def ending(self, prompt):
         return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples):
         self.batches.append(list(prompts))
         outputs = []
-        for index, prompt in enumerate(prompts):
+        for number, seed in enumerate(seeds):
+            index = number // samples
+            prompt = prompts[index]
             text, cut = self.ending(prompt)
             told = 0.0 if thoughts is None else float(thoughts[index].double().sum())
-            chance = random.Random(seeds[index]).randrange(10**6) if sampling.temperature else 0
+            chance = random.Random(seed).randrange(10**6) if sampling.temperature else 0
             outputs.append(Output(self.tokenizer.encode(f"{told:.3f} {chance} {text}", add_special_tokens=False), cut))
         return outputs
 

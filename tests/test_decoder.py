@@ -135,7 +135,7 @@ def test_a_problem_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_
             outputs = {}
 
             def collect(mine, outputs=outputs):
-                outputs.update(mine)
+                outputs.update({number: results for _, number, results in mine})
                 raise Asked
 
             for rank in range(ranks):

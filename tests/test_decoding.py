@@ -130,13 +130,63 @@ def test_an_output_ends_where_the_context_does(family):
         decode(model, *draw([(8, 5)], 3), [STOP], Sampling(1))
 
 
-def counting_passes(model, monkeypatch):
-    """The rows of each forward pass from now on."""
+def begun_alike(prompts, count):
+    """The same prompts behind so many tokens."""
+    tokens = torch.randint(3, VOCAB, (count,), generator=torch.Generator().manual_seed(count)).tolist()
+    return [BasePrompt(tokens + prompt.prefix_ids, prompt.suffix_ids) for prompt in prompts]
+
+
+@pytest.mark.parametrize("count", [1, 7, 30])
+@pytest.mark.parametrize("family", ["llama", "mistral"])
+def test_what_all_prompts_begin_with_is_read_once(family, count, monkeypatch):
+    model = make_model(family)
+    prompts, thoughts = draw(LENGTHS, 3)
+    prompts = begun_alike(prompts, count)
+    expected = [alone(model, p, t, [STOP], 12) for p, t in zip(prompts, thoughts, strict=True)]
+    try_decoding(model)
+    for batch_size in (2, 4, None):
+        with monkeypatch.context() as patch:
+            read = counting_passes(model, patch, read=True)
+            assert decode(model, prompts, thoughts, [STOP], Sampling(12), batch_size=batch_size) == expected
+        assert read[0] == (1, count)
+        own = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts) + 3 - count
+        assert max(tokens for _, tokens in read[1:]) == own
+        assert sum(rows for rows, _ in read[1:]) == len(prompts)
+        assert len(read) == 1 + -(-len(prompts) // (batch_size or len(prompts))), "a batch at a time"
+
+
+@pytest.mark.parametrize(
+    ("family", "batch_size"),
+    [*(("llama", size) for size in (1, 4, 7, None)), ("bamba", 4), pytest.param("rwkv", 4, marks=pytest.mark.slow)],
+)
+def test_a_prompt_is_read_once_for_all_its_samples_and_each_is_as_if_alone(family, batch_size, monkeypatch):
+    model = make_toy(family)
+    prompts, thoughts = draw(LENGTHS[:3], 3, dtype=torch.float32, width=model.config.hidden_size)
+    sampling = Sampling(8, temperature=1.0, top_p=0.9)
+    seeds = [[100 * prompt + sample for sample in range(5)] for prompt in range(3)]
+    expected = [
+        decode(model, [prompt], vectors[None], [STOP], sampling, seeds=[seed])[0]
+        for prompt, vectors, own in zip(prompts, thoughts, seeds, strict=True)
+        for seed in own
+    ]
+    assert len({tuple(output.token_ids) for output in expected}) == 15
+    read = counting_passes(model, monkeypatch, read=True)
+    given = {"batch_size": batch_size, "seeds": [seed for own in seeds for seed in own], "samples": 5}
+    assert decode(model, prompts, thoughts, [STOP], sampling, **given) == expected
+    if family == "llama":
+        assert sum(rows for rows, _ in read) == 3
+
+
+def counting_passes(model, monkeypatch, read=False):
+    """The rows of each forward pass from now on; rows and tokens of each that reads."""
     rows, original = [], model.forward
 
     @functools.wraps(original)
     def forward(*args, input_ids=None, **kwargs):
-        rows.append(len(input_ids))
+        if not read:
+            rows.append(len(input_ids))
+        elif input_ids.shape[1] > 1 or not kwargs.get("past_key_values"):
+            rows.append(tuple(input_ids.shape))
         return original(*args, input_ids=input_ids, **kwargs)
 
     monkeypatch.setattr(model, "forward", forward)
@@ -245,7 +295,7 @@ def test_what_says_nothing_about_a_model_chooses_no_slower_way(monkeypatch):
     def fail(*_: object, **__: object) -> None:
         raise failure
 
-    monkeypatch.setattr(refill.Rows, "read", fail)
+    monkeypatch.setattr(refill.Rows, "begin", fail)
     for failure in (torch.OutOfMemoryError("no memory"), RuntimeError("[gloo/pair.cc:1] Connection closed by peer")):
         with pytest.raises(type(failure), match=str(failure).rpartition(" ")[2]):
             try_decoding(make_model("llama"))
@@ -285,11 +335,15 @@ def test_the_thoughts_matter_and_stand_between_prefix_and_suffix(model):
     st.integers(0, 99),
     st.sets(st.integers(0, VOCAB - 1), min_size=1, max_size=20),
     st.integers(1, 5),
+    st.integers(0, 12),
+    st.integers(1, 3),
 )
-def test_any_batch_and_any_stop_tokens(model, lengths, thoughts, seed, stops, batch_size):
+def test_any_batch_and_any_stop_tokens(model, lengths, thoughts, seed, stops, batch_size, alike, samples):
     prompts, vectors = draw(lengths, thoughts, seed)
-    outputs = decode(model, prompts, vectors, sorted(stops), Sampling(6), batch_size=batch_size)
-    assert outputs == [alone(model, p, t, stops, 6) for p, t in zip(prompts, vectors, strict=True)]
+    prompts = begun_alike(prompts, alike)
+    outputs = decode(model, prompts, vectors, sorted(stops), Sampling(6), batch_size=batch_size, samples=samples)
+    expected = [alone(model, p, t, stops, 6) for p, t in zip(prompts, vectors, strict=True)]
+    assert outputs == [output for output in expected for _ in range(samples)]
 
 
 def test_an_output_ends_before_the_first_stop_token(model):

@@ -55,10 +55,11 @@ class Guesser(Scribe):
         self.patience = patience
         self.said = {}
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples):
         if len(self.batches) == self.patience:
             raise KeyboardInterrupt
-        self.batches.append(list(prompts))
+        prompts = [prompt for prompt in prompts for _ in range(samples)]
+        self.batches.append(prompts)
         numbers = [random.Random(seed).randrange(3) for seed in seeds]
         for prompt, number in zip(prompts, numbers, strict=True):
             text = self.tokenizer.decode(prompt.prefix_ids) + "{}" + self.tokenizer.decode(prompt.suffix_ids)
@@ -144,6 +145,8 @@ def test_samples_are_draws_of_their_own_and_the_report_has_their_votes(tmp_path,
     assert "samples" not in evaluate(once, adapter)
     report = evaluate(sampled, adapter)
     assert guesser.num_prompts == 2 * 4 * 12, "the first sample is what was decoded before"
+    # Two conditions of two portions each.
+    assert [len(batch) for batch in guesser.batches] == [6] * 4 + [18] * 4, "and the others are decoded together"
     found = {condition: rows for (_, condition), rows in records(sampled).items() if "samples" in rows[0]}
     right, majority = {}, {}
     for condition, rows in found.items():

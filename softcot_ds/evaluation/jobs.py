@@ -7,6 +7,7 @@ interrupted evaluation goes on where it was.
 import hashlib
 import json
 import uuid
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
@@ -33,9 +34,9 @@ from softcot_ds.progress import Progress
 from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
 
 Result = TypeVar("Result")
-Work = Callable[[PreTrainedModel, CompactTable | None, list[int]], list[Result]]
-"""From the model, a table to embed prompts by (None to ask the model) and the indices of a batch's prompts to their
-results, which are dataclasses or JSON values."""
+Work = Callable[[PreTrainedModel, CompactTable | None, list[int], list[int]], list[list[Result]]]
+"""From the model, a table to embed prompts by (None to ask the model), the indices of a batch's prompts and the draws
+that are wanted, to the results of each draw, which are dataclasses or JSON values."""
 Cut = Callable[[Sequence[int], int], list[list[int]]]
 """From rows' lengths and ``evaluation.batch_size`` to the indices of each batch. It depends on nothing else, so that
 results do not depend on the number of ranks or on where an earlier evaluation was interrupted."""
@@ -81,6 +82,7 @@ class Job(Generic[Result]):
         work: Work[Result],
         read: Callable[[Any], Result],
         cut: Cut,
+        draw: int = 0,
     ) -> None:
         """
         Args:
@@ -88,11 +90,13 @@ class Job(Generic[Result]):
             rows: the tokens of each prompt, and those that are read after it.
             settings: all that decides the results, JSON values.
             read: from a result as JSON has it to the result.
+            draw: which of several that are drawn at random; what they are drawn by is among the settings.
 
         Raises:
             SoftCoTError: the folder cannot be written to.
         """
         self.name = name
+        self.draw = draw
         self.work = work
         self.tokens = {PADDING}.union(*rows)
         self.batches = cut([len(row) for row in rows], settings["batch_size"])
@@ -105,7 +109,7 @@ class Job(Generic[Result]):
 
     def write(self, number: int, results: Sequence[Result]) -> None:
         """Add a batch in one write. Raises SoftCoTError when the disk is full."""
-        line = json.dumps({"batch": number, "outputs": list(results)}, default=asdict).encode()
+        line = json.dumps({"batch": number, "outputs": list(results)}, default=_as_json).encode()
         try:
             with self._part.open("ab") as file:
                 file.write(self._checksum(line) + b" " + line + b"\n")
@@ -134,6 +138,10 @@ class Job(Generic[Result]):
         return hashlib.sha256(self.key.encode() + content).hexdigest().encode()
 
 
+def _as_json(value: Any) -> Any:
+    return value.tolist() if isinstance(value, array) else asdict(value)
+
+
 class Worker:
     """Does jobs with one of the recipe's models, over the ranks. It is loaded when there is something to do."""
 
@@ -153,11 +161,13 @@ class Worker:
         read: Callable[[Any], Result],
         texts: Sequence[list[int]] | None = None,
         cut: Cut = neighbours,
+        draw: int = 0,
     ) -> Job[Result]:
         """What is to be done; the same job for what was wanted before, under whatever name.
 
-        Everything that decides the results is a setting of the job. What is not: the number of ranks, the partition and
-        the kind of processor, which change how a sum is rounded at most; the text of a question.
+        Everything that decides the results is a setting of the job. What is not: the number of ranks, the partition,
+        the kind of processor and the draws that are made together, which change how a sum is rounded at most; the text
+        of a question.
 
         Args:
             settings: what decides the results beside model, prompts and thoughts, JSON values.
@@ -177,7 +187,7 @@ class Worker:
                 [*prompt.prefix_ids, *prompt.suffix_ids, *text]
                 for prompt, text in zip(prompts, texts or [[]] * len(prompts), strict=True)
             ]
-            self._jobs[key] = Job(name, rows, settings, self.recipe.run_dir / "outputs", work, read, cut)
+            self._jobs[key] = Job(name, rows, settings, self.recipe.run_dir / "outputs", work, read, cut, draw)
         return self._jobs[key]
 
     def _settings(self, prompts: Sequence[BasePrompt], thoughts: Thoughts | None) -> Record:
@@ -215,40 +225,56 @@ class Worker:
         spare_of = partial(spare_to_decode, self.recipe, self._partition)
         return load_to_run(self.model_config, self.recipe, self._partition, spare_of)
 
-    def run(self, job: Job[Result]) -> list[Result]:
-        """The results of all prompts, in their order, on every rank."""
+    def run(self, job: Job[Result], *others: Job[Result]) -> list[Result]:
+        """The results of all prompts, in their order, on every rank.
+
+        Args:
+            others: the same of other draws, which are wanted next and done along with it.
+        """
         if job.results is not None:
             return job.results
-        if job.done:
-            say(f"{job.name}: {len(job.done)} of {len(job.batches)} batches were done before")
-        fresh = self._do_rest(job) if job.todo else {}
+        jobs = {each.key: each for each in (job, *others) if each.results is None}
+        for each in jobs.values():
+            if each.done:
+                say(f"{each.name}: {len(each.done)} of {len(each.batches)} batches were done before")
+        fresh = self._do_rest(list(jobs.values()))
         # The other ranks are asked: their files may not be seen yet from here.
-        everything = job.done | {number: results for part in from_all_ranks(fresh) for number, results in part.items()}
-        by_index = {
-            index: result
-            for number, batch in enumerate(job.batches)
-            for index, result in zip(batch, everything[number], strict=True)
-        }
-        job.results = [by_index[index] for index in range(len(by_index))]
+        for part in from_all_ranks(fresh):
+            for key, number, results in part:
+                jobs[key].done[number] = results
+        for each in jobs.values():
+            by_index = {
+                index: result
+                for number, batch in enumerate(each.batches)
+                for index, result in zip(batch, each.done[number], strict=True)
+            }
+            each.results = [by_index[index] for index in range(len(by_index))]
         return job.results
 
-    def _do_rest(self, job: Job[Result]) -> dict[int, list[Result]]:
-        """Results by batch, of those that this rank has written."""
+    def _do_rest(self, jobs: Sequence[Job[Result]]) -> list[tuple[str, int, list[Result]]]:
+        """What this rank has done of the jobs, which are the same but for the draw: key, batch and results."""
+        first = jobs[0]
+        todo = sorted({number for job in jobs for number in job.todo})
+        fresh: list[tuple[str, int, list[Result]]] = []
+        if not todo:
+            return fresh
         ranks = data_ranks(self._partition, self.recipe.backbone.group_size)
         table = None
         if self._partition != "none":  # ranks that hold the model together load it together, also without a batch
-            table = CompactTable.of(self._model.get_input_embeddings(), job.tokens)
-        progress = Progress(len(job.todo), "batches")
-        fresh = {}
-        for start in range(0, len(job.todo), ranks.count):
-            mine = start + ranks.number < len(job.todo)
+            table = CompactTable.of(self._model.get_input_embeddings(), first.tokens)
+        name = first.name if len(jobs) == 1 else f"{first.name} and {len(jobs) - 1} draws more"
+        progress = Progress(len(todo), "batches")
+        for start in range(0, len(todo), ranks.count):
+            mine = start + ranks.number < len(todo)
             # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
             if mine or self._partition in SPLIT:
-                number = job.todo[start + ranks.number if mine else start]
-                results = job.work(self._model, table, job.batches[number])
-                if mine and ranks.is_first:
-                    job.write(number, results)
-                    fresh[number] = results
-            if line := progress.line(min(start + ranks.count, len(job.todo))):
-                say(f"{job.name:9} {line}")
+                number = todo[start + ranks.number if mine else start]
+                wanted = [job for job in jobs if number in job.todo]
+                of_draws = first.work(self._model, table, first.batches[number], [job.draw for job in wanted])
+                for job, results in zip(wanted, of_draws, strict=True):
+                    if mine and ranks.is_first:
+                        job.write(number, results)
+                        fresh.append((job.key, number, results))
+            if line := progress.line(min(start + ranks.count, len(todo))):
+                say(f"{name:9} {line}")
         return fresh

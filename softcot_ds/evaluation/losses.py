@@ -67,14 +67,16 @@ class TextLosses:
         prompts = [problems.prompts[index] for index, _ in self._texts]
         texts = [text for _, text in self._texts]
 
-        def work(model: PreTrainedModel, table: CompactTable | None, batch: list[int]) -> list[float]:
+        def work(
+            model: PreTrainedModel, table: CompactTable | None, batch: list[int], _draws: list[int]
+        ) -> list[list[float]]:
             if self._scorer is None:
                 self._scorer = load_scorer(model, self._worker.model_config.model)
             if self._shared is None or self._shared[0] != name:
                 self._shared = name, self._scorer.read_shared(prompts)
             thoughts = problems.thoughts and problems.thoughts([self._texts[row][0] for row in batch])
             asked, wanted = [prompts[row] for row in batch], [texts[row] for row in batch]
-            return self._scorer.losses(asked, thoughts, wanted, self._shared[1], table)
+            return [self._scorer.losses(asked, thoughts, wanted, self._shared[1], table)]
 
         settings = {"texts": content_digest(texts)}
         return self._worker.job(name, prompts, problems.thoughts, settings, work, float, texts)

@@ -162,8 +162,13 @@ class _Inquiry:
         """See ``strategies.Ask``. Each sample draws anew, and what is decoded greedily is the same in all."""
         if not prompts:
             return []
-        draw = sample + draw * self._experiment.recipe.evaluation.samples
-        job = self._decoder.job(name, prompts, thoughts, sampling, draw)
+        samples = self._experiment.recipe.evaluation.samples
+        jobs = {
+            number: self._decoder.job(name, prompts, thoughts, sampling, number + draw * samples)
+            # Before anything is told, all samples ask the same, which is then read once for all.
+            for number in ([sample] if self._asked else range(sample, samples))
+        }
+        job = jobs.pop(sample)
         if job.key in self._asked:
             raise SoftCoTError(
                 f"{name}: the strategy asks the same again, and would be told the same: sampled rounds want a draw of "
@@ -174,7 +179,7 @@ class _Inquiry:
         if job.todo and not self._decoding:
             raise _Undecoded
         decode = self._experiment.base_tokenizer.decode
-        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.worker.run(job)]
+        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.worker.run(job, *jobs.values())]
 
 
 def assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:

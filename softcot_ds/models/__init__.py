@@ -14,7 +14,7 @@ frozen_prefix.py  the base's prefix without gradient, layer by layer
 fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head
 decoding.py       decoding with thoughts in the prompt, each model in the way that a trial finds
-refill.py         waiting prompts take the place of outputs that have ended
+refill.py         waiting prompts take the place of outputs that have ended; what they have in common is read once
 reading.py        prompts as a model reads them: padded, thoughts in place
 sampling.py       which token comes next, by random numbers of the output's own
 scoring.py        losses of texts after prompts with thoughts

@@ -9,6 +9,7 @@ B prompts, S tokens of the longest, T thoughts, V vocabulary, D base width.
 """
 
 import math
+from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Literal
@@ -24,15 +25,13 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.backbone import context_length, keeps_keys_and_values, load_to_run
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import needs_all_ranks
-from softcot_ds.models.reading import PADDING, Reading
+from softcot_ds.models.reading import PADDING, Prompts, Reading
 from softcot_ds.models.refill import Rows, Writing, decode_refilled
 from softcot_ds.models.sampling import Chooser, Sampling
 from softcot_ds.recipe import ModelConfig, Partition, Recipe
 
 Way = Literal["refilled", "in batches", "one by one"]
 
-_NOTHING = BasePrompt([PADDING], [])
-"""What a rank without a prompt reads for the sake of the others."""
 _TRIAL_LENGTHS = (4, 40)
 """Tokens of the trial's two prompts: far apart, so that padding which is not hidden shows."""
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
@@ -46,10 +45,13 @@ _ways: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 class Output:
     """What the model wrote after one prompt."""
 
-    token_ids: list[int]
-    """Without the stop token."""
+    token_ids: array
+    """Without the stop token; of any tokens when it is made. Four bytes each: an evaluation keeps all it decodes."""
     cut: bool
     """It ended at ``max_new_tokens`` or at the end of the context, not at a stop token."""
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "token_ids", array("i", self.token_ids))
 
 
 @torch.no_grad()
@@ -62,9 +64,12 @@ def decode(
     table: CompactTable | None = None,
     batch_size: int | None = None,
     seeds: Sequence[int] | None = None,
+    samples: int = 1,
     progress: Callable[[int], object] = lambda ended: None,
 ) -> list[Output]:
     """Continue prompts, up to the end of the model's context. What comes out of each is what does alone.
+
+    What all prompts begin with is read once, and each prompt once for all its samples, where the model allows it.
 
     But for rounding: half precision rounds the same prompt otherwise in other company, and two tokens that are as good
     as equally likely may then change places. The same call gives the same, and what runs together depends on its
@@ -78,39 +83,36 @@ def decode(
         thoughts_BTD: in any floating dtype, or None to decode without any.
         stop_ids: tokens that end an output.
         table: with all tokens of the prompts and PADDING, on every rank, to embed them by; None to ask the model's own.
-        batch_size: how many are decoded at a time; all by default.
-        seeds: of each prompt's random numbers; drawn from torch's where they are not given.
-        progress: is told how many of them have ended, now and then.
+        batch_size: how many outputs are written at a time; all by default.
+        seeds: of each output's random numbers; drawn from torch's where they are not given.
+        samples: outputs of each prompt.
+        progress: is told how many outputs have ended, now and then.
 
     Returns:
-        The output of each prompt.
+        The outputs: all of the first prompt, then of the next.
 
     Raises:
         SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), its context has no room, or the
             table lacks a token.
     """
-    outputs = _begin(model, prompts, 0 if thoughts_BTD is None else thoughts_BTD.shape[1], sampling.max_new_tokens)
+    num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
+    outputs = _begin(model, prompts, num_thoughts, sampling.max_new_tokens, samples)
     if seeds is None:
-        seeds = torch.randint(2**62, (len(prompts),)).tolist() if sampling.temperature else [0] * len(prompts)
-    way, size = try_decoding(model), batch_size or max(1, len(prompts))
-
-    def reading(numbers: list[int]) -> Reading:
-        some = [prompts[number] for number in numbers]
-        return Reading.of(some, None if thoughts_BTD is None else thoughts_BTD[numbers], table)
-
-    choose = Chooser(sampling, seeds)
+        seeds = torch.randint(2**62, (len(outputs),)).tolist() if sampling.temperature else [0] * len(outputs)
+    way, size = try_decoding(model), batch_size or max(1, len(outputs))
+    asked, choose = Prompts(prompts, thoughts_BTD, table), Chooser(sampling, seeds)
     if way == "refilled":
-        idle = Reading.of([_NOTHING], None, table)
-        decode_refilled(model, outputs, reading, choose, set(stop_ids), size, progress, idle)
+        decode_refilled(model, outputs, asked, choose, set(stop_ids), size, progress)
     else:
-        _decode_in_batches(model, outputs, reading, choose, stop_ids, 1 if way == "one by one" else size, progress)
+        _decode_in_batches(model, outputs, asked, choose, stop_ids, 1 if way == "one by one" else size, progress)
     return [Output(output.token_ids, output.cut) for output in sorted(outputs, key=lambda output: output.number)]
 
 
 def _begin(
-    model: PreTrainedModel, prompts: Sequence[BasePrompt], num_thoughts: int, max_new_tokens: int
+    model: PreTrainedModel, prompts: Sequence[BasePrompt], num_thoughts: int, max_new_tokens: int, samples: int
 ) -> list[Writing]:
-    """An output for each prompt, the longest first. Raises SoftCoTError where the context has no room for one."""
+    """The outputs of each prompt, those of the longest first. Raises SoftCoTError where the context has no room for
+    one."""
     context = context_length(model.config)
     lengths = [len(prompt.prefix_ids) + num_thoughts + len(prompt.suffix_ids) for prompt in prompts]
     if max(lengths, default=0) >= context:
@@ -118,14 +120,17 @@ def _begin(
             f"a prompt of {max(lengths)} tokens does not fit {type(model).__name__}, whose context has {context} "
             "tokens; ask something shorter"
         )
-    order = sorted(range(len(prompts)), key=lambda number: -lengths[number])
-    return [Writing(number, min(max_new_tokens, context - lengths[number])) for number in order]
+    return [
+        Writing(prompt * samples + sample, prompt, min(max_new_tokens, context - lengths[prompt]))
+        for prompt in sorted(range(len(prompts)), key=lambda prompt: -lengths[prompt])
+        for sample in range(samples)
+    ]
 
 
 def _decode_in_batches(
     model: PreTrainedModel,
     outputs: Sequence[Writing],
-    reading: Callable[[list[int]], Reading],
+    prompts: Prompts,
     choose: Chooser,
     stop_ids: list[int],
     batch_size: int,
@@ -135,11 +140,11 @@ def _decode_in_batches(
     batches = [outputs[start : start + batch_size] for start in range(0, len(outputs), batch_size)]
     for number in range(max_over_ranks(len(batches)) if needs_all_ranks(model) else len(batches)):
         if number >= len(batches):  # it runs along: each forward pass needs all ranks
-            _generate(model, Reading.of([_NOTHING], None), stop_ids, 1)
+            _generate(model, prompts.read_tokens([PADDING]), stop_ids, 1)
             continue
         batch = batches[number]
         numbers = [output.number for output in batch]
-        read = reading(numbers)
+        read = prompts.read([output.prompt for output in batch])
         most = min(output.limit for output in batch)
         length = read.ids_BS.shape[1]
         made = _generate(model, read, stop_ids, most, choose=_Choice(choose, numbers, length))
@@ -200,8 +205,7 @@ def _trial(model: PreTrainedModel) -> Way:
     tokens_1SD = embed(ids[None])
     thoughts_BTD = (tokens_1SD[:, 0:4] - tokens_1SD[:, 4:8]).reshape(2, 2, -1)
 
-    def reading(rows: list[int]) -> Reading:
-        return Reading.of([prompts[row] for row in rows], thoughts_BTD[rows])
+    asked = Prompts(prompts, thoughts_BTD)
 
     def error(said: list[_Said]) -> float:
         found = [(each.row, each.tokens, torch.stack(each.logits)) for each in said]
@@ -223,11 +227,11 @@ def _trial(model: PreTrainedModel) -> Way:
         # Near the tolerance ranks may judge otherwise, and those that hold the model together go the same way.
         return not any_rank(not fit) if needs_all_ranks(model) else fit
 
-    if keeps_keys_and_values(model.config) and fits(lambda: _say_refilled(model, reading)):
+    if keeps_keys_and_values(model.config) and fits(lambda: _say_refilled(model, asked)):
         return "refilled"
-    if fits(lambda: _say(model, reading, [0, 1], stop_ids)):
+    if fits(lambda: _say(model, asked, [0, 1], stop_ids)):
         return "in batches"
-    worst = error(_say(model, reading, [0], stop_ids) + _say(model, reading, [1], stop_ids))
+    worst = error(_say(model, asked, [0], stop_ids) + _say(model, asked, [1], stop_ids))
     if not math.isfinite(worst):
         raise SoftCoTError(f"{type(model).__name__}: its logits are not finite; are its weights damaged?")
     if worst > tolerance:
@@ -252,9 +256,9 @@ class _Said:
         self.tokens.append(int(logits_V.argmax()))
 
 
-def _say_refilled(model: PreTrainedModel, reading: Callable[[list[int]], Reading]) -> list[_Said]:
-    """Two rows of unequal length are read together; one goes and another joins; the longer one goes, which makes the
-    cache shorter."""
+def _say_refilled(model: PreTrainedModel, prompts: Prompts) -> list[_Said]:
+    """Two rows of unequal length are read together; one goes, and another joins that is read behind shared tokens; the
+    longer one goes, which makes the cache shorter."""
     rows, gone, first, second = Rows(model), _Said(0), _Said(1), _Said(0)
 
     def hear(said: list[_Said], logits_RV: torch.Tensor) -> None:
@@ -264,20 +268,19 @@ def _say_refilled(model: PreTrainedModel, reading: Callable[[list[int]], Reading
     def write(said: list[_Said]) -> None:
         hear(said, rows.write(torch.tensor([each.tokens[-1] for each in said])))
 
-    hear([gone, first], rows.read(reading([0, 1])))
+    rows.read_shared(prompts.read_tokens(prompts.shared))
+    hear([gone, first], rows.begin([], [], prompts.read([0, 1], rows.shared), [0, 1]))
     write([gone, first])
-    hear([second], rows.read(reading([0]), keep=[1]))
+    hear([second], rows.begin([1], [], prompts.read([0], rows.shared), [0]))
     write([first, second])
     rows.keep([1])
     write([second])
     return [gone, first, second]
 
 
-def _say(
-    model: PreTrainedModel, reading: Callable[[list[int]], Reading], rows: list[int], stop_ids: list[int]
-) -> list[_Said]:
+def _say(model: PreTrainedModel, prompts: Prompts, rows: list[int], stop_ids: list[int]) -> list[_Said]:
     said = [_Said(row) for row in rows]
-    made = _generate(model, reading(rows), stop_ids, 2, logits=True)
+    made = _generate(model, prompts.read(rows), stop_ids, 2, logits=True)
     for logits_RV in made.logits:
         for each, logits_V in zip(said, logits_RV, strict=True):
             each.add(logits_V)
@@ -324,7 +327,7 @@ def _generate(
     with reading.by_generate(model):
         return model.generate(
             reading.ids_BS.to(device),
-            attention_mask=reading.mask_BS.to(device),
+            attention_mask=reading.mask_BN.to(device),
             max_new_tokens=max_new_tokens,
             do_sample=False,
             logits_processor=LogitsProcessorList([choose] if choose else []),

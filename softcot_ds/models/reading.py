@@ -4,12 +4,14 @@ The model is given tokens alone, with any token where the thoughts go, and what 
 replaced by the thought. So each family reads tokens in its own way (scales, positions, several kinds of cache). Nor
 need the module make anything of a prompt whose tokens are in a table: it is gathered for generated tokens alone.
 
-B batch, S tokens of the longest prompt, T thoughts, D base width.
+B batch, I tokens that all prompts begin with where these have been read before, S of the longest prompt behind them,
+T thoughts, D base width.
 """
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import cached_property
 from typing import Self
 
 import torch
@@ -18,6 +20,7 @@ from transformers import PreTrainedModel
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.models.embedding import CompactTable, whole_embedding
 from softcot_ds.models.partition import is_on_its_way
+from softcot_ds.models.shared_prefix import common_prefix
 
 PADDING = 0
 """A token that every model has; it stands for thoughts and padding."""
@@ -32,10 +35,10 @@ class Reading:
 
     ids_BS: torch.Tensor
     """PADDING where thoughts and padding stand."""
-    mask_BS: torch.Tensor
-    """1 but where padding stands."""
+    mask_BN: torch.Tensor
+    """1 but where padding stands, N = I + S: each row is padded in front of the tokens that all begin with."""
     starts_B: torch.Tensor
-    """Where the thoughts begin. Like the others int64, on the CPU."""
+    """Where in S the thoughts begin. Like the others int64, on the CPU."""
     thoughts_BTD: torch.Tensor | None
     """In any floating dtype, on any device."""
     known_BSD: torch.Tensor | None
@@ -43,18 +46,28 @@ class Reading:
 
     @classmethod
     def of(
-        cls, prompts: Sequence[BasePrompt], thoughts_BTD: torch.Tensor | None, table: CompactTable | None = None
+        cls,
+        prompts: Sequence[BasePrompt],
+        thoughts_BTD: torch.Tensor | None,
+        table: CompactTable | None = None,
+        shared: int = 0,
     ) -> Self:
-        """Raises SoftCoTError where the table lacks a token."""
+        """
+        Args:
+            shared: I; every prompt has more tokens than these.
+
+        Raises:
+            SoftCoTError: the table lacks a token.
+        """
         num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
         rows = [[*prompt.prefix_ids, *[PADDING] * num_thoughts, *prompt.suffix_ids] for prompt in prompts]
         longest = max(map(len, rows))
         skipped_B = torch.tensor([longest - len(row) for row in rows])
-        ids_BS = torch.tensor([[PADDING] * (longest - len(row)) + row for row in rows])
-        mask_BS = (torch.arange(longest) >= skipped_B[:, None]).long()
-        starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts])
+        ids_BS = torch.tensor([[PADDING] * (longest - len(row)) + row for row in rows])[:, shared:]
+        mask_BN = (torch.arange(longest) >= skipped_B[:, None]).long()
+        starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts]) - shared
         known_BSD = None if table is None else table(table.number(ids_BS).to(table.rows_KD.device))
-        return cls(ids_BS, mask_BS, starts_B, thoughts_BTD, known_BSD)
+        return cls(ids_BS, mask_BN, starts_B, thoughts_BTD, known_BSD)
 
     def embed(self, ids_BN: torch.Tensor, look_up: LookUp) -> torch.Tensor:
         """(B, N, D) embeddings of the prompts, and of what else comes behind them in ``ids_BN``."""
@@ -83,6 +96,34 @@ class Reading:
             return self.embed(ids_BN, look_up)
 
         return embedding_by(model, embed)
+
+
+@dataclass(frozen=True)
+class Prompts:
+    """What is to be continued: prompts by their numbers."""
+
+    prompts: Sequence[BasePrompt]
+    thoughts_BTD: torch.Tensor | None
+    table: CompactTable | None = None
+    """Of all their tokens and PADDING; None to ask the model's own module."""
+
+    @cached_property
+    def shared(self) -> list[int]:
+        """What all begin with, to be read once: I tokens. None where there is one prompt, or none."""
+        if len(self.prompts) < 2:
+            return []
+        # Each has a token or a thought behind them, which tells what comes next.
+        thoughts = self.thoughts_BTD is not None
+        return common_prefix([p.prefix_ids if thoughts or p.suffix_ids else p.prefix_ids[:-1] for p in self.prompts])
+
+    def read(self, numbers: Sequence[int], shared: int = 0) -> Reading:
+        """Those of these numbers, without the first tokens that were read before."""
+        thoughts_BTD = None if self.thoughts_BTD is None else self.thoughts_BTD[list(numbers)]
+        return Reading.of([self.prompts[number] for number in numbers], thoughts_BTD, self.table, shared)
+
+    def read_tokens(self, ids: list[int]) -> Reading:
+        """Tokens alone, of those in the table."""
+        return Reading.of([BasePrompt(ids, [])], None, self.table)
 
 
 @contextmanager
