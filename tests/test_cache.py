@@ -460,6 +460,7 @@ def test_a_layer_that_the_assistant_has_not_is_refused(recipe_file, layer):
         Experiment(load_recipe(recipe_file, [f"thoughts.layer={layer}"]))
 
 
+@pytest.mark.slow
 def test_evaluation_with_other_thoughts_has_a_cache_of_its_own(recipe_file, capsys):
     other = "evaluation.thoughts=2"
     assert cache.main([str(recipe_file), other]) == 0

@@ -148,6 +148,7 @@ def test_documents_are_of_the_train_split():
     assert {split_of(read(story)) for story in stories} == {"train"}
 
 
+@pytest.mark.slow
 def test_shipped_tokenizer_is_the_one_the_script_builds(name, tokenizer, built):
     shipped = AutoTokenizer.from_pretrained(PAIR / name)
     text = " ".join(OPERATION_OF_VERB)

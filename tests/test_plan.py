@@ -410,6 +410,7 @@ def test_layers_that_stay_are_as_many_as_training_leaves_room_for(monkeypatch):
     assert kept[2] < kept[0], "a smaller GPU"
 
 
+@pytest.mark.slow
 def test_slices_have_their_16_bits_while_they_are_loaded():
     recipe = load_recipe(RECIPES / "gsm8k_llama_405b.yaml", ["training.global_batch_size=32"])
     planner = Planner(recipe, read_data(recipe))

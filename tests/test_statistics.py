@@ -87,6 +87,7 @@ def test_the_interval_of_a_difference_of_losses_is_that_of_all_resamples(pairs, 
         assert every[ranks[0]] - 1e-12 <= bound <= every[ranks[1]] + 1e-12
 
 
+@pytest.mark.slow
 def test_the_interval_of_many_problems_is_that_of_the_normal_distribution_and_its_seeds_agree():
     draw = random.Random(0)
     differences = [draw.gauss(-0.5, 2) for _ in range(400)]

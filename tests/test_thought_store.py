@@ -272,6 +272,7 @@ def test_every_flipped_bit_of_a_shard_is_noticed(tmp_path):
     assert torch.equal(ThoughtStore.open(tmp_path).read(keys), rows)
 
 
+@pytest.mark.slow
 def test_an_unlisted_shard_vouches_for_itself(tmp_path):
     """Without the manifest's word a flipped bit may pass only where it cannot change a row or a key."""
     identity = make_identity(num_thoughts=1, width=2)
