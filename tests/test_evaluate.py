@@ -80,7 +80,7 @@ def test_cut_and_unparsed_outputs_are_counted_and_a_cut_number_is_no_answer(tmp_
         assert row["unparsed"] == sum(record["answer"] is None for record in rows)
         assert len({(record["cut"], record["answer"]) for record in rows}) == 4, "all kinds are among them"
         shown = next(line for line in table(report).splitlines() if line.startswith(condition)).split()
-        assert shown[5:7] == [str(row["unparsed"]), str(row["cut"])]
+        assert shown[5:7] == [f"{100 * row[count] / len(rows):.1f}%" for count in ("unparsed", "cut")]
 
 
 def of_another_base(path):

@@ -146,6 +146,7 @@ def table(report: Record) -> str:
 
 def _accuracy_lines(report: Record) -> list[str]:
     first = next(iter(report["conditions"].values()))
+    outputs = report["num_problems"] * report.get("samples", 1)
     others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
     test, width = ("p (permutation)", 17) if "samples" in report else ("p (McNemar)", 13)
     lines = [
@@ -153,7 +154,8 @@ def _accuracy_lines(report: Record) -> list[str]:
         f"{test:>{width}}" + "".join(f"{f'by {rule}':>14}" for rule in others)
     ]
     for name, row in report["conditions"].items():
-        line = f"{name:<12}{row['accuracy']:>9.1%}{_interval(row['ci95']):>17}{row['unparsed']:>10}{row['cut']:>7}"
+        line = f"{name:<12}{row['accuracy']:>9.1%}{_interval(row['ci95']):>17}"
+        line += f"{row['unparsed'] / outputs:>10.1%}{row['cut'] / outputs:>7.1%}"
         if found := report["comparisons"].get(f"learned-{name}"):
             line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>{width}.2g}"
         elif others:
