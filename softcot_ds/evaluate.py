@@ -7,27 +7,88 @@ was. In the run's directory:
     outputs/HASH/              what was decoded, or losses; the hash is of all that decides them, by content, not path
     evaluation/step-N-HASH/    an evaluation: its report, and every prompt, output, verdict and loss by condition
     report.json                the report of the fullest one (evaluation/report.py)
+    grid.json                  the newest report of several evaluations in one command (cells.py, evaluation/grid.py)
+
+``seeds=41..45`` trains and evaluates a run for each seed, and ``evaluation.thoughts=[1,2,4]`` evaluates each number of
+thoughts. What is done is not done again.
 """
 
+import contextlib
+import subprocess
 import sys
-from pathlib import Path
 
+from softcot_ds.cells import Cell, Grid
 from softcot_ds.command import recipe_command
-from softcot_ds.recipe import Recipe
-from softcot_ds.run_dir import recipe_and_adapter
+from softcot_ds.errors import Interrupted
+from softcot_ds.run_dir import names_another_task, recipe_and_adapter
+
+_PATIENCE_S = 2.0
+"""How long a training that has the signal to stop takes to end, where it has nothing to save yet."""
 
 
-def _evaluate(recipe: Recipe, adapter: Path) -> None:
+def _evaluate(source: str, overrides: list[str]) -> None:
+    grid = Grid.of(overrides)
+    if grid:
+        _evaluate_cells(source, grid)
+        return
+    recipe, adapter = recipe_and_adapter(source, overrides)
     from softcot_ds.evaluation.run import evaluate  # brings torch and transformers, which take seconds
 
     evaluate(recipe, adapter)
 
 
+def _evaluate_cells(source: str, grid: Grid) -> None:
+    """Train what is to be trained, all of it; then evaluate every cell. All ranks work on one after the other."""
+    whole, cells = grid.recipe(source), grid.cells(source)
+    first_of_seed = {cell.seed: cell for cell in reversed(cells)}
+    # Adapters of another task are evaluated as they are: how they were trained is not in these overrides.
+    if grid.seeds and not names_another_task(source, grid.plain):
+        for seed in grid.seeds:
+            _train_apart(source, first_of_seed[seed])
+
+    from softcot_ds.distributed import on_main, say
+    from softcot_ds.evaluation.grid import Evaluated, grid_table, make_grid_report, write_grid_report
+    from softcot_ds.evaluation.jobs import Loaded
+    from softcot_ds.evaluation.run import evaluated
+
+    loaded, found = Loaded(), []
+    for cell in cells:
+        recipe, adapter = recipe_and_adapter(source, list(cell.overrides))
+        one = evaluated(recipe, adapter, loaded)
+        found.append(Evaluated(recipe.seed, str(recipe.run_dir), one.folder, one.report, one.scores))
+    report = make_grid_report(found)
+    path = on_main(lambda: write_grid_report(whole.run_dir, report))
+    say(f"\n{grid_table(report)}\nresults: {path}")
+
+
+def _train_apart(source: str, cell: Cell) -> None:
+    """Train a cell's run, in a process of its own: DeepSpeed holds on to the models of a training until its process
+    ends. Under a launcher each rank starts one, and they meet as their parents would, which have not met yet.
+
+    Raises:
+        SystemExit: the training did not end well, and has said why.
+    """
+    process = subprocess.Popen([sys.executable, "-m", "softcot_ds.train", source, *cell.overrides])
+    try:
+        code = process.wait()
+    except Interrupted as error:
+        # Mostly the signal went to all processes. One that has it saves and ends; only one that has not is sent it.
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            process.wait(_PATIENCE_S)
+        if process.poll() is None:
+            process.send_signal(error.signal_number)
+        process.wait()
+        raise
+    if code:
+        raise SystemExit(code if code > 0 else 128 - code)
+
+
 main = recipe_command(
     "evaluate",
-    "Accuracy and loss with controls, of a run's newest adapter or of an adapter directory.",
+    "Accuracy and loss with controls, of a run's newest adapter or of an adapter directory; of several with "
+    "seeds=41..45 or evaluation.thoughts=[1,2,4].",
     _evaluate,
-    recipe_and_adapter,
+    lambda source, overrides: (source, overrides),
 )
 
 if __name__ == "__main__":

@@ -281,7 +281,7 @@ class TrainingConfig(Section):
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("thoughts", "samples", "read", "partition", "placeholder", "static_adapter"),
+    *("thoughts", "samples", "read", "partition", "placeholder", "static_adapter", "outputs"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
@@ -320,6 +320,9 @@ class EvaluationConfig(Section):
     else end-of-sequence."""
     static_adapter: AnyPath | None = None
     """Adapter directory of a projection.kind=static run, for the condition static."""
+    outputs: Folder | None = None
+    """Where what is decoded is kept, by content; runs that name the same folder share what is the same for them.
+    Default: outputs/ in the run's directory."""
 
     @property
     def other_strategy(self) -> dict[str, Any]:
@@ -500,6 +503,8 @@ def _explain(detail: Any) -> list[str]:
     found = _REPR.repr(detail["input"])
     message = detail["msg"].removeprefix("Value error, ")
     match detail["type"]:
+        case "extra_forbidden" if location == "seeds":
+            return ["seeds: only on the command line of evaluate, cache or submit; a run has one seed (seed=41)"]
         case "extra_forbidden":
             return [f"{location}: unknown key{_suggest(detail['loc'])}"]
         case "missing":

@@ -51,38 +51,55 @@ def require_complete(folder: Path) -> None:
         raise SoftCoTError(f"{folder} is no complete checkpoint: it has no file {MARKER}; choose another step")
 
 
-def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
-    """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
+def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None = None) -> Recipe:
+    """The recipe by which runs of a recipe, or an adapter directory, are evaluated.
 
     Where the overrides name another task, its settings are those of the overrides alone: data and wording of the one
-    that the adapter was trained on are none of its.
+    that the adapter was trained on are none of its. Else its own copy of the wording counts: the file that it was
+    trained with may have changed since. What the base was trained to write is of no account any more.
+
+    Args:
+        adapter: which one of the recipe's runs; None where there may be none yet.
+
+    Raises:
+        SoftCoTError: the recipe is wrong, or the directory holds no complete adapter.
+    """
+    path, another = _recipe_file(source), names_another_task(source, overrides)
+    if path != Path(source):
+        require_complete(adapter := Path(source))
+    own = [f"task.prompts={adapter / 'prompts.yaml'}", "task.targets=gold"] if adapter and not another else []
+    return load_recipe(path, [*own, *overrides], "task" if another else None)
+
+
+def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
+    """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
 
     Raises:
         SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
     """
-    folder = Path(source)
-    recipe_file = folder / "recipe.yaml" if folder.is_dir() else folder
+    recipe, folder = load_for_evaluation(source, overrides), Path(source)
     if folder.is_dir():
-        require_complete(folder)
-    without = "task" if _name_another_task(overrides, recipe_file) else None
-    if not folder.is_dir():
-        run_dir = load_recipe(source, overrides, without).run_dir
-        folder = latest_checkpoint(run_dir)
-        if folder is None:
-            raise SoftCoTError(
-                f"no complete checkpoint in {run_dir}/checkpoints; train first: softcot-ds train {source}"
-            )
-    # The adapter's own copy of the wording: the file that it was trained with may have changed since. What the base was
-    # trained to write is of no account any more.
-    trained = [] if without else [f"task.prompts={folder / 'prompts.yaml'}", "task.targets=gold"]
-    return load_recipe(recipe_file, [*trained, *overrides], without), folder
+        return recipe, folder
+    folder = latest_checkpoint(recipe.run_dir)
+    if folder is None:
+        own = "".join(f" {text}" for text in overrides if text.startswith(("name=", "seed=", "output_dir=")))
+        raise SoftCoTError(
+            f"no complete checkpoint in {recipe.run_dir}/checkpoints; train first: softcot-ds train {source}{own}"
+        )
+    return load_for_evaluation(source, overrides, folder), folder
 
 
-def _name_another_task(overrides: list[str], recipe_file: Path) -> bool:
+def names_another_task(source: str, overrides: Sequence[str]) -> bool:
+    """Whether the overrides name another task than the recipe, or the adapter directory, is of."""
     names = [override.removeprefix("task.name=") for override in overrides if override.startswith("task.name=")]
-    values = read_yaml(recipe_file) if names and recipe_file.is_file() else None
+    path = _recipe_file(source)
+    values = read_yaml(path) if names and path.is_file() else None
     task = values.get("task") if isinstance(values, dict) else None
     return isinstance(task, dict) and task.get("name") != names[-1]
+
+
+def _recipe_file(source: str) -> Path:
+    return Path(source) / "recipe.yaml" if Path(source).is_dir() else Path(source)
 
 
 def checkpoint_step(folder: Path) -> int:

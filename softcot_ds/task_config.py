@@ -65,7 +65,7 @@ class TaskConfig(Section):
     """Use at most this many training problems (generated tasks: generate this many)."""
     validation_problems: CountOrZero = 256
     """How many problems are cut from the training data for validation."""
-    test_problems: Count | None = None
+    test_problems: Annotated[Count | None, FREE] = None
     """Use at most this many test problems (generated tasks: generate this many)."""
     prompts: Annotated[ExistingFile | None, FREE] = None
     """A prompt file that replaces the task's own (see softcot_ds/tasks/gsm8k.yaml)."""

@@ -17,6 +17,7 @@ FLOORS = (
     ("task_config",),
     ("recipe", "lock", "distributed"),
     ("run_dir",),
+    ("cells",),
     ("pair",),
     ("tasks",),
     ("data",),

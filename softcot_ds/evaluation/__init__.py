@@ -10,5 +10,6 @@ options.py     answers read from the probabilities of the options
 votes.py       several samples of a problem: majority and pass@k
 targets.py     solutions that the base writes to be trained on
 report.py      from what was found to the table, and which report is the run's
+grid.py        one report of several evaluations: over seeds, by number of thoughts
 statistics.py  intervals and paired tests
 """

@@ -142,13 +142,33 @@ def _as_json(value: Any) -> Any:
     return value.tolist() if isinstance(value, array) else asdict(value)
 
 
+class Loaded:
+    """The model that was loaded last: evaluations of one command, of adapters of one base, load it once."""
+
+    def __init__(self) -> None:
+        self._key: Record | None = None
+        self._model: PreTrainedModel | None = None
+
+    def model(self, key: Record, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
+        """The model of this key; another one is let go before it is loaded."""
+        if key != self._key:
+            self._key = self._model = None
+            self._model = load()
+            self._key = key
+        return self._model
+
+
 class Worker:
     """Does jobs with one of the recipe's models, over the ranks. It is loaded when there is something to do."""
 
-    def __init__(self, recipe: Recipe, model_config: ModelConfig, fingerprint: str) -> None:
+    def __init__(
+        self, recipe: Recipe, model_config: ModelConfig, fingerprint: str, loaded: Loaded | None = None
+    ) -> None:
+        """``loaded``: what other workers, before or after this one, have loaded or may use."""
         self.recipe = recipe
         self.model_config = model_config
         self._fingerprint = fingerprint
+        self._loaded = loaded or Loaded()
         self._jobs: dict[str, Job] = {}
 
     def job(
@@ -187,16 +207,14 @@ class Worker:
                 [*prompt.prefix_ids, *prompt.suffix_ids, *text]
                 for prompt, text in zip(prompts, texts or [[]] * len(prompts), strict=True)
             ]
-            self._jobs[key] = Job(name, rows, settings, self.recipe.run_dir / "outputs", work, read, cut, draw)
+            folder = self.recipe.evaluation.outputs or self.recipe.run_dir / "outputs"
+            self._jobs[key] = Job(name, rows, settings, folder, work, read, cut, draw)
         return self._jobs[key]
 
     def _settings(self, prompts: Sequence[BasePrompt], thoughts: Thoughts | None) -> Record:
         """JSON values, of which with those of the kind of job its key is the hash."""
         return {
-            "model": self._fingerprint,
-            "dtype": self.model_config.dtype,
-            "attention": self.model_config.attention,
-            "quantized": self._quantized(),
+            **self._weights(),
             # As the model reads them: wording, chat template, tokenizer and problems are all in there.
             "prompts": content_digest([[prompt.prefix_ids, prompt.suffix_ids] for prompt in prompts]),
             "thoughts": thoughts and thoughts.made_from,
@@ -215,15 +233,27 @@ class Worker:
         bits = self.recipe.bits_of(self.model_config)
         return partition_that_fits(self.model_config, self._wanted, self.recipe.backbone.group_size, bits)
 
+    def _weights(self) -> Record:
+        """What decides the model's results, but for rounding."""
+        return {
+            "model": self._fingerprint,
+            "dtype": self.model_config.dtype,
+            "attention": self.model_config.attention,
+            "quantized": self._quantized(),
+        }
+
     def _quantized(self) -> Record:
         """How the weights differ from those in the model's files: mostly not at all."""
         bits = self.recipe.bits_of(self.model_config)
         return (quantization(self.recipe) if self._wanted in SPLIT else {}) | ({} if bits == 16 else {"bits": bits})
 
-    @cached_property
+    @property
     def _model(self) -> PreTrainedModel:
         spare_of = partial(spare_to_decode, self.recipe, self._partition)
-        return load_to_run(self.model_config, self.recipe, self._partition, spare_of)
+        held = {"partition": self._partition, "group_size": self.recipe.backbone.group_size}
+        return self._loaded.model(
+            self._weights() | held, lambda: load_to_run(self.model_config, self.recipe, self._partition, spare_of)
+        )
 
     def run(self, job: Job[Result], *others: Job[Result]) -> list[Result]:
         """The results of all prompts, in their order, on every rank.

@@ -2,6 +2,7 @@
 
 import json
 from collections.abc import Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +69,37 @@ def make_report(
         "train": trained,
         "conditions": conditions,
         "comparisons": comparisons,
+    }
+
+
+@dataclass(frozen=True)
+class Scores:
+    """What each problem came to under one condition: a number of each, or none where it was not asked for."""
+
+    ids: list[str]
+    accuracy: list[float]
+    """The share of its samples that is right."""
+    majority: list[float]
+    """The score of the majority of several samples."""
+    loss: list[float]
+    """Nats of the solution, of the problems whose solutions fit."""
+    tokens: list[int]
+    """Of the same solutions."""
+
+
+def scores(records: Mapping[Any, list[Record]]) -> dict[Any, Scores]:
+    """By condition what a report is made of, problem by problem. For ``records`` see ``make_report``."""
+    some = next(iter(records.values()))[0]
+    losses, tokens = _losses(records) if "loss" in some else ({}, [])
+    return {
+        name: Scores(
+            [row["id"] for row in rows],
+            _shares(rows) if "output" in some or "samples" in some else [],
+            [row["majority"] for row in rows] if "samples" in some else [],
+            losses.get(name, []),
+            tokens,
+        )
+        for name, rows in records.items()
     }
 
 

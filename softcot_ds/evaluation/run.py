@@ -3,7 +3,7 @@
 import contextlib
 import functools
 from collections.abc import Mapping, Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from softcot_ds.adapter import train_summary
@@ -15,10 +15,10 @@ from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions, Posed
 from softcot_ds.evaluation.decoder import Decoder
-from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
+from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.options import Options, written_options
-from softcot_ds.evaluation.report import Record, make_report, table, write_results
+from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
 from softcot_ds.experiment import Experiment
@@ -30,8 +30,27 @@ from softcot_ds.recipe import Condition, Recipe
 from softcot_ds.tasks import Problem, Task
 
 
+@dataclass(frozen=True)
+class Evaluation:
+    """What an evaluation came to."""
+
+    report: Record
+    scores: dict[Condition, Scores]
+    folder: Path
+    """The evaluation's own, in the run's directory."""
+
+
 def evaluate(recipe: Recipe, adapter: Path) -> Record:
-    """Evaluate an adapter under the recipe's conditions; writes and returns the report.
+    """Evaluate an adapter under the recipe's conditions; writes and returns the report. Raises SoftCoTError; see
+    ``evaluated``."""
+    return evaluated(recipe, adapter, Loaded()).report
+
+
+def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
+    """Evaluate an adapter, one of several perhaps; writes its report.
+
+    Args:
+        loaded: the base, where another evaluation has loaded it; or room for it.
 
     Raises:
         SoftCoTError: the adapter is incomplete, damaged, or of other models; a condition cannot be met. Said before a
@@ -54,21 +73,23 @@ def evaluate(recipe: Recipe, adapter: Path) -> Record:
         say(f"data: {note}")
     say(f"evaluating {adapter} on {len(examples)} problems")
 
-    records, key = _ask_all(opened, examples)
+    records, key = _ask_all(opened, examples, loaded)
     report = make_report(recipe, adapter, config, trained, records)
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{key}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
     say(f"{table(report)}\n{written}")
-    return report
+    return Evaluation(report, scores(records), folder)
 
 
-def _ask_all(adapter: Adapter, examples: Sequence[Example]) -> tuple[dict[Condition, list[Record]], str]:
+def _ask_all(
+    adapter: Adapter, examples: Sequence[Example], loaded: Loaded
+) -> tuple[dict[Condition, list[Record]], str]:
     """By condition a record of each problem; and what tells this evaluation from others, of the same adapter."""
     recipe, experiment = adapter.recipe, adapter.experiment
     settings, context = recipe.evaluation, context_length(experiment.base_config)
     written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
     conditions = Conditions(adapter, examples)
-    worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint)
+    worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint, loaded)
     decoder = Decoder(worker, experiment.base_prompts.stop_ids, context)
     posed: dict[Condition, Posed] = {}
     inquiries: dict[Condition, _Inquiry] = {}

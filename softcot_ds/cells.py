@@ -1,0 +1,146 @@
+"""Several evaluations in one command, each a cell: an ordinary recipe with overrides, and an ordinary run.
+
+    seeds=41..45                   or seeds=[41,42]: a run for each, called NAME-seed41 and so on
+    evaluation.thoughts=[1,2,4]    an evaluation with each number of thoughts
+
+Needs neither torch nor DeepSpeed: mistakes are said before any work starts.
+"""
+
+import json
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import parse_yaml
+from softcot_ds.recipe import Recipe, parse_recipe
+from softcot_ds.run_dir import load_for_evaluation
+
+_MOST = 1000
+"""Values of an axis: a range that is a slip of the keyboard is no week of work."""
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One evaluation of several."""
+
+    recipe: Recipe
+    overrides: tuple[str, ...]
+    """What makes the command's recipe this cell's."""
+    own: tuple[str, ...]
+    """Those of them that make what the cells have in common this cell's."""
+    seed: int | None
+    """That of the cell's own run; None where all cells are of the recipe's run, or of the adapter that was named."""
+
+    def within(self, whole: Recipe) -> Recipe:
+        """This cell's recipe, from one that the cells have in common."""
+        return parse_recipe(whole.model_dump(mode="json"), list(self.own), whole.name)
+
+
+@dataclass(frozen=True)
+class Grid:
+    """What a command's overrides ask for."""
+
+    seeds: tuple[int, ...]
+    """Empty where the recipe's own seed, or the adapter, is meant."""
+    thoughts: tuple[Any, ...]
+    """Numbers of thoughts, in the order given; empty where the recipe says how many. The recipe checks their values."""
+    plain: tuple[str, ...]
+    """The other overrides: with them the recipe is one that every command takes."""
+
+    @classmethod
+    def of(cls, overrides: Sequence[str]) -> "Grid":
+        """Raises SoftCoTError for seeds or numbers of thoughts that are none, or stand there twice."""
+        found: dict[str, tuple[Any, ...]] = {"seeds": (), "evaluation.thoughts": ()}
+        plain = []
+        for override in overrides:
+            key, equals, text = override.partition("=")
+            if key in found and equals:
+                found[key] = _seeds(text) if key == "seeds" else _list(key, text)
+            if key not in found or not equals or not found[key]:
+                plain.append(override)
+        if found["seeds"] and (own := [text for text in plain if text.startswith("seed=")]):
+            raise SoftCoTError(f"{own[-1]} beside seeds: leave one of the two out; seeds takes a single one, too")
+        return cls(found["seeds"], found["evaluation.thoughts"], tuple(plain))
+
+    def __bool__(self) -> bool:
+        return bool(self.seeds or self.thoughts)
+
+    @property
+    def axes(self) -> tuple[str, ...]:
+        """As overrides again."""
+        found = {"seeds": self.seeds, "evaluation.thoughts": self.thoughts}
+        return tuple(f"{key}={json.dumps(values)}" for key, values in found.items() if values)
+
+    def recipe(self, source: str) -> Recipe:
+        """The recipe that the cells have in common: the run of its name keeps what is of all of them.
+
+        Args:
+            source: a recipe, or an adapter directory.
+
+        Raises:
+            SoftCoTError: the recipe is wrong; there are seeds, and an adapter is of one.
+        """
+        if self.seeds and Path(source).is_dir():
+            raise SoftCoTError(
+                f"{source} is an adapter directory, which is of one seed; seeds is for a recipe, whose runs it names"
+            )
+        return load_for_evaluation(source, list(self.plain))
+
+    def cells(self, source: str) -> list[Cell]:
+        """All cells, by seed and then by number of thoughts. Each is checked as a recipe.
+
+        What is decoded goes into one folder, so that seeds share what does not depend on them. Raises SoftCoTError; see
+        ``recipe``.
+        """
+        whole = self.recipe(source)
+        outputs = whole.evaluation.outputs or whole.run_dir / "outputs"
+        shared = f"evaluation.outputs={json.dumps(str(outputs), ensure_ascii=False)}"
+        cells = []
+        for seed in self.seeds or (None,):
+            of_seed = [] if seed is None else [f"name={whole.name}-seed{seed}", f"seed={seed}", shared]
+            for count in self.thoughts or (None,):
+                own = (*of_seed, *([] if count is None else [f"evaluation.thoughts={json.dumps(count)}"]))
+                overrides = (*self.plain, *own)
+                cells.append(Cell(load_for_evaluation(source, list(overrides)), overrides, own, seed))
+        return cells
+
+
+def _seeds(text: str) -> tuple[int, ...]:
+    if ends := re.fullmatch(r"(\d{1,20})\.\.(\d{1,20})", text.strip()):
+        first, last = map(int, ends.groups())
+        if first > last:
+            raise SoftCoTError(f"seeds={text} ends before it begins; write seeds={last}..{first}")
+        if last - first >= _MOST:
+            raise SoftCoTError(f"seeds={text} are {last - first + 1:,} runs; name {_MOST:,} at most")
+        return tuple(range(first, last + 1))
+    values = _list("seeds", text) or (_value("seeds", text),)
+    if wrong := [value for value in values if type(value) is not int or not 0 <= value < 2**64]:
+        raise SoftCoTError(
+            f"seeds={text}: {wrong[0]!r} is no seed, a whole number from 0 on; write the first and the last, as in "
+            "seeds=41..45, or a list, as in seeds=[41,42]"
+        )
+    return values
+
+
+def _list(key: str, text: str) -> tuple[Any, ...]:
+    """The values of a list; none where ``text`` is another value."""
+    values = _value(key, text)
+    if not isinstance(values, list):
+        return ()
+    if not values:
+        raise SoftCoTError(f"{key}=[] is empty; name at least one value, or leave it out")
+    if len(values) > _MOST:
+        raise SoftCoTError(f"{key} has {len(values):,} values; name {_MOST:,} at most")
+    if repeated := [value for value in values if values.count(value) > 1]:
+        raise SoftCoTError(f"{key}={text}: {repeated[0]!r} stands there more than once; name each once")
+    return tuple(values)
+
+
+def _value(key: str, text: str) -> Any:
+    try:
+        return parse_yaml(text)
+    except ValueError as error:
+        raise SoftCoTError(f"{key}={text} is not a YAML value: {error}") from error
