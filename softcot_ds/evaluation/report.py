@@ -28,15 +28,14 @@ def make_report(
         records: by condition, one per problem: with what was decoded, with the loss of the solution, or with both.
     """
     conditions: dict[str, Record] = {name: {} for name in records}
-    comparisons: dict[str, Record] = {f"learned-{name}": {} for name in records if name != "learned"}
-    if "learned" not in records:
-        comparisons = {}
+    controls = [name for name in records if name != "learned"] if "learned" in records else []
+    comparisons: dict[str, Record] = {f"learned-{name}": {} for name in controls}
     evaluation = recipe.evaluation
     if evaluation.decode:
         for name, rows in records.items():
             conditions[name] |= _accuracy(rows, recipe.task.metric_rule, recipe.seed)
-        for pair, found in comparisons.items():
-            found |= _compare(records["learned"], records[pair.removeprefix("learned-")], recipe.seed)
+        for name in controls:
+            comparisons[f"learned-{name}"] |= _compare(records["learned"], records[name], recipe.seed)
     if evaluation.loss:
         losses, tokens = _losses(records)
         for name, values in losses.items():
@@ -46,9 +45,9 @@ def make_report(
                 "tokens": sum(tokens),
                 "num_problems": len(tokens),
             }
-        for pair, found in comparisons.items():
-            other = losses[pair.removeprefix("learned-")]
-            found["loss"] = compare_losses(losses["learned"], other, tokens, recipe.seed)
+        for name in controls:
+            found = compare_losses(losses["learned"], losses[name], tokens, recipe.seed)
+            comparisons[f"learned-{name}"]["loss"] = found
     return {
         "task": recipe.task.name,
         "trained_on": config.task,

@@ -5,7 +5,7 @@ from itertools import product
 
 from softcot_ds.data.batches import in_steps
 from softcot_ds.planning.hardware import Cluster
-from softcot_ds.planning.search import GROUPED, SAMPLE_TOKENS, SAMPLES, Choice, Planner, Way
+from softcot_ds.planning.search import GROUPED, SAMPLE_TOKENS, SAMPLES, Choice, Planner, Way, slices_of
 from softcot_ds.planning.traffic import Traffic, summed_activations
 
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
@@ -44,7 +44,7 @@ def token_seconds(planner: Planner, cluster: Cluster, way: Way, rows: int) -> fl
     shape, gpu, reached = planner.shape, cluster.gpu, cluster.reached
     cached = planner.itemsize * rows * (planner.prompt + planner.new_tokens) * shape.keys_values
     read = planner.layer_bytes(way.bits) * shape.met(rows) + planner.itemsize * (shape.head or shape.table) + cached
-    read /= way.group_size if way.partition == "tensor" else 1
+    read /= slices_of(way.partition, way.group_size)
     device = read / (1e9 * gpu.memory_gb_per_s * reached.memory)
     host = planner.decode_operations * 1e-6 * reached.operation_us
     if way.group_size == 1:
@@ -77,7 +77,7 @@ def decoding(planner: Planner, cluster: Cluster, holding: tuple[str, int, int], 
     way = Way(*holding, False, 0, rows, 1)
     way = planner.filled(way, cluster, decoding_memory(planner, way))
     memory = decoding_memory(planner, way)
-    streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
+    streams = cluster.ranks // slices_of(way.partition, way.group_size)
     each = token_seconds(planner, cluster, way, rows)
     rounds = -(-planner.data.test // (rows * streams))
     seconds = len(planner.recipe.evaluation.conditions) * rounds * planner.new_tokens * each
@@ -108,7 +108,7 @@ def jobs(planner: Planner, cluster: Cluster, choice: Choice, evaluation: Decodin
     recipe, way = planner.recipe, choice.way
     times = steps_of(planner) // recipe.training.validate_every
     step = choice.seconds / way.accumulation
-    streams = cluster.ranks // way.group_size if way.partition == "tensor" else cluster.ranks
+    streams = cluster.ranks // slices_of(way.partition, way.group_size)
     # With the thoughts of another question too, where there are any.
     passes = -(-planner.data.validation // (way.micro_batch * streams)) * (1 + planner.needs_states)
     # Forward alone is a good third of a step; every rank decodes the samples.

@@ -10,7 +10,7 @@ from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.jobs import Decoding, decodings, jobs, steps_of
 from softcot_ds.planning.lengths import read_data
 from softcot_ds.planning.memory import GIB
-from softcot_ds.planning.search import GROUPED, Choice, Planner
+from softcot_ds.planning.search import GROUPED, Choice, Planner, Way
 from softcot_ds.progress import count, duration
 from softcot_ds.recipe import Recipe
 from softcot_ds.tasks import make_task
@@ -159,14 +159,13 @@ def _table(plan: Plan) -> str:
         if (key := (way.partition, way.group_size, way.bits)) in shown:
             continue
         shown.add(key)
-        name = f"{way.partition} {way.group_size}" if way.partition in GROUPED else way.partition
         batch = f"{way.micro_batch}x{way.accumulation}{' ckpt' if way.activation_checkpointing else ''}"
         held, gathered, activations, loss = (
             choice.memory[part] / GIB for part in ("held", "gathered", "activations", "loss")
         )
         verdict = choice.bound_by if choice.fits else "does not fit"
         lines.append(
-            f"{name:<10} {way.bits:>4}  {batch:<10} {choice.bytes / GIB:>6.1f} {held:>5.1f} {gathered:>8.1f} "
+            f"{_holding(way):<10} {way.bits:>4}  {batch:<10} {choice.bytes / GIB:>6.1f} {held:>5.1f} {gathered:>8.1f} "
             f"{activations:>6.1f} {loss:>6.1f}  {choice.within / 1e9:>7,.1f} {choice.between / 1e9:>8,.1f}  "
             f"{_seconds(choice.seconds):>6}  {verdict}"
         )
@@ -219,15 +218,18 @@ def _scaling_table(scaled: Sequence[Scaled]) -> str:
     lines = ["  GPUs  partition  global batch    step  examples/s  a GPU, against the fewest"]
     for row, efficiency in zip(scaled, _efficiencies(scaled), strict=True):
         way = row.choice.way
-        name = f"{way.partition} {way.group_size}" if way.partition in GROUPED else way.partition
         if efficiency is None:
             lines.append(f"{row.gpus:>6}  does not fit")
             continue
         lines.append(
-            f"{row.gpus:>6}  {name:<10} {row.global_batch:>12,} {_seconds(row.choice.seconds):>7} "
+            f"{row.gpus:>6}  {_holding(way):<10} {row.global_batch:>12,} {_seconds(row.choice.seconds):>7} "
             f"{row.per_second:>11,.1f} {efficiency:>9.0%}" + (f"  in {way.bits} bits" if way.bits != 16 else "")
         )
     return "\n".join(lines)
+
+
+def _holding(way: Way) -> str:
+    return f"{way.partition} {way.group_size}" if way.partition in GROUPED else way.partition
 
 
 def _seconds(seconds: float) -> str:

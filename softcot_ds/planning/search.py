@@ -14,11 +14,11 @@ from softcot_ds.models.limits import Gathers, derive, most_gathered
 from softcot_ds.models.partition import gathers_of, make_layers_leaves
 from softcot_ds.models.quantized import FewBits, packed_bytes
 from softcot_ds.planning.hardware import Cluster
-from softcot_ds.planning.lengths import Data
+from softcot_ds.planning.lengths import Data, Lengths
 from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
 from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
 from softcot_ds.planning.traffic import Traffic, gathered_elements, summed_activations
-from softcot_ds.planning.work import StepOnMeta
+from softcot_ds.planning.work import Layers, StepOnMeta
 from softcot_ds.recipe import SPLIT, Recipe
 
 PARTITIONS = ("none", "node", "zero3", "tensor")
@@ -74,6 +74,11 @@ class Choice:
     @property
     def bytes(self) -> float:
         return sum(self.memory.values())
+
+
+def slices_of(partition: str, group_size: int) -> int:
+    """Ranks that compute with one copy of the weights together, each with its slice of them, on the same examples."""
+    return group_size if partition == "tensor" else 1
 
 
 class Planner:
@@ -181,7 +186,7 @@ class Planner:
 
     def _ways(self, cluster: Cluster, wanted: int) -> Iterator[Way]:
         for partition, size, bits in self.holdings(cluster):
-            fed = cluster.ranks // size if partition == "tensor" else cluster.ranks
+            fed = cluster.ranks // slices_of(partition, size)
             sizes = sorted({*_MICRO_BATCHES, self.recipe.training.micro_batch_size})
             accumulations = {-(-wanted // (micro * fed)) for micro in sizes}
             for steps in sorted(a for a in accumulations if wanted >= a * fed):
@@ -221,7 +226,7 @@ class Planner:
         """What the recipe itself says. Raises SoftCoTError where its global batch does not feed the ranks."""
         training = self.recipe.training
         partition, size, bits = self.own_holding(cluster, self.recipe.backbone.partition)
-        fed = cluster.ranks // size if partition == "tensor" else cluster.ranks
+        fed = cluster.ranks // slices_of(partition, size)
         steps = -(-training.global_batch_size // (self.micro_batch * fed))
         if training.global_batch_size < steps * fed:
             raise _hungry(training.global_batch_size, cluster.ranks)
@@ -266,7 +271,7 @@ class Planner:
     def most_gathered(self, partition: str, group_size: int, bits: int) -> float:
         """Bytes of other ranks' weights beside them, and of what is made of few bits to compute with, at most."""
         # The matrix, and what it is made of (models/quantized.py).
-        slices = group_size if partition == "tensor" else 1
+        slices = slices_of(partition, group_size)
         made = 2 * self.itemsize * self._gathers.largest_weight / slices if bits < 16 else 0.0
         if partition not in SPLIT or group_size == 1:
             return made
@@ -280,7 +285,7 @@ class Planner:
         Args:
             prompt: tokens of each of ``rows``, thoughts included.
         """
-        slices = group_size if partition == "tensor" else 1
+        slices = slices_of(partition, group_size)
         token = rows * self.shape.keys_values * self.itemsize / slices
         reading = self.step_on(slices).reading(rows, prompt) + token * prompt
         # A layer's keys and values are copied for one token more.
@@ -308,9 +313,9 @@ class Planner:
         }
         return memory | {"loading": max(0.0, self.to_load(*holding) - sum(memory.values()))}
 
-    def _step(self, way: Way, lengths: Any) -> Any:
-        slices = way.group_size if way.partition == "tensor" else 1
-        return self.step_on(slices).work(lengths, way.micro_batch, way.activation_checkpointing)
+    def _step(self, way: Way, lengths: Lengths) -> Layers:
+        step = self.step_on(slices_of(way.partition, way.group_size))
+        return step.work(lengths, way.micro_batch, way.activation_checkpointing)
 
     def _traffic(self, way: Way) -> tuple[Traffic, Traffic, Traffic]:
         """Of a micro-step within the ranks that share a copy; of a micro-step over all ranks; of a step's end."""
