@@ -140,6 +140,7 @@ def test_the_yes_or_no_that_a_person_reads_is_found(output, answer):
         "The answer is yes to the first question and no to the second.",
         "The answer is yes if it is hollow, otherwise no.",
         "If it is hollow the answer is yes.",
+        "If it is yes, a pear is heavy.",
         "I thought the answer was yes.",
     ],
 )

@@ -88,7 +88,8 @@ def extract_yes_no(text: str, cut: bool = False, options: Sequence[str] = ()) ->
         return _VALUES[announced[-1][1]] if announced else None
     if announced:
         return _VALUES[announced[-1][1]]
-    if concluded := [match for match in _CONCLUDES.finditer(text) if not TAKEN_BACK.match(text, match.end())]:
+    concluded = [match for match in _CONCLUDES.finditer(text) if not is_supposed(text, match.start())]
+    if concluded := [match for match in concluded if not TAKEN_BACK.match(text, match.end())]:
         return (concluded[-1]["word"] or concluded[-1]["last"]).lower()
     if alone := [match for line in text.split("\n") if (match := _ALONE.fullmatch(line))]:
         return _VALUES[alone[-1]["word"].lower()]
