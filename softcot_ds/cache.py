@@ -12,6 +12,7 @@ import signal
 import sys
 from typing import TYPE_CHECKING
 
+from softcot_ds.cells import Grid
 from softcot_ds.command import exit_code_of, interrupted_by_signals
 from softcot_ds.errors import Interrupted, OtherRankFailed, SoftCoTError
 from softcot_ds.recipe import load_recipe
@@ -47,7 +48,8 @@ def main(argv: list[str] | None = None) -> int:
             ranks = join_ranks()
             from softcot_ds.thoughts.computing import build
 
-            build(load_recipe(args.recipe, args.overrides), ranks)
+            grid = Grid.of(args.overrides)  # a seed decides nothing of a cache
+            build(grid.counts(load_recipe(args.recipe, list(grid.plain))), ranks)
     except OtherRankFailed:
         return 2
     except SoftCoTError as error:

@@ -9,7 +9,7 @@ Needs neither torch nor DeepSpeed: mistakes are said before any work starts.
 import json
 import re
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,14 +29,8 @@ class Cell:
     recipe: Recipe
     overrides: tuple[str, ...]
     """What makes the command's recipe this cell's."""
-    own: tuple[str, ...]
-    """Those of them that make what the cells have in common this cell's."""
     seed: int | None
     """That of the cell's own run; None where all cells are of the recipe's run, or of the adapter that was named."""
-
-    def within(self, whole: Recipe) -> Recipe:
-        """This cell's recipe, from one that the cells have in common."""
-        return parse_recipe(whole.model_dump(mode="json"), list(self.own), whole.name)
 
 
 @dataclass(frozen=True)
@@ -74,6 +68,19 @@ class Grid:
         found = {"seeds": self.seeds, "evaluation.thoughts": self.thoughts}
         return tuple(f"{key}={json.dumps(values)}" for key, values in found.items() if values)
 
+    @property
+    def of_thoughts(self) -> "Grid":
+        """The same without seeds: of what is one for all of them."""
+        return replace(self, seeds=())
+
+    def runs(self, whole: Recipe) -> list[Recipe]:
+        """The runs that are trained, from the recipe that all have in common: itself where there are no seeds."""
+        return [_with(whole, self._own(whole, seed)) for seed in self.seeds] or [whole]
+
+    def counts(self, whole: Recipe) -> list[Recipe]:
+        """One recipe for each number of thoughts in evaluation."""
+        return [_with(whole, self._own(whole, None, count)) for count in self.thoughts] or [whole]
+
     def recipe(self, source: str) -> Recipe:
         """The recipe that the cells have in common: the run of its name keeps what is of all of them.
 
@@ -95,17 +102,28 @@ class Grid:
         What is decoded goes into one folder, so that seeds share what does not depend on them. Raises SoftCoTError; see
         ``recipe``.
         """
-        whole = self.recipe(source)
-        outputs = whole.evaluation.outputs or whole.run_dir / "outputs"
-        shared = f"evaluation.outputs={json.dumps(str(outputs), ensure_ascii=False)}"
-        cells = []
+        whole, cells = self.recipe(source), []
         for seed in self.seeds or (None,):
-            of_seed = [] if seed is None else [f"name={whole.name}-seed{seed}", f"seed={seed}", shared]
             for count in self.thoughts or (None,):
-                own = (*of_seed, *([] if count is None else [f"evaluation.thoughts={json.dumps(count)}"]))
-                overrides = (*self.plain, *own)
-                cells.append(Cell(load_for_evaluation(source, list(overrides)), overrides, own, seed))
+                overrides = (*self.plain, *self._own(whole, seed, count))
+                cells.append(Cell(load_for_evaluation(source, list(overrides)), overrides, seed))
         return cells
+
+    def _own(self, whole: Recipe, seed: int | None, count: Any = None) -> list[str]:
+        """The overrides that make a recipe that all cells have in common one cell's."""
+        own = []
+        if seed is not None:
+            outputs = json.dumps(str(whole.evaluation.outputs or whole.run_dir / "outputs"), ensure_ascii=False)
+            own = [f"name={whole.name}-seed{seed}", f"seed={seed}", f"evaluation.outputs={outputs}"]
+        return own if count is None else [*own, f"evaluation.thoughts={json.dumps(count)}"]
+
+
+NO_GRID = Grid((), (), ())
+"""One evaluation, by the recipe as it is."""
+
+
+def _with(whole: Recipe, own: list[str]) -> Recipe:
+    return parse_recipe(whole.model_dump(mode="json"), own, whole.name)
 
 
 def _seeds(text: str) -> tuple[int, ...]:

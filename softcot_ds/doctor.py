@@ -5,8 +5,9 @@ Run it alone, or on all ranks of a job with the launcher that will start the tra
 
 import sys
 
+from softcot_ds.cells import Grid
 from softcot_ds.command import recipe_command
-from softcot_ds.recipe import Recipe
+from softcot_ds.recipe import Recipe, load_recipe
 
 
 def _doctor(recipe: Recipe | None) -> None:
@@ -15,7 +16,12 @@ def _doctor(recipe: Recipe | None) -> None:
     doctor(recipe)
 
 
-main = recipe_command("doctor", "Is this environment fit for training?", _doctor, needs_recipe=False)
+def _load(source: str, overrides: list[str]) -> tuple[Recipe]:
+    """Of several evaluations, what they have in common: a batch script asks with the arguments of its command."""
+    return (load_recipe(source, list(Grid.of(overrides).plain)),)
+
+
+main = recipe_command("doctor", "Is this environment fit for training?", _doctor, _load, needs_recipe=False)
 
 if __name__ == "__main__":
     sys.exit(main())

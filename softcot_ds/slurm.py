@@ -16,6 +16,7 @@ import signal
 import sys
 from pathlib import Path
 
+from softcot_ds.cells import Grid
 from softcot_ds.command import EXIT_MISTAKE, exit_code_of, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe
@@ -115,8 +116,10 @@ def _restarts() -> int:
 
 
 def _load(source: str, overrides: list[str]) -> Recipe:
-    """The recipe of a command, which may have been given an adapter directory instead."""
-    return load_recipe(Path(source) / "recipe.yaml" if Path(source).is_dir() else source, overrides)
+    """The recipe of a command, which may have been given an adapter directory instead; of several evaluations, what
+    they have in common."""
+    plain = list(Grid.of(overrides).plain)
+    return load_recipe(Path(source) / "recipe.yaml" if Path(source).is_dir() else source, plain)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -13,9 +13,11 @@ import shutil
 import subprocess
 import sys
 from collections.abc import Mapping, Sequence
+from itertools import groupby
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
+from softcot_ds.cells import NO_GRID, Grid
 from softcot_ds.command import OVERRIDES_HELP, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, write_atomically
@@ -28,12 +30,26 @@ _HOME_LINE = "SOFTCOT_HOME=${SOFTCOT_HOME:-$SLURM_SUBMIT_DIR}\n"
 """Of the scripts in slurm/: where they find the others. A generated script knows."""
 
 
+class _Job(NamedTuple):
+    """One batch job: a command with the recipe of a run."""
+
+    command: str
+    recipe: Recipe
+    axes: tuple[str, ...] = ()
+    """Overrides that ask for several evaluations; see cells.py."""
+
+    @property
+    def script(self) -> Path:
+        return self.recipe.run_dir / "slurm" / f"{self.command}.sbatch"
+
+
 def submit(
     recipe: Recipe,
     options: Sequence[str],
     tasks_per_node: str | None = None,
     dry_run: bool = False,
     gpu: str | None = None,
+    grid: Grid = NO_GRID,
 ) -> None:
     """Check the recipe with its data, cache and run directory; then submit the jobs that are left to do.
 
@@ -42,45 +58,62 @@ def submit(
         tasks_per_node: processes of a node that build the cache.
         dry_run: only show the scripts and the resolved recipe.
         gpu: the kind of GPUs, by their name in the hardware table, to warn where they are too small.
+        grid: several seeds, each trained by a job of its own, or several numbers of thoughts, in one evaluation.
 
     Raises:
         SoftCoTError: anything is wrong with the recipe, jobs of this run are in the queue already, or SLURM refuses a
             job; then none of this chain is left in the queue.
     """
-    recipe, commands, data = _left_to_do(recipe)
-    folder = recipe.run_dir / "slurm"
+    recipe, jobs, data = _left_to_do(recipe, grid)
+    runs = {job.recipe.run_dir: job.recipe for job in jobs}
     if not dry_run:
         if shutil.which("sbatch") is None:
             raise SoftCoTError("there is no sbatch here; submit from a login node of the cluster, or see --dry-run")
-        _refuse_second_chain(folder)
-    scripts = {command: _script(command, recipe, options, tasks_per_node) for command in commands}
-    _warn_if_too_large(recipe, data, scripts["evaluate"], gpu)
+        for run_dir in runs:
+            _refuse_second_chain(run_dir / "slurm")
+    scripts = {job.script: _script(job, options, tasks_per_node) for job in jobs}
+    _warn_if_too_large(recipe, data, scripts[jobs[-1].script], gpu)
     if dry_run:
-        for command, text in scripts.items():
-            print(f"# {folder / command}.sbatch\n{text}")
-        print(f"# {recipe.run_dir / 'recipe.yaml'}\n{recipe.to_yaml()}", end="")
+        for path, text in scripts.items():
+            print(f"# {path}\n{text}")
+        for run_dir, of in runs.items():
+            print(f"# {run_dir / 'recipe.yaml'}\n{of.to_yaml()}", end="")
         return
-    try:
-        for path in (folder, recipe.run_dir / "logs"):  # SLURM does not make the folder of a job's log
-            path.mkdir(parents=True, exist_ok=True)
-        write_atomically(recipe.run_dir / "recipe.yaml", recipe.to_yaml())
-        for command, text in scripts.items():
-            write_atomically(folder / f"{command}.sbatch", text)
-    except OSError as error:
-        raise cannot_write(recipe.run_dir, error, otherwise="set output_dir") from error
-
-    jobs: list[str] = []
-    for command in commands:
-        jobs.append(_sbatch(folder / f"{command}.sbatch", jobs))
-        print(f"{command:9} job {jobs[-1]}{f' after job {jobs[-2]}' if len(jobs) > 1 else ''}", flush=True)
-    print(f"logs: {recipe.run_dir}/logs; the jobs: squeue -j {','.join(jobs)}; to end them: scancel {' '.join(jobs)}")
+    for run_dir, of in runs.items():
+        try:
+            for path in (run_dir / "slurm", run_dir / "logs"):  # SLURM does not make the folder of a job's log
+                path.mkdir(parents=True, exist_ok=True)
+            write_atomically(run_dir / "recipe.yaml", of.to_yaml())
+            for path, text in scripts.items():
+                if path.parent == run_dir / "slurm":
+                    write_atomically(path, text)
+        except OSError as error:
+            raise cannot_write(run_dir, error, otherwise="set output_dir") from error
+    ids = _submit_jobs(jobs)
+    print(f"logs: {recipe.run_dir}/logs; the jobs: squeue -j {','.join(ids)}; to end them: scancel {' '.join(ids)}")
 
 
-def _left_to_do(recipe: Recipe) -> tuple[Recipe, list[str], Any]:
-    """The recipe, with its epochs counted where that can be done; the commands to run, in their order; and the data as
+def _submit_jobs(jobs: Sequence[_Job]) -> list[str]:
+    """The ids of the jobs: each waits for the one before it, but trainings only for what comes before all of them, and
+    the evaluation for all trainings."""
+    ids: list[str] = []
+    before: list[str] = []
+    for command, group in groupby(jobs, lambda job: job.command):
+        started = []
+        for job in group:
+            started.append(_sbatch(job.script, before, [*ids, *started]))
+            after = f" after job {', '.join(before)}" if before else ""
+            name = f" ({job.recipe.name})" if job.recipe.name != jobs[-1].recipe.name else ""
+            print(f"{command:9} job {started[-1]}{name}{after}", flush=True)
+        ids, before = [*ids, *started], started
+    return ids
+
+
+def _left_to_do(recipe: Recipe, grid: Grid) -> tuple[Recipe, list[_Job], Any]:
+    """The recipe, with its epochs counted where that can be done; the jobs to submit, in their order; and the data as
     plans have it. Raises SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
-    from softcot_ds.experiment import planned
+    from softcot_ds.experiment import Experiment, planned
     from softcot_ds.methods.base import projection_class
     from softcot_ds.planning.lengths import data_of
     from softcot_ds.thoughts.reader import cached, open_cache
@@ -88,25 +121,31 @@ def _left_to_do(recipe: Recipe) -> tuple[Recipe, list[str], Any]:
 
     experiment = planned(recipe)
     experiment.task.require_training()
-    commands = []
-    if experiment.recipe != recipe:  # whose own targets are yet to be made: nor is it known how many there will be
-        commands.append("targets")
+    jobs = []
+    pending = experiment.recipe != recipe  # own targets are yet to be made: nor is it known how many there will be
+    if pending:
+        jobs.append(_Job("targets", recipe))
     else:
         recipe = experiment.count_epochs()
-        refuse_other_run(experiment, latest_checkpoint(recipe.run_dir))
         if experiment.splits.own is not None:
             print(f"targets   {recipe.task.targets}: {experiment.splits.own.words()}: no job")
+    runs = grid.runs(recipe)
+    for run in runs if not pending else ():
+        of_run = experiment if run == recipe else Experiment(run)
+        refuse_other_run(of_run, latest_checkpoint(run.run_dir))
     if recipe.thoughts.source == "cache" and projection_class(recipe.projection.kind).needs_states:
         try:
-            folders = [str(open_cache(of, inputs).folder) for of, inputs in cached(recipe)]
+            wanted = [pair for of in grid.counts(recipe) for pair in cached(of)]
+            folders = {str(open_cache(of, inputs).folder): None for of, inputs in wanted}
             print(f"cache     complete in {' and '.join(folders)}: no job")
         except SoftCoTError:
-            commands.append("cache")
-    if recipe.training.steps is None or saved_step(recipe.run_dir) < recipe.training.steps:
-        commands.append("train")
-    else:
-        print(f"train     done to step {saved_step(recipe.run_dir)} in {recipe.run_dir}: no job")
-    return recipe, [*commands, "evaluate"], data_of(experiment.splits)
+            jobs.append(_Job("cache", recipe, grid.of_thoughts.axes))
+    for run in runs:
+        if run.training.steps is None or saved_step(run.run_dir) < run.training.steps:
+            jobs.append(_Job("train", run))
+        else:
+            print(f"train     done to step {saved_step(run.run_dir)} in {run.run_dir}: no job")
+    return recipe, [*jobs, _Job("evaluate", recipe, grid.axes)], data_of(experiment.splits)
 
 
 def _warn_if_too_large(recipe: Recipe, data: Any, script: str, gpu: str | None) -> None:
@@ -164,8 +203,9 @@ def _refuse_second_chain(folder: Path) -> None:
             )
 
 
-def _script(command: str, recipe: Recipe, options: Sequence[str], tasks_per_node: str | None) -> str:
+def _script(job: _Job, options: Sequence[str], tasks_per_node: str | None) -> str:
     """The script of slurm/ for one job, with its options and its recipe in it."""
+    command, recipe = job.command, job.recipe
     path = CHECKOUT / "slurm" / f"{command}.sbatch"
     if not path.is_file():
         raise SoftCoTError(f"no such script: {path}; install softcot-ds from a checkout, with pip install -e")
@@ -175,7 +215,8 @@ def _script(command: str, recipe: Recipe, options: Sequence[str], tasks_per_node
     again = f"sbatch {recipe.run_dir}/slurm/{path.name}"
     made = f"# {command} of {recipe.name}, made by softcot-ds submit; to submit it again: {again}"
     text = with_options(path.read_text(), [*own, *options], made)
-    home = f"SOFTCOT_HOME={shlex.quote(str(CHECKOUT))}\nset -- {shlex.quote(str(recipe.run_dir / 'recipe.yaml'))}\n"
+    arguments = shlex.join([str(recipe.run_dir / "recipe.yaml"), *job.axes])
+    home = f"SOFTCOT_HOME={shlex.quote(str(CHECKOUT))}\nset -- {arguments}\n"
     if _HOME_LINE not in text:
         raise SoftCoTError(f"{path} has no line {_HOME_LINE.strip()!r}; take the script of the checkout again")
     return text.replace(_HOME_LINE, home)
@@ -201,15 +242,15 @@ def with_options(script: str, options: Sequence[str], comment: str) -> str:
     return "".join([first, f"{comment}\n", *header, *body])
 
 
-def _sbatch(script: Path, before: Sequence[str]) -> str:
-    """Submit one script after the last of ``before``; returns the job's id. If SLURM refuses, those are cancelled."""
+def _sbatch(script: Path, before: Sequence[str], submitted: Sequence[str]) -> str:
+    """Submit one script after all of ``before``; returns the job's id. If SLURM refuses, ``submitted`` is cancelled."""
     command = ["sbatch", "--parsable", "--kill-on-invalid-dep=yes"]
     if before:
-        command.append(f"--dependency=afterok:{before[-1]}")
+        command.append(f"--dependency=afterok:{':'.join(before)}")
     done = subprocess.run([*command, str(script)], capture_output=True, text=True)
     if done.returncode:
-        if before:
-            subprocess.run(["scancel", *before], capture_output=True)
+        if submitted:
+            subprocess.run(["scancel", *submitted], capture_output=True)
         said = " ".join(done.stderr.split()) or f"exit code {done.returncode}"
         raise SoftCoTError(f"SLURM refuses {script}: {said}. No job of this chain is left in the queue")
     return done.stdout.strip().partition(";")[0]  # JOB;CLUSTER
@@ -244,9 +285,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     }
     options = [f"{name}={value}" for name, value in named.items() if value is not None]
     options += [option for text in args.sbatch for option in shlex.split(text)]
-    return run_command(
-        lambda: submit(load_recipe(args.recipe, args.overrides), options, args.gpus_per_node, args.dry_run, args.gpu)
-    )
+
+    def work() -> None:
+        grid = Grid.of(args.overrides)
+        if grid:
+            grid.cells(args.recipe)  # what is wrong with one of them is said now
+        recipe = load_recipe(args.recipe, list(grid.plain))
+        submit(recipe, options, args.gpus_per_node, args.dry_run, args.gpu, grid)
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

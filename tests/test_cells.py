@@ -5,9 +5,10 @@ import json
 import pytest
 from launch import ROOT
 
-from softcot_ds import evaluate, train
+from softcot_ds import cache, doctor, evaluate, slurm, train
 from softcot_ds.cells import Grid
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.thoughts.reader import cached, open_cache
 
 RECIPE = "recipes/word_problems.yaml"
 
@@ -81,7 +82,11 @@ def test_cells_are_ordinary_recipes_of_runs_of_their_own_that_share_outputs(tmp_
         assert changed == {"name", "seed", "evaluation.outputs", "evaluation.thoughts"}
         assert cell.recipe.seed == cell.seed
         assert cell.recipe.evaluation.outputs == tmp_path / "demo" / "outputs"
-        assert cell.within(whole) == cell.recipe
+    runs = grid.runs(whole)
+    assert [run.run_dir for run in runs] == [tmp_path / "demo-seed41", tmp_path / "demo-seed42"]
+    assert [run.flat() | {"evaluation.thoughts": 4} for run in runs] == [cell.recipe.flat() for cell in cells[::2]]
+    assert [recipe.evaluation.thoughts for recipe in grid.counts(whole)] == [4, 2]
+    assert Grid.of([]).runs(whole) == Grid.of([]).counts(whole) == [whole]
     own = Grid.of([f"evaluation.outputs={tmp_path}/kept", "seeds=[1]"]).cells(RECIPE)
     assert own[0].recipe.evaluation.outputs == tmp_path / "kept"
     (alone, _) = Grid.of(["evaluation.thoughts=[1,2]"]).cells(RECIPE)
@@ -111,3 +116,20 @@ def test_yaml_reads_the_shared_folder_as_it_is_written(tmp_path):
     folder = tmp_path / "a: b # c 'd' \"e\""
     (cell,) = Grid.of([f"output_dir={json.dumps(str(folder))}", "seeds=1"]).cells(RECIPE)
     assert cell.recipe.evaluation.outputs == folder / "demo" / "outputs"
+
+
+def test_batch_scripts_ask_with_the_arguments_of_their_command():
+    for load in (slurm._load, lambda *arguments: doctor._load(*arguments)[0]):
+        recipe = load(RECIPE, ["seeds=1..2", "evaluation.thoughts=[1,2]", "name=x"])
+        assert (recipe.name, recipe.seed, recipe.evaluation.thoughts) == ("x", 0, None)
+
+
+@pytest.mark.slow
+def test_the_cache_of_several_counts_is_what_their_evaluations_read(tmp_path):
+    sizes = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=6", f"cache.path={tmp_path}"]
+    overrides = [*sizes, "seeds=1..2", "evaluation.thoughts=[2,4,3]"]
+    assert cache.main([RECIPE, *overrides]) == 0
+    found = []
+    for cell in Grid.of(overrides).cells(RECIPE):
+        found.append([of.thoughts.count for of, inputs in cached(cell.recipe) if open_cache(of, inputs)])
+    assert found == [[4, 2], [4], [4, 3]] * 2

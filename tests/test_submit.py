@@ -1,12 +1,14 @@
 """Scripts that ``softcot-ds submit`` makes of those in slurm/, without SLURM; test_slurm.py submits them."""
 
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import pytest
 
 from softcot_ds import submit
+from softcot_ds.cells import NO_GRID, Grid
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
 
@@ -107,6 +109,46 @@ def test_queue_that_does_not_answer_is_not_taken_for_an_empty_one(recipe, monkey
     with pytest.raises(SoftCoTError, match=rf"squeue does not say .*{said}"):
         submit.submit(recipe, ["--nodes=2"])
     assert not recipe.run_dir.exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("refused", [None, 4])
+def test_seeds_are_trained_side_by_side_and_evaluated_when_all_are(recipe, monkeypatch, tmp_path, capsys, refused):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    said = f'echo "$@" >>{tmp_path}/said'
+    count = f"$(wc -l <{tmp_path}/said)"
+    refuse = f'[ "{count}" != {refused} ] || {{ echo "no such partition" >&2; exit 1; }}' if refused else ""
+    for name, text in {"sbatch": f'{said}; {refuse}\necho "{count}"', "squeue": "", "scancel": said}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    grid = Grid.of(["seeds=7..8", "evaluation.thoughts=[4,2]"])
+    folder = recipe.run_dir.parent
+    asked = [("cache", "demo", ""), ("train", "demo-seed7", "1"), ("train", "demo-seed8", "1")]
+    asked += [("evaluate", "demo", "2:3")]
+    wanted = [
+        f"--parsable --kill-on-invalid-dep=yes {f'--dependency=afterok:{after} ' if after else ''}"
+        f"{folder}/{name}/slurm/{command}.sbatch"
+        for command, name, after in asked
+    ]
+    if refused:
+        with pytest.raises(SoftCoTError, match="no such partition"):
+            submit.submit(recipe, ["--nodes=2"], grid=grid)
+        assert (tmp_path / "said").read_text().splitlines() == [*wanted, "1 2 3"], "what was submitted is cancelled"
+        return
+    submit.submit(recipe, ["--nodes=2"], grid=grid)
+    assert (tmp_path / "said").read_text().splitlines() == wanted
+    assert "train     job 3 (demo-seed8) after job 1\nevaluate  job 4 after job 2, 3\n" in capsys.readouterr().out
+    for command, name, _ in asked:
+        script = (folder / name / "slurm" / f"{command}.sbatch").read_text()
+        (line,) = re.findall(r"^set -- (.*)$", script, re.MULTILINE)
+        path, *axes = shlex.split(line)
+        assert path == str(folder / name / "recipe.yaml")
+        assert Grid.of(axes) == {"evaluate": grid, "cache": grid.of_thoughts}.get(command, NO_GRID)
+    for cell in grid.cells(str(folder / "demo" / "recipe.yaml")):
+        trained = load_recipe(folder / cell.recipe.name / "recipe.yaml").flat()
+        assert trained | {"evaluation.thoughts": cell.recipe.evaluation.thoughts} == cell.recipe.flat()
 
 
 def test_data_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path):

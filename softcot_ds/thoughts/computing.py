@@ -31,14 +31,21 @@ by the coarser of the dtypes that it is computed in and stored in."""
 _RECOMPUTED_ROWS = 32
 
 
-def build(recipe: Recipe, ranks: Ranks | None = None) -> None:
+def build(recipe: Recipe | Sequence[Recipe], ranks: Ranks | None = None) -> None:
     """Compute and store what the recipe's caches lack, one for each number of thoughts. To be called by all ranks.
+
+    Args:
+        recipe: or several, which differ in the number of thoughts in evaluation.
 
     Raises:
         SoftCoTError: see ``fill``; or the base, for which all this is, cannot be one.
     """
     ranks = ranks or join_ranks()
-    for of, inputs in cached(recipe):
+    wanted: dict[int, tuple[Recipe, list[AssistantInput]]] = {}
+    for pair in (pair for one in ([recipe] if isinstance(recipe, Recipe) else recipe) for pair in cached(one)):
+        count = pair[0].thoughts.count
+        wanted[count] = max(wanted.get(count, pair), pair, key=lambda pair: len(pair[1]))  # with the test's, or without
+    for of, inputs in wanted.values():
         _build(of, inputs, ranks.on(f"{of.thoughts.count} thoughts"))
 
 
