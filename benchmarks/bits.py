@@ -15,18 +15,20 @@ from environment import describe, write_result
 
 from softcot_ds.distributed import init_distributed, shut_down
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import load_projection
 from softcot_ds.models.loss import IGNORE
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader
 from softcot_ds.training.batches import read_batch
 from softcot_ds.training.engine import build_model
+from softcot_ds.training.start import Start
 
 
 def measure(path: str, overrides: list[str], projection: Path | None) -> tuple[dict[str, float], torch.Tensor]:
     """Loss and bytes, and the gradient as one vector."""
     recipe = load_recipe(path, [*overrides, "backbone.partition=none", "thoughts.source=online"])
     experiment = Experiment(recipe)
-    model = build_model(recipe, experiment, projection)
+    model = build_model(recipe, experiment, Start(load_projection(projection)) if projection else None)
     examples = experiment.splits.validation
     reader = ThoughtReader.open(recipe, examples)
     total, count, size = 0.0, 0, recipe.training.micro_batch_size

@@ -28,7 +28,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
 from softcot_ds.section import FREE, Section
 from softcot_ds.task_config import TargetsConfig, TaskConfig
-from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, TextOrTexts
+from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, Scale, TextOrTexts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -184,8 +184,12 @@ class ProjectionConfig(Section):
 
     kind: Annotated[str, AfterValidator(one_of(PROJECTIONS))] = "linear"
     """linear: W h + b (SoftCoT). static: T free vectors, the same for every question (prompt tuning, a baseline)."""
-    init_scale: float = Field(1.0, gt=0)
-    """linear: the standard initialization of nn.Linear is multiplied by this."""
+    condition: Literal["none", "center", "whiten"] = "none"
+    """linear: what is trained is an affine map of states less their mean over the training problems (center), or of
+    these with equal variance in all directions (whiten). The adapter is one of plain states; see conditioning.py."""
+    init_scale: Scale = 1.0
+    """linear: the standard initialization of nn.Linear is multiplied by this. auto: what varies of the first thoughts,
+    over the training problems, and what is constant each have the size of token embeddings (root mean square)."""
     init_from: Annotated[ExistingFile | None, FREE] = None
     """Start from these weights: a .safetensors file, or a projection.bin of the original implementation."""
 

@@ -120,7 +120,7 @@ def _left_to_do(recipe: Recipe, grid: Grid) -> tuple[Recipe, list[_Job], Any]:
     from softcot_ds.training.resume import refuse_other_run
 
     experiment = planned(recipe)
-    experiment.task.require_training()
+    experiment.require_training()
     jobs = []
     pending = experiment.recipe != recipe  # own targets are yet to be made: nor is it known how many there will be
     if pending:

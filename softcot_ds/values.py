@@ -1,9 +1,10 @@
 """What the values of a recipe may be: names of models and data, paths, numbers. A wrong one raises ValueError."""
 
+import math
 import os
 import re
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator
 
@@ -84,6 +85,12 @@ def _check_texts(value: Any) -> str | list[str]:
     return value
 
 
+def _check_scale(value: Any) -> Any:
+    if value != "auto" and (type(value) not in (int, float) or not 0 < value < math.inf):
+        raise ValueError(f"auto, or a number above 0, found {value!r}")
+    return value if value == "auto" else float(value)
+
+
 ModelName = Annotated[str, AfterValidator(_check_model)]
 DataName = Annotated[str, AfterValidator(_check_data)]
 Key = Annotated[str, Field(min_length=1)]
@@ -98,4 +105,5 @@ Folder = Annotated[AnyPath, AfterValidator(_check_folder)]
 _Bounded = Annotated[int, Field(le=2**31 - 1)]  # what PyTorch, DeepSpeed and SLURM take everywhere
 Count = Annotated[_Bounded, Field(ge=1)]
 CountOrZero = Annotated[_Bounded, Field(ge=0)]
+Scale = Annotated[float | Literal["auto"], PlainValidator(_check_scale)]
 Beta = Annotated[float, Field(ge=0, lt=1)]

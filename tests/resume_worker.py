@@ -18,6 +18,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.loop import train
+from softcot_ds.training.start import Start
 
 folder, recipe, *configurations = sys.argv[1:]
 init_distributed(5)
@@ -38,7 +39,7 @@ for number, overrides in enumerate(configurations):
 
     again = variant(resumed, "name=restored")
     experiment = Experiment(again)
-    model = build_model(again, experiment, saved / "projection.safetensors")
+    model = build_model(again, experiment, Start.again(saved))
     engine = build_engine(model, again)
     load_checkpoint(engine, saved)
     save_checkpoint(engine, again, AdapterConfig.load(saved), experiment.task.prompt_file, {})

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from softcot_ds.adapter import adapter_config, load_adapter
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
 from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
 from softcot_ds.training import checkpoint, resume
@@ -57,7 +58,9 @@ def engine(monkeypatch) -> SimpleNamespace:
     )
     inner = SimpleNamespace(state={0: {"step": torch.tensor(60.0)}})
     return SimpleNamespace(
-        module=SimpleNamespace(projection=projection), state=state, optimizer=SimpleNamespace(optimizer=inner)
+        module=SimpleNamespace(projection=projection, conditioning=None),
+        state=state,
+        optimizer=SimpleNamespace(optimizer=inner),
     )
 
 
@@ -83,10 +86,43 @@ def test_values_that_are_not_finite_are_never_saved(saved, engine, wrong, value)
     assert [path.name for path in older.parent.iterdir()] == ["step-50"]
 
     tensor.view(-1)[-1] = good
-    weights, moments, trainer = read_training_state(save())
+    weights, moments, trainer, conditioning = read_training_state(save())
     assert all(torch.equal(weights[name], p) for name, p in engine.module.projection.named_parameters())
     assert all(torch.equal(moments[name], engine.state[name]) for name in engine.state)
     assert trainer.optimizer_steps == 60
+    assert conditioning is None
+
+
+@pytest.mark.parametrize("matrix", [None, torch.tensor([[3.0, 0, 1], [0, 0.25, 0], [0, 2, 1]])])
+def test_a_checkpoint_holds_the_weights_as_they_are_trained_and_those_of_plain_states(saved, engine, matrix):
+    recipe, _ = saved
+    experiment, projection = Experiment(recipe), engine.module.projection
+    engine.module.conditioning = Conditioning(torch.tensor([40.0, 0.5, -1.0]), matrix)
+    projection.entry = "weight", "bias"
+    folder = save_checkpoint(
+        engine, recipe, adapter_config(experiment).at_step(60), experiment.task.prompt_file, {"steps": 60}
+    )
+    state = read_training_state(folder)
+    assert all(torch.equal(state.weights[name], p) for name, p in projection.named_parameters())
+    assert state.moments.keys() == engine.state.keys()
+    want = engine.module.conditioning.tensors()
+    assert state.conditioning.tensors().keys() == want.keys()
+    assert all(torch.equal(state.conditioning.tensors()[name], value) for name, value in want.items())
+    adapter, plain = load_file(folder / "projection.safetensors"), torch.tensor([41.0, 0.75, -3.0])
+    conditioned = engine.module.conditioning(plain)
+    torch.testing.assert_close(adapter["weight"] @ plain + adapter["bias"], projection(conditioned), rtol=0, atol=2e-5)
+
+    path = folder / "optimizer.safetensors"
+    whole = load_file(path)
+    for wrong, said in (
+        (whole | {"conditioning.matrix": torch.zeros(3, 2)}, "no conditioning"),
+        ({name: value for name, value in whole.items() if name != "trained.bias"}, "not those of projection"),
+        ({name: value for name, value in whole.items() if not name.startswith("conditioning")}, "not those of"),
+        (whole | {"conditioning.other": torch.zeros(3)}, "no conditioning"),
+    ):
+        save_file(wrong, path)
+        with pytest.raises(SoftCoTError, match=rf"optimizer.safetensors is damaged: .*{said}"):
+            read_training_state(folder)
 
 
 SMALL = ["task.train_problems=12", "task.validation_problems=1", "task.test_problems=1", "training.steps=100"]

@@ -10,6 +10,15 @@ from forked import run_forked
 from launch import ROOT
 from runs import losses
 from safetensors.torch import load_file
+from test_thought_store import write
+
+from softcot_ds.adapter import load_adapter
+from softcot_ds.experiment import Experiment
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.thoughts.reader import ThoughtReader, cache_identity, input_key
+from softcot_ds.training.batches import read_batch
+from softcot_ds.training.engine import build_model
+from softcot_ds.training.start import Start
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 TOY = (
@@ -19,6 +28,7 @@ TOY = (
 )
 BUDGET = "training.micro_batch_tokens=160"
 """One or two micro-batches a step on two ranks, two or three on one."""
+CACHED = "thoughts.source=cache cache.path={cache}"
 CONFIGURATIONS = {
     f"{dtype} {name}": f"{TOY} base.dtype={dtype} assistant.dtype={dtype} {settings}"
     for dtype, name, settings in (
@@ -27,8 +37,8 @@ CONFIGURATIONS = {
         ("bfloat16", "none", "backbone.partition=none"),
         ("bfloat16", "none, stage 2", f"backbone.partition=none backbone.deepspeed={{stage2}} {BUDGET}"),
         ("float32", "zero3", "backbone.partition=zero3"),
-        ("bfloat16", "zero3", f"backbone.partition=zero3 {BUDGET}"),
-        ("float32", "tensor", "backbone.partition=tensor"),
+        ("bfloat16", "zero3, whitened", f"backbone.partition=zero3 {BUDGET} {CACHED} projection.condition=whiten"),
+        ("float32", "tensor, centred", f"backbone.partition=tensor {CACHED} projection.condition=center"),
         (
             "float32",
             "offloaded",
@@ -40,6 +50,16 @@ CONFIGURATIONS = {
 pytestmark = pytest.mark.distributed
 
 
+def write_states(recipe: Recipe) -> None:
+    """A cache of states that no assistant has computed: what varies in them is small beside one coordinate."""
+    keys = list({input_key(item): None for item in Experiment(recipe).splits.assistant_inputs()})
+    identity = cache_identity(recipe)
+    states = torch.randn(len(keys), *identity.row_shape, generator=torch.Generator().manual_seed(0))
+    states[..., 3] += 40
+    (folder := recipe.cache.path / identity.folder_name).mkdir(parents=True)
+    write(folder, identity, keys, states.to(identity.torch_dtype), len(keys))
+
+
 @pytest.fixture(scope="module")
 def trained(tmp_path_factory) -> Path:
     """What resume_worker.py leaves: trained on two ranks, resumed on two and on one."""
@@ -47,7 +67,11 @@ def trained(tmp_path_factory) -> Path:
     stage2 = json.loads((ROOT / "ds_configs/replicated.json").read_text())
     stage2["zero_optimization"]["stage"] = 2
     (folder / "stage2.json").write_text(json.dumps(stage2))
-    configurations = [text.format(stage2=folder / "stage2.json") for text in CONFIGURATIONS.values()]
+    paths = {"stage2": folder / "stage2.json", "cache": folder / "cache"}
+    configurations = [text.format(**paths) for text in CONFIGURATIONS.values()]
+    for text in configurations:
+        if CACHED.format(**paths) in text:
+            write_states(load_recipe(RECIPE, text.split()))
     for ranks in (2, 1):
         run_forked(ranks, "resume_worker", folder, RECIPE, *configurations)
     return folder
@@ -99,6 +123,24 @@ def test_other_ranks_go_on_with_the_same_curve(trained, name):
     assert resumed.keys() == straight.keys()
     for step, loss in straight.items():
         assert resumed[step] == pytest.approx(loss, rel=2e-6 if name.startswith("float32") else 8e-3), step
+
+
+@pytest.mark.parametrize("name", ["bfloat16 zero3, whitened", "float32 tensor, centred"])
+def test_an_adapter_makes_of_plain_states_the_thoughts_that_are_trained_of_conditioned_ones(trained, name):
+    run_dir = folder_of(trained, name) / "straight/demo"
+    folder = run_dir / "checkpoints/step-6"
+    recipe = load_recipe(folder / "recipe.yaml", ["backbone.partition=none", "base.dtype=float32"])
+    experiment = Experiment(recipe)
+    examples = experiment.splits.train
+    reader = ThoughtReader.open(recipe, examples)
+    model = build_model(recipe, experiment, Start.again(folder))
+    batch = read_batch(examples, reader, experiment.base_pad_id, model)
+    adapter = load_adapter(folder, experiment)
+    with torch.no_grad():
+        want = model.thoughts(batch)
+        torch.testing.assert_close(adapter(reader.read(examples).float(), len(examples)), want, rtol=0, atol=1e-4)
+        unconditioned = model.projection(reader.read(examples), len(examples))
+    assert (unconditioned - want).abs().max() > 0.1
 
 
 def test_older_checkpoints_than_are_to_be_kept_are_removed(trained):

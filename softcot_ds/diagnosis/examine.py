@@ -39,6 +39,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import alone_of
 from softcot_ds.methods.base import projection_class
+from softcot_ds.methods.conditioning import Conditioning, check_conditioning
 from softcot_ds.methods.trial import Role, Untried, why_unsuitable_ahead
 from softcot_ds.models import backbone
 from softcot_ds.models.model_files import is_here
@@ -139,6 +140,7 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
         }
         if not any(model.failure for model in facts.models.values()):
             facts.prompts_failure = _failure_of(lambda: Experiment(recipe))
+            facts.training_failure = _failure_of(lambda: check_conditioning(recipe))
             facts.limits_failure = _failure_of(lambda: _look_at_limits(facts, recipe))
             facts.states = _states(recipe) if rank == 0 else None
         facts.checkpoint_bytes = _checkpoint_bytes(recipe, facts.models)
@@ -287,14 +289,17 @@ def too_large(recipe: Recipe, everyone: Sequence[Facts]) -> str | None:
 
 
 def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
-    """Float32 weights and AdamW's two moments of the projection, for every checkpoint and the one being written."""
+    """Float32 weights and AdamW's two moments of the projection, with what conditions its states and the weights of
+    these, for every checkpoint and the one being written."""
     widths = models["assistant"].width, models["base"].width
     if not all(widths):
         return 0  # a model cannot be read, which is said
     with torch.device("meta"):
         projection = projection_class(recipe.projection.kind).empty(recipe, *widths)
+        conditioning = Conditioning.shaped(recipe.projection.condition, widths[0])
     weights = sum(parameter.numel() for parameter in projection.parameters())
-    return weights * 4 * 3 * (recipe.training.keep_checkpoints + 1)
+    size = 4 * weights * 4 + conditioning.nbytes if conditioning else 3 * weights * 4
+    return size * (recipe.training.keep_checkpoints + 1)
 
 
 def exchange(facts: Facts, on_gpu: bool) -> None:

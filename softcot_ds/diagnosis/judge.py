@@ -118,6 +118,8 @@ class Facts:
     states: tuple[float, float] | None = None
     """Of rank 0: the length of what is the same in the assistant's states of all questions, and of what varies with the
     question; None where there is no cache of them, or none is needed."""
+    training_failure: str = ""
+    """Why no training of the recipe can begin."""
     checkpoint_bytes: int = 0
     """What the checkpoints to keep take, and one more while it is written; 0 when unknown."""
     launchers: dict[str, bool] = field(default_factory=dict)
@@ -351,6 +353,9 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
         firsts,
         lambda facts: facts.prompts_failure,
         "mend what it says: every command would end with it",
+    )
+    yield from _failing(
+        "the recipe cannot be trained", firsts, lambda facts: facts.training_failure, "do what it says before training"
     )
     same = f", the same on {len(firsts)} nodes" if len(firsts) > 1 else ""
     yield OK, f"{', '.join(texts)}{same}" if texts else "no recipe given: not looked at"

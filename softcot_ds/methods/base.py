@@ -31,6 +31,9 @@ class Projection(nn.Module, ABC):
     """Whether each thought is made of its own state, and all alike: one that was trained makes any number of them."""
     is_affine: ClassVar[bool] = False
     """Whether the projection of a mean state is the mean of the projections."""
+    entry: ClassVar[tuple[str, str] | None] = None
+    """The names of the (., P) weight and of the bias that states meet first, and nothing else meets: an affine map of
+    the states can be folded into these (conditioning.py). An affine projection has no others."""
 
     @classmethod
     @abstractmethod

@@ -24,6 +24,7 @@ from softcot_ds.data.batches import Batch
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.distributed import is_main
 from softcot_ds.methods.base import Projection
+from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.models.assistant import check_length, compute_thoughts, read_shared
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import CompactTable
@@ -46,6 +47,7 @@ class SoftCoT(nn.Module):
         shared_ids: Sequence[int] = (),
         tokens: Iterable[int] | None = None,
         assistant_inputs: Sequence[AssistantInput] = (),
+        conditioning: Conditioning | None = None,
     ) -> None:
         """
         Args:
@@ -54,11 +56,13 @@ class SoftCoT(nn.Module):
                 ``number``.
             assistant_inputs: all that the assistant may be given; it reads what they begin with once. Those that a
                 cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
+            conditioning: what the projection is given in place of plain states.
         """
         super().__init__()
         self.base = base
         self.projection = projection
         self.assistant = assistant
+        self.conditioning = conditioning  # no buffers, which DeepSpeed would round to the dtype of the parameters
         # The base's own table may be partitioned: in every pass it would be gathered whole, 1 GB for Llama 3.1 8B, for
         # the few of its rows that the data holds, and no kernel could read it in place.
         self.table = CompactTable.of(
@@ -148,6 +152,8 @@ class SoftCoT(nn.Module):
         batch_size, prefix_length = batch.prefix_ids.shape
         num_thoughts = len(batch.assistant[0].positions)
         total = self.projection.operations(batch_size, num_thoughts)
+        if self.conditioning is not None:
+            total += self.conditioning.operations(batch_size * num_thoughts)
         if self.prefixed is None:
             total += base.train(batch_size, batch.longest, batch.longest) + base.train_head(batch_size * batch.longest)
         else:
@@ -166,6 +172,11 @@ class SoftCoT(nn.Module):
         return self.projection(hidden_BTP, len(batch.suffix_ids))
 
     def _hidden(self, batch: Batch) -> torch.Tensor:
+        """(B, T, P) what the projection is given: the assistant's states, conditioned if they are to be."""
+        states_BTP = self._states(batch)
+        return states_BTP if self.conditioning is None else self.conditioning(states_BTP)
+
+    def _states(self, batch: Batch) -> torch.Tensor:
         """(B, T, P) assistant states, from the batch or from the assistant."""
         if batch.thoughts is not None:
             return batch.thoughts

@@ -22,6 +22,7 @@ class LinearProjection(Projection):
     needs_states = True
     is_per_thought = True
     is_affine = True
+    entry = "weight", "bias"
 
     def __init__(self, assistant_width: int, base_width: int, init_scale: float = 1.0) -> None:
         super().__init__()
@@ -31,7 +32,8 @@ class LinearProjection(Projection):
 
     @classmethod
     def create(cls, recipe: Recipe, assistant_width: int, base: PreTrainedModel, base_width: int) -> Self:
-        return cls(assistant_width, base_width, recipe.projection.init_scale)
+        scale = recipe.projection.init_scale
+        return cls(assistant_width, base_width, 1.0 if scale == "auto" else scale)
 
     @classmethod
     def empty(cls, recipe: Recipe, assistant_width: int, base_width: int) -> Self:

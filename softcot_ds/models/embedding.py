@@ -28,6 +28,16 @@ def whole_embedding(embedding: nn.Module) -> Iterator[Callable[[torch.Tensor], t
         yield embedding.forward  # without the hooks, which would let the weights go after each call
 
 
+@torch.no_grad()
+def token_rms(embedding: nn.Module, vocabulary: int) -> float:
+    """The root mean square of a coordinate of a token's embedding, over all tokens. All ranks call it together."""
+    total = 0.0
+    with whole_embedding(embedding) as embed:
+        for ids in torch.arange(vocabulary, device=device_of(embedding)).split(_ROWS):
+            total += (rows_KD := embed(ids[None])[0]).double().square().sum().item()
+    return (total / (vocabulary * rows_KD.shape[1])) ** 0.5
+
+
 def device_of(embedding: nn.Module) -> torch.device:
     """Where token ids must be for this module."""
     return next(embedding.parameters()).device

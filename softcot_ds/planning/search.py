@@ -10,6 +10,7 @@ import torch
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
+from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.models.limits import Gathers, derive, most_gathered
 from softcot_ds.models.partition import gathers_of, make_layers_leaves
 from softcot_ds.models.quantized import FewBits, packed_bytes
@@ -101,7 +102,9 @@ class Planner:
             kind = projection_class(recipe.projection.kind)
             self.needs_states = kind.needs_states
             projection = kind.empty(recipe, self.assistant.width, self.shape.width)
+            conditioning = Conditioning.shaped(recipe.projection.condition, self.assistant.width)
         self._trained = sum(parameter.numel() for parameter in projection.parameters())
+        self._conditioning = conditioning.nbytes if conditioning else 0
         self.itemsize = 4 if recipe.base.dtype == "float32" else 2
         longest = data.longest
         thoughts = max(recipe.thoughts.count, recipe.evaluation.thoughts or 0)
@@ -308,7 +311,7 @@ class Planner:
             "gathered": self.most_gathered(*holding),
             "activations": step.activations,
             "loss": step.loss,
-            "optimizer": trained,
+            "optimizer": trained + self._conditioning,
             "decoding": max(0.0, samples - step.activations - step.loss),  # validation comes between steps
         }
         return memory | {"loading": max(0.0, self.to_load(*holding) - sum(memory.values()))}

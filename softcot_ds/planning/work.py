@@ -19,6 +19,7 @@ from transformers import PreTrainedConfig
 from softcot_ds.data.batches import Batch
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
+from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.planning.hardware import Gpu, Reached
 from softcot_ds.planning.lengths import Lengths
@@ -170,8 +171,10 @@ class StepOnMeta:
             head.register_forward_hook(lambda _head, _inputs, logits: torch.cat([logits] * parts, -1))
         with torch.device("meta"):
             projection = projection_class(recipe.projection.kind).empty(recipe, self._assistant_width, width)
+            conditioning = Conditioning.shaped(recipe.projection.condition, self._assistant_width)
         projection = projection.to(base.dtype)
-        step = SoftCoT(base, projection, None, recipe.training.step, checkpointing, [0] * shared, tokens=[0])
+        settings = recipe.training.step, checkpointing, [0] * shared
+        step = SoftCoT(base, projection, None, *settings, tokens=[0], conditioning=conditioning)
         step.embed = None  # no values, no kernel
         return step
 

@@ -21,6 +21,7 @@ if TYPE_CHECKING:
     from softcot_ds.data.examples import Example
     from softcot_ds.data.prompts import AssistantInput
     from softcot_ds.experiment import Experiment
+    from softcot_ds.thoughts.moments import Moments
 
 
 def open_cache(recipe: Recipe, inputs: Sequence[AssistantInput] = ()) -> ThoughtStore:
@@ -135,6 +136,15 @@ class ThoughtReader:
         if self._store is None:
             return None
         return self._store.read([input_key(example.assistant) for example in examples])
+
+    def moments(self, examples: Sequence[Example]) -> Moments:
+        """Of these examples' states; all ranks call it. Raises SoftCoTError: see ``moments_of``.
+
+        Only for states that are read from a cache (``check_conditioning``).
+        """
+        from softcot_ds.thoughts.moments import moments_of
+
+        return moments_of(self._store, [input_key(example.assistant) for example in examples])
 
 
 def states_dtype(recipe: Recipe) -> Dtype:

@@ -2,6 +2,7 @@
 
 loop.py        the loop
 engine.py      DeepSpeed's engine around the base and the projection
+start.py       the projection's first weights, and the conditioning of its states
 batches.py     this rank's micro-batches, step by step
 schedule.py    the learning rate
 stop.py        signals that ask to stop, agreed on by all ranks

@@ -2,15 +2,16 @@
 
 ``checkpoints/step-N/`` holds, beside the adapter's files,
 
-    optimizer.safetensors    AdamW's moments, float32
+    optimizer.safetensors    AdamW's moments, float32. Where projection.condition is not none, also the weights as they
+                             are trained, and what conditions the states: folded together they are the adapter's
 
-Moments are stored whole, not per rank, so a run resumes on any number of ranks.
+All is stored whole, not per rank, so a run resumes on any number of ranks.
 """
 
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 from deepspeed.utils import (
@@ -28,11 +29,14 @@ from softcot_ds.adapter import AdapterConfig, TrainerState, damaged
 from softcot_ds.distributed import on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, sync_file, sync_folder, temporary_name
+from softcot_ds.methods.conditioning import Conditioning
+from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.models.partition import is_partitioned, local_part
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
+_TRAINED, _CONDITIONING = "trained", "conditioning"
 
 
 FILES = (
@@ -65,19 +69,22 @@ def save_checkpoint(
         for name, p in parameters.items()
         for moment in _MOMENTS
     }
+    conditioning, kept = engine.module.conditioning, moments
+    if conditioning is not None:
+        kept = moments | _named(_TRAINED, weights) | _named(_CONDITIONING, conditioning.tensors())
     if not all(value.isfinite().all() for value in (*weights.values(), *moments.values())):
-        kept = latest_checkpoint(recipe.run_dir)
+        newest = latest_checkpoint(recipe.run_dir)
         raise SoftCoTError(
             f"weights or moments are not finite after step {config.step}: not saved. The newest checkpoint is "
-            f"{kept.name if kept else 'none'}; lower training.learning_rate"
+            f"{newest.name if newest else 'none'}; lower training.learning_rate"
         )
     trainer = TrainerState(step=config.step, optimizer_steps=_optimizer_steps(engine), summary=summary)
     folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
 
     def fill(temporary: Path) -> None:
         # Not by save_file, whose files nobody else may read, whatever the umask says.
-        (temporary / "projection.safetensors").write_bytes(save(weights))
-        (temporary / "optimizer.safetensors").write_bytes(save(moments))
+        (temporary / "projection.safetensors").write_bytes(save(_of_plain_states(weights, engine.module)))
+        (temporary / "optimizer.safetensors").write_bytes(save(kept))
         (temporary / "adapter.json").write_text(config.to_json())
         (temporary / "trainer.json").write_text(trainer.model_dump_json() + "\n")
         (temporary / "recipe.yaml").write_text(recipe.to_yaml())
@@ -89,6 +96,18 @@ def save_checkpoint(
 
     on_main(write)
     return folder
+
+
+def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+    return {f"{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
+
+
+def _of_plain_states(weights: dict[str, torch.Tensor], model: SoftCoT) -> dict[str, torch.Tensor]:
+    """The adapter's weights, float32: those that are trained, with what conditions the states folded into them."""
+    if model.conditioning is None:
+        return weights
+    folded = model.conditioning.fold(weights, model.projection.entry)
+    return {name: value.float().cpu().contiguous() for name, value in folded.items()}
 
 
 def _prune(run_dir: Path, keep: int) -> None:
@@ -131,32 +150,52 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
 def load_checkpoint(engine: Any, folder: Path) -> int:
     """Put a checkpoint's weights and moments into ``engine``; all ranks call it. Returns its step.
 
-    The module itself must hold the weights already (``load_projection`` before ``deepspeed.initialize``): DeepSpeed
+    The module itself must hold the weights already (``Start.again`` before ``deepspeed.initialize``): DeepSpeed
     makes its float32 master copy from them, rounded to the compute dtype. Here the exact copy is put back.
 
     Raises:
         SoftCoTError: a file is damaged.
     """
-    weights, moments, trainer = read_training_state(folder)
-    _create_moments(engine, trainer.optimizer_steps)
+    state = read_training_state(folder)
+    _create_moments(engine, state.trainer.optimizer_steps)
     for name, parameter in engine.module.projection.named_parameters():
-        _set_full(parameter, weights[name])
+        _set_full(parameter, state.weights[name])
         for moment in _MOMENTS:
-            _set_full(parameter, moments[f"{moment}.{name}"], moment)
-    return trainer.step
+            _set_full(parameter, state.moments[f"{moment}.{name}"], moment)
+    return state.trainer.step
 
 
-def read_training_state(folder: Path) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor], TrainerState]:
-    """Weights, moments and counters of a checkpoint. Raises SoftCoTError when they are damaged or not of one piece."""
+class TrainingState(NamedTuple):
+    """What a checkpoint holds for training; tensors are float32 on the CPU."""
+
+    weights: dict[str, torch.Tensor]
+    """As they are trained: of conditioned states, where there is a conditioning."""
+    moments: dict[str, torch.Tensor]
+    trainer: TrainerState
+    conditioning: Conditioning | None
+
+
+def read_training_state(folder: Path) -> TrainingState:
+    """What training goes on from. Raises SoftCoTError when it is damaged or not of one piece."""
     weights = _load_float32(folder / "projection.safetensors")
-    moments = _load_float32(folder / "optimizer.safetensors")
+    path = folder / "optimizer.safetensors"
+    kept = _load_float32(path)
     trainer = TrainerState.read(folder / "trainer.json")
-    wanted = {f"{moment}.{name}": value.shape for name, value in weights.items() for moment in _MOMENTS}
-    if {name: value.shape for name, value in moments.items()} != wanted:
-        raise damaged(folder / "optimizer.safetensors", "its moments are not those of projection.safetensors")
+    conditioning = {name: kept.pop(name) for name in sorted(kept) if name.startswith(f"{_CONDITIONING}.")}
+    parts = (*_MOMENTS, _TRAINED) if conditioning else _MOMENTS
+    wanted = {f"{part}.{name}": value.shape for name, value in weights.items() for part in parts}
+    if {name: value.shape for name, value in kept.items()} != wanted:
+        raise damaged(path, "its moments are not those of projection.safetensors")
     if not checkpoint_step(folder) == trainer.step == AdapterConfig.load(folder).step:
         raise damaged(folder / "trainer.json", f"step {trainer.step} is not that of the folder and adapter.json")
-    return weights, moments, trainer
+    if not conditioning:
+        return TrainingState(weights, kept, trainer, None)
+    trained = {name: kept.pop(f"{_TRAINED}.{name}") for name in weights}
+    try:
+        found = {name.removeprefix(f"{_CONDITIONING}."): value for name, value in conditioning.items()}
+        return TrainingState(trained, kept, trainer, Conditioning.of_tensors(found))
+    except ValueError as error:
+        raise damaged(path, str(error)) from error
 
 
 def _load_float32(path: Path) -> dict[str, torch.Tensor]:

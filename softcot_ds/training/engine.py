@@ -1,7 +1,6 @@
 """The DeepSpeed engine around the frozen base and the trained projection."""
 
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 import deepspeed
@@ -12,7 +11,7 @@ from softcot_ds.data.batches import token_ids
 from softcot_ds.distributed import device, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import agreed, check_model, why_not_fast
 from softcot_ds.models.assistant import load_to_think
@@ -24,10 +23,11 @@ from softcot_ds.models.shared_prefix import common_prefix
 from softcot_ds.planning.fit import spare_to_train
 from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
+from softcot_ds.training.start import Start
 
 
-def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None) -> SoftCoT:
-    """The frozen base with the projection, whose weights come from ``start_from`` or from the seed."""
+def build_model(recipe: Recipe, experiment: Experiment, start: Start | None = None) -> SoftCoT:
+    """The frozen base with the projection, whose weights come from ``start`` or from the seed alone."""
     config = engine_config(recipe)
     partition, group_size = recipe.backbone.partition, recipe.backbone.group_size
     base = load_frozen(recipe.base, partition, device(), config, group_size, recipe.backbone.bits)
@@ -41,10 +41,8 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
     if recipe.backbone.use_liger_kernel and (line := fuse_layers(base)):
         say(line)
     projection = build_projection(recipe, experiment, base)
-    if start_from is not None:
-        weights = load_projection(start_from)
-        check_fits(weights, projection, start_from)
-        projection.load_state_dict(weights)
+    if start is not None:
+        start.put_into(projection, base)
     training = recipe.training
     examples = [*experiment.splits.train, *experiment.splits.validation]
     shared_ids = common_prefix([example.prefix_ids for example in examples])
@@ -57,6 +55,7 @@ def build_model(recipe: Recipe, experiment: Experiment, start_from: Path | None)
         shared_ids,
         token_ids(examples, experiment.base_pad_id) | {PADDING},  # the validation's samples are prompts, too
         experiment.splits.assistant_inputs(),
+        start.conditioning if start is not None else None,
     )
     # DeepSpeed takes a model of one dtype and makes the float32 master copy of what is trained itself.
     projection.to(device=device(), dtype=base.dtype)

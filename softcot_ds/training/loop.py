@@ -30,6 +30,7 @@ from softcot_ds.training.profiling import StepProfiler
 from softcot_ds.training.record import Record
 from softcot_ds.training.resume import agreed_start, sole_trainer
 from softcot_ds.training.schedule import learning_rate_at
+from softcot_ds.training.start import Start
 from softcot_ds.training.stop import StopRequest
 from softcot_ds.training.validation import Validator
 
@@ -49,7 +50,7 @@ def train(recipe: Recipe) -> None:
 
 def _train(recipe: Recipe) -> None:
     experiment = Experiment(recipe)
-    experiment.task.require_training()
+    experiment.require_training()
     recipe = experiment.count_epochs()
     config, splits = recipe.training, experiment.splits
     for note in splits.notes:
@@ -65,7 +66,7 @@ def _train(recipe: Recipe) -> None:
     recipe = settled(recipe)
     ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
     check_micro_batches(splits.train, config, ranks)
-    engine = _prepare_engine(experiment, recipe, ranks, folder)
+    engine = _prepare_engine(experiment, recipe, reader, ranks, folder)
     make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
     batches = training_batches(splits.train, make_batch, recipe, ranks, start)
     validator = Validator(engine, splits.validation, make_batch, experiment, ranks)
@@ -108,11 +109,14 @@ def _train(recipe: Recipe) -> None:
     record.finish(summary, folder)
 
 
-def _prepare_engine(experiment: Experiment, recipe: Recipe, ranks: DataRanks, resume_from: Path | None) -> Any:
+def _prepare_engine(
+    experiment: Experiment, recipe: Recipe, reader: ThoughtReader, ranks: DataRanks, resume_from: Path | None
+) -> Any:
     """The engine, with the weights and moments of the checkpoint that the run goes on from, if there is one."""
     splits = experiment.splits
-    start_from = resume_from / "projection.safetensors" if resume_from else recipe.projection.init_from
-    model = build_model(recipe, experiment, start_from)
+    # Before the models are there: to sum up the states takes memory, too.
+    start = Start.again(resume_from) if resume_from else Start.anew(experiment, reader, splits.train)
+    model = build_model(recipe, experiment, start)
     num_trained = sum(p.numel() for p in model.projection.parameters())
     engine = build_engine(model, recipe)
     if resume_from:

@@ -1,0 +1,155 @@
+"""The assistant's states as a projection is trained on them: centred or whitened, by an affine map that is folded into
+the adapter's weights.
+
+A state of a trained model is nearly the same for every question: two or three of its coordinates, the same in all
+states, are some tens of times as long as all that varies. On such inputs gradient descent moves the constant part of a
+thought and next to nothing else. On states without their mean, or on those of equal variance in all directions too, it
+need not; and as both are affine maps of the state, what is saved is one weight and one bias on plain states again.
+
+These are summed over coordinates that cancel: with whitened states of SmolLM2 135M on GSM8K, thoughts from the saved
+weights in float32 differ by 6e-5 of what varies in them, and by half of it from weights rounded to bfloat16.
+
+P assistant width, D base width.
+"""
+
+from dataclasses import dataclass
+from typing import Self
+
+import torch
+
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.base import projection_class
+from softcot_ds.recipe import Recipe
+
+Weights = dict[str, torch.Tensor]
+
+FLOOR = 1e-2
+"""Of the mean variance of a direction, what is added to each before it is divided by: what has less is hardly more than
+the rounding of the states, and to be whitened would be to be amplified."""
+
+
+@dataclass(frozen=True)
+class Conditioning:
+    """``matrix (state - mean)``. In float32, so that a checkpoint holds it to the bit."""
+
+    mean_P: torch.Tensor
+    matrix_PP: torch.Tensor | None = None
+    """None for the identity. It can be inverted."""
+
+    @classmethod
+    def of(cls, mean_P: torch.Tensor, variances_P: torch.Tensor, directions_PP: torch.Tensor, whiten: bool) -> Self:
+        """From the mean of states and their covariance's eigenvalues and eigenvectors (columns), in float64.
+
+        Args:
+            whiten: make the coordinates of a state those along the eigenvectors, and their variances v / (v + floor).
+        """
+        if not whiten:
+            return cls(mean_P.float())
+        scale_P = (variances_P + FLOOR * variances_P.mean().clamp(min=1e-30)).rsqrt()
+        return cls(mean_P.float(), (directions_PP * scale_P).T.float().contiguous())
+
+    @classmethod
+    def of_tensors(cls, tensors: Weights) -> Self:
+        """From ``tensors()``. Raises ValueError on anything else."""
+        mean_P, matrix_PP = (tensors.get(name) for name in ("mean", "matrix"))
+        shapes = {"mean": (width := len(tensors.get("mean", ())),), "matrix": (width, width)}
+        if mean_P is None or any(tuple(value.shape) != shapes.get(name) for name, value in tensors.items()):
+            raise ValueError(f"no conditioning: { ({name: tuple(value.shape) for name, value in tensors.items()}) }")
+        return cls(mean_P, matrix_PP)
+
+    def tensors(self) -> Weights:
+        """By name, in float32."""
+        return {"mean": self.mean_P} if self.matrix_PP is None else {"mean": self.mean_P, "matrix": self.matrix_PP}
+
+    @classmethod
+    def shaped(cls, condition: str, width: int) -> Self | None:
+        """One without values, for a plan: of ``projection.condition``, and None for none."""
+        if condition == "none":
+            return None
+        return cls(torch.empty(width), torch.empty(width, width) if condition == "whiten" else None)
+
+    def to(self, device: torch.device) -> Self:
+        return type(self)(self.mean_P.to(device), None if self.matrix_PP is None else self.matrix_PP.to(device))
+
+    def __call__(self, states: torch.Tensor) -> torch.Tensor:
+        """(..., P) states in any floating dtype to conditioned ones, in float32 at least: the mean is subtracted from
+        what the states are, before any rounding to the dtype of the projection."""
+        dtype = torch.promote_types(states.dtype, torch.float32)
+        centred = states.to(dtype) - self.mean_P.to(dtype)
+        return centred if self.matrix_PP is None else centred @ self.matrix_PP.to(dtype).T
+
+    @property
+    def nbytes(self) -> int:
+        return sum(tensor.nbytes for tensor in self.tensors().values())
+
+    def operations(self, num_states: int) -> int:
+        """Floating-point operations of the product that conditions so many states, if there is one."""
+        return 0 if self.matrix_PP is None else 2 * num_states * self.matrix_PP.numel()
+
+    def fold(self, weights: Weights, entry: tuple[str, str]) -> Weights:
+        """The weights, in float64, of the projection of plain states that is ``weights`` of conditioned ones.
+
+        Args:
+            entry: the names of the (., P) weight and of the bias that states meet first.
+        """
+        weight, bias = (weights[name].to(self.mean_P.device, torch.float64) for name in entry)
+        if self.matrix_PP is not None:
+            weight = weight @ self.matrix_PP.double()
+        return weights | dict(zip(entry, (weight, bias - weight @ self.mean_P.double()), strict=True))
+
+    def unfold(self, weights: Weights, entry: tuple[str, str]) -> Weights:
+        """The weights, in float64, of the projection of conditioned states that is ``weights`` of plain ones."""
+        weight, bias = (weights[name].to(self.mean_P.device, torch.float64) for name in entry)
+        bias = bias + weight @ self.mean_P.double()
+        if self.matrix_PP is not None:
+            weight = torch.linalg.solve(self.matrix_PP.double(), weight, left=False)
+        return weights | dict(zip(entry, (weight, bias), strict=True))
+
+
+def token_sized(
+    weights: Weights,
+    entry: tuple[str, str],
+    conditioning: Conditioning,
+    variances_P: torch.Tensor,
+    directions_PP: torch.Tensor,
+    rms: float,
+) -> Weights:
+    """The weights, in float64, of an affine projection of conditioned states, scaled: over the states of which these
+    are variances and directions, the part of its thoughts that varies has the root mean square ``rms``, and so has the
+    constant part."""
+    weight, bias = (weights[name].double() for name in entry)
+    roots_PP = directions_PP * variances_P.sqrt()  # times its transpose, the covariance
+    if conditioning.matrix_PP is not None:
+        roots_PP = conditioning.matrix_PP.double() @ roots_PP
+    size = rms * len(bias) ** 0.5
+    varying, constant = (weight @ roots_PP).norm(), bias.norm()
+    return weights | dict(zip(entry, (weight * (size / varying), bias * (size / constant)), strict=True))
+
+
+def needs_moments(recipe: Recipe) -> bool:
+    """Whether a training needs the mean and covariance of the training problems' states before it begins."""
+    settings = recipe.projection
+    by_states = settings.condition != "none" or settings.init_scale == "auto"
+    return by_states and projection_class(settings.kind).needs_states
+
+
+def check_conditioning(recipe: Recipe) -> None:
+    """Raises SoftCoTError when states cannot be what ``projection.condition`` or ``init_scale`` makes of them."""
+    settings = recipe.projection
+    kind = projection_class(settings.kind)
+    if settings.condition != "none" and kind.entry is None:
+        why = "has no layer that this could be folded into" if kind.needs_states else "reads no states"
+        raise SoftCoTError(
+            f"projection.condition={settings.condition}: a projection of the kind {settings.kind} {why}; set it to none"
+        )
+    if settings.init_scale == "auto" and kind.needs_states and not kind.is_affine:
+        raise SoftCoTError(
+            f"projection.init_scale=auto: how long the thoughts of a {settings.kind} projection are does not follow "
+            "from the covariance of the states; set a number"
+        )
+    if needs_moments(recipe) and recipe.thoughts.source == "online":
+        asked = "init_scale=auto" if settings.condition == "none" else f"condition={settings.condition}"
+        raise SoftCoTError(
+            f"projection.{asked} needs the states of all training problems before the first step, and thoughts.source "
+            "is online; set it to cache, and build that with: softcot-ds cache RECIPE"
+        )

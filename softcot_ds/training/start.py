@@ -1,0 +1,79 @@
+"""What a training's projection starts from, and the conditioning that it is trained with."""
+
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from transformers import PreTrainedModel
+
+from softcot_ds.data.examples import Example
+from softcot_ds.distributed import device, from_all_ranks
+from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.conditioning import Conditioning, Weights, needs_moments, token_sized
+from softcot_ds.models.backbone import vocabulary
+from softcot_ds.models.embedding import token_rms
+from softcot_ds.thoughts.moments import Moments
+from softcot_ds.thoughts.reader import ThoughtReader
+from softcot_ds.training.checkpoint import read_training_state
+
+
+@dataclass(frozen=True)
+class Start:
+    """The weights are of the projection as it is trained: of conditioned states."""
+
+    weights: Weights | None = None
+    """None: from the seed."""
+    conditioning: Conditioning | None = None
+    sized_by: Moments | None = None
+    """Of the states by which weights from the seed are scaled (``projection.init_scale=auto``)."""
+
+    @classmethod
+    def anew(cls, experiment: Experiment, reader: ThoughtReader, examples: list[Example]) -> "Start":
+        """Of a run that begins; all ranks call it.
+
+        Args:
+            examples: of the training.
+
+        Raises:
+            SoftCoTError: a row of the cache or ``projection.init_from`` is damaged, or the latter does not fit.
+        """
+        recipe = experiment.recipe
+        settings, kind = recipe.projection, projection_class(recipe.projection.kind)
+        moments = reader.moments(examples) if needs_moments(recipe) else None
+        conditioning = None
+        if settings.condition != "none":
+            conditioning = _conditioning(moments, whiten=settings.condition == "whiten").to(device())
+        if settings.init_from is None:
+            return cls(None, conditioning, moments if settings.init_scale == "auto" else None)
+        weights = load_projection(settings.init_from)
+        with torch.device("meta"):
+            wanted = kind.empty(recipe, *experiment.widths)
+        check_fits(weights, wanted, settings.init_from)
+        return cls(conditioning.unfold(weights, kind.entry) if conditioning else weights, conditioning)
+
+    @classmethod
+    def again(cls, folder: Path) -> "Start":
+        """Of a run that goes on from a checkpoint. Raises SoftCoTError when that is damaged."""
+        state = read_training_state(folder)
+        return cls(state.weights, state.conditioning.to(device()) if state.conditioning else None)
+
+    def put_into(self, projection: Projection, base: PreTrainedModel) -> None:
+        """Set the weights of a new projection in float32; all ranks call it."""
+        weights = self.weights
+        if self.sized_by is not None:
+            rms = from_all_ranks(token_rms(base.get_input_embeddings(), vocabulary(base.config)))[0]
+            weights = self._sized(projection, rms)
+        if weights is not None:
+            projection.load_state_dict(weights)
+
+    def _sized(self, projection: Projection, rms: float) -> Weights:
+        moments, centred = self.sized_by, _conditioning(self.sized_by, whiten=False)
+        conditioning = self.conditioning.to("cpu") if self.conditioning else centred
+        shapes = moments.variances_P, moments.directions_PP
+        sized = token_sized(projection.state_dict(), projection.entry, conditioning, *shapes, rms)
+        return sized if self.conditioning else centred.fold(sized, projection.entry)
+
+
+def _conditioning(moments: Moments, whiten: bool) -> Conditioning:
+    return Conditioning.of(moments.mean_P, moments.variances_P, moments.directions_PP, whiten)

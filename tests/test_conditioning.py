@@ -1,0 +1,158 @@
+"""Conditioned states: what they are over the training's states, and that an adapter of plain states is the same map."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from launch import ROOT
+from test_moments import massive
+
+from softcot_ds import choices
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.conditioning import FLOOR, Conditioning, check_conditioning, token_sized
+from softcot_ds.methods.softcot import LinearProjection
+from softcot_ds.models.embedding import token_rms
+from softcot_ds.recipe import load_recipe
+from softcot_ds.thoughts.moments import Moments, RunningMoments
+from softcot_ds.training.start import Start
+
+RECIPE = ROOT / "recipes" / "word_problems.yaml"
+ENTRY = "weight", "bias"
+CONDITIONS = ["center", "whiten"]
+
+
+@pytest.fixture(scope="module")
+def states() -> torch.Tensor:
+    """(N, T, P) float64, in whose values there is a coordinate of thousands of deviations."""
+    return massive(200).double()
+
+
+@pytest.fixture(scope="module")
+def moments(states) -> Moments:
+    running = RunningMoments(*states.shape[1:])
+    running.add(states)
+    return running.moments()
+
+
+def conditioning(moments: Moments, condition: str) -> Conditioning:
+    return Conditioning.of(moments.mean_P, moments.variances_P, moments.directions_PP, condition == "whiten")
+
+
+def random_weights() -> dict[str, torch.Tensor]:
+    generator = torch.Generator().manual_seed(3)
+    shapes = {"weight": (7, 5), "bias": (7,), "later": (2, 2)}
+    return {name: torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_folding_is_exact(states, moments, condition):
+    """In float64, of the float32 values that a training has; relative to the terms that are summed."""
+    made, weights = conditioning(moments, condition), random_weights()
+    want = made(states) @ weights["weight"].double().T + weights["bias"]
+    folded = made.fold(weights, ENTRY)
+    found = states @ folded["weight"].T + folded["bias"]
+    largest = (states.abs() @ folded["weight"].abs().T).max()
+    assert (found - want).abs().max() <= 1e-15 * largest
+    assert folded["later"] is weights["later"]
+    back = made.unfold(folded, ENTRY)
+    for name in ENTRY:
+        torch.testing.assert_close(back[name], weights[name].double(), rtol=1e-9, atol=1e-9)
+
+
+def test_centred_states_have_no_mean_and_whitened_ones_are_alike_in_all_directions(states, moments):
+    centred = conditioning(moments, "center")(states).flatten(0, 1)
+    flat = states.flatten(0, 1)
+    torch.testing.assert_close(centred, flat - flat.mean(dim=0), rtol=0, atol=2e-4)  # 4000 in float32
+
+    whitened = conditioning(moments, "whiten")(states).flatten(0, 1)
+    variances = moments.variances_P
+    want = variances / (variances + FLOOR * variances.mean())
+    torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.diag(want), rtol=0, atol=1e-5)
+    assert variances[0] > 9 * variances[-1], "or there is nothing to whiten"
+
+
+def test_the_mean_goes_before_anything_is_rounded():
+    """In bfloat16 a state of 4000.5 is 4000, and so is its mean."""
+    made = Conditioning(torch.tensor([4000.0]))
+    assert made(torch.tensor([[4000.5]])).item() == 0.5
+    assert made(torch.tensor([[4016.0]], dtype=torch.bfloat16)).item() == 16
+    assert made(torch.tensor([[1.0]], dtype=torch.float64)).dtype == torch.float64
+
+
+def test_a_direction_without_variance_is_no_division_by_zero():
+    made = Conditioning.of(torch.zeros(2).double(), torch.tensor([1.0, 0.0]).double(), torch.eye(2).double(), True)
+    assert made.matrix_PP.isfinite().all()
+    nothing = Conditioning.of(torch.zeros(2).double(), torch.zeros(2).double(), torch.eye(2).double(), True)
+    assert nothing.matrix_PP.isfinite().all()
+
+
+class Rows(SimpleNamespace):
+    """A base as far as a start asks: its embedding and how many rows that has."""
+
+    def get_input_embeddings(self) -> torch.nn.Embedding:
+        return self.embedding
+
+
+@pytest.mark.parametrize("condition", ["none", *CONDITIONS])
+def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant(states, moments, condition):
+    torch.manual_seed(0)
+    embedding = torch.nn.Embedding(5000, 7)  # more than are embedded at a time
+    rms = embedding.weight.square().mean().sqrt().item()
+    assert token_rms(embedding, 5000) == pytest.approx(rms, rel=1e-6)
+
+    made = None if condition == "none" else conditioning(moments, condition)
+    projection = LinearProjection(5, 7).double()
+    base = Rows(embedding=embedding, config=SimpleNamespace(vocab_size=5000, get_text_config=lambda: None))
+    base.config.get_text_config = lambda: base.config
+    Start(None, made, moments).put_into(projection, base)
+    thoughts = projection(made(states) if made else states).detach().flatten(0, 1)
+    mean = thoughts.mean(dim=0)
+    assert mean.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
+    assert (thoughts - mean).square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
+
+
+def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
+    weights, made = random_weights(), conditioning(moments, "whiten")
+    sized = token_sized(weights, ENTRY, made, moments.variances_P, moments.directions_PP, 0.5)
+    for name in ENTRY:
+        ratio = sized[name] / weights[name]
+        torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-12, atol=0)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["projection.condition=whiten"], ""),
+        (["projection.kind=static", "projection.init_scale=auto", "thoughts.source=online"], ""),
+        (["thoughts.source=online"], ""),
+        (["projection.kind=static", "projection.condition=center"], "of the kind static reads no states; set it to"),
+        (
+            ["projection.condition=whiten", "thoughts.source=online"],
+            "condition=whiten needs the states of all training",
+        ),
+        (["projection.init_scale=auto", "thoughts.source=online"], "init_scale=auto needs .* softcot-ds cache RECIPE"),
+        (["projection.kind=deep", "projection.condition=center"], "kind deep has no layer that this could be folded"),
+        (["projection.kind=deep", "projection.init_scale=auto"], "long the thoughts of a deep projection are"),
+    ],
+)
+def test_what_cannot_be_conditioned_is_refused_with_what_to_do(monkeypatch, overrides, said):
+    monkeypatch.setitem(choices.PROJECTIONS, "deep", f"{__name__}:Deep")
+    recipe = load_recipe(RECIPE, overrides)
+    if not said:
+        check_conditioning(recipe)
+        return
+    with pytest.raises(SoftCoTError, match=said):
+        check_conditioning(recipe)
+
+
+class Deep(LinearProjection):
+    is_affine = False
+    entry = None
+
+
+@pytest.mark.parametrize(
+    "tensors", [{}, {"matrix": torch.eye(2)}, {"mean": torch.zeros(2), "matrix": torch.eye(3)}, {"other": torch.eye(2)}]
+)
+def test_what_is_no_conditioning_is_refused(tensors):
+    with pytest.raises(ValueError, match="no conditioning"):
+        Conditioning.of_tensors(tensors)
