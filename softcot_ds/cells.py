@@ -92,7 +92,7 @@ class Grid:
         """
         if self.seeds and Path(source).is_dir():
             raise SoftCoTError(
-                f"{source} is an adapter directory, which is of one seed; seeds is for a recipe, whose runs it names"
+                f"{source} is a folder, and an adapter's is of one seed; seeds is for a recipe, whose runs it names"
             )
         return load_for_evaluation(source, list(self.plain))
 

@@ -509,6 +509,8 @@ def _explain(detail: Any) -> list[str]:
     match detail["type"]:
         case "extra_forbidden" if location == "seeds":
             return ["seeds: only on the command line of evaluate, cache or submit; a run has one seed (seed=41)"]
+        case "int_type" if location == "evaluation.thoughts" and isinstance(detail["input"], list):
+            return [f"{location}: a list only on the command line of evaluate, cache or submit; here one number"]
         case "extra_forbidden":
             return [f"{location}: unknown key{_suggest(detail['loc'])}"]
         case "missing":

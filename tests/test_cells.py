@@ -100,6 +100,11 @@ def test_cells_are_ordinary_recipes_of_runs_of_their_own_that_share_outputs(tmp_
         (evaluate, ["seeds=1..2", "evaluation.thoughts=[4,0]"], "evaluation.thoughts: input should be greater than"),
         (evaluate, ["seeds=1..2", "training.stepz=3"], "training.stepz: unknown key; did you mean training.step"),
         (train, ["seeds=1..2"], "seeds: only on the command line of evaluate, cache or submit; a run has one seed"),
+        (
+            train,
+            ["evaluation.thoughts=[1,2]"],
+            "evaluation.thoughts: a list only on the command line of",
+        ),
     ],
 )
 def test_mistakes_are_said_before_work_begins(capfd, command, arguments, message):
@@ -108,7 +113,7 @@ def test_mistakes_are_said_before_work_begins(capfd, command, arguments, message
 
 
 def test_an_adapter_is_of_one_seed(tmp_path):
-    with pytest.raises(SoftCoTError, match="is an adapter directory, which is of one seed; seeds is for a recipe"):
+    with pytest.raises(SoftCoTError, match="is a folder, and an adapter's is of one seed; seeds is for a recipe"):
         Grid.of(["seeds=1..2"]).recipe(str(tmp_path))
 
 
