@@ -1,6 +1,6 @@
 """Layers that liger-kernel computes, against the naive float64 computation of test_step.py.
 
-Its kernels are Triton's: without a GPU they run in the interpreter, in a process of its own that runs this file again.
+Its kernels are Triton's: without a GPU test_interpreter.py runs this file again.
 """
 
 import copy
@@ -8,13 +8,10 @@ import importlib
 import json
 import multiprocessing
 import os
-import subprocess
-import sys
 
-import interpreter
 import pytest
 import torch
-import triton
+from interpreter import DEVICE, INTERPRETED, complete, runs_triton
 from kept import Kept
 from launch import ROOT, free_port
 from softcot_kernels import reference
@@ -34,15 +31,8 @@ from softcot_ds.recipe import ModelConfig
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
 
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = torch.device("cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu")
 if INTERPRETED:
-    interpreter.complete()
-
-
-def runs_triton(test):
-    no_triton = DEVICE.type == "cpu" and not INTERPRETED
-    return pytest.mark.gpu(pytest.mark.skipif(no_triton, reason="no GPU; see the interpreter's test")(test))
+    complete()
 
 
 @pytest.fixture(autouse=True, scope="module")
@@ -59,15 +49,6 @@ def llamas():
     model = make_model("llama").to(DEVICE)
     fused = copy.deepcopy(model)
     return model, fused, fuse_layers(fused)
-
-
-@pytest.mark.distributed
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
-def test_every_claim_holds_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
-    assert "passed" in process.stdout
 
 
 @pytest.mark.skipif(DEVICE.type == "cuda" or INTERPRETED, reason="here they run")

@@ -1,17 +1,13 @@
 """Cross entropy fused with the head, against the naive float64 computation of test_step.py.
 
-liger-kernel's kernels are Triton's. Without a GPU they run in its interpreter, which Triton decides on when it is
-imported: in a process of its own, which runs this file again.
+liger-kernel's kernels are Triton's: without a GPU test_interpreter.py runs this file again.
 """
 
 import copy
-import os
-import subprocess
-import sys
 
 import pytest
 import torch
-import triton
+from interpreter import DEVICE, runs_triton
 from test_step import (
     FAMILIES,
     TOLERANCES,
@@ -31,23 +27,6 @@ from softcot_ds.models import loss as loss_module
 from softcot_ds.models.loss import IGNORE
 
 pytest.importorskip("liger_kernel", reason="liger-kernel is not installed; it comes with softcot-ds[test]")
-
-INTERPRETED = triton.knobs.runtime.interpret
-DEVICE = "cuda" if torch.cuda.is_available() and not INTERPRETED else "cpu"
-
-
-def runs_triton(test):
-    no_triton = DEVICE == "cpu" and not INTERPRETED
-    return pytest.mark.gpu(pytest.mark.skipif(no_triton, reason="no GPU; see the interpreter's test")(test))
-
-
-@pytest.mark.distributed
-@pytest.mark.skipif(INTERPRETED, reason="is the interpreter's run")
-def test_every_claim_holds_in_the_interpreter():
-    command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", __file__]
-    process = subprocess.run(command, env=os.environ | {"TRITON_INTERPRET": "1"}, capture_output=True, text=True)
-    assert process.returncode == 0, process.stdout[-8000:] + process.stderr[-2000:]
-    assert "passed" in process.stdout
 
 
 @runs_triton
@@ -70,7 +49,7 @@ def test_loss_and_gradient_match_examples_run_alone(family, changes, fused, monk
     examples = draw_examples(UNEVEN, thoughts=3, shared=6)
     truth = true_loss_and_gradient(model, make_projection(), examples)
     step = SoftCoT(copy.deepcopy(model), make_projection(), shared_ids=examples[0][0][:6]).to(DEVICE)
-    batch = make_batch(examples, torch.float32, num_shared=6).to(torch.device(DEVICE))
+    batch = make_batch(examples, torch.float32, num_shared=6).to(DEVICE)
     loss = step(batch) / sum(len(target) for *_, target in examples)
     assert step.prefixed.fuses_loss == fused
     loss.backward()
@@ -104,7 +83,7 @@ def test_any_number_of_rows_at_a_time_gives_the_same(at_a_time, monkeypatch):
 def test_targets_that_count_nothing_give_no_loss():
     examples = draw_examples(UNEVEN, thoughts=3)
     step = SoftCoT(make_model("llama"), make_projection()).to(DEVICE)
-    batch = make_batch(examples, torch.float32).to(torch.device(DEVICE))
+    batch = make_batch(examples, torch.float32).to(DEVICE)
     batch.targets.fill_(IGNORE)
     with torch.no_grad():
         assert step(batch).item() == 0
@@ -115,14 +94,14 @@ def test_targets_that_count_nothing_give_no_loss():
 def test_operations_of_a_step_can_be_counted():
     """PyTorch's counter follows the modules that tensors with a gradient reach, and fails at views made without one."""
     step = SoftCoT(make_model("llama"), make_projection()).to(DEVICE)
-    batch = make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32).to(torch.device(DEVICE))
+    batch = make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32).to(DEVICE)
     with FlopCounterMode(display=False) as counter:
         step(batch).backward()
     assert counter.get_total_flops() > 0
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(DEVICE == "cpu", reason="no GPU")
+@pytest.mark.skipif(DEVICE.type == "cpu", reason="no GPU")
 def test_logits_never_exist():
     """16,384 supervised tokens and 64,000 words: 4.2 GB of logits in float32, or half of that in bfloat16."""
     states = torch.randn(16384, 64, device=DEVICE, dtype=torch.bfloat16, requires_grad=True)
