@@ -77,7 +77,13 @@ def truth(experiment, model):
 
 
 @pytest.mark.parametrize(
-    ("ranks", "alike", "size"), [(1, 1, 2), (2, 1, 2), (2, 2, 2), (3, 1, 2), (5, 1, 2), (1, 1, 1), (2, 1, 9)]
+    ("ranks", "alike", "size"),
+    [
+        (1, 1, 2),
+        (2, 2, 2),
+        (5, 1, 2),
+        *(pytest.param(*case, marks=pytest.mark.slow) for case in [(2, 1, 2), (3, 1, 2), (1, 1, 1), (2, 1, 9)]),
+    ],
 )
 def test_validation_is_that_of_each_example_alone_on_any_number_of_ranks(
     experiment, model, make_batch, truth, ranks, alike, size, monkeypatch
