@@ -2,8 +2,8 @@
 
 A rank that the launcher starts spends seven seconds of a core on importing PyTorch, transformers and DeepSpeed, and the
 launcher four more. So what is not about launchers starts here: processes as separate as others, that find each other by
-the same variables. One thing they share that others do not: the seed of Python's hashes. test_stories.py and the tests
-on a cluster start theirs the way users do.
+the same variables. One thing they share that others do not: the seed of Python's hashes. Jobs on a cluster start theirs
+the way users do, and so does test_stories.py once.
 """
 
 import gc

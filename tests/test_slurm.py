@@ -9,7 +9,6 @@ import re
 import shutil
 import signal
 import subprocess
-import sys
 import time
 import urllib.request
 from collections.abc import Callable, Iterator
@@ -19,7 +18,8 @@ from pathlib import Path
 
 import pytest
 import torch
-from launch import BIN, ROOT, deepspeed_command, run
+from forked import run_forked
+from launch import BIN, ROOT
 from runs import losses
 from safetensors.torch import load_file
 from slurm_cluster import Cluster, Process
@@ -62,9 +62,8 @@ def undisturbed(shared_cache, tmp_path_factory) -> Path:
     """The run on two ranks of this machine, without SLURM."""
     folder = tmp_path_factory.mktemp("undisturbed")
     arguments = [RECIPE, *SMALL, shared_cache, f"output_dir={folder}"]
-    run([str(BIN / "softcot-ds"), "cache", *arguments])
-    run(deepspeed_command(2, "softcot_ds.train", *arguments))
-    run(deepspeed_command(2, "softcot_ds.evaluate", *arguments))
+    for command in ("cache", "train", "evaluate"):
+        run_forked(2, f"softcot_ds.{command}", *arguments)
     return folder / "demo"
 
 
@@ -228,19 +227,20 @@ def test_refused_chain_leaves_no_job_and_a_second_chain_is_refused(cluster, tmp_
         "echo 'sbatch: error: no such account' >&2; exit 1\n"
     )
     fake.chmod(0o755)
-    command = [str(BIN / "softcot-ds"), "submit", RECIPE, *SMALL, f"output_dir={tmp_path}", f"cache.path={tmp_path}/c"]
+    held = [RECIPE, *SMALL, f"output_dir={tmp_path}", f"cache.path={tmp_path}/c", "--nodes=2", "--sbatch=--hold"]
+    submit = partial(run_forked, 1, "softcot_ds.submit", *held, check=False)
+    variables = cluster.env | VARIABLES
     paths = {"PATH": f"{fake.parent}{os.pathsep}{VARIABLES['PATH']}", "REAL_PATH": os.environ["PATH"]}
-    done = cluster.run(*command, "--nodes=2", "--sbatch=--hold", cwd=ROOT, check=False, env=VARIABLES | paths)
-    assert done.returncode == 2
-    assert "no such account" in done.stderr
+    refused = submit(**variables | paths)
+    assert refused.returncode == 2
+    assert "no such account" in refused.stdout
     assert cluster.run("squeue", "--noheader").stdout == ""
 
-    held = [*command, "--nodes=2", "--sbatch=--hold"]
-    cluster.run(*held, cwd=ROOT, env=VARIABLES)
+    assert submit(**variables).returncode == 0
     try:
-        twice = cluster.run(*held, cwd=ROOT, check=False, env=VARIABLES)
+        twice = submit(**variables)
         assert twice.returncode == 2
-        assert "of this run is in the queue already" in twice.stderr
+        assert "of this run is in the queue already" in twice.stdout
         assert len(cluster.run("squeue", "--noheader").stdout.splitlines()) == 3
     finally:
         cluster.run("scancel", "--partition=main")
@@ -351,9 +351,9 @@ def test_run_that_nodes_held_within_themselves_goes_on_over_all_ranks_and_is_eva
     saved = saved_step(batch.run_dir)
     assert saved < STEPS
 
-    log = batch.wait(batch.submit("train.sbatch", "--nodes=2", overrides=("backbone.partition=zero3",)), "COMPLETED")
-    assert f"resuming from {batch.run_dir}/checkpoints/step-{saved}" in log
-    assert "2 ranks (cpu), ZeRO stage 3" in log
+    resumed = run_forked(2, "softcot_ds.train", RECIPE, *batch.overrides, "backbone.partition=zero3").stdout
+    assert f"resuming from {batch.run_dir}/checkpoints/step-{saved}" in resumed
+    assert "2 ranks (cpu), ZeRO stage 3" in resumed
     straight, found = losses(undisturbed), batch.losses()
     assert found.keys() == straight.keys()
     # Micro-batches of other sizes are rounded in other ways, which Adam's first steps amplify: later steps say nothing.
@@ -366,7 +366,7 @@ def test_run_that_nodes_held_within_themselves_goes_on_over_all_ranks_and_is_eva
     decoded = shutil.ignore_patterns("outputs", "evaluation", "report.json")
     shutil.copytree(batch.run_dir, alone / "demo", ignore=decoded)
     whole = [*batch.overrides, f"output_dir={alone}", "evaluation.partition=none"]
-    run([sys.executable, "-m", "softcot_ds.evaluate", RECIPE, *whole])
+    run_forked(1, "softcot_ds.evaluate", RECIPE, *whole)
     assert outputs(batch.run_dir) == outputs(alone / "demo")
     assert outputs(alone / "demo").keys() == {"learned", "none"}
 
