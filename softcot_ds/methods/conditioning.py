@@ -6,8 +6,8 @@ states, are some tens of times as long as all that varies. On such inputs gradie
 thought and next to nothing else. On states without their mean, or on those of equal variance in all directions too, it
 need not; and as both are affine maps of the state, what is saved is one weight and one bias on plain states again.
 
-These are summed over coordinates that cancel: with whitened states of SmolLM2 135M on GSM8K, thoughts from the saved
-weights in float32 differ by 6e-5 of what varies in them, and by half of it from weights rounded to bfloat16.
+Their terms cancel: with random weights of whitened states of SmolLM2 135M on GSM8K, thoughts from what is saved, in
+float32, differ by 6e-5 of what varies in them; from weights rounded to bfloat16, by half of it.
 
 P assistant width, D base width.
 """
@@ -24,13 +24,17 @@ from softcot_ds.recipe import Recipe
 Weights = dict[str, torch.Tensor]
 
 FLOOR = 1e-2
-"""Of the mean variance of a direction, what is added to each before it is divided by: what has less is hardly more than
-the rounding of the states, and to be whitened would be to be amplified."""
+"""Of the mean variance of a direction, what is added to each before it is divided by: directions that have much less
+would be amplified, and fitted to the training problems alone. Of SmolLM2's 576 it leaves about 185."""
 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """``matrix (state - mean)``. In float32, so that a checkpoint holds it to the bit."""
+    """``matrix (state - mean)``. In float32, so that a checkpoint holds it to the bit.
+
+    It is applied to the states, not to the map: that is 2 P operations for each coordinate of a state in place of 2 P
+    for each weight, of which there are more than coordinates in a batch.
+    """
 
     mean_P: torch.Tensor
     matrix_PP: torch.Tensor | None = None
