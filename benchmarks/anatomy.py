@@ -10,6 +10,7 @@ is told of them. What ``--out`` holds already is kept, and not measured again. T
 import argparse
 import json
 from collections.abc import Collection, Iterator, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +44,7 @@ def placeholders(experiment: Experiment) -> Iterator[tuple[str, str | list[str] 
     in_prompt = experiment.assistant_prompts.thoughts_input("", "").token_ids
     added = chat.tokenizer.added_tokens_decoder
     special = [token.content for number, token in sorted(added.items()) if number not in in_prompt]
-    for name, texts in (("special tokens", special), ("digits", [str(digit) for digit in range(1, 10)])):
+    for name, texts in (("digits", [str(digit) for digit in range(1, 10)]), ("special tokens", special)):
         if len(texts := [text for text in texts if is_one_token(chat, text)]) >= min(count, 4):
             yield f"one of the {name}", texts[0]
             yield f"several {name}", texts[:count]
@@ -97,15 +98,18 @@ def measure(
     """The rows of each pair of a wording and placeholders that is not ``there``."""
     own = experiment.assistant_prompts
     problems = [example.problem for example in experiment.splits.train[:questions]]
-    grid = [("the task's", own.prompts, name, texts) for name, texts in placeholders(experiment)]
-    for name, messages in WORDINGS.items():
-        prompts = type(own.prompts)(**{**vars(own.prompts), "assistant": messages})
-        grid.append((name, prompts, "the recipe's", experiment.recipe.thoughts.placeholder))
+    chosen = dict(placeholders(experiment))
+    grid = [("the task's", own.prompts, name, texts) for name, texts in chosen.items()]
+    for wording, messages in WORDINGS.items():
+        prompts = replace(own.prompts, assistant=messages)
+        some = {name: texts for name, texts in chosen.items() if name in ("the recipe's", "one of the digits")}
+        grid += [(wording, prompts, name, texts) for name, texts in some.items()]
     for wording, prompts, placeholder, texts in grid:
         if (wording, placeholder) in there:
             continue
         asked = AssistantPrompts(own.chat, prompts, own.count, texts)
         inputs = [asked.thoughts_input(problem.id, problem.question) for problem in problems]
+        inputs.sort(key=lambda item: len(item.token_ids))  # little padding
         states = states_by_layer(model, inputs)
         of = {"wording": wording, "placeholder": placeholder}
         yield [{**of, "layer": layer, **row(states[layer])} for layer in some_layers(len(states) - 1)]

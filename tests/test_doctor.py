@@ -112,7 +112,7 @@ CPU = {"gpus": 0, "gpu": "", "gpus_allotted": 0}
 WRONG = {
     "states alike": (
         cluster(states=(56.4, 1.23)),
-        "warning", "states", "1.23 of their length varies with the question, 56.4 is the same", "--info shows more",
+        "warning", "states", "1.23 of their length varies with the question, 56.4 is the same", "another thoughts.pla",
     ),
     "too large": (
         cluster(too_large="training 134 GiB of a GPU, by plan"),
@@ -443,7 +443,8 @@ def test_states_of_the_cache_that_hardly_differ_are_a_warning(tmp_path, size, le
     assert varying / constant == pytest.approx(size, rel=0.2), "of a sample, in which the signs are not half and half"
     (verdict, *_) = diagnosis._states(cluster(states=(constant, varying)))
     assert verdict[0] == level
-    assert examine._states(load_recipe(RECIPE, [f"cache.path={tmp_path}", "projection.kind=static"])) is None
+    for other in ("kind=static", "condition=center"):
+        assert examine._states(load_recipe(RECIPE, [f"cache.path={tmp_path}", f"projection.{other}"])) is None
 
 
 @pytest.mark.slow

@@ -8,7 +8,7 @@ import pytest
 import torch
 from forked import run_forked
 from launch import ROOT
-from runs import losses
+from runs import losses, scalars
 from safetensors.torch import load_file
 from test_thought_store import write
 
@@ -28,15 +28,17 @@ TOY = (
 )
 BUDGET = "training.micro_batch_tokens=160"
 """One or two micro-batches a step on two ranks, two or three on one."""
+VALIDATED = "task.validation_problems=5 training.validate_every=6 evaluation.max_new_tokens=1"
+"""After the last step: three batches, of which the second of two ranks has one."""
 CACHED = "thoughts.source=cache cache.path={cache}"
 CONFIGURATIONS = {
     f"{dtype} {name}": f"{TOY} base.dtype={dtype} assistant.dtype={dtype} {settings}"
     for dtype, name, settings in (
         # Each is another optimizer of DeepSpeed's, or another place for what it keeps.
-        ("float32", "none", "backbone.partition=none"),
+        ("float32", "none", f"backbone.partition=none {VALIDATED}"),
         ("bfloat16", "none", "backbone.partition=none"),
         ("bfloat16", "none, stage 2", f"backbone.partition=none backbone.deepspeed={{stage2}} {BUDGET}"),
-        ("float32", "zero3", "backbone.partition=zero3"),
+        ("float32", "zero3", f"backbone.partition=zero3 {VALIDATED}"),
         ("bfloat16", "zero3, whitened", f"backbone.partition=zero3 {BUDGET} {CACHED} projection.condition=whiten"),
         ("float32", "tensor, centred", f"backbone.partition=tensor {CACHED} projection.condition=center"),
         (
@@ -141,6 +143,18 @@ def test_an_adapter_makes_of_plain_states_the_thoughts_that_are_trained_of_condi
         torch.testing.assert_close(adapter(reader.read(examples).float(), len(examples)), want, rtol=0, atol=1e-4)
         unconditioned = model.projection(reader.read(examples), len(examples))
     assert (unconditioned - want).abs().max() > 0.1
+
+
+@pytest.mark.parametrize("name", ["float32 none", "float32 zero3"])
+def test_validation_after_the_last_step_is_the_same_on_the_same_ranks_and_on_others(trained, name):
+    """Its gap is a small difference of two losses, of which a few 1e-6 may be rounding."""
+    for tag in ("loss/validation", "loss/validation_shuffled", "loss/validation_gap", "thoughts/question_share"):
+        straight, same, other = (
+            scalars(folder_of(trained, name) / part / "demo", tag) for part in ("straight", "2", "1")
+        )
+        assert straight.keys() == {6}
+        assert same == straight, tag
+        assert other[6] == pytest.approx(straight[6], rel=1e-5, abs=2e-5), tag
 
 
 def test_older_checkpoints_than_are_to_be_kept_are_removed(trained):

@@ -261,7 +261,7 @@ def _look_at_limits(facts: Facts, recipe: Recipe) -> None:
 
 def _states(recipe: Recipe) -> tuple[float, float] | None:
     """See ``Facts.states``; of some rows of the cache."""
-    if not projection_class(recipe.projection.kind).needs_states:
+    if not projection_class(recipe.projection.kind).needs_states or recipe.projection.condition != "none":
         return None
     with suppress(SoftCoTError):  # there is none, or softcot-ds cache --verify says what is wrong with it
         states_NTP = sample(open_cache(recipe), _SAMPLED_ROWS)

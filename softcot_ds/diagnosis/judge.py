@@ -117,7 +117,7 @@ class Facts:
     """Why the recipe's prompts cannot be made with these models."""
     states: tuple[float, float] | None = None
     """Of rank 0: the length of what is the same in the assistant's states of all questions, and of what varies with the
-    question; None where there is no cache of them, or none is needed."""
+    question; None where there is no cache of them, or training needs none or takes them conditioned."""
     training_failure: str = ""
     """Why no training of the recipe can begin."""
     checkpoint_bytes: int = 0
@@ -364,7 +364,7 @@ def _models(everyone: Sequence[Facts]) -> Iterator[Verdict]:
 def _states(everyone: Sequence[Facts]) -> Iterator[Verdict]:
     """The assistant's states differ from question to question."""
     if (states := everyone[0].states) is None:
-        yield OK, "no cache of them that can be read, or none is needed: not looked at"
+        yield OK, "no cache of them that can be read, or training does not take them as they are: not looked at"
         return
     constant, varying = states
     text = f"{varying:.3g} of their length varies with the question, {constant:.3g} is the same for all"
@@ -372,7 +372,8 @@ def _states(everyone: Sequence[Facts]) -> Iterator[Verdict]:
         yield (
             WARNING,
             f"{text}: training sees little else than a constant",
-            "softcot-ds cache RECIPE --info shows more; docs/debugging.md says what to try",
+            "try another thoughts.placeholder, such as a digit, or projection.condition=center; docs/debugging.md says "
+            "more, softcot-ds cache RECIPE --info what comes of it",
         )
     yield OK, text
 
