@@ -6,7 +6,8 @@ are put beside those of new prompts, padded on the left. It fits models whose ca
 ``decoding.py`` tries each. Layers with a sliding window keep all of them: the mask has the window.
 
 Nothing is read twice: what all prompts begin with is read once and stands in every row, and a prompt of several outputs
-is read once for all of them, whenever they begin. Each row looks as if it had been read alone.
+is read once for all of them, whenever they begin. Prompts are read a batch at a time and held until there are rows for
+them. Each row looks as if it had been read alone.
 
 B prompts read together, I tokens that all prompts begin with, R rows, S tokens of the longest row, V vocabulary.
 """
@@ -274,7 +275,7 @@ class _Outputs:
         return ended == len(self.running) or 2 * self._idle >= len(self.running)
 
     def drop_ended(self) -> list[int]:
-        """The rows of the others."""
+        """Make room. Returns the rows of the others."""
         self._idle = 0
         rows = [row for row, output in enumerate(self.running) if not output.ended]
         self.running = [self.running[row] for row in rows]
