@@ -24,6 +24,8 @@ TASKS = {
     "date_understanding": "softcot_ds.tasks.date_understanding:DateUnderstanding",
     "custom": "softcot_ds.tasks.custom:Custom",
     "word_problems": "softcot_ds.tasks.word_problems:WordProblems",
+    "word_choices": "softcot_ds.tasks.word_problems:WordChoices",
+    "word_claims": "softcot_ds.tasks.word_problems:WordClaims",
 }
 """``task.name``: a ``tasks.base.Task``. Its wording is the file beside its module, of the same name: NAME.yaml."""
 STRATEGIES = {

@@ -88,7 +88,7 @@ class Naive:
                 add_generation_prompt=True,
             )
             left, right = (self.tokenizer(t, add_special_tokens=False).input_ids for t in prompt.split("THOUGHTS"))
-            answer = f"{example.problem.reasoning}answer {example.problem.answer}"
+            answer = f"{example.problem.reasoning} answer {example.problem.answer}"
             target = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
             table = self.base.get_input_embeddings().weight
             embeds = torch.cat([table[left], thoughts, table[right + target]])

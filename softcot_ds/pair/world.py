@@ -9,6 +9,10 @@ A person starts with some things and two or three events follow, one sentence ea
 
 The ordinals tie a step of the reasoning to its sentence; without them so small a base loses count of the events.
 
+The same problem can be asked in two ways more: as a choice among four numbers, of which the base writes one, or as a
+claim, answered by yes or no. What is offered stands in front of the story. There the assistant, which never saw any
+such line, still writes its plan (for 91 of 100 problems; behind the story, where it expects to begin, for none).
+
 Three of the five operations (`add`, `take`, `skip`) share one sentence frame with a number, the other two
 (`double`, `halve`) share one without. So syntax does not give the operation away: one has to know the verb.
 
@@ -28,7 +32,8 @@ combination of numbers and operations, told with known verbs, names and things. 
 
 import random
 import zlib
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import cached_property
 from typing import Literal
 
 Split = Literal["train", "validation", "test"]
@@ -117,6 +122,7 @@ SYLLABLES = words("bla wug fro zim dax gor pli nar tob kes vu mib sha lor quo re
 MAX_COUNT = 99
 """Counts stay within 1 to 99: two digits, so that a 2M model can learn to calculate in minutes."""
 MAX_EVENTS = len(ORDINALS)
+OPTION_LETTERS = "ABCD"
 
 
 @dataclass(frozen=True)
@@ -176,14 +182,19 @@ class WordProblem:
         return counts
 
     @property
-    def reasoning(self) -> str:
-        """One step per event, then the answer: what the base writes."""
+    def steps(self) -> str:
+        """One step per event."""
         steps = []
         for ordinal, event, before, after in zip(ORDINALS, self.events, self.counts, self.counts[1:], strict=False):
             symbol = event.operation.symbol
             step = f"{before} {symbol} {event.number} = {after}" if symbol else f"skip {event.number}"
             steps.append(f"{ordinal} {step}")
-        return " ".join([*steps, f"answer {self.answer}"])
+        return " ".join(steps)
+
+    @property
+    def reasoning(self) -> str:
+        """The steps, then the answer: what the base writes."""
+        return f"{self.steps} answer {self.answer}"
 
     @property
     def answer(self) -> int:
@@ -197,6 +208,82 @@ class WordProblem:
     @property
     def signature(self) -> Signature:
         return self.start, tuple((event.operation.name, event.number) for event in self.events)
+
+    @property
+    def misreadings(self) -> list[int]:
+        """The wrong counts that one comes to who takes one verb for another, ascending."""
+        found = set()
+        for place, event in enumerate(self.events):
+            for other in OPERATIONS:
+                # A sentence with a number is misread as another with one.
+                if other is event.operation or other.has_number != event.operation.has_number:
+                    continue
+                events = (*self.events[:place], replace(event, operation=other), *self.events[place + 1 :])
+                found.add(replace(self, events=events).answer)
+        return sorted(count for count in found if self.may_be_offered(count))
+
+    def may_be_offered(self, count: int) -> bool:
+        """Whether a number can stand beside the answer. It ends in another digit, so that one is enough to compare."""
+        return 0 < count <= MAX_COUNT and count % 10 != self.answer % 10
+
+
+@dataclass(frozen=True)
+class Choice:
+    """A word problem with numbers to choose from. All about it follows from the problem."""
+
+    problem: WordProblem
+
+    @cached_property
+    def options(self) -> tuple[int, ...]:
+        """Of A to D: the answer at a place that is drawn, and wrong ones, no two the same."""
+        rng = random.Random(f"options {self.problem.question}")
+        wrong = self.problem.misreadings
+        near = [self.problem.answer + way * step for step in range(1, 10) for way in (1, -1)]
+        more = [count for count in near if self.problem.may_be_offered(count) and count not in wrong]
+        needed = len(OPTION_LETTERS) - 1
+        wrong = rng.sample(wrong, needed) if len(wrong) >= needed else wrong + rng.sample(more, needed - len(wrong))
+        options = [self.problem.answer, *wrong]
+        rng.shuffle(options)
+        return tuple(options)
+
+    @property
+    def question(self) -> str:
+        lines = [f"({letter}) {count}" for letter, count in zip(OPTION_LETTERS, self.options, strict=True)]
+        return "\n".join([*lines, self.problem.question])
+
+    @property
+    def answer(self) -> str:
+        """A letter."""
+        return OPTION_LETTERS[self.options.index(self.problem.answer)]
+
+
+@dataclass(frozen=True)
+class Claim:
+    """A word problem with a number that may be its answer. All about it follows from the problem."""
+
+    problem: WordProblem
+
+    @cached_property
+    def count(self) -> int:
+        """The number that is claimed: in half of all problems the answer, else a wrong one."""
+        rng = random.Random(f"claim {self.problem.question}")
+        if rng.random() < 0.5:
+            return self.problem.answer
+        return rng.choice([count for count in Choice(self.problem).options if count != self.problem.answer])
+
+    @property
+    def question(self) -> str:
+        return f"(yes or no) {self.count}\n{self.problem.question}"
+
+    @property
+    def answer(self) -> str:
+        """yes or no."""
+        return "yes" if self.count == self.problem.answer else "no"
+
+    @property
+    def steps(self) -> str:
+        """Those of the problem, then the comparison."""
+        return f"{self.problem.steps} now {self.problem.answer} {self.count} {self.answer}"
 
 
 def made_up_verb(rng: random.Random) -> str:

@@ -10,7 +10,8 @@ numerals.py       reading numbers in the notations of text
 records.py        records of a data set, from a file or from the hub
 
 The tasks, each with its wording beside it: gsm8k, asdiv_aug, aqua, strategy_qa, date_understanding; custom, which a
-recipe describes; word_problems, the generated problems of the embedded pair.
+recipe describes; word_problems, word_choices and word_claims, the generated problems of the embedded pair, asked for
+the number, as a choice and as a claim (all three in word_problems.py).
 """
 
 from softcot_ds.choices import TASKS, chosen
