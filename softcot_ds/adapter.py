@@ -78,7 +78,7 @@ class AdapterConfig(_Record):
     """Digest of the training examples' tokens, in their order. None: written before it was recorded."""
     chat_templates: dict[str, str] | None = None
     """Digest of the effective chat template of base and assistant. None: written before they were recorded."""
-    layer: int | None = None
+    layer: int | None = Field(None, ge=1)
     """Of the assistant, whose states it was trained on; None for the last."""
 
     def to_json(self) -> str:

@@ -129,6 +129,7 @@ SMALL = ["task.train_problems=12", "task.validation_problems=1", "task.test_prob
 FREE_SETTINGS = {
     "task.prompts",
     "task.metric_rule",
+    "task.test_problems",
     "task.targets",
     "thoughts.source",
     "cache.path",

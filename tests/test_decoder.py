@@ -13,9 +13,9 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import DataRanks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import jobs
-from softcot_ds.evaluation.decoder import Decoder, portions
+from softcot_ds.evaluation.decoder import Decoder
 from softcot_ds.evaluation.jobs import Job, Thoughts, Worker, neighbours
-from softcot_ds.models.decoding import Output, Sampling
+from softcot_ds.models.decoding import Output, Sampling, portions
 
 SETTINGS = {"max_new_tokens": 5, "batch_size": 2, "prompts": "some"}
 PROMPTS = [BasePrompt([1] * length, [2]) for length in (3, 1, 2, 5, 4)]

@@ -136,9 +136,7 @@ def begun_alike(prompts, count):
     return [BasePrompt(tokens + prompt.prefix_ids, prompt.suffix_ids) for prompt in prompts]
 
 
-@pytest.mark.parametrize(
-    "count", [pytest.param(1, marks=pytest.mark.slow), 7, pytest.param(30, marks=pytest.mark.slow)]
-)
+@pytest.mark.parametrize("count", [1, 7, 30])
 @pytest.mark.parametrize("family", ["llama", "mistral"])
 def test_what_all_prompts_begin_with_is_read_once(family, count, monkeypatch):
     model = make_model(family)
@@ -159,12 +157,7 @@ def test_what_all_prompts_begin_with_is_read_once(family, count, monkeypatch):
 
 @pytest.mark.parametrize(
     ("family", "batch_size"),
-    [
-        ("llama", 4),
-        ("bamba", 4),
-        *(pytest.param("llama", size, marks=pytest.mark.slow) for size in (1, 7, None)),
-        pytest.param("rwkv", 4, marks=pytest.mark.slow),
-    ],
+    [*(("llama", size) for size in (1, 4, 7, None)), ("bamba", 4), pytest.param("rwkv", 4, marks=pytest.mark.slow)],
 )
 def test_a_prompt_is_read_once_for_all_its_samples_and_each_is_as_if_alone(family, batch_size, monkeypatch):
     model = make_toy(family)

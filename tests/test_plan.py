@@ -1,9 +1,12 @@
 """``softcot-ds plan``: sizes against published ones, work against what a real step does, the command's two forms."""
 
+import heapq
 import json
+import random
 import re
 from dataclasses import replace
 from itertools import pairwise
+from types import SimpleNamespace
 
 import plan_worker
 import pytest
@@ -22,10 +25,11 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.softcot import LinearProjection
+from softcot_ds.models.decoding import portions
 from softcot_ds.planning import fit, search
 from softcot_ds.planning.fit import why_too_large
 from softcot_ds.planning.hardware import Cluster, load_hardware
-from softcot_ds.planning.jobs import decoding_memory, jobs
+from softcot_ds.planning.jobs import decoding, decoding_memory, jobs, passes
 from softcot_ds.planning.lengths import Data, Lengths, data_of, read_data
 from softcot_ds.planning.report import Plan, as_json, as_text, make_plan, scale
 from softcot_ds.planning.search import Planner, Way
@@ -387,6 +391,41 @@ def test_a_recipe_is_next_to_the_best_on_the_hardware_that_its_comment_names(pat
     longer = jobs(epochs, cluster, own, found)
     taken = [found.training - found.validation for found in (hours, longer)]
     assert taken[1] == pytest.approx(taken[0] * steps / recipe.training.steps)
+
+
+@pytest.mark.parametrize(("problems", "samples", "streams"), [(300, 1, 1), (300, 1, 8), (40, 8, 2), (10, 1, 1)])
+def test_decoding_takes_the_passes_of_rows_that_make_room_for_others(problems, samples, streams):
+    rows, longest = 8, 60
+    data = SimpleNamespace(mean=SimpleNamespace(target=20))
+    lengths = [random.Random(number).choice([5, 10, 15, 20, 25, 45]) for number in range(problems * samples)]
+    lengths[::10] = [5 if number % 3 else longest for number in range(len(lengths[::10]))]
+    ranks = [0] * streams
+    for number, portion in enumerate(portions([0] * problems, rows)):
+        busy = [0] * rows  # until when each row writes
+        for length in (lengths[problem * samples + draw] for problem in portion for draw in range(samples)):
+            heapq.heapreplace(busy, busy[0] + length)
+        ranks[number % streams] += max(busy)
+    planner = SimpleNamespace(data=data, new_tokens=longest)
+    # In the plan the longest output is the last of every portion.
+    assert max(ranks) <= passes(planner, problems, samples, rows, streams) < 1.4 * max(ranks)
+
+
+@pytest.mark.slow
+def test_a_job_takes_what_the_recipe_asks_of_it(tmp_path):
+    def planned(*overrides):
+        planner = gsm8k("gsm8k_llama_8b", *overrides)
+        cluster = h100s(1)
+        way = planner.own_way(cluster)
+        found = decoding(planner, cluster, planner.own_holding(cluster, "none"), 16)
+        return jobs(planner, cluster, planner.choice(way, cluster), found)
+
+    plain, twice = planned(), planned("evaluation.samples=2", "evaluation.temperature=1")
+    alone, losses = planned("evaluation.loss=false"), planned("evaluation.decode=false")
+    assert plain.evaluation == pytest.approx(alone.evaluation + losses.evaluation)
+    assert 1.3 < (twice.evaluation - losses.evaluation) / alone.evaluation < 2, "the longest output ends once"
+    assert losses.evaluation < alone.evaluation / 10
+    own = [planned(f"task.targets={tmp_path}/own.jsonl", f"targets.samples={samples}") for samples in (1, 4)]
+    assert plain.targets == 0 < 4 * own[0].targets == pytest.approx(own[1].targets)
 
 
 @pytest.mark.slow

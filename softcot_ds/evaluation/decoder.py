@@ -9,13 +9,8 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
-from softcot_ds.models.decoding import Output, Sampling, decode
+from softcot_ds.models.decoding import Output, Sampling, decode, portions
 from softcot_ds.models.embedding import CompactTable
-
-_BATCHES = 2
-"""A portion is at least so many times ``batch_size``. With more, less of it is its end, but more ranks are idle: with
-GSM8K's lengths 1,319 problems in batches of 32 take 5,000 passes in 16 portions and 4,000 in one, and 16 ranks 370 at a
-time. More ranks would gain little: 32 portions take 315 each, and the longest output alone 282."""
 
 
 class Decoder:
@@ -88,19 +83,6 @@ class Decoder:
             )
         if room < max_new_tokens:
             say(f"{name}: the longest prompt leaves room for {room} tokens; its output is cut there")
-
-
-def portions(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
-    """What is decoded at a time, of which ``batch_size`` outputs are written together: see ``jobs.Cut``.
-
-    Their number is a power of two, as that of ranks mostly is, and lengths are the same in all, so that ranks are done
-    at the same time.
-    """
-    count = 1
-    while len(lengths) >= 2 * count * _BATCHES * batch_size:
-        count *= 2
-    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
-    return [longest_first[start::count] for start in range(count)]
 
 
 def seed_of(seed: int, index: int, draw: int = 0) -> int:

@@ -37,6 +37,11 @@ _TRIAL_LENGTHS = (4, 40)
 _TOLERANCE = {torch.float32: 1e-2, torch.float64: 1e-6}
 """Relative error of logits that counts as equal; 0.1 in half precision, where a batch alone changes hundredths."""
 
+_PORTION = 2
+"""A portion is at least so many times ``batch_size``. With more, less of it is its end, but more ranks are idle: with
+GSM8K's lengths 1,319 problems in batches of 32 take 5,000 passes in 16 portions and 4,000 in one, and 16 ranks 370 at a
+time. More ranks would gain little: 32 portions take 315 each, and the longest output alone 282."""
+
 _ways: WeakKeyDictionary[PreTrainedModel, Way] = WeakKeyDictionary()
 """What the trial of each model said."""
 
@@ -52,6 +57,20 @@ class Output:
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", array("i", self.token_ids))
+
+
+def portions(lengths: Sequence[int], batch_size: int) -> list[list[int]]:
+    """Prompts, by their lengths, cut into what a rank decodes at a time, ``batch_size`` outputs of it together: the
+    indices of each portion's.
+
+    Their number is a power of two, as that of ranks mostly is, and lengths are the same in all, so that ranks are done
+    at the same time.
+    """
+    count = 1
+    while len(lengths) >= 2 * count * _PORTION * batch_size:
+        count *= 2
+    longest_first = sorted(range(len(lengths)), key=lambda index: -lengths[index])
+    return [longest_first[start::count] for start in range(count)]
 
 
 @torch.no_grad()

@@ -102,8 +102,9 @@ class Cluster:
     @property
     def groups(self) -> list[int]:
         """Numbers of ranks, more than one, into which the nodes fall apart or that take whole nodes."""
-        sizes = [size for size in range(2, self.ranks + 1) if self.ranks % size == 0]
-        return [size for size in sizes if self.gpus_per_node % size == 0 or size % self.gpus_per_node == 0]
+        parts = {size for size in range(2, self.gpus_per_node + 1) if self.gpus_per_node % size == 0}
+        wholes = {nodes * self.gpus_per_node for nodes in range(1, self.nodes + 1) if self.nodes % nodes == 0}
+        return sorted((parts | wholes) - {1})
 
     def seconds_of(self, traffic: Traffic, ranks: int) -> tuple[float, float]:
         """Of moving it over the links of the nodes, and over the network between them: in rings of ``ranks`` ranks."""

@@ -1,13 +1,16 @@
-"""How long the jobs of a recipe take: the assistant's cache, training with its validations, evaluation."""
+"""How long the jobs of a recipe take: own targets, the assistant's cache, training with its validations, evaluation."""
 
 from dataclasses import dataclass
 from itertools import product
 
 from softcot_ds.data.batches import in_steps
+from softcot_ds.models.decoding import portions
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.search import GROUPED, SAMPLE_TOKENS, SAMPLES, Choice, Planner, Way, slices_of
 from softcot_ds.planning.traffic import Traffic, summed_activations
 
+_FORWARD = 0.4
+"""Of a step's time, about, a forward pass alone takes."""
 _BATCHES = (1, 2, 4, 8, 16, 32, 64, 128)
 
 
@@ -25,13 +28,15 @@ class Decoding:
     token_seconds: float
     """Of a token of all rows of a batch."""
     seconds: float
-    """Of all conditions."""
+    """Of the answers under all conditions; 0 where none are decoded."""
 
 
 @dataclass(frozen=True)
 class Jobs:
     """Seconds of each job."""
 
+    targets: float
+    """0 where the recipe is trained on the data's own. At most: what is solved is not asked again."""
     cache: float
     training: float
     validation: float
@@ -79,9 +84,19 @@ def decoding(planner: Planner, cluster: Cluster, holding: tuple[str, int, int], 
     memory = decoding_memory(planner, way)
     streams = cluster.ranks // slices_of(way.partition, way.group_size)
     each = token_seconds(planner, cluster, way, rows)
-    rounds = -(-planner.data.test // (rows * streams))
-    seconds = len(planner.recipe.evaluation.conditions) * rounds * planner.new_tokens * each
+    asked = planner.recipe.evaluation
+    decoded = len(asked.conditions) if asked.decode and asked.read == "text" else 0
+    seconds = decoded * passes(planner, planner.data.test, asked.samples, rows, streams) * each
     return Decoding(*holding, rows, memory, memory <= cluster.room, each, seconds)
+
+
+def passes(planner: Planner, problems: int, samples: int, rows: int, streams: int) -> float:
+    """Passes over a token of each of ``rows``, one after another, until ``streams`` have decoded all: a row that has
+    ended makes room for another output, until a portion has none that wait."""
+    cut = portions([0] * problems, rows)
+    mean = min(planner.data.mean.target, planner.new_tokens)
+    full = max(1.0, samples * len(cut[0]) / rows)
+    return -(-len(cut) // streams) * (mean * full + planner.new_tokens - mean)
 
 
 def decodings(planner: Planner, cluster: Cluster, training: Way) -> list[Decoding]:
@@ -109,13 +124,30 @@ def jobs(planner: Planner, cluster: Cluster, choice: Choice, evaluation: Decodin
     times = steps_of(planner) // recipe.training.validate_every
     step = choice.seconds / way.accumulation
     streams = cluster.ranks // slices_of(way.partition, way.group_size)
-    # With the thoughts of another question too, where there are any.
-    passes = -(-planner.data.validation // (way.micro_batch * streams)) * (1 + planner.needs_states)
-    # Forward alone is a good third of a step; every rank decodes the samples.
+
+    def read(problems: int) -> float:
+        return _FORWARD * step * -(-problems // (way.micro_batch * streams))
+
+    # With the thoughts of another question too, where there are any. Every rank decodes the samples.
     sampled = SAMPLE_TOKENS * token_seconds(planner, cluster, way, SAMPLES)
-    validation = times * (passes * step * 0.4 + sampled) if planner.data.validation else 0.0
+    validated = read(planner.data.validation) * (1 + planner.needs_states) + sampled
+    validation = times * validated if planner.data.validation else 0.0
     training = steps_of(planner) * choice.seconds + validation
-    return Jobs(_cache_seconds(planner, cluster), training, validation, evaluation.seconds)
+    asked = recipe.evaluation
+    scored = len(asked.conditions) * (asked.loss + (asked.decode and asked.read == "options"))
+    evaluated = evaluation.seconds + scored * read(planner.data.test)
+    targets = _targets_seconds(planner, cluster, evaluation)
+    return Jobs(targets, _cache_seconds(planner, cluster), training, validation, evaluated)
+
+
+def _targets_seconds(planner: Planner, cluster: Cluster, evaluation: Decoding) -> float:
+    """The base is asked each training problem as often as the recipe says, and decodes as it does in evaluation."""
+    if planner.recipe.task.targets_file is None:
+        return 0.0
+    streams = cluster.ranks // slices_of(evaluation.partition, evaluation.group_size)
+    samples, rows = planner.recipe.targets.samples, evaluation.batch_size
+    # Each sample is a round of its own: it is known then what is left to ask.
+    return samples * passes(planner, planner.data.train, 1, rows, streams) * evaluation.token_seconds
 
 
 def _cache_seconds(planner: Planner, cluster: Cluster) -> float:

@@ -202,7 +202,10 @@ def _lines(plan: Plan) -> str:
 def _jobs_table(plan: Plan) -> str:
     rows, ranks = plan.jobs, plan.cluster.ranks
     recipe = plan.planner.recipe
-    notes = {
+    notes = {}
+    if recipe.task.targets_file is not None:
+        notes["targets"] = f"{count(recipe.targets.samples, 'sample')} of each training problem at most"
+    notes |= {
         "cache": f"{plan.planner.data.mean.assistant} tokens of each problem",
         "training": f"{steps_of(plan.planner):,} steps, {_seconds(rows.validation)} of it validation",
         "evaluation": f"{count(len(recipe.evaluation.conditions), 'condition')}, {plan.evaluation.batch_size} problems "
