@@ -88,7 +88,7 @@ class CompactTable(nn.Module):
         Raises:
             SoftCoTError: the table was made without one of them.
         """
-        numbers = torch.searchsorted(self._ids_K, ids).clamp(max=len(self._ids_K) - 1)
+        numbers = torch.searchsorted(self._ids_K, ids.contiguous()).clamp(max=len(self._ids_K) - 1)
         if len(absent := ids[self._ids_K[numbers] != ids]):
             raise SoftCoTError(
                 f"token {absent[0].item()} is not among the {len(self._ids_K)} whose embeddings are held for batches; "
