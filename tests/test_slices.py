@@ -108,9 +108,10 @@ def test_training_in_slices_gives_the_losses_and_weights_of_whole_models(done):
         want, found = (load_file(run / f"checkpoints/step-{STEPS}/{file}.safetensors") for run in (none, tensor))
         for name, value in want.items():
             assert (found[name] - value).norm() <= 1e-5 * value.norm(), name
-    validation = [float(line.split()[-1]) for line in printed.splitlines() if "validation loss" in line]
+    validation = re.findall(r"validation loss (\S+), (\S+) ± (\S+) with another question's", printed)
     assert len(validation) == 2
-    assert validation[1] == pytest.approx(validation[0], abs=2e-4)  # as printed
+    want, found = ([*map(float, values)] for values in validation)
+    assert found == pytest.approx(want, abs=2e-4)  # as printed
     per_rank = [line for line in printed.splitlines() if line.startswith("per rank and step")]
     assert [line.split()[4] for line in per_rank] == ["2", "3"], "two groups take the batches of four ranks"
 
