@@ -268,6 +268,12 @@ def from_all_ranks(value: Any) -> list[Any]:
     return values
 
 
+def agreed(reason: str | None) -> str | None:
+    """Why not, of the first rank that has a reason; the same answer on all, for what may fail, or be judged otherwise,
+    on some."""
+    return next((reason for reason in from_all_ranks(reason) if reason is not None), None)
+
+
 def on_main(work: Callable[[], Any]) -> Any:
     """Run ``work`` on rank 0 while the others wait; all return its result (which must be picklable).
 

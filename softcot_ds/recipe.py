@@ -189,7 +189,7 @@ class ProjectionConfig(Section):
     these with equal variance in all directions (whiten). The adapter is one of plain states; see conditioning.py."""
     init_scale: Scale = 1.0
     """linear: the standard initialization of nn.Linear is multiplied by this. auto: what varies of the first thoughts,
-    over the training problems, and what is constant each have the size of token embeddings (root mean square)."""
+    with the training problem, and what is constant each have the size of token embeddings; see ``token_sized``."""
     init_from: Annotated[ExistingFile | None, FREE] = None
     """Start from these weights: a .safetensors file, or a projection.bin of the original implementation."""
 

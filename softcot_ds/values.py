@@ -1,8 +1,8 @@
 """What the values of a recipe may be: names of models and data, paths, numbers. A wrong one raises ValueError."""
 
-import math
 import os
 import re
+import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
@@ -86,7 +86,7 @@ def _check_texts(value: Any) -> str | list[str]:
 
 
 def _check_scale(value: Any) -> Any:
-    if value != "auto" and (type(value) not in (int, float) or not 0 < value < math.inf):
+    if value != "auto" and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
         raise ValueError(f"auto, or a number above 0, found {value!r}")
     return value if value == "auto" else float(value)
 

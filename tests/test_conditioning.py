@@ -67,7 +67,8 @@ def test_centred_states_have_no_mean_and_whitened_ones_are_alike_in_all_directio
     whitened = conditioning(moments, "whiten")(states).flatten(0, 1)
     variances = moments.variances_P
     want = variances / (variances + FLOOR * variances.mean())
-    torch.testing.assert_close(torch.cov(whitened.T, correction=0), torch.diag(want), rtol=0, atol=1e-5)
+    along = whitened @ moments.directions_PP
+    torch.testing.assert_close(torch.cov(along.T, correction=0), torch.diag(want), rtol=0, atol=1e-5)
     assert variances[0] > 9 * variances[-1], "or there is nothing to whiten"
 
 
@@ -82,8 +83,27 @@ def test_the_mean_goes_before_anything_is_rounded():
 def test_a_direction_without_variance_is_no_division_by_zero():
     made = Conditioning.of(torch.zeros(2).double(), torch.tensor([1.0, 0.0]).double(), torch.eye(2).double(), True)
     assert made.matrix_PP.isfinite().all()
-    nothing = Conditioning.of(torch.zeros(2).double(), torch.zeros(2).double(), torch.eye(2).double(), True)
-    assert nothing.matrix_PP.isfinite().all()
+
+
+def test_whitening_does_not_depend_on_which_eigenvectors_were_found():
+    """Of three states in five dimensions, or of two variances that are the same, they are any of a subspace."""
+    turn, basis = (torch.linalg.qr(torch.randn(n, n).double())[0] for n in (3, 5))
+    variances = torch.tensor([2.0, 1, 0, 0, 0]).double()
+    other = torch.cat([basis[:, :2], basis[:, 2:] @ turn], dim=1)
+    found, want = (Conditioning.of(torch.zeros(5), variances, vectors, True) for vectors in (other, basis))
+    torch.testing.assert_close(found.matrix_PP, want.matrix_PP, rtol=0, atol=1e-5)
+
+
+@pytest.mark.parametrize("between_slots", [0.0, 0.1])
+def test_states_that_are_the_same_for_all_problems_are_refused(between_slots):
+    row = torch.tensor([0.1, 46, -0.3, 1e-3]).bfloat16() + between_slots * torch.arange(3)[:, None]
+    running = RunningMoments(3, 4)
+    for some in row.bfloat16().expand(50, 3, 4).split(7):
+        running.add(some)
+    reader = SimpleNamespace(moments=lambda _: running.moments())
+    experiment = SimpleNamespace(recipe=load_recipe(RECIPE, ["projection.condition=center"]))
+    with pytest.raises(SoftCoTError, match=r"states of all 50 training problems are the same: .*condition=none"):
+        Start.anew(experiment, reader, range(50))
 
 
 class Rows(SimpleNamespace):
@@ -105,15 +125,15 @@ def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant
     base = Rows(embedding=embedding, config=SimpleNamespace(vocab_size=5000, get_text_config=lambda: None))
     base.config.get_text_config = lambda: base.config
     Start(None, made, moments).put_into(projection, base)
-    thoughts = projection(made(states) if made else states).detach().flatten(0, 1)
-    mean = thoughts.mean(dim=0)
-    assert mean.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
-    assert (thoughts - mean).square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
+    thoughts = projection(made(states) if made else states).detach()
+    means = thoughts.mean(dim=0)
+    assert means.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
+    assert (thoughts - means).square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
 
 
 def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
     weights, made = random_weights(), conditioning(moments, "whiten")
-    sized = token_sized(weights, ENTRY, made, moments.variances_P, moments.directions_PP, 0.5)
+    sized = token_sized(weights, ENTRY, made, moments, 0.5)
     for name in ENTRY:
         ratio = sized[name] / weights[name]
         torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-12, atol=0)
@@ -125,6 +145,7 @@ def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
         (["projection.condition=whiten"], ""),
         (["projection.kind=static", "projection.init_scale=auto", "thoughts.source=online"], ""),
         (["thoughts.source=online"], ""),
+        (["projection.init_scale=auto", f"projection.init_from={RECIPE}", "thoughts.source=online"], ""),
         (["projection.kind=static", "projection.condition=center"], "of the kind static reads no states; set it to"),
         (
             ["projection.condition=whiten", "thoughts.source=online"],
@@ -151,7 +172,14 @@ class Deep(LinearProjection):
 
 
 @pytest.mark.parametrize(
-    "tensors", [{}, {"matrix": torch.eye(2)}, {"mean": torch.zeros(2), "matrix": torch.eye(3)}, {"other": torch.eye(2)}]
+    "tensors",
+    [
+        {},
+        {"mean": torch.tensor(1.0)},
+        {"matrix": torch.eye(2)},
+        {"mean": torch.zeros(2), "matrix": torch.eye(3)},
+        {"other": torch.eye(2)},
+    ],
 )
 def test_what_is_no_conditioning_is_refused(tensors):
     with pytest.raises(ValueError, match="no conditioning"):

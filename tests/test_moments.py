@@ -102,6 +102,25 @@ def test_moments_are_computed_once_for_the_same_rows_and_anew_for_others(cache, 
     assert path.read_bytes() == before
 
 
+def test_a_row_that_one_rank_lacks_is_told_by_all_before_they_meet(cache, monkeypatch):
+    store, keys, _ = cache
+    monkeypatch.setattr(tm, "agreed", lambda reason: reason or "rank 1 lacks a row")
+    monkeypatch.setattr(tm, "sum_over_ranks", None)
+    with pytest.raises(SoftCoTError, match="rank 1 lacks a row"):
+        moments_of(store, keys)
+    with pytest.raises(SoftCoTError, match="1 of 31 rows are not in the cache"):
+        moments_of(store, [*keys, b"?" * 32])
+
+
+def test_moments_that_cannot_be_kept_are_those_all_the_same(cache, monkeypatch, capsys):
+    store, keys, rows = cache
+    monkeypatch.setattr(
+        tm, "write_atomically", lambda *_: (_ for _ in ()).throw(OSError(28, "No space left on device"))
+    )
+    check(moments_of(store, keys), rows)
+    assert "No space left on device" in capsys.readouterr().out
+
+
 @pytest.mark.parametrize("harm", [lambda whole: whole[:-9], lambda whole: whole[:-9] + b"damaged!!", lambda whole: b""])
 def test_a_damaged_file_is_computed_anew(cache, capsys, harm):
     store, keys, rows = cache

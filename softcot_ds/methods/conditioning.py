@@ -9,7 +9,10 @@ need not; and as both are affine maps of the state, what is saved is one weight 
 Their terms cancel: with random weights of whitened states of SmolLM2 135M on GSM8K, thoughts from what is saved, in
 float32, differ by 6e-5 of what varies in them; from weights rounded to bfloat16, by half of it.
 
-P assistant width, D base width.
+The mean is that of all slots: ``center`` leaves each slot what it has of its own, the same for every question, and the
+variances of ``whiten`` are of that too. It may be most of them.
+
+T thoughts, P assistant width, D base width.
 """
 
 from dataclasses import dataclass
@@ -20,6 +23,7 @@ import torch
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
 from softcot_ds.recipe import Recipe
+from softcot_ds.thoughts.moments import Moments
 
 Weights = dict[str, torch.Tensor]
 
@@ -45,18 +49,20 @@ class Conditioning:
         """From the mean of states and their covariance's eigenvalues and eigenvectors (columns), in float64.
 
         Args:
-            whiten: make the coordinates of a state those along the eigenvectors, and their variances v / (v + floor).
+            whiten: make of the variance v along an eigenvector v / (v + floor), and leave the axes as they are (ZCA):
+                which eigenvectors were found, where several of one variance leave that open, changes nothing.
         """
         if not whiten:
             return cls(mean_P.float())
-        scale_P = (variances_P + FLOOR * variances_P.mean().clamp(min=1e-30)).rsqrt()
-        return cls(mean_P.float(), (directions_PP * scale_P).T.float().contiguous())
+        scale_P = (variances_P + FLOOR * variances_P.mean()).rsqrt()
+        return cls(mean_P.float(), (directions_PP * scale_P @ directions_PP.T).float())
 
     @classmethod
     def of_tensors(cls, tensors: Weights) -> Self:
         """From ``tensors()``. Raises ValueError on anything else."""
         mean_P, matrix_PP = (tensors.get(name) for name in ("mean", "matrix"))
-        shapes = {"mean": (width := len(tensors.get("mean", ())),), "matrix": (width, width)}
+        width = 0 if mean_P is None else mean_P.numel()
+        shapes = {"mean": (width,), "matrix": (width, width)}
         if mean_P is None or any(tuple(value.shape) != shapes.get(name) for name, value in tensors.items()):
             raise ValueError(f"no conditioning: { ({name: tuple(value.shape) for name, value in tensors.items()}) }")
         return cls(mean_P, matrix_PP)
@@ -114,27 +120,36 @@ def token_sized(
     weights: Weights,
     entry: tuple[str, str],
     conditioning: Conditioning,
-    variances_P: torch.Tensor,
-    directions_PP: torch.Tensor,
+    moments: Moments,
     rms: float,
 ) -> Weights:
-    """The weights, in float64, of an affine projection of conditioned states, scaled: over the states of which these
-    are variances and directions, the part of its thoughts that varies has the root mean square ``rms``, and so has the
-    constant part."""
+    """The weights, in float64, of an affine projection of conditioned states, scaled: over the states whose moments
+    these are, which vary, the part of its thoughts that varies with the question has the root mean square ``rms``.
+
+    So has the constant part, unless the slots' own constants alone are longer than that: then the bias is zero.
+    """
     weight, bias = (weights[name].double() for name in entry)
-    roots_PP = directions_PP * variances_P.sqrt()  # times its transpose, the covariance
-    if conditioning.matrix_PP is not None:
-        roots_PP = conditioning.matrix_PP.double() @ roots_PP
     size = rms * len(bias) ** 0.5
-    varying, constant = (weight @ roots_PP).norm(), bias.norm()
-    return weights | dict(zip(entry, (weight * (size / varying), bias * (size / constant)), strict=True))
+
+    def of_states(weight: torch.Tensor) -> torch.Tensor:
+        return weight if conditioning.matrix_PP is None else weight @ conditioning.matrix_PP.double()
+
+    plain = of_states(weight)
+    weight = weight * (size / (plain @ moments.within_PP * plain).sum().sqrt())
+    of_slots = (of_states(weight) @ moments.between_TP.T).square().sum() / len(moments.mean_TP)
+    constant = (size**2 - of_slots).clamp(min=0).sqrt()  # their mean is zero: beside the bias, squares add up
+    return weights | dict(zip(entry, (weight, bias * (constant / bias.norm())), strict=True))
 
 
 def needs_moments(recipe: Recipe) -> bool:
     """Whether a training needs the mean and covariance of the training problems' states before it begins."""
     settings = recipe.projection
-    by_states = settings.condition != "none" or settings.init_scale == "auto"
-    return by_states and projection_class(settings.kind).needs_states
+    return (settings.condition != "none" or _is_sized(recipe)) and projection_class(settings.kind).needs_states
+
+
+def _is_sized(recipe: Recipe) -> bool:
+    """Whether first weights are sized by states; those of a file are what they are."""
+    return recipe.projection.init_scale == "auto" and recipe.projection.init_from is None
 
 
 def check_conditioning(recipe: Recipe) -> None:
@@ -146,7 +161,7 @@ def check_conditioning(recipe: Recipe) -> None:
         raise SoftCoTError(
             f"projection.condition={settings.condition}: a projection of the kind {settings.kind} {why}; set it to none"
         )
-    if settings.init_scale == "auto" and kind.needs_states and not kind.is_affine:
+    if _is_sized(recipe) and kind.needs_states and not kind.is_affine:
         raise SoftCoTError(
             f"projection.init_scale=auto: how long the thoughts of a {settings.kind} projection are does not follow "
             "from the covariance of the states; set a number"

@@ -20,8 +20,8 @@ from transformers import GenerationConfig, PreTrainedModel
 
 from softcot_ds.data.batches import pad
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
+from softcot_ds.distributed import agreed, says_nothing
 from softcot_ds.distributed import device as own_device
-from softcot_ds.distributed import from_all_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared
@@ -224,11 +224,6 @@ def why_not_fast(model: PreTrainedModel, prefixed: FrozenPrefix) -> str | None:
 def _why_not_scored(scorer: Scorer) -> str | None:
     reason = _reason(lambda: _try_scorer(scorer))
     return agreed(reason) if needs_all_ranks(scorer.model) else reason
-
-
-def agreed(reason: str | None) -> str | None:
-    """The first rank's reason that has one: near the border between rounding and fault, ranks may judge otherwise."""
-    return next((reason for reason in from_all_ranks(reason) if reason is not None), None)
 
 
 def _reason(trial: Callable[[], str | None]) -> str | None:

@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softcot_ds.distributed import device, from_all_ranks
+from softcot_ds.distributed import agreed, device
 from softcot_ds.models.loss import runs_liger
 from softcot_ds.models.partition import gathered, whole_shape
 from softcot_ds.models.toy import make_toy, said, says_the_same, toy_config
@@ -46,7 +46,7 @@ def fuse_layers(model: PreTrainedModel) -> str | None:
         return None
     reason = None
     for rope in (True, False):
-        reason = next(filter(None, from_all_ranks(_why_not(model, rope))), None)
+        reason = agreed(_why_not(model, rope))
         if reason is None and (counts := _fuse(model, rope)):
             parts = ", ".join(count(number, part) for part, number in sorted(counts.items()))
             return f"liger-kernel computes {parts} of the base"

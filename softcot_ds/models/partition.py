@@ -22,7 +22,17 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
-from softcot_ds.distributed import DataRanks, Group, device, from_all_ranks, max_over_ranks, rank, say, world_size
+from softcot_ds.distributed import (
+    DataRanks,
+    Group,
+    agreed,
+    device,
+    from_all_ranks,
+    max_over_ranks,
+    rank,
+    say,
+    world_size,
+)
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import limits
 from softcot_ds.models.limits import Gathers
@@ -310,8 +320,7 @@ def _least_spare(model: PreTrainedModel, spare_of: Callable[[int], float]) -> fl
         spare = spare_of(free) if free else 0.0
     except SoftCoTError as error:
         reason = str(error)
-    reason = next((other for other in from_all_ranks(reason) if other is not None), None)
-    if reason is not None:
+    if (reason := agreed(reason)) is not None:
         say(f"no layers are held whole, as it is not known what else memory is needed for: {reason}")
         return 0.0
     return min(from_all_ranks(spare))

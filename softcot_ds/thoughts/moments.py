@@ -16,7 +16,7 @@ import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 
-from softcot_ds.distributed import device, on_main, rank, say, sum_over_ranks, world_size
+from softcot_ds.distributed import agreed, device, on_main, rank, say, sum_over_ranks, world_size
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import write_atomically
 from softcot_ds.thoughts.manifest import disk_error
@@ -44,6 +44,22 @@ class Moments:
     @property
     def mean_P(self) -> torch.Tensor:
         return self.mean_TP.mean(dim=0)
+
+    @property
+    def between_TP(self) -> torch.Tensor:
+        """Each slot's mean less that of all."""
+        return self.mean_TP - self.mean_P
+
+    @property
+    def within_PP(self) -> torch.Tensor:
+        """The covariance less what of it is between the slots: of what varies with the question."""
+        whole_PP = self.directions_PP * self.variances_P @ self.directions_PP.T
+        return whole_PP - self.between_TP.T @ self.between_TP / len(self.mean_TP)
+
+    @property
+    def varies(self) -> bool:
+        """Whether anything varies with the question, beyond the rounding of float64."""
+        return bool(self.within_PP.trace() > 1e-12 * self.variances_P.sum())
 
 
 class RunningMoments:
@@ -93,10 +109,11 @@ class RunningMoments:
 def moments_of(store: ThoughtStore, keys: Sequence[bytes]) -> Moments:
     """Of these rows of a cache, each as often as it is named; all ranks call it, and each reads its share.
 
-    They are read from their file beside the cache if it is there and whole, and else computed and kept there.
+    They are read from their file beside the cache if it is there and whole, and else computed, and kept there where
+    that can be written.
 
     Raises:
-        SoftCoTError: on every rank, when a row is missing or damaged, or the file cannot be written.
+        SoftCoTError: on every rank, when a row is missing or damaged, or a state is not finite.
     """
     digest = hashlib.sha256(b"".join([store.identity.digest.encode(), *sorted(keys)])).hexdigest()
     path = store.folder / f"moments-{digest[:32]}.safetensors"
@@ -104,8 +121,14 @@ def moments_of(store: ThoughtStore, keys: Sequence[bytes]) -> Moments:
         return found
     say(f"mean and covariance of the states of {len(keys):,} training problems")
     running = RunningMoments(*store.identity.row_shape[-2:], device())
-    for rows in _chunks(store, keys[rank() :: world_size()]):
-        running.add(rows.to(device()))
+    failure = None
+    try:
+        for rows in _chunks(store, keys[rank() :: world_size()]):
+            running.add(rows.to(device()))
+    except SoftCoTError as error:
+        failure = str(error)
+    if (failure := agreed(failure)) is not None:
+        raise SoftCoTError(failure)
     running.over_ranks()
 
     def finish() -> Moments:
@@ -145,7 +168,7 @@ def _write(path: Path, digest: str, moments: Moments) -> None:
     try:
         write_atomically(path, save(tensors, _metadata(digest, tensors.values())))
     except OSError as error:
-        raise disk_error(path.parent, error) from error
+        say(f"{disk_error(path.parent, error)}. Mean and covariance are not kept: each run computes them anew")
 
 
 def _metadata(digest: str, tensors: Iterable[torch.Tensor]) -> dict[str, str]:

@@ -8,12 +8,12 @@ import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.data.batches import token_ids
-from softcot_ds.distributed import device, say
+from softcot_ds.distributed import agreed, device, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
-from softcot_ds.methods.trial import agreed, check_model, why_not_fast
+from softcot_ds.methods.trial import check_model, why_not_fast
 from softcot_ds.models.assistant import load_to_think
 from softcot_ds.models.backbone import load_frozen, partition_that_fits
 from softcot_ds.models.fused_layers import fuse_layers

@@ -41,5 +41,15 @@ class Gap:
         """Whether the whole interval is above zero."""
         return self.mean > self.margin
 
+    @property
+    def doubt(self) -> str | None:
+        """Where it is not seen what is, in words."""
+        if self.is_seen:
+            return None
+        nats = f"{self} nats per token with those, over {self.num_problems} problems"
+        if self.mean < -self.margin:
+            return f"another question's thoughts are better than the question's own: {nats}"
+        return f"cannot tell a question's thoughts from another's: {nats}; more (task.validation_problems) may"
+
     def __str__(self) -> str:
         return f"{self.mean:+.4f} ± {self.margin:.4f}"

@@ -18,6 +18,7 @@ from softcot_ds.files import parse_json, write_atomically
 from softcot_ds.planning.hardware import peak_flops
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
+from softcot_ds.training.gap import Gap
 from softcot_ds.training.metrics import PhaseTimer, TensorBoard, peak_memory_gib
 from softcot_ds.training.validation import Validation
 
@@ -42,8 +43,8 @@ class Record:
         on_gpu = device().type == "cuda"
         self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
         self._progress = Progress(recipe.training.num_steps - start, "steps")
-        self._validation: Validation | None = None
-        """The newest of this process."""
+        self._gap: tuple[int, Gap] | None = None
+        """The newest of this process, and its step."""
 
     def report(
         self, step: int, batch: list[int], learning_rate: float, engine: Any, skipped: bool, last_saved: Path | None
@@ -73,7 +74,7 @@ class Record:
     def report_validation(self, step: int, found: Validation) -> None:
         self._board.scalars(found.scalars, step)
         self._board.text("samples", found.samples, step)
-        self._validation = found
+        self._gap = (step, found.gap) if found.gap else None
         gap = f", {found.gap} with another question's thoughts" if found.gap else ""
         say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")
 
@@ -89,11 +90,8 @@ class Record:
         self._board.hyperparameters(self._recipe.flat(), {"loss/train": last}, steps)
         self._board.close()
         say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
-        if self._validation and (gap := self._validation.gap) and not gap.is_seen:
-            say(
-                f"validation does not tell a question's thoughts from another's: {gap} nats per token with those, over "
-                f"{gap.num_problems} problems. What was learned is a prompt, the same for all; see docs/debugging.md"
-            )
+        if self._gap and (doubt := self._gap[1].doubt):
+            say(f"validation at step {self._gap[0]}: {doubt}; see docs/debugging.md")
         if skipped := sorted(self._history.skipped):
             say(f"skipped, as their gradient was not finite: steps {', '.join(map(str, skipped))}")
 

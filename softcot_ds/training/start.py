@@ -8,6 +8,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds.data.examples import Example
 from softcot_ds.distributed import device, from_all_ranks
+from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.methods.conditioning import Conditioning, Weights, needs_moments, token_sized
@@ -36,11 +37,18 @@ class Start:
             examples: of the training.
 
         Raises:
-            SoftCoTError: a row of the cache or ``projection.init_from`` is damaged, or the latter does not fit.
+            SoftCoTError: a row of the cache or ``projection.init_from`` is damaged, or the latter does not fit;
+                or the states do not vary.
         """
         recipe = experiment.recipe
         settings, kind = recipe.projection, projection_class(recipe.projection.kind)
         moments = reader.moments(examples) if needs_moments(recipe) else None
+        if moments is not None and not moments.varies:
+            raise SoftCoTError(
+                f"the assistant's states of all {len(examples):,} training problems are the same: nothing of them can "
+                "be brought to a size. Try another thoughts.placeholder or thoughts.layer; or set projection.condition="
+                "none and projection.init_scale to a number"
+            )
         conditioning = None
         if settings.condition != "none":
             conditioning = _conditioning(moments, whiten=settings.condition == "whiten").to(device())
@@ -70,8 +78,7 @@ class Start:
     def _sized(self, projection: Projection, rms: float) -> Weights:
         moments, centred = self.sized_by, _conditioning(self.sized_by, whiten=False)
         conditioning = self.conditioning.to("cpu") if self.conditioning else centred
-        shapes = moments.variances_P, moments.directions_PP
-        sized = token_sized(projection.state_dict(), projection.entry, conditioning, *shapes, rms)
+        sized = token_sized(projection.state_dict(), projection.entry, conditioning, moments, rms)
         return sized if self.conditioning else centred.fold(sized, projection.entry)
 
 
