@@ -113,11 +113,14 @@ def test_other_families_decode_a_batch_like_each_prompt_alone(family):
         decode(model, [BasePrompt([VOCAB], [])], None, [STOP], Sampling(12), table)
 
 
-@pytest.mark.parametrize("family", ["llama", "gpt2"])
+@pytest.mark.parametrize("family", ["llama", "gpt2", "openai-gpt", "bamba"])
 def test_an_output_ends_where_the_context_does(family):
-    toy = make_toy("gpt2")  # its table of positions has no more
-    toy.config.n_positions = 16
-    model = make_model(max_position_embeddings=16) if family == "llama" else toy
+    """Its own, whatever prompts are longer: both where rows make room and in batches."""
+    if family == "llama":
+        model = make_model(max_position_embeddings=16)
+    else:
+        model = make_toy(family)
+        model.config.max_position_embeddings = 16
     width, dtype = model.config.hidden_size, model.dtype
     prompts, thoughts = draw([(7, 2), (4, 0), (5, 0), (6, 0)], 3, dtype=dtype, width=width)
     for batch_size in (1, 2, 4):

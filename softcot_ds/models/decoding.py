@@ -12,6 +12,7 @@ import math
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import Literal
 from weakref import WeakKeyDictionary
 
@@ -155,8 +156,10 @@ def _decode_in_batches(
     batch_size: int,
     progress: Callable[[int], object],
 ) -> None:
-    """The same as ``decode_refilled``, one batch after the other."""
-    batches = [outputs[start : start + batch_size] for start in range(0, len(outputs), batch_size)]
+    """The same as ``decode_refilled``, one batch after the other. All of a batch may write as much: where the context
+    cuts a longer prompt's output, those of shorter ones would be cut with it, or go on beyond its end."""
+    alike = [list(some) for _, some in groupby(outputs, key=lambda output: output.limit)]
+    batches = [some[start : start + batch_size] for some in alike for start in range(0, len(some), batch_size)]
     for number in range(max_over_ranks(len(batches)) if needs_all_ranks(model) else len(batches)):
         if number >= len(batches):  # it runs along: each forward pass needs all ranks
             _generate(model, prompts.read_tokens([PADDING]), stop_ids, 1)
@@ -164,11 +167,9 @@ def _decode_in_batches(
         batch = batches[number]
         numbers = [output.number for output in batch]
         read = prompts.read([output.prompt for output in batch])
-        most = min(output.limit for output in batch)
         length = read.ids_BS.shape[1]
-        made = _generate(model, read, stop_ids, most, choose=_Choice(choose, numbers, length))
+        made = _generate(model, read, stop_ids, batch[0].limit, choose=_Choice(choose, numbers, length))
         for output, row in zip(batch, made.sequences[:, length:].tolist(), strict=True):
-            output.limit = most
             for token in row:
                 output.add(token, set(stop_ids))
         progress(sum(output.ended for output in outputs))
