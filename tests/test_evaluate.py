@@ -4,6 +4,7 @@ import json
 import math
 import shutil
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from softcot_ds.data.targets import OwnTargets
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.report import table
-from softcot_ds.evaluation.run import evaluate
+from softcot_ds.evaluation.run import _evaluation_hash, evaluate
 from softcot_ds.evaluation.targets import make_targets
 from softcot_ds.generate import main as generate_main
 from softcot_ds.inference import Adapter
@@ -29,6 +30,7 @@ from softcot_ds.models.partition import decoding_config
 from softcot_ds.planning.report import make_plan
 from softcot_ds.recipe import load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
+from softcot_ds.tasks import Problem
 from softcot_ds.training.loop import train
 
 
@@ -214,6 +216,26 @@ def test_a_check_on_few_problems_has_a_report_of_its_own(first_evaluation, tmp_p
     assert json.loads(of_the_run.read_text())["num_problems"] == 3
     evaluate(recipe_in(folder), folder / "adapter")
     assert json.loads(of_the_run.read_text())["num_problems"] == 7
+
+
+def test_the_same_outputs_judged_otherwise_are_another_evaluation():
+    def hash_of(kind, *options):
+        fields = (
+            "task.fields={question: q, answer: a, options: o}" if options else "task.fields={question: q, answer: a}"
+        )
+        data = [
+            "task.name=custom",
+            f"task.answer={kind}",
+            "task.test=some/set",
+            f"task.prompts={ROOT}/softcot_ds/tasks/word_problems.yaml",
+            fields,
+        ]
+        example = SimpleNamespace(problem=Problem("which?", "", "A", options))
+        return _evaluation_hash(load_recipe(RECIPE, data), {"none": "key"}, [example])
+
+    asked = [("text",), ("number",), ("option", "2", "3"), ("option", "3", "2")]
+    assert len({hash_of(*one) for one in asked}) == 4
+    assert hash_of("text") == hash_of("text")
 
 
 def test_adapter_of_other_models_is_refused(recipe, adapter):

@@ -260,11 +260,13 @@ def _graded(answers: Mapping[str, Answer], task: Task, problem: Problem) -> Reco
 
 
 def _evaluation_hash(recipe: Recipe, keys: Mapping[str, str], examples: Sequence[Example]) -> str:
-    """Of all that decides a report, the references too: none is ever overwritten by another.
+    """Of all that decides a report, the references and how answers are found too: none is ever overwritten by another.
 
     Args:
         keys: of all that was asked.
     """
-    problems = [[example.problem.question, example.problem.answer] for example in examples]
+    problems = [[each.problem.question, each.problem.answer, *each.problem.options] for each in examples]
     rule = [] if recipe.task.metric_rule == "ours" else [recipe.task.metric_rule]
-    return content_digest([recipe.task.name, keys, problems, *recipe.evaluation.other_strategy.values(), *rule])[:8]
+    kind = [] if recipe.task.answer is None else [recipe.task.answer]
+    strategy = recipe.evaluation.other_strategy.values()
+    return content_digest([recipe.task.name, keys, problems, *strategy, *rule, *kind])[:8]
