@@ -49,7 +49,7 @@ class WordProblems(Task):
 class WordChoices(WordProblems):
     """The same problems, each with four numbers to choose from; the base writes one of them, read as its letter."""
 
-    kind = KINDS["option"]
+    kind = replace(KINDS["option"], reference=None)  # it finds letters alone, and the base writes none
 
     def ask(self, problem: WordProblem) -> Problem:
         choice = Choice(problem)
