@@ -184,7 +184,11 @@ def edited(number, old, new):
     [
         (edited(2, '"samples": ', '"samples": 1'), r"targets.jsonl:3: damaged, edited"),
         (edited(0, '"problems": 12', '"problems": 11'), r"targets.jsonl:1: the first line is not"),
-        (edited(0, '"format": 2', '"format": 1'), r"targets.jsonl:1: the first line is not"),
+        (
+            edited(0, '"format": 2', '"format": 1'),
+            r"targets.jsonl:1: a file of targets in format 1, of another version",
+        ),
+        (edited(0, '"format": 2', '"format": "2"'), r"targets.jsonl:1: the first line is not"),
         (lambda lines: lines[:-1], r"targets.jsonl: the file ends after 11 problems, and its first line says 12"),
         (lambda lines: lines[:1], r"targets.jsonl: the file ends after 0 problems"),
         (lambda lines: [*lines[:5], lines[5][:30]], r"targets.jsonl:6: not JSON"),

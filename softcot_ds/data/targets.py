@@ -127,9 +127,15 @@ def _sealed(path: Path) -> Iterator[tuple[str, Record]]:
     """The records of a file, each behind its place. Raises SoftCoTError at the first that is not as it was written."""
     before = ""
     for where, record in read_json_lines(path):
-        is_first, found = not before, record.pop(_CHECKSUM, None)
+        is_first, written = not before, record.get("format")
+        if is_first and isinstance(written, int) and written != _FORMAT:
+            raise SoftCoTError(
+                f"{where}: a file of targets in format {written}, of another version of softcot-ds; this one reads "
+                f"format {_FORMAT}"
+            )
+        found = record.pop(_CHECKSUM, None)
         before = _checksum(record, before)
-        if found != before or (is_first and record.get("format") != _FORMAT):
+        if found != before or (is_first and written != _FORMAT):
             raise SoftCoTError(
                 f"{where}: the first line is not that of a file of targets, or was edited"
                 if is_first
