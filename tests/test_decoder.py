@@ -182,6 +182,17 @@ def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
         decoder.job("learned", PROMPTS, thoughts, Sampling(6))
 
 
+def test_each_round_of_a_name_is_checked_and_told_of_once(tmp_path, capsys):
+    decoder = make_decoder(make_recipe(tmp_path), 8)
+    decoder.job("none", PROMPTS[:3], None, Sampling(4))
+    assert not capsys.readouterr().out
+    for draw in range(2):
+        decoder.job("none", PROMPTS, None, Sampling(4), draw)
+    assert capsys.readouterr().out.count("none: the longest prompt leaves room for 2 tokens") == 1
+    with pytest.raises(SoftCoTError, match="none: the longest prompt has 9 tokens, which leaves no room"):
+        decoder.job("none", [BasePrompt([1] * 9, [])], None, Sampling(4), 2)
+
+
 def test_a_quantized_base_is_another_only_where_it_is_partitioned(tmp_path):
     config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
     config["zero_optimization"]["zero_quantized_weights"] = True

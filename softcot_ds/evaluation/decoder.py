@@ -21,7 +21,7 @@ class Decoder:
         self.worker = worker
         self._stop_ids = stop_ids
         self._context = context
-        self._checked: set[str] = set()
+        self._noted: set[str] = set()
 
     def job(
         self,
@@ -39,9 +39,7 @@ class Decoder:
         Raises:
             SoftCoTError: a prompt fills the model's context.
         """
-        if name not in self._checked:
-            self._check_room(name, prompts, thoughts, sampling.max_new_tokens)
-            self._checked.add(name)
+        self._check_room(name, prompts, thoughts, sampling.max_new_tokens)
         seed = self.worker.recipe.seed
         drawn = {"temperature": sampling.temperature, "top_p": sampling.top_p, "seed": seed}
         if draw:  # the first keeps the key that it had when there was no other
@@ -81,7 +79,8 @@ class Decoder:
                 f"{self._context} that {self.worker.model_config.model} takes; leave long problems out with "
                 "task.max_tokens"
             )
-        if room < max_new_tokens:
+        if room < max_new_tokens and name not in self._noted:
+            self._noted.add(name)
             say(f"{name}: the longest prompt leaves room for {room} tokens; its output is cut there")
 
 
