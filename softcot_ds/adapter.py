@@ -1,7 +1,7 @@
 """An adapter directory: what evaluation and generation need of a training.
 
     projection.safetensors   the trained weights, float32 (the optimizer's master copy)
-    adapter.json             both models with fingerprints, task, thought count, package version
+    adapter.json             both models with fingerprints, task, thoughts, package version
     recipe.yaml              the resolved recipe of the run
     prompts.yaml             the wording that the run was trained with
     trainer.json             how it was trained
@@ -28,7 +28,7 @@ from softcot_ds.files import parse_json
 from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
-from softcot_ds.recipe import ModelConfig, Recipe
+from softcot_ds.recipe import ModelConfig
 from softcot_ds.run_dir import require_complete
 
 
@@ -80,6 +80,9 @@ class AdapterConfig(_Record):
     """Digest of the effective chat template of base and assistant. None: written before they were recorded."""
     layer: int | None = Field(None, ge=1)
     """Of the assistant, whose states it was trained on; None for the last."""
+    placeholders: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None = Field(None, min_length=1)
+    """Ids of the assistant's tokens at whose places those states were, which thoughts take in turn. None: written
+    before they were recorded."""
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -93,13 +96,14 @@ class AdapterConfig(_Record):
     def at_step(self, step: int) -> "AdapterConfig":
         return self.model_copy(update={"step": step})
 
-    def check_models(self, recipe: Recipe, assistant: bool = True) -> None:
-        """Raises SoftCoTError when the recipe's models, or the layer of the assistant, are not those that the adapter
-        was trained with.
+    def check_models(self, experiment: Experiment, assistant: bool = True) -> None:
+        """Raises SoftCoTError when the recipe's models, or the layer or placeholders of the assistant, are not those
+        that the adapter was trained with.
 
         Args:
             assistant: whether the assistant matters; it does not for free vectors.
         """
+        recipe = experiment.recipe
         pairs = [("base", self.base, recipe.base)]
         if assistant:
             pairs.append(("assistant", self.assistant, recipe.assistant))
@@ -117,6 +121,13 @@ class AdapterConfig(_Record):
             raise SoftCoTError(
                 f"the adapter was trained on states of {trained} of the assistant, and thoughts.layer="
                 f"{recipe.thoughts.layer} names {now}; set it to {-1 if self.layer is None else self.layer}"
+            )
+        now = experiment.assistant_prompts.placeholder_cycle
+        if assistant and self.placeholders not in (None, now):
+            texts = [experiment.assistant_tokenizer.convert_ids_to_tokens(ids) for ids in (self.placeholders, now)]
+            raise SoftCoTError(
+                f"the adapter was trained on states at the assistant's tokens {texts[0]}, and thoughts.placeholder="
+                f"{recipe.thoughts.placeholder} names {texts[1]}; set it as in recipe.yaml of the adapter's folder"
             )
 
     def other_templates(self, experiment: Experiment) -> list[str]:
@@ -165,6 +176,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         training_data=digest(experiment.splits.train),
         chat_templates=_chat_templates(experiment),
         layer=states_layer(recipe),
+        placeholders=experiment.assistant_prompts.placeholder_cycle,
     )
 
 

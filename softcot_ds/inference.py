@@ -79,8 +79,8 @@ class Adapter:
             )
         self.recipe = recipe = recipe.in_evaluation
         self._needs_states = projection_class(self.config.projection).needs_states
-        self.config.check_models(recipe, assistant=self._needs_states)
         self.experiment = Experiment(recipe)
+        self.config.check_models(self.experiment, assistant=self._needs_states)
 
     @cached_property
     def projection(self) -> Projection:

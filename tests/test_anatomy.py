@@ -1,5 +1,7 @@
 """What of states and thoughts varies with the question, against its definitions in plain float64."""
 
+import math
+
 import pytest
 import torch
 
@@ -57,6 +59,18 @@ def test_what_does_not_vary_has_no_rank_and_no_share():
     assert (anatomy.rank, anatomy.slot_ranks, anatomy.parts.question_share) == (0, [0, 0], 0)
     between_slots_alone = Anatomy.of(torch.arange(2.0)[None, :, None].expand(3, 2, 8))
     assert (between_slots_alone.rank, between_slots_alone.parts.question_share) == (0, 0)
+    assert "variance   none" in anatomy.lines()
+    assert "variance   0.0% by question, 100.0% by slot" in between_slots_alone.lines()
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_states_that_are_not_finite_are_not_told_to_be_constant(value):
+    given = torch.zeros(3, 2, 8)
+    given[1, 0, 4] = value
+    anatomy = Anatomy.of(given)
+    assert math.isnan(anatomy.parts.varying_norm)
+    (line,) = anatomy.lines()
+    assert "not finite" in line
 
 
 def test_parts_of_ranks_add_up_to_those_of_all():

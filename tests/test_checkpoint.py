@@ -286,7 +286,15 @@ def json_mutations(content: bytes) -> Iterator[tuple[tuple[str, ...], bytes]]:
 def test_damaged_json_is_refused_by_name_and_never_a_stack_trace(saved, name):
     recipe, folder = saved
     experiment = Experiment(recipe)
-    may_be_others = {"revision", "training_data", "chat_templates", "package_version", "summary", "layer"}
+    may_be_others = {
+        "revision",
+        "training_data",
+        "chat_templates",
+        "package_version",
+        "summary",
+        "layer",
+        "placeholders",
+    }
     mutations = list(json_mutations((folder / name).read_bytes()))
     assert len(mutations) > 20
     for path, damaged in [((), content) for content in JSON_DAMAGE] + mutations:

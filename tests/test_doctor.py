@@ -427,6 +427,12 @@ def test_a_limit_below_a_layers_size_is_a_warning_with_the_size(tmp_path):
     assert f"stage3_prefetch_bucket_size is 5000, and these models need {layer}: the rest of a layer" in wrong.text
 
 
+def test_states_that_are_not_finite_are_a_problem():
+    (verdict, *_) = diagnosis._states(cluster(states=(float("nan"), float("nan"))))
+    assert verdict[0] == "problem"
+    assert "not finite" in verdict[1]
+
+
 @pytest.mark.parametrize(("size", "level"), [(0.2, "ok"), (0.05, "warning")])
 def test_states_of_the_cache_that_hardly_differ_are_a_warning(tmp_path, size, level):
     recipe = load_recipe(RECIPE, [f"cache.path={tmp_path}"])

@@ -136,6 +136,11 @@ def forbid_models(monkeypatch):
             None,
             r"trained on states of the last layer .*layer=1 names layer 1; set it to -1",
         ),
+        (
+            ['thoughts.placeholder=["1", "2"]'],
+            None,
+            r"trained on states at .* tokens \['<.thought.>'\], .* names \['1', '2'\]; set it as in recipe.yaml of",
+        ),
         (["evaluation.placeholder='so it'"], None, r"evaluation.placeholder 'so it' is 5 tokens for the tokenizer of"),
         (
             ["task.test_problems=1"],

@@ -214,6 +214,10 @@ def test_what_does_not_fit_is_refused_with_the_reason(make, base, assistant):
         if reason is None:
             check_model(model, role, "toy")
             continue
+        with pytest.raises(
+            SoftCoTError, match=r"Set thoughts.layer=-1: that it ends after layer 2 may be .* Or name ano"
+        ):
+            check_model(model, role, "toy", 2)
         with pytest.raises(SoftCoTError) as caught:
             check_model(model, role, "toy")
         message = str(caught.value)

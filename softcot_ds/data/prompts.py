@@ -144,6 +144,9 @@ class AssistantPrompts:
         self.prompts = prompts
         texts = [placeholder] if placeholder is None or isinstance(placeholder, str) else placeholder
         ids = [placeholder_id(chat, text, "thoughts.placeholder") for text in texts]
+        repeats = (n for n in range(1, len(ids) + 1) if ids[:n] * (len(ids) // n) == ids)
+        self.placeholder_cycle = ids[: next(repeats)]
+        """What repeats, whatever the number of thoughts."""
         self.placeholder_ids = [ids[slot % len(ids)] for slot in range(count)]
         """Of each thought."""
         chat.check(prompts.assistant)

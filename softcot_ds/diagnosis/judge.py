@@ -1,6 +1,7 @@
 """From the facts that the doctor gathers from all ranks to findings, and to their table."""
 
 import json
+import math
 from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -367,6 +368,13 @@ def _states(everyone: Sequence[Facts]) -> Iterator[Verdict]:
         yield OK, "no cache of them that can be read, or training does not take them as they are: not looked at"
         return
     constant, varying = states
+    if not math.isfinite(varying):
+        yield (
+            PROBLEM,
+            "some of the cache are not finite",
+            "softcot-ds cache RECIPE --verify may find them damaged; else remove the cache and build it anew",
+        )
+        return
     text = f"{varying:.3g} of their length varies with the question, {constant:.3g} is the same for all"
     if varying < SMALL_RATIO * constant:
         yield (

@@ -108,7 +108,7 @@ class Conditions:
         folder = self._recipe.evaluation.static_adapter
         try:
             config = AdapterConfig.load(folder)
-            config.check_models(self._recipe, assistant=False)
+            config.check_models(self._experiment, assistant=False)
             if projection_class(config.projection).needs_states:
                 raise SoftCoTError(f"{folder} is a {config.projection} projection, not static")
             return self._room(), _repeated(load_adapter(folder, self._experiment))

@@ -24,7 +24,7 @@ from softcot_ds.distributed import agreed, says_nothing
 from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
-from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared, states_layer
 from softcot_ds.models.backbone import layers_in_few_bits, load_config, load_frozen, weight_bytes
 from softcot_ds.models.decoding import try_decoding
 from softcot_ds.models.embedding import device_of
@@ -50,15 +50,16 @@ _LENGTHS = ((9, 5), (2, 3))
 """Tokens of each row before and after the thoughts; the first ones, which are shared, are among them."""
 
 
-def check_model(model: PreTrainedModel, role: Role, name: str) -> None:
+def check_model(model: PreTrainedModel, role: Role, name: str, layer: int | None = None) -> None:
     """Raises SoftCoTError on all ranks when ``why_unsuitable`` has a reason on one; to be called by all together.
 
     Args:
         name: what the recipe calls the model.
+        layer: after which it ends, where that is not its last.
     """
     reason = agreed(why_unsuitable(model, role))
     if reason is not None:
-        raise _unsuitable(name, model.config.model_type, role, reason)
+        raise _unsuitable(name, model.config.model_type, role, reason, layer)
 
 
 def load_assistant(recipe: Recipe) -> PreTrainedModel:
@@ -68,7 +69,7 @@ def load_assistant(recipe: Recipe) -> PreTrainedModel:
         SoftCoTError: it cannot be loaded, or cannot be an assistant.
     """
     assistant = load_to_think(recipe, "none", own_device())
-    check_model(assistant, "assistant", recipe.assistant.model)
+    check_model(assistant, "assistant", recipe.assistant.model, states_layer(recipe))
     return assistant
 
 
@@ -103,10 +104,11 @@ def check_ahead(config: ModelConfig, role: Role, bits: int = 16) -> None:
         raise _unsuitable(config.model, load_config(config).model_type, role, reason)
 
 
-def _unsuitable(name: str, model_type: str, role: Role, reason: str) -> SoftCoTError:
+def _unsuitable(name: str, model_type: str, role: Role, reason: str, layer: int | None = None) -> SoftCoTError:
+    whole = "" if layer is None else f"Set thoughts.layer=-1: that it ends after layer {layer} may be the cause. Or "
     return SoftCoTError(
-        f"{name} (model type {model_type!r}) cannot be the {role}: {reason}. Name another model in {role}.model; where "
-        f"it is the model's code that fails, {role}.attention: eager may help"
+        f"{name} (model type {model_type!r}) cannot be the {role}: {reason}. {whole}{'name' if whole else 'Name'} "
+        f"another model in {role}.model; where it is the model's code that fails, {role}.attention: eager may help"
     )
 
 

@@ -56,9 +56,17 @@ class Parts:
     def question_share(self) -> float:
         """The part of the vectors' variance, over questions and slots together, that is not between the means of the
         slots: what comes from the question."""
-        between_slots = max(0.0, self._constant - self.means_TW.mean(dim=0).square().sum().item())
-        total = between_slots + self._varying
+        total = self._between_slots + self._varying
         return self._varying / total if total else 0.0
+
+    @property
+    def varies(self) -> bool:
+        """Whether there is any variance, over questions or slots."""
+        return self._between_slots + self._varying > 0
+
+    @property
+    def _between_slots(self) -> float:
+        return max(self._constant - self.means_TW.mean(dim=0).square().sum().item(), 0.0)
 
     @cached_property
     def means_TW(self) -> torch.Tensor:
@@ -72,7 +80,7 @@ class Parts:
     @cached_property
     def _varying(self) -> float:
         squares, count = self.totals[-2:].tolist()
-        return max(0.0, squares / (count * self._shape[0]) - self._constant)
+        return max(squares / (count * self._shape[0]) - self._constant, 0.0)  # what is not finite, which stays if first
 
 
 @dataclass(frozen=True)
@@ -117,13 +125,16 @@ class Anatomy:
 
     def lines(self) -> list[str]:
         """In words."""
+        if not math.isfinite(self.parts.varying_norm):
+            return ["length     not finite: some of these states are damaged; see softcot-ds doctor RECIPE"]
         largest = self.rms_P.topk(min(_SHOWN, len(self.rms_P)))
         coordinates = ", ".join(f"{value:.3g} (number {at})" for value, at in zip(*map(list, largest), strict=True))
         share = self.parts.question_share
+        variance = f"{share:.1%} by question, {1 - share:.1%} by slot" if self.parts.varies else "none"
         return [
             f"length     {self.parts.constant_norm:.3g} of what all questions have in common, "
             f"{self.parts.varying_norm:.3g} of what varies with the question: a ratio of {self.ratio:.2g}",
-            f"variance   {share:.1%} by question, {1 - share:.1%} by slot",
+            f"variance   {variance}",
             f"rank       {self.rank:.1f} of what varies with the question (participation ratio), all slots together; "
             f"{min(self.slot_ranks):.1f} to {max(self.slot_ranks):.1f} of one slot",
             f"largest    coordinates {coordinates}; median {self.rms_P.median():.3g}",

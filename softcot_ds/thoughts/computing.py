@@ -15,7 +15,7 @@ from softcot_ds import distributed
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.trial import check_ahead, check_model
-from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared
+from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared, states_layer
 from softcot_ds.models.partition import make_layers_leaves, plain_config, with_limits
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts.builder import fill, say
@@ -79,7 +79,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     """
     if recipe.cache.partition != "none":
         model = _load_partitioned(recipe, ranks)
-        check_model(model, "assistant", recipe.assistant.model)
+        check_model(model, "assistant", recipe.assistant.model, states_layer(recipe))
         prefix = read_shared(model, inputs)
         return lambda batch: compute_thoughts(model, batch, prefix)
     if torch.cuda.is_available():
@@ -93,7 +93,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
             bound = cores < (os.cpu_count() or 1)
             torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
     model = load_to_think(recipe, "none", device)
-    check_model(model, "assistant", recipe.assistant.model)
+    check_model(model, "assistant", recipe.assistant.model, states_layer(recipe))
     prefix = read_shared(model, inputs)
     return lambda batch: compute_thoughts(model, batch, prefix)
 

@@ -14,7 +14,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.methods.trial import check_model, why_not_fast
-from softcot_ds.models.assistant import load_to_think
+from softcot_ds.models.assistant import load_to_think, states_layer
 from softcot_ds.models.backbone import load_frozen, partition_that_fits
 from softcot_ds.models.fused_layers import fuse_layers
 from softcot_ds.models.partition import engine_config, keep_layers, make_layers_leaves, with_limits
@@ -103,7 +103,7 @@ def build_engine(model: SoftCoT, recipe: Recipe) -> Any:
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     check_model(model.base, "base", recipe.base.model)
     if model.assistant is not None:
-        check_model(model.assistant, "assistant", recipe.assistant.model)
+        check_model(model.assistant, "assistant", recipe.assistant.model, states_layer(recipe))
     if model.prefixed is not None and (reason := agreed(why_not_fast(model.base, model.prefixed))):
         model.use_full_step(reason)
     return engine

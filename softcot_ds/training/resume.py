@@ -81,7 +81,7 @@ def refuse_other_run(experiment: Experiment, resume_from: Path | None) -> None:
             f"{recipe.run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
             "Give this run another name (name=...), or remove that folder"
         )
-    saved.check_models(recipe)
+    saved.check_models(experiment)
     if saved.training_data is None or saved.chat_templates is None:
         say(f"{resume_from} is of an older version, which kept no trace of data and chat templates: not compared")
 
