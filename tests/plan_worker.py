@@ -142,12 +142,16 @@ def measure(folder: Path, job: str) -> dict[str, int]:
     found = {"between": held.at_start - others, "peak": held.peak - others, "moved": held.moved}
     if job not in DECODED:
         return found
-    prompts = [BasePrompt([1] * LENGTHS.prefix, [2] * LENGTHS.suffix)] * ROWS
-    thoughts = torch.randn(ROWS, recipe.thoughts.count, base.config.hidden_size)
     try_decoding(base)
-    with Held() as held:
-        decode(base, prompts, thoughts, [], Sampling(NEW_TOKENS))
-    return found | {"decoding": held.peak - held.at_start}
+    for name, count in (("decoding", ROWS), ("decoding more", 3 * ROWS)):
+        # They begin differently: nothing is shared.
+        prompts = [BasePrompt([number, *[1] * (LENGTHS.prefix - 1)], [2] * LENGTHS.suffix) for number in range(count)]
+        thoughts = torch.randn(count, recipe.thoughts.count, base.config.hidden_size)
+        gc.collect()
+        with Held() as held:
+            decode(base, prompts, thoughts, [], Sampling(NEW_TOKENS), batch_size=ROWS)
+        found[name] = held.peak - held.at_start
+    return found
 
 
 def work(folder: Path, jobs: list[str]) -> None:

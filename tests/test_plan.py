@@ -490,7 +490,8 @@ def test_ranks_hold_and_move_what_was_planned(tmp_path):
         assert choice.within == pytest.approx(measured["moved"], rel=0.02), job
         assert choice.between == 0
         if job in plan_worker.DECODED:
-            needed = planner.decoding_bytes(
-                partition, way.group_size, plan_worker.ROWS, planner.prompt, recipe.evaluation.max_new_tokens
-            )
-            assert needed == pytest.approx(measured["decoding"], rel=0.1), job
+            new_tokens = recipe.evaluation.max_new_tokens
+            decoded = partition, way.group_size, plan_worker.ROWS, planner.prompt, new_tokens
+            for name, wait in (("decoding", False), ("decoding more", True)):
+                needed = planner.decoding_bytes(*decoded, others_wait=wait)
+                assert needed == pytest.approx(measured[name], rel=0.1), (job, name)

@@ -31,7 +31,7 @@ from softcot_ds.models.reading import PADDING, LookUp, Prompts, Reading, embeddi
 
 _NOTHING, _PASS, _TABLE = range(3)
 """What a rank needs the others for: nothing more, a pass, or a pass in which the token table is gathered."""
-_ROOM = 32
+ROOM = 32
 """Tokens for which there is room when keys and values are put together."""
 
 
@@ -97,7 +97,7 @@ class _Layer(DynamicLayer):
 
 def _with_room(parts: Sequence[torch.Tensor], length: int) -> torch.Tensor:
     first = parts[0]
-    whole = first.new_empty(sum(map(len, parts)), first.shape[1], length + _ROOM, first.shape[3])
+    whole = first.new_empty(sum(map(len, parts)), first.shape[1], length + ROOM, first.shape[3])
     start = 0
     for part in parts:
         rows, begin = whole[start : start + len(part)], length - part.shape[2]

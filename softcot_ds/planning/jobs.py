@@ -69,7 +69,7 @@ def decoding_memory(planner: Planner, way: Way) -> float:
     holding = way.partition, way.group_size, way.bits
     memory = planner.held(*holding) + planner.resident_bytes(way) + planner.most_gathered(*holding)
     new_tokens = planner.recipe.evaluation.max_new_tokens
-    memory += planner.decoding_bytes(*holding[:2], way.micro_batch, planner.prompt, new_tokens)
+    memory += planner.decoding_bytes(*holding[:2], way.micro_batch, planner.prompt, new_tokens, others_wait=True)
     return max(memory, planner.to_load(*holding))
 
 

@@ -14,6 +14,7 @@ from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.models.limits import Gathers, derive, most_gathered
 from softcot_ds.models.partition import gathers_of, make_layers_leaves
 from softcot_ds.models.quantized import FewBits, packed_bytes
+from softcot_ds.models.refill import ROOM
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.lengths import Data, Lengths
 from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
@@ -282,18 +283,24 @@ class Planner:
         # A layer more: the buffer that one is gathered in.
         return made + self.itemsize * (most_gathered([gathers], derive([gathers])) + max(gathers.sums))
 
-    def decoding_bytes(self, partition: str, group_size: int, rows: int, prompt: int, new_tokens: int) -> float:
+    def decoding_bytes(
+        self, partition: str, group_size: int, rows: int, prompt: int, new_tokens: int, others_wait: bool = False
+    ) -> float:
         """Bytes of decoding beside the weights: keys and values, and what a pass needs.
 
         Args:
             prompt: tokens of each of ``rows``, thoughts included.
+            others_wait: whether more prompts follow, as many of which are read while the rows before are there still.
         """
         slices = slices_of(partition, group_size)
         token = rows * self.shape.keys_values * self.itemsize / slices
         reading = self.step_on(slices).reading(rows, prompt) + token * prompt
-        # A layer's keys and values are copied for one token more.
-        writing = token * (prompt + new_tokens) * (1 + 1 / len(self.shape.layers))
-        return max(reading, writing) + 4 * _LOGITS * rows * self.shape.vocabulary
+        # A layer's keys and values are copied when there is no room for one token more.
+        written = token * (prompt + -(-new_tokens // ROOM) * ROOM)
+        beside = written / len(self.shape.layers)
+        # What was read is held, and rows are put together of it.
+        most = written + max(reading, 2 * token * prompt, beside) if others_wait else max(reading, written + beside)
+        return most + 4 * _LOGITS * rows * self.shape.vocabulary
 
     def memory(self, way: Way, ranks: int) -> dict[str, float]:
         """Bytes of a GPU in training, by part."""
