@@ -131,6 +131,21 @@ def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant
     assert (thoughts - means).square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
 
 
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_slots_that_differ_more_than_questions_leave_the_size_of_what_varies(states, condition):
+    apart = states + 1000 * torch.arange(3.0)[:, None]
+    running = RunningMoments(*apart.shape[1:])
+    running.add(apart)
+    found = running.moments()
+    made = conditioning(found, condition)
+    sized = token_sized(random_weights(), ENTRY, made, found, 0.5)
+    thoughts = made(apart) @ sized["weight"].T + sized["bias"]
+    means = thoughts.mean(dim=0)
+    assert (thoughts - means).square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-3)
+    assert means.square().mean().sqrt() > 0.5
+    assert not sized["bias"].any()
+
+
 def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
     weights, made = random_weights(), conditioning(moments, "whiten")
     sized = token_sized(weights, ENTRY, made, moments, 0.5)

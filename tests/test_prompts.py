@@ -167,6 +167,10 @@ def test_thoughts_take_several_placeholders_in_turn():
     x, y, end = (ids(chat.tokenizer, text) for text in ("x", "y", "</s>"))
     assert item.token_ids == one.token_ids[:-5] + x + end + y + x + end
     assert item.positions == one.positions
+    for several in (["x", "y"], ["x", "y", "x", "y"]):
+        for count in (1, 5):
+            assert AssistantPrompts(chat, PROMPTS, count, several).placeholder_cycle == x + y
+    assert AssistantPrompts(chat, PROMPTS, 5, ["x", "y", "x"]).placeholder_cycle == x + y + x
     with pytest.raises(SoftCoTError, match=r"thoughts.placeholder 'two' is 3 tokens"):
         AssistantPrompts(chat, PROMPTS, 1, ["x", "two"])
 
