@@ -39,20 +39,20 @@ class Grid:
 
     seeds: tuple[int, ...]
     """Empty where the recipe's own seed, or the adapter, is meant."""
-    thoughts: tuple[Any, ...]
-    """Numbers of thoughts, in the order given; empty where the recipe says how many. The recipe checks their values."""
+    thoughts: tuple[int, ...]
+    """Numbers of thoughts, in the order given; empty where the recipe says how many."""
     plain: tuple[str, ...]
     """The other overrides: with them the recipe is one that every command takes."""
 
     @classmethod
     def of(cls, overrides: Sequence[str]) -> "Grid":
         """Raises SoftCoTError for seeds or numbers of thoughts that are none, or stand there twice."""
-        found: dict[str, tuple[Any, ...]] = {"seeds": (), "evaluation.thoughts": ()}
+        found: dict[str, tuple[int, ...]] = {"seeds": (), "evaluation.thoughts": ()}
         plain = []
         for override in overrides:
             key, equals, text = override.partition("=")
             if key in found and equals:
-                found[key] = _seeds(text) if key == "seeds" else _list(key, text)
+                found[key] = _seeds(text) if key == "seeds" else _counts(text)
             if key not in found or not equals or not found[key]:
                 plain.append(override)
         if found["seeds"] and (own := [text for text in plain if text.startswith("seed=")]):
@@ -72,6 +72,11 @@ class Grid:
     def of_thoughts(self) -> "Grid":
         """The same without seeds: of what is one for all of them."""
         return replace(self, seeds=())
+
+    @property
+    def of_seeds(self) -> "Grid":
+        """The same without numbers of thoughts: of what is trained, whose recipe stays with its run."""
+        return replace(self, thoughts=())
 
     def runs(self, whole: Recipe) -> list[Recipe]:
         """The runs that are trained, from the recipe that all have in common: itself where there are no seeds."""
@@ -109,7 +114,7 @@ class Grid:
                 cells.append(Cell(load_for_evaluation(source, list(overrides)), overrides, seed))
         return cells
 
-    def _own(self, whole: Recipe, seed: int | None, count: Any = None) -> list[str]:
+    def _own(self, whole: Recipe, seed: int | None, count: int | None = None) -> list[str]:
         """The overrides that make a recipe that all cells have in common one cell's."""
         own = []
         if seed is not None:
@@ -139,6 +144,16 @@ def _seeds(text: str) -> tuple[int, ...]:
         raise SoftCoTError(
             f"seeds={text}: {wrong[0]!r} is no seed, a whole number from 0 on; write the first and the last, as in "
             "seeds=41..45, or a list, as in seeds=[41,42]"
+        )
+    return values
+
+
+def _counts(text: str) -> tuple[int, ...]:
+    values = _list("evaluation.thoughts", text)
+    if wrong := [value for value in values if type(value) is not int or value < 1]:
+        raise SoftCoTError(
+            f"evaluation.thoughts={text}: {json.dumps(wrong[0], default=str)} is no number of thoughts, a whole one "
+            "from 1 on; write out each, as in evaluation.thoughts=[1,4], also that which was trained with"
         )
     return values
 

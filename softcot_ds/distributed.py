@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from softcot_ds.errors import LostRank, SoftCoTError
-from softcot_ds.launchers import alone_of
+from softcot_ds.launchers import MEETING, alone_of
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
@@ -65,14 +65,23 @@ def init_distributed(timeout_minutes: float, cpu_only: bool = False) -> None:
     dist.distributed_c10d.default_pg_timeout = dist.distributed_c10d.default_pg_nccl_timeout = timeout
     global _control_group
     try:
-        if cpu_only:
-            dist.init_process_group(backend, timeout=timeout)
-        else:
+        met = _met_apart(timeout)
+        if cpu_only or met:
+            dist.init_process_group(backend, timeout=timeout, **met)
+        if not cpu_only:  # takes the ranks that have met as they are
             deepspeed.init_distributed(dist_backend=backend, auto_mpi_discovery=False, timeout=timeout)
         # Control messages travel over the CPUs: they never make a rank wait for its GPU.
         _control_group = dist.new_group(backend="gloo", timeout=timeout)
     except (RuntimeError, ValueError) as error:  # no peers, no such address or interface; a variable is missing
         raise _cannot_meet(error) from error
+
+
+def _met_apart(timeout: timedelta) -> dict[str, Any]:
+    """Where and as what to meet under a name, see ``environment_apart``; empty where ranks meet under none."""
+    if MEETING not in os.environ:
+        return {}
+    store, rank, world_size = next(dist.rendezvous("env://", timeout=timeout))
+    return {"store": dist.PrefixStore(os.environ[MEETING], store), "rank": rank, "world_size": world_size}
 
 
 def set_timeout(minutes: float) -> None:

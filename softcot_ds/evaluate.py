@@ -20,6 +20,7 @@ import sys
 from softcot_ds.cells import Cell, Grid
 from softcot_ds.command import recipe_command
 from softcot_ds.errors import Interrupted
+from softcot_ds.launchers import environment_apart
 from softcot_ds.run_dir import names_another_task, recipe_and_adapter
 
 _PATIENCE_S = 2.0
@@ -40,11 +41,10 @@ def _evaluate(source: str, overrides: list[str]) -> None:
 def _evaluate_cells(source: str, grid: Grid) -> None:
     """Train what is to be trained, all of it; then evaluate every cell. All ranks work on one after the other."""
     whole, cells = grid.recipe(source), grid.cells(source)
-    first_of_seed = {cell.seed: cell for cell in reversed(cells)}
     # Adapters of another task are evaluated as they are: how they were trained is not in these overrides.
     if grid.seeds and not names_another_task(source, grid.plain):
-        for seed in grid.seeds:
-            _train_apart(source, first_of_seed[seed])
+        for cell in grid.of_seeds.cells(source):
+            _train_apart(source, cell)
 
     from softcot_ds.distributed import on_main, say
     from softcot_ds.evaluation.grid import Evaluated, grid_table, make_grid_report, write_grid_report
@@ -63,12 +63,14 @@ def _evaluate_cells(source: str, grid: Grid) -> None:
 
 def _train_apart(source: str, cell: Cell) -> None:
     """Train a cell's run, in a process of its own: DeepSpeed holds on to the models of a training until its process
-    ends. Under a launcher each rank starts one, and they meet as their parents would, which have not met yet.
+    ends. Under a launcher each rank starts one, and they meet as their parents would, which have not met yet; the
+    next ones must not take what is left of them for each other.
 
     Raises:
         SystemExit: the training did not end well, and has said why.
     """
-    process = subprocess.Popen([sys.executable, "-m", "softcot_ds.train", source, *cell.overrides])
+    command = [sys.executable, "-m", "softcot_ds.train", source, *cell.overrides]
+    process = subprocess.Popen(command, env=environment_apart(cell.recipe.name))
     try:
         code = process.wait()
     except Interrupted as error:

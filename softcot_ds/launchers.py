@@ -25,6 +25,20 @@ def alone_of() -> str:
     return (several + later + [""])[0]
 
 
+MEETING = "SOFTCOT_MEETING"
+"""Variable with the name under which ranks meet that are not the first to meet in a store."""
+
+
+def environment_apart(name: str) -> dict[str, str]:
+    """For a process that each rank starts: those of one name meet as their parents would.
+
+    torchrun's agent has one store for all that a rank starts, one after the other; there what the ones before have left
+    would be taken for the ranks that are to be met.
+    """
+    served_by_agent = os.environ.get("TORCHELASTIC_USE_AGENT_STORE") == "True"
+    return os.environ | ({MEETING: name} if served_by_agent else {})
+
+
 def launched_ranks() -> int:
     """How many ranks torch's variables speak of, whether or not they have met; 1 alone."""
     return int(os.environ.get("WORLD_SIZE", "1"))

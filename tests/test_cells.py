@@ -55,6 +55,12 @@ def test_axes_are_taken_out_of_the_overrides_and_the_last_word_wins(overrides, s
         ("seeds=[1", "seeds=.1 is not a YAML value"),
         ("evaluation.thoughts=[]", r"evaluation.thoughts=\[\] is empty"),
         ("evaluation.thoughts=[2, 2]", "2 stands there more than once"),
+        (
+            "evaluation.thoughts=[null, 1]",
+            "null is no number of thoughts, a whole one from 1 on; write",
+        ),
+        ("evaluation.thoughts=[1, true]", "more than once"),
+        ("evaluation.thoughts=[2, 1.0]", "1.0 is no number of thoughts"),
     ],
 )
 def test_wrong_axes_are_refused_with_what_to_write(override, message):
@@ -97,7 +103,11 @@ def test_cells_are_ordinary_recipes_of_runs_of_their_own_that_share_outputs(tmp_
     ("command", "arguments", "message"),
     [
         (evaluate, ["seeds=5..1"], "seeds=5..1 ends before it begins; write seeds=1..5"),
-        (evaluate, ["seeds=1..2", "evaluation.thoughts=[4,0]"], "evaluation.thoughts: input should be greater than"),
+        (
+            evaluate,
+            ["seeds=1..2", "evaluation.thoughts=[4,0]"],
+            "thoughts=[4,0]: 0 is no number of thoughts",
+        ),
         (evaluate, ["seeds=1..2", "training.stepz=3"], "training.stepz: unknown key; did you mean training.step"),
         (train, ["seeds=1..2"], "seeds: only on the command line of evaluate, cache or submit; a run has one seed"),
         (

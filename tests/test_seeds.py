@@ -5,17 +5,21 @@ import os
 import signal
 import threading
 import time
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 from adapters import make_adapter
 from forked import run_forked
 from launch import ROOT
+from torch import distributed as dist
 
 from softcot_ds import evaluate
 from softcot_ds.cells import Grid
+from softcot_ds.distributed import _met_apart
 from softcot_ds.evaluation import decoder as decoder_module
 from softcot_ds.evaluation import jobs
+from softcot_ds.launchers import MEETING
 from softcot_ds.models.scoring import Scorer
 from softcot_ds.run_dir import checkpoints
 
@@ -119,6 +123,30 @@ def test_a_run_is_trained_in_a_process_of_its_own(tmp_path):
     assert "demo-seed7: 8 training" in done.stdout
     (adapter,) = checkpoints(tmp_path / "demo-seed7")
     assert json.loads((tmp_path / "demo" / "grid.json").read_text())["cells"][0]["adapter"] == str(adapter)
+
+
+@pytest.mark.parametrize(("served", "names"), [("True", ["demo-seed1", "demo-seed2"]), ("False", [None, None])])
+def test_only_in_the_store_of_torchruns_agent_trainings_meet_under_names(monkeypatch, tmp_path, served, names):
+    stand_in(monkeypatch, tmp_path, 'echo "${SOFTCOT_MEETING-none}" >>met')
+    monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", served)
+    for cell in Grid.of([f"output_dir={tmp_path}", "seeds=1..2"]).cells(RECIPE):
+        evaluate._train_apart(RECIPE, cell)
+    assert (tmp_path / "met").read_text().split() == [name or "none" for name in names]
+
+
+def test_ranks_that_meet_under_a_name_do_not_see_what_others_left_in_the_store(monkeypatch):
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": 0, "WORLD_SIZE": 1, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent.port}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    assert _met_apart(timedelta(seconds=5)) == {}
+    for name in ("demo-seed1", "demo-seed2"):
+        monkeypatch.setenv(MEETING, name)
+        met = _met_apart(timedelta(seconds=5))
+        assert (met["rank"], met["world_size"]) == (0, 1)
+        assert not met["store"].check(["left"])
+        met["store"].set("left", name)
+    assert agent.get("demo-seed1/left") == b"demo-seed1"
 
 
 def stand_in(monkeypatch, tmp_path, script):
