@@ -77,7 +77,8 @@ def test_over_seeds_every_condition_has_the_mean_of_all_and_the_pair_its_differe
     assert none["accuracy"]["seeds_sd"] == none["accuracy"]["standard_error"]["seeds"] == 0
     table = np.array([RIGHT[seed, "learned"] for seed in (41, 42, 43)], float)
     assert learned["accuracy"] == over_seeds(table) | {"ci95": (over_seeds(table)["ci95"][0], 1.0)}, "never above 1"
-    assert summary["comparisons"]["learned-none"]["accuracy"] == over_seeds(table - [0, 1, 0, 0])
+    apart = over_seeds(table - [0, 1, 0, 0])
+    assert summary["comparisons"]["learned-none"]["accuracy"] == apart | {"ci95": (apart["ci95"][0], 1.0)}
     for name, found in (("learned", learned), ("none", none)):
         of_seeds = [sum(NATS[seed, name]) / sum(TOKENS) for seed in (41, 42, 43)]
         assert found["loss"]["mean"] == pytest.approx(statistics.fmean(of_seeds))
@@ -91,10 +92,25 @@ def test_where_every_answer_is_right_the_interval_is_of_the_problems():
     for cell in cells:
         cell.scores["learned"].accuracy[:] = [1.0] * 4
         cell.scores["none"].accuracy[:] = [0.0] * 4
-    conditions = make_grid_report(cells)["summaries"][0]["conditions"]
+    report = make_grid_report(cells)
+    conditions = report["summaries"][0]["conditions"]
+    pair = report["summaries"][0]["comparisons"]["learned-none"]["accuracy"]
+    assert (pair["mean"], pair["ci95"], pair["p_value"]) == (1.0, None, 0.125), "McNemar's of 4 in 4"
     # Wilson's of 4 in 4: from 1 / (1 + z^2 / 4) on.
     assert conditions["learned"]["accuracy"]["ci95"] == pytest.approx((0.5101, 1), abs=1e-4)
     assert conditions["none"]["accuracy"]["ci95"] == pytest.approx((0, 0.4899), abs=1e-4)
+
+
+def test_one_problem_is_reported_without_what_it_does_not_tell():
+    cells = [evaluated(seed) for seed in (41, 42)]
+    for cell in cells:
+        for name, of in cell.scores.items():
+            cell.scores[name] = Scores(of.ids[:1], of.accuracy[:1], [], of.loss[:1], of.tokens[:1])
+    report = make_grid_report(cells)
+    json.dumps(report, allow_nan=False)
+    pair = report["summaries"][0]["comparisons"]["learned-none"]["loss"]
+    assert (pair["mean"], pair["ci95"], pair["p_value"]) == (pytest.approx(-0.25 / TOKENS[0]), None, None)
+    assert max(map(len, grid_table(report).splitlines())) <= 100
 
 
 def test_of_one_seed_and_several_counts_there_is_what_each_report_says():

@@ -170,14 +170,51 @@ def test_the_variance_over_seeds_is_that_of_all_pairs(rows):
     seeds, problems, rest = pairwise_components(rows)
     S, N = len(rows), len(rows[0])
     found = over_seeds(np.array(rows, float))
-    errors = {name: value**2 for name, value in found["standard_error"].items()}
     assert found["mean"] == pytest.approx(float(Fraction(sum(map(sum, rows)), S * N)))
-    assert errors["seeds"] == pytest.approx(float(max(seeds, 0) / S), abs=1e-12)
-    assert errors["problems"] == pytest.approx(float(max(problems, 0) / N), abs=1e-12)
-    assert errors["rest"] == pytest.approx(float(rest / (S * N)), abs=1e-12)
+    errors = {name: value**2 for name, value in found["standard_error"].items()}
     assert errors["all"] == pytest.approx(errors["seeds"] + errors["problems"] + errors["rest"])
     assert found["seeds_sd"] == pytest.approx(statistics.stdev(statistics.fmean(row) for row in rows))
-    assert (found["ci95"] is None) == (len({value for row in rows for value in row}) == 1)
+    values = [value for row in rows for value in row]
+    assert (found["ci95"] is None) == (len(set(values)) == 1)
+    if errors["seeds"] > 1e-12 and errors["problems"] > 1e-12:
+        assert errors["seeds"] == pytest.approx(float(seeds / S))
+        assert errors["problems"] == pytest.approx(float(problems / N))
+        assert errors["rest"] == pytest.approx(float(rest / (S * N)), abs=1e-12)
+        return
+    # What is left of a source that is none is variance of a mean of independent values: of seeds, of problems, of all.
+    assert seeds <= 0 or problems <= 0
+    if errors["seeds"] > 1e-12:
+        known, df = statistics.variance(map(statistics.fmean, rows)) / S, S - 1
+    elif errors["problems"] > 1e-12:
+        known, df = statistics.variance(map(statistics.fmean, zip(*rows, strict=True))) / N, N - 1
+    else:
+        known, df = statistics.variance(values) / (S * N), S * N - 1
+    assert errors["all"] == pytest.approx(known, abs=1e-12)
+    assert found["df"] is None or found["df"] == pytest.approx(df)
+
+
+@pytest.mark.parametrize("difference", [1.0, -1.0, 0.0])
+def test_where_nothing_varies_p_is_that_of_the_problems(difference):
+    found = over_seeds(np.full((3, 6), difference))
+    ones, zeros = dict.fromkeys("abcdef", True), dict.fromkeys("abcdef", False)
+    mcnemar = compare(ones, zeros if difference else ones)["p_value"]
+    assert found["p_value"] == pytest.approx(mcnemar)
+    assert found["p_value"] == pytest.approx(compare_scores([difference] * 6, [0.0] * 6, seed=0)["p_value"])
+    assert (found["ci95"], found["df"]) == (None, None)
+
+
+def test_of_one_problem_nothing_but_the_mean_is_known():
+    found = over_seeds(np.array([[1.0], [0.0]]))
+    assert (found["mean"], found["seeds_sd"]) == (0.5, pytest.approx(0.5**0.5))
+    assert found["ci95"] is found["p_value"] is found["df"] is None
+    assert set(found["standard_error"].values()) == {None}
+
+
+def test_two_seeds_that_do_not_differ_do_not_make_the_interval_wide():
+    draw = np.random.default_rng(0)
+    ends = [over_seeds(draw.normal(0, 0.2, 500) + draw.normal(0, 1, (2, 500)))["ci95"] for _ in range(200)]
+    true = 2 * Z * math.sqrt(0.2**2 / 500 + 1 / 1000)
+    assert statistics.median(high - low for low, high in ends) < 1.2 * true
 
 
 @pytest.mark.parametrize(
@@ -206,7 +243,6 @@ def test_the_interval_over_seeds_holds_the_truth_as_often_as_it_says(seeds_sd, p
         values = draw.normal(0, seeds_sd, (5, 1)) + draw.normal(0, problems_sd, 60) + draw.normal(0, rest_sd, (5, 60))
         low, high = over_seeds(values + 7)["ci95"]
         held += low <= 7 <= high
-    # More often where a source is small: a mean square that is lost in the rest counts as the rest.
     assert 0.93 <= held / runs <= 0.985, held / runs
 
 

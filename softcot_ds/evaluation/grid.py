@@ -81,24 +81,27 @@ def _summary(cells: Sequence[Evaluated]) -> Record:
     return {
         "num_seeds": len(cells),
         "conditions": {
-            name: {key: over_seeds(of) if key == "loss" else _share(of) for key, of in of_metrics.items()}
+            name: {key: over_seeds(of) if key == "loss" else _share(of, 0.0) for key, of in of_metrics.items()}
             for name, of_metrics in tables.items()
         },
         "comparisons": {
-            f"learned-{name}": {key: over_seeds(of - tables[name][key]) for key, of in tables["learned"].items()}
+            f"learned-{name}": {
+                key: over_seeds(apart) if key == "loss" else _share(apart, -1.0)
+                for key, apart in ((key, of - tables[name][key]) for key, of in tables["learned"].items())
+            }
             for name in pairs
         },
     }
 
 
-def _share(values: np.ndarray) -> Record:
-    """``over_seeds`` of what lies between 0 and 1. Where all is right, or all is wrong, what is known is known from the
-    problems alone: the interval is Wilson's of them."""
+def _share(values: np.ndarray, least: float) -> Record:
+    """``over_seeds`` of what lies between ``least`` and 1: 0, or -1 for a difference. Where all is right, or all is
+    wrong, what is known is known from the problems alone: the interval is Wilson's of them."""
     found = over_seeds(values)
     if found["ci95"] is not None:
         low, high = found["ci95"]
-        found["ci95"] = max(low, 0.0), min(high, 1.0)
-    elif found["mean"] in (0, 1):
+        found["ci95"] = max(low, least), min(high, 1.0)
+    elif least == 0 and found["mean"] in (0, 1):
         num_problems = values.shape[1]
         found["ci95"] = wilson_interval(num_problems * int(found["mean"]), num_problems)
     return found

@@ -1,8 +1,8 @@
 """Intervals and tests for accuracies and losses on the same problems."""
 
+import math
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
-from math import lcm
 from typing import Any
 
 import numpy as np
@@ -11,6 +11,7 @@ from scipy.stats import t as student
 
 _RESAMPLES = 9999
 """With it, a p value that is drawn is 0.0001 at least, and one of up to 13 problems is counted over all cases."""
+_SOURCES = ("seeds", "problems", "rest")
 _AT_A_TIME = 250
 """Resamples that are held together: 20 MB for 10,000 problems."""
 
@@ -85,7 +86,7 @@ def compare_scores(first: Sequence[float], second: Sequence[float], seed: int) -
         The ``difference`` of the means, its ``ci95`` as by ``mean_interval``, and the two-sided ``p_value``.
     """
     exact = [_fraction(one) - _fraction(other) for one, other in zip(first, second, strict=True)]
-    unit = lcm(*(difference.denominator for difference in exact))
+    unit = math.lcm(*(difference.denominator for difference in exact))
     # Whole numbers: sums that are equal, or cancel out, must be seen as equal for the test to count them.
     counts = np.array([int(difference * unit) for difference in exact], float)
     differences = counts / unit
@@ -118,45 +119,72 @@ def over_seeds(values: np.ndarray) -> dict[str, Any]:
 
         (MS_seeds + MS_problems - MS_rest) / (seeds * problems)
 
-    without bias, and its degrees of freedom are Satterthwaite's (1946). With few seeds that matters: a bootstrap over
-    five seeds holds the truth four times in five where it promises 95%, as it takes their variance a fifth too small
-    and knows nothing of Student's t. A component that comes out negative counts as none.
+    and its degrees of freedom are Satterthwaite's (1946). With few seeds that matters: a bootstrap over five seeds
+    holds the truth four times in five where it promises 95%, as it takes their variance a fifth too small and knows
+    nothing of Student's t.
+
+    A source that moves values no more than what is left does counts as none, and its squares and degrees of freedom as
+    the rest's: else the single degree of two seeds that do not differ would make the interval several times too wide.
+    The price is an effect of seeds that few of them do not show: where it makes up half of the variance, the interval
+    holds the truth in 91% of cases with two seeds, 93% with three, 94% with five; with two and five sixths, in 87%.
 
     Args:
-        values: (seeds, problems) float64, at least two of each.
+        values: (seeds, problems) float64, at least two seeds.
 
     Returns:
         ``mean``; ``ci95``, by Student's t; ``seeds_sd``, the standard deviation between the seeds' means on these
         problems; ``standard_error`` of the mean, and what of it ``seeds``, ``problems`` and the ``rest`` make up (their
-        squares add up to its square); ``df``; and the two-sided ``p_value`` of the mean being 0. The interval, df and
-        p value are None where all values are the same: nothing is known of the variance then.
+        squares add up to its square); ``df``; and the two-sided ``p_value`` of the mean being 0. Where all values are
+        the same, nothing is known of the variance: interval and df are None, and the p value is that of the paired
+        permutation test over problems, which here is McNemar's, too. Of a single problem the mean and ``seeds_sd``
+        alone are known, and all else is None.
     """
-    num_seeds, num_problems = values.shape
-    mean, of_seeds, of_problems = values.mean(), values.mean(axis=1), values.mean(axis=0)
-    rest = values - of_seeds[:, None] - of_problems + mean
-    df_rest = (num_seeds - 1) * (num_problems - 1)
-    ms_rest = float((rest**2).sum() / df_rest)
-    # Sums that should be 0 are not, by rounding; a component is what is above the rest.
-    ms_seeds = max(float(num_problems * of_seeds.var(ddof=1)), ms_rest)
-    ms_problems = max(float(num_seeds * of_problems.var(ddof=1)), ms_rest)
-    total = ms_seeds + ms_problems - ms_rest
-    parts = {"seeds": ms_seeds - ms_rest, "problems": ms_problems - ms_rest, "rest": ms_rest}
+    num_problems = values.shape[1]
+    mean, of_seeds = float(values.mean()), values.mean(axis=1)
     found: dict[str, Any] = {
-        "mean": float(mean),
+        "mean": mean,
         "ci95": None,
         "seeds_sd": float(of_seeds.std(ddof=1)),
-        "standard_error": {name: (part / values.size) ** 0.5 for name, part in ({"all": total} | parts).items()},
+        "standard_error": dict.fromkeys(("all", *_SOURCES)),
         "df": None,
         "p_value": None,
     }
+    if num_problems == 1:
+        return found
+    parts, df = _components(values)
+    found["standard_error"] = {name: (part / values.size) ** 0.5 for name, part in parts.items()}
     if np.ptp(values):
-        squares = ms_seeds**2 / (num_seeds - 1) + ms_problems**2 / (num_problems - 1) + ms_rest**2 / df_rest
-        found["df"] = df = total**2 / squares
         error = found["standard_error"]["all"]
         half = float(student.ppf(0.975, df)) * error
-        found["ci95"] = float(mean) - half, float(mean) + half
+        found |= {"ci95": (mean - half, mean + half), "df": df}
         found["p_value"] = float(2 * student.sf(abs(mean) / error, df))
+    else:  # of all ways to give the problems' differences signs, two are as far from 0
+        found["p_value"] = 0.5 ** (num_problems - 1) if mean else 1.0
     return found
+
+
+def _components(values: np.ndarray) -> tuple[dict[str, float], float]:
+    """What each source adds to the variance of the mean of (seeds, problems) values, times their number, and ``all`` of
+    them together; and its degrees of freedom."""
+    num_seeds, num_problems = values.shape
+    mean, of_seeds, of_problems = values.mean(), values.mean(axis=1), values.mean(axis=0)
+    rest = values - of_seeds[:, None] - of_problems + mean
+    squares, df_rest = float((rest**2).sum()), (num_seeds - 1) * (num_problems - 1)
+    kept = {
+        "seeds": (float(num_problems * of_seeds.var(ddof=1)), num_seeds - 1),
+        "problems": (float(num_seeds * of_problems.var(ddof=1)), num_problems - 1),
+    }
+    for name, (mean_square, df) in sorted(kept.items(), key=lambda item: item[1]):
+        if mean_square <= squares / df_rest:
+            squares, df_rest = squares + mean_square * df, df_rest + df
+            del kept[name]
+    ms_rest = squares / df_rest
+    parts = {name: kept[name][0] - ms_rest if name in kept else 0.0 for name in ("seeds", "problems")}
+    parts["rest"] = ms_rest
+    total = sum(parts.values())
+    of_rest = (1 - len(kept)) * ms_rest
+    uncertain = of_rest**2 / df_rest + sum(mean_square**2 / df for mean_square, df in kept.values())
+    return {"all": total, **parts}, total**2 / uncertain if uncertain else math.inf
 
 
 def per_token(losses: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
