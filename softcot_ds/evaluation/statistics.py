@@ -175,7 +175,7 @@ def _components(values: np.ndarray) -> tuple[dict[str, float], float]:
         "problems": (float(num_seeds * of_problems.var(ddof=1)), num_problems - 1),
     }
     for name, (mean_square, df) in sorted(kept.items(), key=lambda item: item[1]):
-        if mean_square <= squares / df_rest:
+        if mean_square <= squares / df_rest * (1 + 1e-9):  # what should be equal is not, by rounding
             squares, df_rest = squares + mean_square * df, df_rest + df
             del kept[name]
     ms_rest = squares / df_rest
