@@ -16,12 +16,15 @@ thoughts. What is done is not done again.
 import contextlib
 import subprocess
 import sys
+from collections.abc import Sequence
+from pathlib import Path
 
 from softcot_ds.cells import Cell, Grid
 from softcot_ds.command import recipe_command
-from softcot_ds.errors import Interrupted
+from softcot_ds.errors import Interrupted, SoftCoTError
 from softcot_ds.launchers import environment_apart
-from softcot_ds.run_dir import names_another_task, recipe_and_adapter
+from softcot_ds.recipe import Recipe
+from softcot_ds.run_dir import checkpoint_step, names_another_task, recipe_and_adapter
 
 _PATIENCE_S = 2.0
 """How long a training that has the signal to stop takes to end, where it has nothing to save yet."""
@@ -52,13 +55,26 @@ def _evaluate_cells(source: str, grid: Grid) -> None:
     from softcot_ds.evaluation.run import evaluated
 
     loaded, found = Loaded(), []
-    for cell in cells:
-        recipe, adapter = recipe_and_adapter(source, list(cell.overrides))
+    chosen = [recipe_and_adapter(source, list(cell.overrides)) for cell in cells]
+    if grid.seeds:
+        _refuse_other_steps(chosen)
+    for recipe, adapter in chosen:
         one = evaluated(recipe, adapter, loaded)
         found.append(Evaluated(recipe.seed, str(recipe.run_dir), one.folder, one.report, one.scores))
     report = make_grid_report(found)
     path = on_main(lambda: write_grid_report(whole.run_dir, report))
     say(f"\n{grid_table(report)}\nresults: {path}")
+
+
+def _refuse_other_steps(chosen: Sequence[tuple[Recipe, Path]]) -> None:
+    """Raises SoftCoTError where the runs' newest checkpoints are of different steps: a mean of them is of none."""
+    steps = {recipe.name: checkpoint_step(adapter) for recipe, adapter in chosen}
+    if len(set(steps.values())) > 1:
+        named = ", ".join(f"{name}: {step}" for name, step in steps.items())
+        raise SoftCoTError(
+            f"the newest checkpoints are of different steps ({named}), and are not reported as one. Train all to the "
+            f"same with training.steps={max(steps.values())}, or remove what is beyond the others from checkpoints/"
+        )
 
 
 def _train_apart(source: str, cell: Cell) -> None:

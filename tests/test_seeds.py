@@ -78,6 +78,17 @@ def test_each_seed_is_trained_and_what_no_seed_decides_is_decoded_once(seeds, tm
     assert json.loads((tmp_path / "demo" / "grid.json").read_text()) == report
 
 
+def test_adapters_of_different_steps_are_not_reported_as_one(seeds, tmp_path, capfd):
+    overrides, _ = seeds
+    later = Grid.of(overrides).cells(RECIPE)[1].recipe
+    make_adapter(later.run_dir / "checkpoints" / "step-3", later, step=3)
+    assert evaluate.main([RECIPE, *overrides]) == 2
+    said = capfd.readouterr().err
+    assert "of different steps (demo-seed5: 1, demo-seed6: 3)" in said
+    assert "training.steps=3" in said
+    assert not (tmp_path / "demo" / "grid.json").exists()
+
+
 def test_sampled_answers_are_of_each_seed(seeds, tmp_path, scribe):
     overrides, _ = seeds
     sampled = ["evaluation.temperature=1", "evaluation.loss=false", "evaluation.conditions=[none]"]
