@@ -138,7 +138,7 @@ def test_slots_that_differ_more_than_questions_leave_the_size_of_what_varies(sta
     running.add(apart)
     found = running.moments()
     made = conditioning(found, condition)
-    sized = token_sized(random_weights(), ENTRY, made, found, 0.5)
+    sized = token_sized(random_weights(), ENTRY, made, found.within_PP, found.between_TP, 0.5)
     thoughts = made(apart) @ sized["weight"].T + sized["bias"]
     means = thoughts.mean(dim=0)
     assert (thoughts - means).square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-3)
@@ -148,7 +148,7 @@ def test_slots_that_differ_more_than_questions_leave_the_size_of_what_varies(sta
 
 def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
     weights, made = random_weights(), conditioning(moments, "whiten")
-    sized = token_sized(weights, ENTRY, made, moments, 0.5)
+    sized = token_sized(weights, ENTRY, made, moments.within_PP, moments.between_TP, 0.5)
     for name in ENTRY:
         ratio = sized[name] / weights[name]
         torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-12, atol=0)

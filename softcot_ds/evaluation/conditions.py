@@ -53,12 +53,15 @@ class Posed:
 class Conditions:
     """Prompts and thoughts of each condition."""
 
-    def __init__(self, adapter: Adapter, examples: Sequence[Example]) -> None:
-        """Raises SoftCoTError when the adapter is damaged."""
+    def __init__(
+        self, adapter: Adapter, examples: Sequence[Example], make_room: Callable[[], object] = lambda: None
+    ) -> None:
+        """``make_room`` is called before the assistant is loaded. Raises SoftCoTError when the adapter is damaged."""
         self._recipe = adapter.recipe
         self._experiment = adapter.experiment
         self._examples = examples
         self._projection = adapter.projection
+        self._make_room = make_room
         self.words: list[str] = []
 
     def of(self, condition: Condition) -> Posed:
@@ -121,7 +124,7 @@ class Conditions:
 
     @cached_property
     def _hidden(self) -> torch.Tensor:
-        return read_all_thoughts(self._experiment, self._examples)
+        return read_all_thoughts(self._experiment, self._examples, self._make_room)
 
     def _projected(self, whose: Sequence[int]) -> Thoughts:
         """For problem i the thoughts of problem ``whose[i]``."""

@@ -152,10 +152,14 @@ class Loaded:
     def model(self, key: Record, load: Callable[[], PreTrainedModel]) -> PreTrainedModel:
         """The model of this key; another one is let go before it is loaded."""
         if key != self._key:
-            self._key = self._model = None
+            self.release()
             self._model = load()
             self._key = key
         return self._model
+
+    def release(self) -> None:
+        """Let the model go."""
+        self._key = self._model = None
 
 
 class Worker:

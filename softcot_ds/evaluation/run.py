@@ -88,7 +88,7 @@ def _ask_all(
     recipe, experiment = adapter.recipe, adapter.experiment
     settings, context = recipe.evaluation, context_length(experiment.base_config)
     written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
-    conditions = Conditions(adapter, examples)
+    conditions = Conditions(adapter, examples, loaded.release)
     worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint, loaded)
     decoder = Decoder(worker, experiment.base_prompts.stop_ids, context)
     posed: dict[Condition, Posed] = {}
@@ -96,7 +96,7 @@ def _ask_all(
     # Text is the last, as it may run the assistant: all the others have been checked then.
     for name in sorted(settings.conditions, key=lambda name: name == "text"):
         if name == "text":
-            conditions.words = assistant_words(recipe, experiment, examples)
+            conditions.words = assistant_words(recipe, experiment, examples, loaded)
         posed[name] = conditions.of(name)
         if settings.decode and settings.read == "text":
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
@@ -203,10 +203,11 @@ class _Inquiry:
         return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.worker.run(job, *jobs.values())]
 
 
-def assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example]) -> list[str]:
-    """What the assistant answers in words, for the condition text. The assistant is gone when this returns."""
+def assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example], loaded: Loaded) -> list[str]:
+    """What the assistant answers in words, for the condition text. Where it is loaded, it is in the place of another
+    model, and the next one takes its own."""
     prompts = experiment.assistant_prompts
-    worker = Worker(recipe, recipe.assistant, weights_fingerprint(recipe.assistant))
+    worker = Worker(recipe, recipe.assistant, weights_fingerprint(recipe.assistant), loaded)
     decoder = Decoder(worker, prompts.stop_ids, context_length(experiment.assistant_config))
     inputs = [BasePrompt(prompts.words_prompt(example.problem.question), []) for example in examples]
     sampling = replace(Sampling.of(recipe.evaluation), max_new_tokens=recipe.evaluation.text_max_tokens)

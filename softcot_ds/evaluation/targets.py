@@ -16,7 +16,7 @@ from softcot_ds.data.targets import OwnTargets, Solved
 from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.decoder import Decoder
-from softcot_ds.evaluation.jobs import Worker
+from softcot_ds.evaluation.jobs import Loaded, Worker
 from softcot_ds.evaluation.run import assistant_words
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import content_digest
@@ -65,7 +65,7 @@ def _prompts(experiment: Experiment, examples: Sequence[Example]) -> list[BasePr
     questions = [example.problem.question for example in examples]
     if recipe.targets.condition == "none":
         return [prompts.without_thoughts(question) for question in questions]
-    words = assistant_words(recipe, experiment, examples)
+    words = assistant_words(recipe, experiment, examples, Loaded())
     return [prompts.with_words(question, text) for question, text in zip(questions, words, strict=True)]
 
 

@@ -23,7 +23,6 @@ import torch
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
 from softcot_ds.recipe import Recipe
-from softcot_ds.thoughts.moments import Moments
 
 Weights = dict[str, torch.Tensor]
 
@@ -120,13 +119,18 @@ def token_sized(
     weights: Weights,
     entry: tuple[str, str],
     conditioning: Conditioning,
-    moments: Moments,
+    within_PP: torch.Tensor,
+    between_TP: torch.Tensor,
     rms: float,
 ) -> Weights:
-    """The weights, in float64, of an affine projection of conditioned states, scaled: over the states whose moments
-    these are, which vary, the part of its thoughts that varies with the question has the root mean square ``rms``.
+    """The weights, in float64, of an affine projection of conditioned states, scaled: the part of its thoughts that
+    varies with the question has the root mean square ``rms``.
 
     So has the constant part, unless the slots' own constants alone are longer than that: then the bias is zero.
+
+    Args:
+        within_PP: covariance of the states about the mean of their slot, float64; not zero.
+        between_TP: mean of each slot less the mean of all, float64.
     """
     weight, bias = (weights[name].double() for name in entry)
     size = rms * len(bias) ** 0.5
@@ -135,8 +139,8 @@ def token_sized(
         return weight if conditioning.matrix_PP is None else weight @ conditioning.matrix_PP.double()
 
     plain = of_states(weight)
-    weight = weight * (size / (plain @ moments.within_PP * plain).sum().sqrt())
-    of_slots = (of_states(weight) @ moments.between_TP.T).square().sum() / len(moments.mean_TP)
+    weight = weight * (size / (plain @ within_PP * plain).sum().sqrt())
+    of_slots = (of_states(weight) @ between_TP.T).square().sum() / len(between_TP)
     constant = (size**2 - of_slots).clamp(min=0).sqrt()  # their mean is zero: beside the bias, squares add up
     return weights | dict(zip(entry, (weight, bias * (constant / bias.norm())), strict=True))
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -152,10 +152,15 @@ def states_dtype(recipe: Recipe) -> Dtype:
     return (recipe.cache.dtype if recipe.thoughts.source == "cache" else None) or recipe.assistant.dtype
 
 
-def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> torch.Tensor | None:
+def read_all_thoughts(
+    experiment: Experiment, examples: Sequence[Example], make_room: Callable[[], object] = lambda: None
+) -> torch.Tensor | None:
     """(len(examples), T, P) assistant states on the device; None where the recipe needs none.
 
     Without a cache of them the assistant is loaded, and let go again.
+
+    Args:
+        make_room: is called before that.
     """
     from softcot_ds.distributed import device, say
     from softcot_ds.methods.base import projection_class
@@ -170,6 +175,7 @@ def read_all_thoughts(experiment: Experiment, examples: Sequence[Example]) -> to
             return ThoughtReader.open(recipe, examples).read(examples).to(device())
         except SoftCoTError as error:
             say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
+    make_room()
     assistant = load_assistant(recipe)
     size = recipe.evaluation.batch_size
     prefix = read_shared(assistant, experiment.splits.assistant_inputs())

@@ -78,7 +78,8 @@ class Start:
     def _sized(self, projection: Projection, rms: float) -> Weights:
         moments, centred = self.sized_by, _conditioning(self.sized_by, whiten=False)
         conditioning = self.conditioning.to("cpu") if self.conditioning else centred
-        sized = token_sized(projection.state_dict(), projection.entry, conditioning, moments, rms)
+        parts = moments.within_PP, moments.between_TP
+        sized = token_sized(projection.state_dict(), projection.entry, conditioning, *parts, rms)
         return sized if self.conditioning else centred.fold(sized, projection.entry)
 
 
