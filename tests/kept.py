@@ -1,5 +1,6 @@
 """What a forward pass has kept for its backward pass."""
 
+import gc
 from typing import Any
 
 import torch
@@ -26,6 +27,7 @@ class Kept(TorchDispatchMode):
 
     def bytes(self, model: nn.Module) -> int:
         """Of all that is held, without what the model's parameters hold at this moment."""
+        gc.collect()  # what only waits for that is not held
         held = [t for p in model.parameters() for t in (p, getattr(p, "ds_tensor", None)) if t is not None]
         own = {tensor.untyped_storage()._cdata for tensor in held}
         return sum(n for key, (storage, n) in self._seen.items() if not storage.expired() and key not in own)
