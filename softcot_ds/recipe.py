@@ -19,23 +19,20 @@ from pydantic import (
     ValidationError,
     ValidationInfo,
     field_validator,
-    model_validator,
 )
 from pydantic_core import to_jsonable_python
 
-from softcot_ds.choices import PROJECTIONS, STRATEGIES, one_of
+from softcot_ds.backbone_config import BackboneConfig
+from softcot_ds.choices import PROJECTIONS, one_of
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.files import dump_yaml, parse_yaml, read_json, read_yaml
+from softcot_ds.evaluation_config import EvaluationConfig
+from softcot_ds.files import dump_yaml, parse_yaml, read_yaml
 from softcot_ds.section import FREE, Section
 from softcot_ds.task_config import TargetsConfig, TaskConfig
-from softcot_ds.values import AnyPath, Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, Scale, TextOrTexts
+from softcot_ds.values import Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, Scale, TextOrTexts
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
-Partition = Literal["none", "zero3", "node", "tensor"]
-SPLIT = ("zero3", "node")
-"""The partitions in which DeepSpeed splits each weight, and gathers it for each use."""
-Condition = Literal["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
 
 
 class ModelConfig(Section):
@@ -86,97 +83,6 @@ class CacheConfig(Section):
     partition: Annotated[Literal["none", "zero3", "node"], FREE] = "none"
     """none: each process holds the whole assistant. zero3: the processes hold 1/N of its weights each. node: those of a
     node hold one copy between them."""
-
-
-class BackboneConfig(Section):
-    """How the frozen weights are held."""
-
-    partition: Annotated[Partition, FREE] = "zero3"
-    """none: each rank holds all of the weights. zero3: each holds 1/N of them. node: the ranks of a node hold a whole
-    copy between them, so that no frozen weight crosses nodes once it is loaded. tensor: likewise, but each computes
-    with its slice of every layer, so that activations move instead of weights; node where a model cannot be sliced."""
-    group_size: Annotated[Count | None, FREE] = None
-    """Ranks that hold one copy of the weights between them, where a partition is node or tensor. Default: the ranks of
-    a node."""
-    resident_gib: Annotated[float | None, FREE] = Field(None, ge=0)
-    """Memory of a rank, GiB, in which it holds whole layers of the base beside its share, from the first on, where a
-    partition is zero3 or node: they are not gathered. Default: what a GPU has to spare beside all else that training,
-    or evaluation, needs, by `softcot-ds plan`; 0 on CPUs."""
-    bits: Literal[16, 8, 4] = 16
-    """Bits of a frozen weight of the base's linear layers, but its head's. 16: base.dtype, whatever that is. 8: half of
-    the memory and of what ranks send each other. 4: a quarter, with bitsandbytes; see models/quantized.py."""
-    use_liger_kernel: Annotated[bool, FREE] = True
-    """In training, on a GPU with liger-kernel installed: let its kernels compute norms, rotary embeddings and SwiGLUs
-    of the base where a trial shows that they change nothing but rounding; see models/fused_layers.py."""
-    deepspeed: Annotated[ExistingFile | None, FREE] = None
-    """DeepSpeed configuration. Default: ds_configs/replicated.json for none and tensor, ds_configs/zero3.json for zero3
-    and node."""
-
-    @model_validator(mode="after")
-    def _deepspeed_fits(self) -> "BackboneConfig":
-        config, path = self.deepspeed_config(), self.deepspeed_path()
-        wrong = [f"{path}: {key} is decided by the recipe: {by}" for key, by in _DECIDED.items() if key in config]
-        wrong += [f'{path}: {key} is "auto", which only the Trainer of Hugging Face fills in' for key in _autos(config)]
-        zero = config.get("zero_optimization", {})
-        if zero.get("zero_hpz_partition_size", 1) != 1:
-            wrong.append(
-                f"{path}: zero_hpz_partition_size would split the weights a second time: backbone.partition=node holds "
-                "them within nodes alone, and backbone.group_size takes another number of ranks"
-            )
-        if self.resident_gib and zero.get("offload_param"):
-            wrong.append(f"{path}: offload_param puts all weights elsewhere, and resident_gib would keep some; set one")
-        stage = zero.get("stage", 0)
-        if stage not in (0, 1, 2, 3) or type(stage) is not int:
-            wrong.append(f"{path}: zero_optimization.stage is 0, 1, 2 or 3, found {stage!r}")
-        elif stage not in ((3,) if self.partition in SPLIT else (1, 2)):
-            wrong.append(
-                f"partition {self.partition!r} does not fit stage {stage} of {path}; "
-                "none and tensor need a configuration of stage 1 or 2, zero3 and node one of stage 3"
-            )
-        if wrong:
-            raise ValueError("\n".join(wrong))
-        return self
-
-    def deepspeed_path(self) -> Path:
-        """The configured file, or the default of the partition: below the current directory or this checkout."""
-        if self.deepspeed is not None:
-            return self.deepspeed
-        name = "zero3.json" if self.partition in SPLIT else "replicated.json"
-        default = Path("ds_configs", name)
-        return default if default.exists() else Path(__file__).parent.parent / default
-
-    def deepspeed_config(self) -> dict[str, Any]:
-        """The DeepSpeed configuration as read from its file."""
-        path = self.deepspeed_path()
-        try:
-            config = read_json(path)
-        except SoftCoTError as error:  # one of the recipe's mistakes, to be told with the others
-            raise ValueError(str(error)) from error
-        if not isinstance(config, dict) or not isinstance(config.get("zero_optimization", {}), dict):
-            raise ValueError(f"{path}: no DeepSpeed configuration: expected objects, outermost and zero_optimization")
-        return config
-
-
-_DECIDED = {
-    "train_batch_size": "training.global_batch_size",
-    "train_micro_batch_size_per_gpu": "training.micro_batch_size",
-    "gradient_accumulation_steps": "training.global_batch_size and micro_batch_size",
-    "gradient_clipping": "training.gradient_clipping",
-    "optimizer": "training.learning_rate, betas and weight_decay",
-    "scheduler": "training.schedule",
-    "bf16": "base.dtype",
-    "fp16": "base.dtype",
-    "data_types": "gradients are summed in float32",
-    "communication_data_type": "gradients are summed in float32",
-    "weight_quantization": "backbone.bits",
-}
-"""Keys of a DeepSpeed configuration that would contradict the recipe, and what to set instead."""
-
-
-def _autos(config: dict[str, Any], prefix: str = "") -> list[str]:
-    """Keys whose value is "auto", dotted."""
-    below = [key for name, v in config.items() if isinstance(v, dict) for key in _autos(v, f"{prefix}{name}.")]
-    return [f"{prefix}{name}" for name, value in config.items() if value == "auto"] + below
 
 
 class ProjectionConfig(Section):
@@ -280,110 +186,6 @@ class TrainingConfig(Section):
     def _micro_batch_is_a_part(cls, value: int, info: ValidationInfo) -> int:
         if value > info.data.get("global_batch_size", value):
             raise ValueError(f"{value} is more than training.global_batch_size={info.data['global_batch_size']}")
-        return value
-
-
-_NOT_A_STRATEGYS = {
-    *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("thoughts", "samples", "read", "partition", "placeholder", "static_adapter", "outputs"),
-}
-"""Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
-
-
-class EvaluationConfig(Section):
-    """Accuracy and loss, never without their controls."""
-
-    thoughts: Count | None = None
-    """The number of thoughts in evaluation and answers, where training has another. Default: thoughts.count."""
-    conditions: list[Condition] = Field(["learned", "shuffled", "mean", "zero", "none"])
-    """What stands in for the thoughts; see the README."""
-    decode: bool = True
-    """Decode answers and grade them: accuracy."""
-    loss: bool = True
-    """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
-    strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
-    """How an answer is reached, under every condition: ``single`` takes what is written after the prompt."""
-    batch_size: Count = 16
-    """Problems decoded together on a rank, or whose solutions are read together. Decoding is divided among ranks in
-    portions of at least two such batches."""
-    max_new_tokens: Count = 512
-    text_max_tokens: Count = 128
-    """Longest answer of the assistant in words (condition text), tokens."""
-    temperature: float = Field(0.0, ge=0)
-    """0 decodes greedily."""
-    top_p: float = Field(1.0, gt=0, le=1)
-    samples: Count = 1
-    """Answers drawn for each problem: the report has the accuracy of one, and majority votes and pass@k of every number
-    of them."""
-    read: Literal["text", "options"] = "text"
-    """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
-    partition: Partition | None = None
-    """How the base is held while decoding. Default: backbone.partition."""
-    placeholder: str | None = None
-    """The base's token at a thought's position, for the condition placeholder. Default: its unknown token, else pad,
-    else end-of-sequence."""
-    static_adapter: AnyPath | None = None
-    """Adapter directory of a projection.kind=static run, for the condition static."""
-    outputs: Folder | None = None
-    """Where what is decoded is kept, by content; runs that name the same folder share what is the same for them.
-    Default: outputs/ in the run's directory."""
-
-    @property
-    def other_strategy(self) -> dict[str, Any]:
-        """A strategy that is not the default, and its own settings: reports of the default have neither."""
-        if self.strategy == "single":
-            return {}
-        return self.model_dump(mode="json", exclude=_NOT_A_STRATEGYS)
-
-    @field_validator("conditions")
-    @classmethod
-    def _each_condition_once(cls, value: list[Condition]) -> list[Condition]:
-        if not value:
-            raise ValueError("empty; name what is to stand in for the thoughts, such as [learned, none]")
-        if repeated := sorted({name for name in value if value.count(name) > 1}):
-            raise ValueError(f"{', '.join(repeated)} stands there more than once; each is decoded once")
-        return value
-
-    @field_validator("loss")
-    @classmethod
-    def _something_is_asked(cls, value: bool, info: ValidationInfo) -> bool:
-        if not value and info.data.get("decode") is False:
-            raise ValueError("false, and evaluation.decode too: nothing is left to evaluate; set one of them to true")
-        return value
-
-    @field_validator("temperature")
-    @classmethod
-    def _temperature_divides(cls, value: float) -> float:
-        if 0 < value < 1e-4:
-            raise ValueError(f"{value} is too small: logits are divided by it; write 0, which decodes greedily")
-        return value
-
-    @field_validator("samples")
-    @classmethod
-    def _samples_differ(cls, value: int, info: ValidationInfo) -> int:
-        if value > 1 and info.data.get("temperature") == 0:
-            raise ValueError(
-                f"{value}, and evaluation.temperature is 0, at which all samples are the same; set it to what they are "
-                "to be drawn at, such as 0.7"
-            )
-        return value
-
-    @field_validator("read")
-    @classmethod
-    def _options_are_not_decoded(cls, value: str, info: ValidationInfo) -> str:
-        for key, default in {"samples": 1, "strategy": "single"}.items():
-            if value == "options" and info.data.get(key, default) != default:
-                raise ValueError(
-                    f"options, and evaluation.{key} is {info.data[key]}: nothing is decoded for options; set read to "
-                    f"text, or {key} to {default}"
-                )
-        return value
-
-    @field_validator("static_adapter")
-    @classmethod
-    def _static_has_an_adapter(cls, value: Path | None, info: ValidationInfo) -> Path | None:
-        if value is None and "static" in info.data.get("conditions", []):
-            raise ValueError("missing; the condition static needs an adapter directory")
         return value
 
 

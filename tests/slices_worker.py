@@ -14,6 +14,7 @@ from unittest import mock
 import torch
 from toy_models import make_config, make_toy
 
+from softcot_ds.backbone_config import Partition
 from softcot_ds.distributed import DataRanks, barrier, device, from_all_ranks, init_distributed, is_main, say, shut_down
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.models import loading, toy
@@ -22,7 +23,7 @@ from softcot_ds.models.partition import data_ranks, held_bytes, plain_config, wh
 from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import slice_of, why_not_sliced
 from softcot_ds.progress import Progress
-from softcot_ds.recipe import ModelConfig, Partition, load_recipe
+from softcot_ds.recipe import ModelConfig, load_recipe
 from softcot_ds.training.loop import train
 
 NODE = 2

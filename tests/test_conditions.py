@@ -14,9 +14,9 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import CONDITIONS, Conditions
 from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
+from softcot_ds.evaluation_config import Condition
 from softcot_ds.experiment import Experiment
 from softcot_ds.inference import Adapter
-from softcot_ds.recipe import Condition
 from softcot_ds.thoughts import reader as thought_reader
 
 

@@ -14,7 +14,8 @@ PACKAGE = ROOT / "softcot_ds"
 FLOORS = (
     ("errors", "launchers", "differences", "progress", "values"),
     ("choices", "files", "section"),
-    ("task_config",),
+    ("task_config", "backbone_config"),
+    ("evaluation_config",),
     ("recipe", "lock", "distributed"),
     ("run_dir",),
     ("cells",),

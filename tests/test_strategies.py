@@ -22,9 +22,10 @@ from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.report import what_it_says_more
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.strategies import Answer, single
+from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.decoding import Output, Sampling
-from softcot_ds.recipe import EvaluationConfig, load_recipe
+from softcot_ds.recipe import load_recipe
 from softcot_ds.tasks import Task
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"

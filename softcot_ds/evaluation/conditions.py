@@ -25,12 +25,12 @@ from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.jobs import Thoughts
 from softcot_ds.evaluation.report import Record
+from softcot_ds.evaluation_config import Condition
 from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Projection, projection_class
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
-from softcot_ds.recipe import Condition
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
 _Given = tuple[list[BasePrompt], Thoughts | None]

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds import __version__
 from softcot_ds.agreement import agree
+from softcot_ds.backbone_config import SPLIT, Partition
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import from_all_ranks, on_main, say
 from softcot_ds.errors import SoftCoTError
@@ -31,7 +32,7 @@ from softcot_ds.models.partition import data_ranks, quantization
 from softcot_ds.models.reading import PADDING
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.progress import Progress
-from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
+from softcot_ds.recipe import ModelConfig, Recipe
 
 Result = TypeVar("Result")
 Work = Callable[[PreTrainedModel, CompactTable | None, list[int], list[int]], list[list[Result]]]

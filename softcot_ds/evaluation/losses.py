@@ -14,12 +14,12 @@ from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Posed
 from softcot_ds.evaluation.jobs import Job, Worker
+from softcot_ds.evaluation_config import Condition
 from softcot_ds.files import content_digest
 from softcot_ds.methods.trial import load_scorer
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.scoring import Scorer
 from softcot_ds.models.shared_prefix import SharedPrefix
-from softcot_ds.recipe import Condition
 
 
 class TextLosses:

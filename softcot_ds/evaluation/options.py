@@ -15,9 +15,9 @@ from softcot_ds.evaluation.conditions import Posed
 from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.losses import TextLosses, longest_prompts
 from softcot_ds.evaluation.strategies import Answer, Reply
+from softcot_ds.evaluation_config import Condition
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import content_digest
-from softcot_ds.recipe import Condition
 
 Written = dict[str, str]
 """By option of one problem, in its canonical form, the text in which it is the answer.

@@ -21,12 +21,13 @@ from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
+from softcot_ds.evaluation_config import Condition
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
 from softcot_ds.models.backbone import context_length, weights_fingerprint
 from softcot_ds.models.decoding import Sampling
-from softcot_ds.recipe import Condition, Recipe
+from softcot_ds.recipe import Recipe
 from softcot_ds.tasks import Problem, Task
 
 

@@ -14,8 +14,8 @@ from typing import Protocol
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.evaluation.conditions import Posed
 from softcot_ds.evaluation.jobs import Thoughts
+from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.models.decoding import Sampling
-from softcot_ds.recipe import EvaluationConfig
 from softcot_ds.tasks import Task
 
 

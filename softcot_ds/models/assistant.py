@@ -14,12 +14,13 @@ from torch.nn.utils.rnn import pad_sequence
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 
+from softcot_ds.backbone_config import Partition
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models.backbone import context_length, load_config, load_frozen
 from softcot_ds.models.embedding import device_of
 from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
-from softcot_ds.recipe import Partition, Recipe
+from softcot_ds.recipe import Recipe
 
 
 def decoder_of(model: PreTrainedModel) -> nn.Module:

@@ -22,6 +22,7 @@ from transformers.initialization import no_init_weights
 from transformers.utils import GENERATION_CONFIG_NAME
 from transformers.utils import logging as transformers_logging
 
+from softcot_ds.backbone_config import SPLIT, Partition
 from softcot_ds.distributed import Group, lost_rank, say, world_size
 from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
@@ -39,7 +40,7 @@ from softcot_ds.models.partition import (
 )
 from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import read_slices, why_not_sliced
-from softcot_ds.recipe import SPLIT, ModelConfig, Partition, Recipe
+from softcot_ds.recipe import ModelConfig, Recipe
 
 transformers_logging.disable_progress_bar()
 

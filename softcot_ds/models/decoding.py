@@ -20,6 +20,7 @@ import torch
 from transformers import GenerationConfig, LogitsProcessor, LogitsProcessorList, PreTrainedModel
 from transformers.generation.utils import GenerateOutput
 
+from softcot_ds.backbone_config import Partition
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import any_rank, max_over_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
@@ -29,7 +30,7 @@ from softcot_ds.models.partition import needs_all_ranks
 from softcot_ds.models.reading import PADDING, Prompts, Reading
 from softcot_ds.models.refill import Rows, Writing, decode_refilled
 from softcot_ds.models.sampling import Chooser, Sampling
-from softcot_ds.recipe import ModelConfig, Partition, Recipe
+from softcot_ds.recipe import ModelConfig, Recipe
 
 Way = Literal["refilled", "in batches", "one by one"]
 

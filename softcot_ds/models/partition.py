@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 from transformers.integrations import HfDeepSpeedConfig
 from transformers.integrations.deepspeed import unset_hf_deepspeed_config
 
+from softcot_ds.backbone_config import SPLIT, BackboneConfig, Partition
 from softcot_ds.distributed import (
     DataRanks,
     Group,
@@ -39,7 +40,7 @@ from softcot_ds.models.limits import Gathers
 from softcot_ds.models.loading import LoadingLines
 from softcot_ds.models.quantized import FewBits
 from softcot_ds.models.slices import slice_of
-from softcot_ds.recipe import SPLIT, BackboneConfig, Dtype, Partition, Recipe
+from softcot_ds.recipe import Dtype, Recipe
 
 _NEVER = 2**31 - 1
 _LIMITS = ("stage3_prefetch_bucket_size", "stage3_max_live_parameters", "stage3_max_reuse_distance")

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import TopPLogitsWarper
 
-from softcot_ds.recipe import EvaluationConfig
+from softcot_ds.evaluation_config import EvaluationConfig
 
 
 @dataclass(frozen=True)

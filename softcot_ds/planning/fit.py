@@ -1,5 +1,6 @@
 """Whether a recipe fits on some GPUs, as it stands, and how much of them it leaves."""
 
+from softcot_ds.backbone_config import Partition
 from softcot_ds.data.examples import Splits
 from softcot_ds.distributed import Group, world_size
 from softcot_ds.planning.hardware import Cluster, load_hardware
@@ -7,7 +8,7 @@ from softcot_ds.planning.jobs import decoding, decoding_memory
 from softcot_ds.planning.lengths import Data, data_of, read_data
 from softcot_ds.planning.memory import GIB
 from softcot_ds.planning.search import FILLED, Planner, Way
-from softcot_ds.recipe import Partition, Recipe
+from softcot_ds.recipe import Recipe
 
 
 def why_too_large(recipe: Recipe, cluster: Cluster, data: Data | None = None) -> str:

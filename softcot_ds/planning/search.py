@@ -8,6 +8,7 @@ from typing import Any, Literal
 
 import torch
 
+from softcot_ds.backbone_config import SPLIT
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import projection_class
 from softcot_ds.methods.conditioning import Conditioning
@@ -21,7 +22,7 @@ from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
 from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
 from softcot_ds.planning.traffic import Traffic, gathered_elements, summed_activations
 from softcot_ds.planning.work import Layers, StepOnMeta
-from softcot_ds.recipe import SPLIT, Recipe
+from softcot_ds.recipe import Recipe
 
 PARTITIONS = ("none", "node", "zero3", "tensor")
 """The simplest first: of two that are as fast, the first is the better."""

@@ -1,0 +1,116 @@
+"""The recipe's section that says how answers are reached and compared."""
+
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+
+from softcot_ds.backbone_config import Partition
+from softcot_ds.choices import STRATEGIES, one_of
+from softcot_ds.section import Section
+from softcot_ds.values import AnyPath, Count, Folder
+
+Condition = Literal["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
+
+_NOT_A_STRATEGYS = {
+    *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
+    *("thoughts", "samples", "read", "partition", "placeholder", "static_adapter", "outputs"),
+}
+"""Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
+
+
+class EvaluationConfig(Section):
+    """Accuracy and loss, never without their controls."""
+
+    thoughts: Count | None = None
+    """The number of thoughts in evaluation and answers, where training has another. Default: thoughts.count."""
+    conditions: list[Condition] = Field(["learned", "shuffled", "mean", "zero", "none"])
+    """What stands in for the thoughts; see the README."""
+    decode: bool = True
+    """Decode answers and grade them: accuracy."""
+    loss: bool = True
+    """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
+    strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
+    """How an answer is reached, under every condition: ``single`` takes what is written after the prompt."""
+    batch_size: Count = 16
+    """Problems decoded together on a rank, or whose solutions are read together. Decoding is divided among ranks in
+    portions of at least two such batches."""
+    max_new_tokens: Count = 512
+    text_max_tokens: Count = 128
+    """Longest answer of the assistant in words (condition text), tokens."""
+    temperature: float = Field(0.0, ge=0)
+    """0 decodes greedily."""
+    top_p: float = Field(1.0, gt=0, le=1)
+    samples: Count = 1
+    """Answers drawn for each problem: the report has the accuracy of one, and majority votes and pass@k of every number
+    of them."""
+    read: Literal["text", "options"] = "text"
+    """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
+    partition: Partition | None = None
+    """How the base is held while decoding. Default: backbone.partition."""
+    placeholder: str | None = None
+    """The base's token at a thought's position, for the condition placeholder. Default: its unknown token, else pad,
+    else end-of-sequence."""
+    static_adapter: AnyPath | None = None
+    """Adapter directory of a projection.kind=static run, for the condition static."""
+    outputs: Folder | None = None
+    """Where what is decoded is kept, by content; runs that name the same folder share what is the same for them.
+    Default: outputs/ in the run's directory."""
+
+    @property
+    def other_strategy(self) -> dict[str, Any]:
+        """A strategy that is not the default, and its own settings: reports of the default have neither."""
+        if self.strategy == "single":
+            return {}
+        return self.model_dump(mode="json", exclude=_NOT_A_STRATEGYS)
+
+    @field_validator("conditions")
+    @classmethod
+    def _each_condition_once(cls, value: list[Condition]) -> list[Condition]:
+        if not value:
+            raise ValueError("empty; name what is to stand in for the thoughts, such as [learned, none]")
+        if repeated := sorted({name for name in value if value.count(name) > 1}):
+            raise ValueError(f"{', '.join(repeated)} stands there more than once; each is decoded once")
+        return value
+
+    @field_validator("loss")
+    @classmethod
+    def _something_is_asked(cls, value: bool, info: ValidationInfo) -> bool:
+        if not value and info.data.get("decode") is False:
+            raise ValueError("false, and evaluation.decode too: nothing is left to evaluate; set one of them to true")
+        return value
+
+    @field_validator("temperature")
+    @classmethod
+    def _temperature_divides(cls, value: float) -> float:
+        if 0 < value < 1e-4:
+            raise ValueError(f"{value} is too small: logits are divided by it; write 0, which decodes greedily")
+        return value
+
+    @field_validator("samples")
+    @classmethod
+    def _samples_differ(cls, value: int, info: ValidationInfo) -> int:
+        if value > 1 and info.data.get("temperature") == 0:
+            raise ValueError(
+                f"{value}, and evaluation.temperature is 0, at which all samples are the same; set it to what they are "
+                "to be drawn at, such as 0.7"
+            )
+        return value
+
+    @field_validator("read")
+    @classmethod
+    def _options_are_not_decoded(cls, value: str, info: ValidationInfo) -> str:
+        for key, default in {"samples": 1, "strategy": "single"}.items():
+            if value == "options" and info.data.get(key, default) != default:
+                raise ValueError(
+                    f"options, and evaluation.{key} is {info.data[key]}: nothing is decoded for options; set read to "
+                    f"text, or {key} to {default}"
+                )
+        return value
+
+    @field_validator("static_adapter")
+    @classmethod
+    def _static_has_an_adapter(cls, value: Path | None, info: ValidationInfo) -> Path | None:
+        if value is None and "static" in info.data.get("conditions", []):
+            raise ValueError("missing; the condition static needs an adapter directory")
+        return value
