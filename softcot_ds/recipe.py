@@ -5,18 +5,14 @@ the nearest known one. Overrides on the command line (``training.steps=200``) wi
 relative to the current directory.
 """
 
-import difflib
-import os
-import reprlib
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal, get_args
+from typing import Annotated, Any, Literal
 
 from pydantic import (
     AfterValidator,
     BaseModel,
     Field,
-    ValidationError,
     ValidationInfo,
     field_validator,
 )
@@ -24,10 +20,10 @@ from pydantic_core import to_jsonable_python
 
 from softcot_ds.backbone_config import BackboneConfig
 from softcot_ds.choices import PROJECTIONS, one_of
-from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation_config import EvaluationConfig
-from softcot_ds.files import dump_yaml, parse_yaml, read_yaml
+from softcot_ds.files import dump_yaml
 from softcot_ds.section import FREE, Section
+from softcot_ds.settings import flattened, read_settings, validated
 from softcot_ds.task_config import TargetsConfig, TaskConfig
 from softcot_ds.values import Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, Scale, TextOrTexts
 
@@ -240,7 +236,7 @@ class Recipe(Section):
 
     def flat(self) -> dict[str, Any]:
         """Every setting as ``section.key``, JSON values."""
-        return _flattened(self.model_dump(mode="json"))
+        return flattened(self.model_dump(mode="json"))
 
 
 def load_recipe(path: str | Path, overrides: list[str] | None = None, without: str | None = None) -> Recipe:
@@ -252,15 +248,7 @@ def load_recipe(path: str | Path, overrides: list[str] | None = None, without: s
     Raises:
         SoftCoTError: the file is missing or no YAML mapping, or the recipe is wrong; lists every mistake.
     """
-    path = Path(path)
-    if not os.path.isfile(path):
-        kind = ", which is a folder" if os.path.isdir(path) else ""
-        raise SoftCoTError(f"no such recipe: {path.absolute()}{kind}; recipes/ holds some to start from")
-    values = read_yaml(path)
-    if values is None:
-        raise SoftCoTError(f"{path}: empty; recipes/ holds some to start from")
-    if not isinstance(values, dict):
-        raise SoftCoTError(f"{path}: a recipe is a mapping of keys to values, found {type(values).__name__}")
+    values = read_settings(Path(path), "recipe", "recipes/ holds some")
     values.pop(without, None)
     return parse_recipe(values, overrides or [], str(path))
 
@@ -269,88 +257,9 @@ def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> R
     """Validate ``values`` with ``overrides`` on top. ``source`` names the origin in the error message.
 
     Raises:
-        SoftCoTError: lists every mistake.
+        WrongSettings: lists every mistake.
     """
-    mistakes = [mistake for override in overrides if (mistake := _apply_override(values, override))]
-    recipe = None
-    try:
-        recipe = Recipe.model_validate(values)
-    except ValidationError as error:
-        mistakes += [line for detail in error.errors() for line in _explain(detail)]
-    if mistakes or recipe is None:
-        count = "1 mistake" if len(mistakes) == 1 else f"{len(mistakes)} mistakes"
-        raise SoftCoTError(f"{source}: {count} in the recipe:\n" + "\n".join(f"  - {m}" for m in mistakes))
-    return recipe
-
-
-def _apply_override(values: dict[str, Any], override: str) -> str | None:
-    """Set one ``key.sub=value`` in ``values``; returns what is wrong with it, or None."""
-    key, equals, text = override.partition("=")
-    if not equals or not key:
-        return f"override {override!r}: write key=value, such as training.steps=200"
-    *parents, leaf = key.split(".")
-    section = values
-    for parent in parents:
-        if section.get(parent) is None:
-            section[parent] = {}
-        section = section[parent]
-        if not isinstance(section, dict):
-            return f"override {override!r}: {parent!r} is a value, not a section"
-    try:
-        section[leaf] = parse_yaml(text)
-    except ValueError as error:
-        return f"override {override!r}: {text!r} is not a YAML value: {error}"
-    return None
-
-
-def _explain(detail: Any) -> list[str]:
-    """One line per mistake that pydantic found at one place."""
-    location = ".".join(part if (part := str(p)).isprintable() else repr(part) for p in detail["loc"])
-    found = _REPR.repr(detail["input"])
-    message = detail["msg"].removeprefix("Value error, ")
-    match detail["type"]:
-        case "extra_forbidden" if location == "seeds":
-            return ["seeds: only on the command line of evaluate, cache or submit; a run has one seed (seed=41)"]
-        case "int_type" if location == "evaluation.thoughts" and isinstance(detail["input"], list):
-            return [f"{location}: a list only on the command line of evaluate, cache or submit; here one number"]
-        case "extra_forbidden":
-            return [f"{location}: unknown key{_suggest(detail['loc'])}"]
-        case "missing":
-            return [f"{location}: missing"]
-        case "value_error":
-            prefix = f"{location}: " if location else ""
-            return [prefix + line for line in message.splitlines()]
-        case "model_type":
-            return [f"{location}: a section of keys and values, found {found}"]
-        case "path_type":
-            return [f"{location}: a path, found {found}"]
-        case "tuple_type":
-            return [f"{location}: a list of two numbers, found {found}"]
-        case "string_type" if isinstance(detail["input"], int | float):
-            return [f"{location}: a text, found {found}; put it in quotes"]
-    return [f"{location}: {message[0].lower()}{message[1:]}, found {found}"]
-
-
-_REPR = reprlib.Repr()  # cuts what was found where it is long
-_REPR.maxstring = _REPR.maxother = 200
-
-
-def _suggest(location: tuple[Any, ...]) -> str:
-    """Name the known key nearest to an unknown one: one that is called so elsewhere, else one in its own section, else
-    anywhere in the recipe."""
-    known = _known_keys(Recipe)
-    *parents, unknown = (str(part) for part in location)
-    prefix = "".join(f"{parent}." for parent in parents)
-    siblings = {key.removeprefix(prefix): key for key in known if key.startswith(prefix)}
-    siblings = {name: key for name, key in siblings.items() if "." not in name}
-    leaves = {key.rpartition(".")[2]: key for key in known}
-    near = [] if unknown in leaves else difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.5)
-    if near:
-        return f"; did you mean {siblings[near[0]]}?"
-    near = difflib.get_close_matches(unknown, leaves, n=1, cutoff=0.6)
-    if near:
-        return f"; did you mean {leaves[near[0]]}?"
-    return f"; known here: {', '.join(siblings)}"
+    return validated(Recipe, values, overrides, source, "recipe")
 
 
 def fixed_settings(values: Mapping[str, Any], section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:
@@ -376,20 +285,3 @@ def fixed_settings(values: Mapping[str, Any], section: type[BaseModel] = Recipe,
         else:
             fixed[prefix + name] = value
     return fixed
-
-
-def _flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    flat = {}
-    for key, value in values.items():
-        flat |= _flattened(value, f"{prefix}{key}.") if isinstance(value, dict) else {prefix + key: value}
-    return flat
-
-
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
-    keys = []
-    for name, field in section.model_fields.items():
-        keys.append(prefix + name)
-        for kind in get_args(field.annotation) or (field.annotation,):  # some sections may be left out
-            if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _known_keys(kind, f"{prefix}{name}.")
-    return keys
