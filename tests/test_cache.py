@@ -576,6 +576,44 @@ def test_verify_computes_rows_again_and_names_a_wrong_one(recipe_file, capsys):
     assert re.search(r"example \S+: computed again it differs by .* \(relative, tolerance 1e-04\)", captured.err)
 
 
+@pytest.mark.parametrize("exchanged", [False, True])
+def test_verify_tells_exchanged_rows_that_differ_by_less_than_the_tolerance(
+    recipe_file, monkeypatch, capsys, exchanged
+):
+    """As SmolLM2's in bfloat16: 2.0% of a row is its own, and computed again it differs by 0.9%."""
+    recipe = load_recipe(recipe_file, ["cache.dtype=bfloat16"])
+    inputs = Experiment(recipe).splits.assistant_inputs()
+
+    def states(item: AssistantInput, seed: str) -> torch.Tensor:
+        own, noise = (
+            torch.randn(T, P, generator=torch.Generator().manual_seed(random.Random(text).getrandbits(32)))
+            for text in (item.example_id, seed + item.example_id)
+        )
+        constant = torch.zeros(T, P).index_fill(1, torch.tensor([3]), P**0.5)
+        return constant + 0.02 * own + 0.0063 * noise
+
+    other = dict(zip((item.example_id for item in inputs), inputs[1:] + inputs[:1], strict=True))
+
+    def built(batch):
+        return torch.stack([states(other[item.example_id] if exchanged else item, "built") for item in batch])
+
+    identity = cache_identity(recipe)
+    fill(recipe.cache.path / identity.folder_name, inputs, built, identity=identity)
+    monkeypatch.setattr(
+        thought_computing, "load_assistant", lambda *_: lambda batch: torch.stack([states(i, "again") for i in batch])
+    )
+    assert cache.main(["--verify", str(recipe_file), "cache.dtype=bfloat16"]) == 2 * exchanged
+    captured = capsys.readouterr()
+    if exchanged:
+        found = re.search(
+            r"differs by (\S+) \(relative\) from its row, and by (\S+) from that of (\S+): rows are ex", captured.err
+        )
+        error, nearest = map(float, found.groups()[:2])
+        assert nearest < error < thought_computing.RECOMPUTE_TOLERANCE["bfloat16"]
+    else:
+        assert re.search(r"error 1\.\de-02, tolerance 5e-02; the nearest row .* is 2\.\de-02 away", captured.out)
+
+
 @pytest.mark.distributed
 def test_an_assistant_split_over_two_ranks_has_the_same_thoughts(recipe_file, tmp_path):
     """Ranks as of the deepspeed launcher, with 45 batches: in the last round one rank has nothing to save. Of a layer

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import random
 from collections.abc import Sequence
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import deepspeed
@@ -112,7 +113,8 @@ def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:
 
 
 def recompute_sample(recipe: Recipe, ranks: Ranks) -> None:
-    """Compute some rows of each of the recipe's caches again and compare, within ``RECOMPUTE_TOLERANCE``.
+    """Compute some rows of each of the recipe's caches again and compare: within ``RECOMPUTE_TOLERANCE``, and each
+    nearer to itself than to any other. Rows of different questions may differ by less than that tolerance.
 
     Raises:
         SoftCoTError: no row is there, or one differs; names the example.
@@ -123,23 +125,42 @@ def recompute_sample(recipe: Recipe, ranks: Ranks) -> None:
 
 def _recompute_sample(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> None:
     store = open_cache(recipe)
-    keys = [input_key(item) for item in inputs]
+    by_key = {input_key(item): item for item in inputs}
+    keys = [*by_key]
     missing = set(store.missing(keys))
-    there = [index for index in range(len(inputs)) if index not in missing]
+    there = [index for index in range(len(keys)) if index not in missing]
     if not there:
         raise SoftCoTError(f"{store.folder} holds no row of this recipe; add them with: softcot-ds cache RECIPE")
     compute = load_assistant(recipe, inputs, ranks)
+    sample = [keys[index] for index in random.Random(0).sample(there, min(_RECOMPUTED_ROWS, len(there)))]
+    anew = torch.cat([compute([by_key[key]]).cpu() for key in sample])
+    names = [by_key[key].example_id for key in sample]
     dtypes = (store.identity.dtype, store.identity.compute_dtype)
-    tolerance = max(RECOMPUTE_TOLERANCE[dtype] for dtype in dtypes)
-    worst = 0.0
-    sample = random.Random(0).sample(there, min(_RECOMPUTED_ROWS, len(there)))
-    for index in sample:
-        stored = store.read([keys[index]]).double()
-        error = float((compute([inputs[index]]).cpu().double() - stored).norm() / stored.norm())
-        worst = max(worst, error)
+    say(_compared(anew, store.read(sample), names, max(RECOMPUTE_TOLERANCE[dtype] for dtype in dtypes), store.folder))
+
+
+def _compared(anew: torch.Tensor, stored: torch.Tensor, names: Sequence[str], tolerance: float, folder: Path) -> str:
+    """What is to be said of rows that are as they were. ``anew``, ``stored``: (N, ...) in any floating dtype."""
+    anew_NF, stored_NF = (rows.double().flatten(1) for rows in (anew, stored))
+    # By differences: a product of rows would lose what is small beside them.
+    apart_NN = torch.cdist(anew_NF, stored_NF, compute_mode="donot_use_mm_for_euclid_dist")
+    apart_NN /= stored_NF.norm(dim=1)[:, None]
+    again = f"remove {folder} and build it anew"
+    for name, error in zip(names, apart_NN.diagonal().tolist(), strict=True):
         if not error <= tolerance:
             raise SoftCoTError(
-                f"example {inputs[index].example_id}: computed again it differs by {error:.1e} (relative, tolerance "
-                f"{tolerance:.0e}) from {store.folder}; remove that folder and build it anew"
+                f"example {name}: computed again it differs by {error:.1e} (relative, tolerance {tolerance:.0e}) from "
+                f"its row; {again}"
             )
-    say(f"{len(sample)} rows computed again: largest relative error {worst:.1e}, tolerance {tolerance:.0e}")
+    for number, (name, nearest) in enumerate(zip(names, apart_NN.argmin(dim=1).tolist(), strict=True)):
+        error, least = apart_NN[number, number].item(), apart_NN[number, nearest].item()
+        if least < error:
+            raise SoftCoTError(
+                f"example {name}: computed again it differs by {error:.1e} (relative) from its row, and by "
+                f"{least:.1e} from that of {names[nearest]}: rows are exchanged; {again}. If it is so again, questions "
+                "differ by less than rounding does: see softcot-ds cache RECIPE --info"
+            )
+    others = apart_NN.clone().fill_diagonal_(torch.inf).min()
+    beside = f"; the nearest row of another question is {others:.1e} away" if len(names) > 1 else ""
+    worst = apart_NN.diagonal().max()
+    return f"{len(names)} rows computed again: largest relative error {worst:.1e}, tolerance {tolerance:.0e}{beside}"
