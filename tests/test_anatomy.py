@@ -1,10 +1,13 @@
 """What of states and thoughts varies with the question, against its definitions in plain float64."""
 
 import math
+import shlex
 
 import pytest
 import torch
+from launch import ROOT
 
+from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.anatomy import Anatomy, Parts
 
 
@@ -61,6 +64,15 @@ def test_what_does_not_vary_has_no_rank_and_no_share():
     assert (between_slots_alone.rank, between_slots_alone.parts.question_share) == (0, 0)
     assert "variance   none" in anatomy.lines()
     assert "variance   0.0% by question, 100.0% by slot" in between_slots_alone.lines()
+
+
+def test_states_that_hardly_differ_come_with_a_line_to_copy():
+    signs = torch.tensor([-1.0, 1.0])[:, None, None].expand(2, 3, 8)
+    *_, line = Anatomy.of(1 + 0.09 * signs).lines()
+    assert line.startswith("remedy")
+    override = shlex.split(line)[-1]
+    assert load_recipe(ROOT / "recipes" / "word_problems.yaml", [override]).thoughts.placeholder == "1"
+    assert not any("remedy" in line for line in Anatomy.of(1 + 0.11 * signs).lines())
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf")])

@@ -112,7 +112,8 @@ CPU = {"gpus": 0, "gpu": "", "gpus_allotted": 0}
 WRONG = {
     "states alike": (
         cluster(states=(56.4, 1.23)),
-        "warning", "states", "1.23 of their length varies with the question, 56.4 is the same", "another thoughts.pla",
+        "warning", "states", "1.23 of their length varies with the question, 56.4 is",
+        """cache RECIPE thoughts.placeholder='"1"'""",
     ),
     "too large": (
         cluster(too_large="training 134 GiB of a GPU, by plan"),

@@ -11,6 +11,7 @@ from packaging.specifiers import SpecifierSet
 from softcot_ds import __version__
 from softcot_ds.differences import by_value, difference, enumerate_some, name_ranks
 from softcot_ds.progress import count
+from softcot_ds.thoughts.anatomy import ANOTHER_PLACEHOLDER, SMALL_RATIO
 
 GIB = 2**30
 MESSAGE_BYTES = 64 * 2**20
@@ -18,8 +19,6 @@ MESSAGE_BYTES = 64 * 2**20
 SLOW_GB_PER_S = 2.0
 SMALL_SHM_BYTES = 256 * 2**20
 DISK_FLOOR_BYTES = GIB
-SMALL_RATIO = 0.1
-"""Of what varies with the question in the assistant's states, by the length of what does not."""
 
 SHOWN = ("python", "torch", "deepspeed", "transformers", "triton")
 KNOWN_BAD = (
@@ -380,8 +379,9 @@ def _states(everyone: Sequence[Facts]) -> Iterator[Verdict]:
         yield (
             WARNING,
             f"{text}: training sees little else than a constant",
-            "try another thoughts.placeholder, such as a digit, or projection.condition=center; docs/debugging.md says "
-            "more, softcot-ds cache RECIPE --info what comes of it",
+            "if thoughts.placeholder is a special token, as by default, try an ordinary one: softcot-ds cache RECIPE "
+            f"{ANOTHER_PLACEHOLDER}, and then the same with --info. Or set projection.condition=center; "
+            "docs/debugging.md says more",
         )
     yield OK, text
 

@@ -16,6 +16,11 @@ _AT_A_TIME = 64
 """Questions whose vectors are copied together in float64."""
 _SHOWN = 3
 """Of the largest coordinates, in words."""
+SMALL_RATIO = 0.1
+"""Of what varies with the question, by the length of what does not: below it, training sees little else than a
+constant."""
+ANOTHER_PLACEHOLDER = """thoughts.placeholder='"1"'"""
+"""As a shell takes it. Of SmolLM2 a digit's ratio is nine times that of the default (docs/debugging.md)."""
 
 
 class Parts:
@@ -131,6 +136,10 @@ class Anatomy:
         coordinates = ", ".join(f"{value:.3g} (number {at})" for value, at in zip(*map(list, largest), strict=True))
         share = self.parts.question_share
         variance = f"{share:.1%} by question, {1 - share:.1%} by slot" if self.parts.varies else "none"
+        remedy = (
+            "remedy     training would see little else than a constant. If the placeholder is a special token, as by "
+            f"default, build a cache with an ordinary one and compare: softcot-ds cache RECIPE {ANOTHER_PLACEHOLDER}"
+        )
         return [
             f"length     {self.parts.constant_norm:.3g} of what all questions have in common, "
             f"{self.parts.varying_norm:.3g} of what varies with the question: a ratio of {self.ratio:.2g}",
@@ -138,6 +147,7 @@ class Anatomy:
             f"rank       {self.rank:.1f} of what varies with the question (participation ratio), all slots together; "
             f"{min(self.slot_ranks):.1f} to {max(self.slot_ranks):.1f} of one slot",
             f"largest    coordinates {coordinates}; median {self.rms_P.median():.3g}",
+            *([remedy] if self.ratio < SMALL_RATIO else []),
         ]
 
 
