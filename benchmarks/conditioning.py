@@ -1,51 +1,252 @@
 """Whether thoughts carry the question, by what the projection is trained on: plain, centred or whitened states.
 
-    python benchmarks/conditioning.py RECIPE [key=value ...] --variants none "center learning_rate=3e-3" --seeds 0 1
+    python benchmarks/conditioning.py RECIPE [key=value ...] --variants none "whiten training.learning_rate=1e-4|1e-3"
+        static --seeds 0 1 2 --parallel 2 --out FILE
 
-A variant is a ``projection.condition`` and, after it, keys of ``training`` and ``projection`` with their values. Each
-is trained and evaluated with each seed, by one process. What is compared is the loss of the reference solutions, nats a
-token, with a question's own thoughts and with those of others, with the 95% interval of the difference. What is
-done is written at once, and is not done again.
+A variant is a ``projection.condition`` and, after it, settings of the recipe; ``static`` is a tuned prompt, the bar to
+beat. Where it has several values of one setting, the first seed is trained with each, and the value with the least
+validation loss is taken for all seeds. What is compared is the loss of the reference solutions, nats a token, with a
+question's own thoughts and with those of others, no thoughts, and the tuned prompt of the same seed; and with
+evaluation.decode=true accuracy. All intervals are of 95%. An ordinary run each: what is done is not done again.
 """
 
 import argparse
+import contextlib
 import json
-import subprocess
+import multiprocessing
+import os
 import sys
+import traceback
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor, as_completed
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from environment import describe, keep, write_result
 
-from softcot_ds.recipe import ProjectionConfig, load_recipe
+CONDITIONS = ["learned", "shuffled", "mean", "none"]
+STATIC = "static"
+VALIDATED = {
+    "loss": "loss/validation",
+    "gap": "loss/validation_gap",
+    "gap_margin": "loss/validation_gap_margin",
+    "question_share": "thoughts/question_share",
+    "constant_norm": "thoughts/constant_norm",
+    "varying_norm": "thoughts/varying_norm",
+}
+"""What a training says of its last validation, by its tag in TensorBoard."""
 
-EVALUATION = ["evaluation.decode=false", "evaluation.conditions=[learned,shuffled,none]"]
+
+@dataclass(frozen=True)
+class Run:
+    """One training."""
+
+    variant: str
+    seed: int
+    settings: tuple[str, ...]
+    """Overrides, but for what all runs have in common."""
+
+    @classmethod
+    def of(cls, variant: str, seed: int, choice: int = 0) -> "Run":
+        """With the value of that index where a setting has several."""
+        condition, *others = variant.split()
+        first = "projection.kind=static" if condition == STATIC else f"projection.condition={condition}"
+        chosen = []
+        for text in others:
+            key, _, values = text.partition("=")
+            several = values.split("|")
+            chosen.append(f"{key}={several[choice % len(several)]}")
+        return cls(variant, seed, (first, *chosen))
+
+    @property
+    def name(self) -> str:
+        text = "-".join((*self.settings, f"seed{self.seed}"))
+        return "".join(c if c.isalnum() or c in ".-_" else "-" for c in text.replace("projection.", ""))
+
+    @property
+    def is_static(self) -> bool:
+        return self.variant.split()[0] == STATIC
 
 
-def settings_of(variant: str) -> list[str]:
-    """The overrides that a variant stands for."""
-    condition, *others = variant.split()
-    sections = {True: "projection", False: "training"}
-    return [f"projection.condition={condition}"] + [
-        f"{sections[text.partition('=')[0] in ProjectionConfig.model_fields]}.{text}" for text in others
-    ]
+def number_of_choices(variant: str) -> int:
+    return max([len(text.split("|")) for text in variant.split()])
 
 
-def measure(recipe: str, overrides: list[str]) -> dict[str, Any]:
-    """Train and evaluate; losses and their differences, with 95% intervals over problems, nats per token."""
-    run_dir = load_recipe(recipe, overrides).run_dir
-    for command, more in (("train", []), ("evaluate", EVALUATION)):
-        subprocess.run([sys.executable, "-m", f"softcot_ds.{command}", recipe, *overrides, *more], check=True)
-    report = json.loads((run_dir / "report.json").read_text())
-    return {
-        "train": report["train"],
-        "problems": report["num_problems"],
-        "loss": {name: found["loss"]["per_token"] for name, found in report["conditions"].items()},
-        "difference": {
-            name: {key: found["loss"][key] for key in ("per_token", "ci95")}
-            for name, found in report["comparisons"].items()
-        },
+@contextlib.contextmanager
+def output_to(path: Path) -> Iterator[None]:
+    """What this process and its libraries print goes to a file meanwhile."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    kept = os.dup(1), os.dup(2)
+    with path.open("a") as file:
+        os.dup2(file.fileno(), 1)
+        os.dup2(file.fileno(), 2)
+        try:
+            yield
+        except BaseException:
+            traceback.print_exc(file=file)
+            raise
+        finally:
+            sys.stdout.flush()
+            sys.stderr.flush()
+            for number, copy in enumerate(kept, 1):
+                os.dup2(copy, number)
+                os.close(copy)
+
+
+def build_cache(recipe: str, overrides: list[str], log: Path) -> None:
+    from softcot_ds.cache import main
+
+    with output_to(log):
+        if code := main([recipe, *overrides]):
+            raise SystemExit(f"the cache was not built (exit code {code}); see {log}")
+
+
+def train(recipe: str, overrides: list[str], log: Path) -> dict[str, Any]:
+    """Train a run to its end; its summary and last validation."""
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    from softcot_ds.adapter import train_summary
+    from softcot_ds.recipe import load_recipe
+    from softcot_ds.run_dir import recipe_and_adapter
+    from softcot_ds.training.loop import train as train_recipe
+
+    loaded = load_recipe(recipe, overrides)
+    with output_to(log):
+        train_recipe(loaded)
+    events = EventAccumulator(str(next(loaded.run_dir.glob("**/events.out.*")).parent)).Reload()
+    known = events.Tags()["scalars"]
+    _, adapter = recipe_and_adapter(recipe, overrides)
+    summary = train_summary(adapter) or {}
+    return {key: summary.get(key) for key in ("steps", "first_loss", "last_loss", "device")} | {
+        "validation": {name: events.Scalars(tag)[-1].value for name, tag in VALIDATED.items() if tag in known}
     }
+
+
+def evaluate(recipe: str, overrides: list[str], log: Path) -> Any:
+    """An ``Evaluation`` of a run's newest adapter."""
+    from softcot_ds.evaluation.jobs import Loaded
+    from softcot_ds.evaluation.run import evaluated
+    from softcot_ds.run_dir import recipe_and_adapter
+
+    with output_to(log):
+        return evaluated(*recipe_and_adapter(recipe, overrides), Loaded())
+
+
+class Study:
+    """All runs of one recipe, some at a time, each in one of a few processes that stay."""
+
+    def __init__(self, args: argparse.Namespace) -> None:
+        from softcot_ds.recipe import load_recipe
+
+        self.args = args
+        self.folder = load_recipe(args.recipe, args.overrides).run_dir
+        self.result: dict[str, Any] = {
+            "benchmark": "conditioning",
+            **describe(),
+            "recipe": args.recipe,
+            "overrides": args.overrides,
+            "seeds": args.seeds,
+            "runs": [],
+            "chosen": {},
+            "evaluations": [],
+            "summaries": {},
+            "failed": {},
+        }
+        if args.out is not None and args.out.exists():
+            before = json.loads(args.out.read_text())
+            if (before["recipe"], before["overrides"]) == (args.recipe, args.overrides):
+                self.result["runs"] = before["runs"]
+        self.pool = ProcessPoolExecutor(args.parallel, multiprocessing.get_context("spawn"))
+
+    def overrides(self, run: Run) -> list[str]:
+        return [
+            *self.args.overrides,
+            f"output_dir={self.folder}",
+            f"name={run.name}",
+            f"seed={run.seed}",
+            *run.settings,
+        ]
+
+    def log(self, run: Run) -> Path:
+        return self.folder / "logs" / f"{run.name}.txt"
+
+    def all(self, work: Any, jobs: dict[Run, list[str]]) -> Iterator[tuple[Run, Any]]:
+        """What came of each, as it ends; one that fails is told and left out."""
+        futures = {self.pool.submit(work, self.args.recipe, given, self.log(run)): run for run, given in jobs.items()}
+        for future in as_completed(futures):
+            run = futures[future]
+            try:
+                found = future.result()
+            except Exception as error:
+                self.result["failed"][run.name] = f"{type(error).__name__}: {error}"
+                print(f"{run.name}: failed: {error}", flush=True)
+                continue
+            yield run, found
+
+    def build_caches(self) -> None:
+        """One after the other: each takes what there is."""
+        done = set()
+        for variant in self.args.variants:
+            run = Run.of(variant, self.args.seeds[0])
+            states = tuple(text for text in run.settings if text.startswith("thoughts."))
+            if not run.is_static and states not in done:
+                done.add(states)
+                given = [*self.args.overrides, *states]
+                self.pool.submit(build_cache, self.args.recipe, given, self.log(run)).result()
+
+    def train(self, runs: list[Run]) -> None:
+        known = {run["name"] for run in self.result["runs"]}
+        for run, found in self.all(train, {run: self.overrides(run) for run in runs if run.name not in known}):
+            row = {"name": run.name, "variant": run.variant, "seed": run.seed, "settings": run.settings, **found}
+            self.result["runs"].append(row)
+            print(f"{run.name}: {json.dumps(found['validation'])}", flush=True)
+            keep(self.result, self.args.out)
+
+    def choose(self) -> dict[str, int]:
+        """Of each variant, the index of the values with which the first seed's validation loss is least."""
+        first = self.args.seeds[0]
+        tried = {v: [Run.of(v, first, choice) for choice in range(number_of_choices(v))] for v in self.args.variants}
+        self.train([run for runs in tried.values() for run in runs])
+        losses = {row["name"]: row["validation"].get("loss", float("inf")) for row in self.result["runs"]}
+        found = {}
+        for variant, runs in tried.items():
+            ranked = sorted((losses[run.name], index) for index, run in enumerate(runs) if run.name in losses)
+            if ranked:
+                found[variant] = ranked[0][1]
+                self.result["chosen"][variant] = runs[ranked[0][1]].settings
+        return found
+
+    def evaluate(self, chosen: dict[str, int]) -> None:
+        """Each variant's runs of all seeds: a tuned prompt first, which stands beside the others of its seed."""
+        from softcot_ds.evaluation.grid import Evaluated, make_grid_report
+        from softcot_ds.run_dir import recipe_and_adapter
+
+        trained = {row["name"] for row in self.result["runs"]}
+        runs = [Run.of(variant, seed, choice) for variant, choice in chosen.items() for seed in self.args.seeds]
+        jobs = {}
+        static = {run.seed: run for run in runs if run.is_static and run.name in trained}
+        for run in runs:
+            if run.name not in trained:
+                continue
+            given, conditions = self.overrides(run), ["learned", "none"] if run.is_static else list(CONDITIONS)
+            if not run.is_static and run.seed in static:
+                _, adapter = recipe_and_adapter(self.args.recipe, self.overrides(static[run.seed]))
+                given.append(f"evaluation.static_adapter={adapter}")
+                conditions.append(STATIC)
+            jobs[run] = [*given, f"evaluation.conditions=[{','.join(conditions)}]"]
+        cells: dict[str, list[Any]] = {}
+        for run, found in self.all(evaluate, jobs):
+            report = found.report
+            row = {"name": run.name, "variant": run.variant, "seed": run.seed, "problems": report["num_problems"]}
+            self.result["evaluations"].append(row | {key: report[key] for key in ("conditions", "comparisons")})
+            cells.setdefault(run.variant, []).append(Evaluated(run.seed, run.name, found.folder, report, found.scores))
+            keep(self.result, self.args.out)
+        for variant, of in cells.items():
+            of.sort(key=lambda cell: cell.seed)
+            self.result["summaries"][variant] = make_grid_report(of)["summaries"][0]
+        keep(self.result, self.args.out)
 
 
 def main() -> None:
@@ -54,22 +255,17 @@ def main() -> None:
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     parser.add_argument("--variants", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
+    parser.add_argument("--parallel", type=int, default=1, help="runs at a time, on one GPU or on the cores")
+    parser.add_argument("--only-choose", action="store_true", help="train the first seed, with each value, and no more")
     parser.add_argument("--out", type=Path, help="write the result, JSON, to this file")
     args = parser.parse_args()
-    result = {"benchmark": "conditioning", **describe(), "recipe": args.recipe, "overrides": args.overrides, "runs": []}
-    if args.out is not None and args.out.exists():
-        result["runs"] = json.loads(args.out.read_text())["runs"]
-    done = {(run["variant"], run["seed"]) for run in result["runs"]}
-    subprocess.run([sys.executable, "-m", "softcot_ds.cache", args.recipe, *args.overrides], check=True)
-    for seed in args.seeds:
-        for variant in args.variants:
-            if (variant, seed) in done:
-                continue
-            name = f"name=conditioning-{'-'.join(variant.replace('=', '-').split())}-{seed}"
-            overrides = [*args.overrides, name, f"seed={seed}", *settings_of(variant)]
-            result["runs"].append({"variant": variant, "seed": seed, **measure(args.recipe, overrides)})
-            keep(result, args.out)
-    write_result(result, args.out)
+    study = Study(args)
+    study.build_caches()
+    chosen = study.choose()
+    if not args.only_choose:
+        study.train([Run.of(variant, seed, choice) for variant, choice in chosen.items() for seed in args.seeds])
+        study.evaluate(chosen)
+    write_result(study.result, args.out)
 
 
 if __name__ == "__main__":
