@@ -1,6 +1,7 @@
 """The loss of the reference solutions: against float64 passes of each problem alone, kept, on problems that fit."""
 
 import json
+import math
 from types import SimpleNamespace
 from unittest.mock import Mock
 
@@ -117,12 +118,16 @@ def test_a_report_of_losses_alone_leaves_the_runs_own_that_has_accuracies(tmp_pa
     assert [line.split()[0] for line in shown[-2:]] == ["learned", "none"]
 
 
-def jobs_of(tmp_path, lengths, context):
+def told(indices):
+    """Thoughts that say which problem they are of."""
+    return torch.tensor(indices, dtype=torch.float32)[:, None, None].expand(-1, 4, 8)
+
+
+def jobs_of(tmp_path, lengths, context, thoughts=told):
     """Losses of problems whose prompts and solutions have these lengths, ``(with thoughts, without, solution)``."""
     recipe = make_recipe(tmp_path)
-    thoughts = Thoughts(lambda indices: torch.tensor(indices, dtype=torch.float32)[:, None, None].expand(-1, 4, 8), {})
     posed = {
-        "learned": Posed("learned", [BasePrompt([1] * n, []) for n, _, _ in lengths], thoughts, []),
+        "learned": Posed("learned", [BasePrompt([1] * n, []) for n, _, _ in lengths], Thoughts(thoughts, {}), []),
         "none": Posed("none", [BasePrompt([1] * n, []) for _, n, _ in lengths], None, []),
     }
     examples = [SimpleNamespace(target_ids=[3] * n) for _, _, n in lengths]
@@ -132,8 +137,8 @@ def jobs_of(tmp_path, lengths, context):
 def test_a_solution_that_does_not_fit_under_one_condition_is_left_out_under_all(tmp_path, scribe, capsys):
     lengths = [(5, 9, 3), (5, 9, 4), (6, 1, 2), (7, 1, 2), (1, 1, 1)]  # with four thoughts
     found = jobs_of(tmp_path, lengths, context=12).run()
-    told = [index * 4 * 8 for index in range(5)]  # by the thoughts of the problem itself
-    assert found["learned"] == [5 + 3 + told[0], None, 6 + 2 + told[2], None, 1 + 1 + told[4]]
+    of = [index * 4 * 8 for index in range(5)]  # by the thoughts of the problem itself
+    assert found["learned"] == [5 + 3 + of[0], None, 6 + 2 + of[2], None, 1 + 1 + of[4]]
     assert found["none"] == [9 + 3, None, 1 + 2, None, 1 + 1]
     assert (
         "losses are compared on 3 problems: the solutions of 2 do not fit the 12 tokens of the base"
@@ -143,6 +148,18 @@ def test_a_solution_that_does_not_fit_under_one_condition_is_left_out_under_all(
         SoftCoTError, match=r"no prompt with its solution fits the 5 tokens .*; set evaluation.loss=false"
     ):
         jobs_of(tmp_path, lengths, context=5)
+
+
+def test_a_loss_that_is_not_finite_is_refused_before_it_is_in_a_report(tmp_path, scribe):
+    """A second time, too, when it is read from disk."""
+    for _ in range(2):
+        losses = jobs_of(
+            tmp_path, [(5, 9, 3), (1, 1, 1)], context=20, thoughts=lambda _: torch.full((2, 4, 8), math.nan)
+        )
+        with pytest.raises(
+            SoftCoTError, match=r"learned loss of problem 1: .*pair/base in float32 gives nan\. Set base.d"
+        ):
+            losses.run()
 
 
 def prompts_of(width):

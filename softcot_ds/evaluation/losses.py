@@ -5,6 +5,7 @@ under every condition. Their loss tells whether thoughts carry something also wh
 ceiling.
 """
 
+import math
 from collections.abc import Mapping, Sequence
 
 from transformers import PreTrainedModel
@@ -55,8 +56,20 @@ class TextLosses:
         return self._jobs[condition].key
 
     def of_texts(self) -> dict[Condition, list[float]]:
-        """The loss of each text, nats: the sum over its tokens. All ranks call it together."""
+        """The loss of each text, nats: the sum over its tokens. All ranks call it together.
+
+        Raises:
+            SoftCoTError: on every rank, when one is not finite: no mean could be taken of it, and no JSON holds it.
+        """
         found = {name: self._worker.run(job) for name, job in self._jobs.items()}
+        for name, losses in found.items():
+            for (index, _), loss in zip(self._texts, losses, strict=True):
+                if not math.isfinite(loss):
+                    model = self._worker.model_config
+                    raise SoftCoTError(
+                        f"{self._jobs[name].name} of problem {index + 1}: {model.model} in {model.dtype} gives {loss}. "
+                        "Set base.dtype=float32; if it stays so, weights of the base or of the adapter are damaged"
+                    )
         if self._scorer is not None:
             self._scorer.read_whole_rows()  # the base decodes with its own layers
         self._scorer = self._shared = None
