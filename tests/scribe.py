@@ -55,5 +55,6 @@ def replace_decoding(monkeypatch, scribe):
     """Losses too."""
     model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(len(scribe.tokenizer), 1))
     monkeypatch.setattr(decoder, "decode", scribe)
+    monkeypatch.setattr(decoder, "try_decoding", lambda model: None)
     monkeypatch.setattr(jobs, "load_to_run", lambda *_: model)
     monkeypatch.setattr(losses, "load_scorer", lambda *_: scribe)

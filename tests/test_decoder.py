@@ -41,7 +41,7 @@ def make_decoder(recipe, context=512):
 def written_job(folder):
     first = job(folder)
     for number, outputs in OUTPUTS.items():
-        first.write(number, outputs)
+        first.write(number, outputs, 0.25 + number)
     (part,) = folder.glob("*/*.part")
     return part
 
@@ -51,6 +51,7 @@ def test_what_was_written_is_read_again(tmp_path):
     again = job(tmp_path)
     assert again.done == OUTPUTS
     assert again.todo == []
+    assert again.seconds == 0.25 + 1.25 + 2.25
     assert again.batches == [[1, 2], [0, 4], [3]], "neighbours in length"
     assert job(tmp_path, max_new_tokens=6).todo == [0, 1, 2]
 
@@ -100,7 +101,7 @@ def test_a_damaged_part_is_done_again_and_never_believed(tmp_path_factory, data)
         b"null",
         b"\xff\x00\x80",
         b'{"batch": 0, "outputs": {"0": "text of an older version", "1": "and more"}}',
-        b'{"batch": 99, "outputs": []}',
+        b'{"batch": 99, "seconds": 1.0, "outputs": []}',
         b'{"batch": "0", "outputs": [[1], 2]}',
         b"0" * 64 + b' {"batch": 0, "outputs": []}',
         b"[" * 10**5,
@@ -110,6 +111,13 @@ def test_a_line_that_is_none_of_ours_is_passed_over(tmp_path, line):
     part = written_job(tmp_path)
     part.write_bytes(line + b"\n" + part.read_bytes() + line)
     assert job(tmp_path).done == OUTPUTS
+
+
+def test_outputs_of_a_version_that_kept_no_seconds_are_done_again(tmp_path):
+    part, old = written_job(tmp_path), job(tmp_path)
+    line = b'{"batch": 0, "outputs": [{"token_ids": [7], "cut": false}, {"token_ids": [], "cut": true}]}'
+    part.write_bytes(old._checksum(line) + b" " + line + b"\n")
+    assert (job(tmp_path).done, job(tmp_path).seconds) == ({}, 0)
 
 
 def test_outputs_of_other_settings_are_not_taken_from_a_file_that_was_copied(tmp_path):
@@ -135,7 +143,7 @@ def test_a_problem_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_
             outputs = {}
 
             def collect(mine, outputs=outputs):
-                outputs.update({number: results for _, number, results in mine})
+                outputs.update({number: results for _, number, results, _ in mine})
                 raise Asked
 
             for rank in range(ranks):

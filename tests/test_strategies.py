@@ -1,11 +1,13 @@
 """How an answer is reached: a strategy is one function, whose rounds are kept, told apart and gone on with."""
 
 import hashlib
+import itertools
 import json
 import random
 import sys
 from collections import Counter
 from statistics import stdev
+from types import SimpleNamespace
 
 import pytest
 from adapters import make_adapter
@@ -16,6 +18,7 @@ from test_votes import by_enumeration
 from softcot_ds.choices import STRATEGIES
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.conditions import Conditions
 from softcot_ds.evaluation.decoder import Decoder, seed_of
 from softcot_ds.evaluation.jobs import Worker
@@ -23,6 +26,7 @@ from softcot_ds.evaluation.report import what_it_says_more
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.strategies import Answer, single
 from softcot_ds.evaluation_config import EvaluationConfig
+from softcot_ds.experiment import Experiment
 from softcot_ds.models.backbone import load_tokenizer
 from softcot_ds.models.decoding import Output, Sampling
 from softcot_ds.recipe import load_recipe
@@ -112,21 +116,71 @@ def test_a_strategy_of_ones_own_is_a_function_and_a_line(tmp_path, guesser, with
     assert different > 6, "each draw has random numbers of its own"
 
 
-def test_rounds_go_on_where_they_were_interrupted(tmp_path, guesser, with_vote, monkeypatch):
+@pytest.fixture
+def each_portion_takes_a_second(monkeypatch):
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
+
+
+def test_rounds_go_on_where_they_were_interrupted(
+    tmp_path, guesser, with_vote, monkeypatch, each_portion_takes_a_second
+):
     recipe = recipe_in(tmp_path / "once", "vote")
     adapter = make_adapter(tmp_path / "adapter", recipe)
-    evaluate(recipe, adapter)
+    undisturbed = evaluate(recipe, adapter)
     again = recipe_in(tmp_path / "again", "vote")
     for patience in (3, 4, None):  # killed in the second round of learned, and in the first of none
         killed = Guesser(guesser.tokenizer, patience)
         replace_decoding(monkeypatch, killed)
         if patience is None:
-            evaluate(again, adapter)
+            report = evaluate(again, adapter)
         else:
             with pytest.raises(KeyboardInterrupt):
                 evaluate(again, adapter)
     assert len(killed.batches) == len(guesser.batches) - 3 - 4
     assert records(again) == records(recipe)
+    assert report["conditions"] == undisturbed["conditions"], "seconds too"
+    assert [row["seconds_per_problem"] for row in report["conditions"].values()] == [DRAWS * 2 / 12] * 2
+
+
+def read_by(batches, thoughts):
+    """Tokens of portions: what all of one begin with once."""
+    return sum(
+        sum(len(p.prefix_ids) + thoughts + len(p.suffix_ids) - shared for p in batch) + shared
+        for batch in batches
+        for ids in [[p.prefix_ids[: len(p.prefix_ids) - (not thoughts)] for p in batch]]  # one token is left to be read
+        for shared in [next(n for n in itertools.count() if len({tuple(some[: n + 1]) for some in ids}) > 1)]
+    )
+
+
+def test_what_is_read_and_written_for_a_problem_stands_beside_its_accuracy(
+    tmp_path, guesser, with_vote, each_portion_takes_a_second, capsys
+):
+    once, thrice = recipe_in(tmp_path, "single"), recipe_in(tmp_path, "vote")
+    sampled = recipe_in(tmp_path / "apart", "single", "evaluation.samples=3")
+    adapter = make_adapter(tmp_path / "adapter", once)
+    told = [evaluate(recipe, adapter)["conditions"] for recipe in (once, thrice, sampled)]
+    printed = capsys.readouterr().out.splitlines()
+    tokens = {n: len(guesser.tokenizer.encode(f"answer {n}", add_special_tokens=False)) + 1 for n in range(3)}
+    thinks = told[0]["learned"]["spent_per_problem"]["assistant_read"]
+    for name, thoughts in (("learned", 4), ("none", 0)):
+        batches = [[p for p in batch] for batch in guesser.batches if bool(batch[0].suffix_ids) == bool(thoughts)]
+        assert [len(batch) for batch in batches] == [6] * 2 * DRAWS + [18] * 2
+        read = read_by(batches[:2], thoughts) / 12
+        said = [numbers for text, numbers in guesser.said.items() if ("[4 thoughts]" in text) == bool(thoughts)]
+        first = sum(tokens[numbers[0]] for numbers in said) / 12
+        three = sum(tokens[number] for numbers in said for number in numbers[:DRAWS]) / 12
+        rows = [of[name] for of in told]
+        spent = [[row["spent_per_problem"][key] for key in ("read", "written")] for row in rows]
+        assert spent[0] == pytest.approx([read, first])
+        assert spent[1] == pytest.approx([DRAWS * read, three]), "each draw is a round of its own"
+        assert spent[2] == pytest.approx([read, three / 3]), "what one of three samples costs"
+        assert [row["tokens_per_problem"] for row in rows] == pytest.approx([sum(both) for both in spent])
+        assert [row["seconds_per_problem"] for row in rows] == pytest.approx([2 / 12, DRAWS * 2 / 12, 2 / 3 / 12])
+        assert rows[0]["spent_per_problem"]["assistant_read"] == (thinks if thoughts else 0)
+        shown = [line.split() for line in printed if line.startswith(f"{name} ") and "%" in line]
+        assert shown[0][5:7] == [f"{rows[0]['tokens_per_problem']:.1f}", "0.17"]
+    asked = [example.assistant.token_ids for example in Experiment(once).splits.test]
+    assert thinks == pytest.approx(sum(map(len, asked)) / 12), "its prompt, and the places of the thoughts"
 
 
 def test_what_one_strategy_has_asked_is_there_for_another_and_each_has_a_report(tmp_path, guesser, with_vote):

@@ -7,6 +7,7 @@ jobs.py        work over the ranks, kept on disk batch by batch
 decoder.py     what is decoded
 losses.py      the losses of texts: of the reference solutions
 options.py     answers read from the probabilities of the options
+spent.py       what answers cost: tokens and seconds
 votes.py       several samples of a problem: majority and pass@k
 targets.py     solutions that the base writes to be trained on
 report.py      from what was found to the table, and which report is the run's

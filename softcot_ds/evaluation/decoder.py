@@ -9,7 +9,7 @@ from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
-from softcot_ds.models.decoding import Output, Sampling, decode, portions
+from softcot_ds.models.decoding import Output, Sampling, decode, portions, try_decoding
 from softcot_ds.models.embedding import CompactTable
 
 
@@ -64,7 +64,15 @@ class Decoder:
         }
         shown = f"{name} (draw {draw + 1})" if draw else name
         return self.worker.job(
-            shown, prompts, thoughts, settings, work, lambda output: Output(**output), cut=portions, draw=draw
+            shown,
+            prompts,
+            thoughts,
+            settings,
+            work,
+            lambda output: Output(**output),
+            cut=portions,
+            draw=draw,
+            prepare=try_decoding,
         )
 
     def _check_room(

@@ -6,11 +6,13 @@ interrupted evaluation goes on where it was.
 
 import hashlib
 import json
+import time
 import uuid
 from array import array
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from functools import cached_property, partial
+from math import fsum
 from pathlib import Path
 from typing import Any, Generic, TypeVar
 
@@ -38,6 +40,7 @@ Result = TypeVar("Result")
 Work = Callable[[PreTrainedModel, CompactTable | None, list[int], list[int]], list[list[Result]]]
 """From the model, a table to embed prompts by (None to ask the model), the indices of a batch's prompts and the draws
 that are wanted, to the results of each draw, which are dataclasses or JSON values."""
+Prepare = Callable[[PreTrainedModel], object]
 Cut = Callable[[Sequence[int], int], list[list[int]]]
 """From rows' lengths and ``evaluation.batch_size`` to the indices of each batch. It depends on nothing else, so that
 results do not depend on the number of ranks or on where an earlier evaluation was interrupted."""
@@ -84,6 +87,7 @@ class Job(Generic[Result]):
         read: Callable[[Any], Result],
         cut: Cut,
         draw: int = 0,
+        prepare: Prepare = lambda model: None,
     ) -> None:
         """
         Args:
@@ -92,6 +96,7 @@ class Job(Generic[Result]):
             settings: all that decides the results, JSON values.
             read: from a result as JSON has it to the result.
             draw: which of several that are drawn at random; what they are drawn by is among the settings.
+            prepare: what is to be done with the model before a batch, and is no part of what this takes.
 
         Raises:
             SoftCoTError: the folder cannot be written to.
@@ -99,27 +104,41 @@ class Job(Generic[Result]):
         self.name = name
         self.draw = draw
         self.work = work
+        self.prepare = prepare
         self.tokens = {PADDING}.union(*rows)
         self.batches = cut([len(row) for row in rows], settings["batch_size"])
         self.key = content_digest(settings)
         self._read = read
         self._folder = folder / self.key[:16]
         self._part = self._folder / f"{uuid.uuid4().hex}.part"
-        self.done: dict[int, list[Result]] = on_main(lambda: self._open(settings))
+        self.done: dict[int, list[Result]] = {}
+        self.took: dict[int, float] = {}
+        """Seconds of each batch that is done: of a rank, or of all that worked on it together."""
+        for number, results, seconds in on_main(lambda: self._open(settings)):
+            self.add(number, results, seconds)
         self.todo = [number for number in range(len(self.batches)) if number not in self.done]
 
-    def write(self, number: int, results: Sequence[Result]) -> None:
-        """Add a batch in one write. Raises SoftCoTError when the disk is full."""
-        line = json.dumps({"batch": number, "outputs": list(results)}, default=_as_json).encode()
+    @property
+    def seconds(self) -> float:
+        """Of all batches that are done."""
+        return fsum(self.took.values())
+
+    def add(self, number: int, results: list[Result], seconds: float) -> None:
+        """A batch that is done."""
+        self.done[number], self.took[number] = results, seconds
+
+    def write(self, number: int, results: Sequence[Result], seconds: float) -> None:
+        """Add a batch to the files in one write. Raises SoftCoTError when the disk is full."""
+        line = json.dumps({"batch": number, "seconds": seconds, "outputs": list(results)}, default=_as_json).encode()
         try:
             with self._part.open("ab") as file:
                 file.write(self._checksum(line) + b" " + line + b"\n")
         except OSError as error:
             raise cannot_write(self._part, error, kept="finished batches are kept") from error
 
-    def _open(self, settings: Record) -> dict[int, list[Result]]:
-        """Results by batch, from every process that ever worked on this."""
-        done = {}
+    def _open(self, settings: Record) -> list[tuple[int, list[Result], float]]:
+        """Batches with their results and seconds, from every process that ever worked on this."""
+        done = []
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / "settings.json", json.dumps(settings, indent=2) + "\n")
@@ -128,7 +147,9 @@ class Job(Generic[Result]):
                     checksum, _, content = line.partition(b" ")
                     if checksum == self._checksum(content):
                         record = json.loads(content)
-                        done[record["batch"]] = [self._read(value) for value in record["outputs"]]
+                        if "seconds" in record:  # older versions kept none: done again, they are known
+                            results = [self._read(value) for value in record["outputs"]]
+                            done.append((record["batch"], results, record["seconds"]))
         except OSError as error:
             raise SoftCoTError(
                 f"cannot keep outputs in {self._folder}: {error}; see to it, or set output_dir"
@@ -187,6 +208,7 @@ class Worker:
         texts: Sequence[list[int]] | None = None,
         cut: Cut = neighbours,
         draw: int = 0,
+        prepare: Prepare = lambda model: None,
     ) -> Job[Result]:
         """What is to be done; the same job for what was wanted before, under whatever name.
 
@@ -213,7 +235,7 @@ class Worker:
                 for prompt, text in zip(prompts, texts or [[]] * len(prompts), strict=True)
             ]
             folder = self.recipe.evaluation.outputs or self.recipe.run_dir / "outputs"
-            self._jobs[key] = Job(name, rows, settings, folder, work, read, cut, draw)
+            self._jobs[key] = Job(name, rows, settings, folder, work, read, cut, draw, prepare)
         return self._jobs[key]
 
     def _settings(self, prompts: Sequence[BasePrompt], thoughts: Thoughts | None) -> Record:
@@ -275,8 +297,8 @@ class Worker:
         fresh = self._do_rest(list(jobs.values()))
         # The other ranks are asked: their files may not be seen yet from here.
         for part in from_all_ranks(fresh):
-            for key, number, results in part:
-                jobs[key].done[number] = results
+            for key, *batch in part:
+                jobs[key].add(*batch)
         for each in jobs.values():
             by_index = {
                 index: result
@@ -286,11 +308,12 @@ class Worker:
             each.results = [by_index[index] for index in range(len(by_index))]
         return job.results
 
-    def _do_rest(self, jobs: Sequence[Job[Result]]) -> list[tuple[str, int, list[Result]]]:
-        """What this rank has done of the jobs, which are the same but for the draw: key, batch and results."""
+    def _do_rest(self, jobs: Sequence[Job[Result]]) -> list[tuple[str, int, list[Result], float]]:
+        """What this rank has done of the jobs, which are the same but for the draw: key, batch, results, and seconds,
+        of which each draw has its part."""
         first = jobs[0]
         todo = sorted({number for job in jobs for number in job.todo})
-        fresh: list[tuple[str, int, list[Result]]] = []
+        fresh: list[tuple[str, int, list[Result], float]] = []
         if not todo:
             return fresh
         ranks = data_ranks(self._partition, self.recipe.backbone.group_size)
@@ -305,11 +328,15 @@ class Worker:
             if mine or self._partition in SPLIT:
                 number = todo[start + ranks.number if mine else start]
                 wanted = [job for job in jobs if number in job.todo]
-                of_draws = first.work(self._model, table, first.batches[number], [job.draw for job in wanted])
+                model = self._model
+                first.prepare(model)
+                started = time.perf_counter()
+                of_draws = first.work(model, table, first.batches[number], [job.draw for job in wanted])
+                seconds = (time.perf_counter() - started) * ranks.alike / len(wanted)
                 for job, results in zip(wanted, of_draws, strict=True):
                     if mine and ranks.is_first:
-                        job.write(number, results)
-                        fresh.append((job.key, number, results))
+                        job.write(number, results, seconds)
+                        fresh.append((job.key, number, results, seconds))
             if line := progress.line(min(start + ranks.count, len(todo))):
                 say(f"{name:9} {line}")
         return fresh

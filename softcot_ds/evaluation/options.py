@@ -14,6 +14,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Posed
 from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.losses import TextLosses, longest_prompts
+from softcot_ds.evaluation.spent import Spent, tokens_read
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation_config import Condition
 from softcot_ds.experiment import Experiment
@@ -84,6 +85,14 @@ class Options(TextLosses):
                 f"{context}; leave long problems out with task.max_tokens"
             )
         super().__init__(worker, posed, texts, "options")
+
+    def spent(self, condition: Condition) -> Spent:
+        """What the answers cost: each option is read behind its prompt."""
+        problems = self._posed[condition]
+        prompts = [problems.prompts[index] for index, _ in self._texts]
+        num_thoughts = 0 if problems.thoughts is None else self._worker.recipe.thoughts.count
+        read = tokens_read(prompts, num_thoughts, [range(len(prompts))])
+        return Spent(read + sum(len(text) for _, text in self._texts), 0, self._jobs[condition].seconds)
 
     def run(self) -> dict[Condition, list[Answer]]:
         """The likeliest option of each problem (of equal ones the first). All ranks call it together."""

@@ -17,15 +17,21 @@ Record = dict[str, Any]
 
 
 def make_report(
-    recipe: Recipe, adapter: Path, config: AdapterConfig, trained: Record, records: Mapping[str, list[Record]]
+    recipe: Recipe,
+    adapter: Path,
+    config: AdapterConfig,
+    trained: Record,
+    records: Mapping[str, list[Record]],
+    costs: Mapping[str, Record],
 ) -> Record:
-    """Accuracies with 95% Wilson intervals, losses, and learned against each control on the same problems: McNemar's
-    exact test of the accuracies, a permutation test and a bootstrap interval of the losses, and so of accuracies and
-    majorities where each problem has several samples.
+    """Accuracies with 95% Wilson intervals and what they cost, losses, and learned against each control on the same
+    problems: McNemar's exact test of the accuracies, a permutation test and a bootstrap interval of the losses, and so
+    of accuracies and majorities where each problem has several samples.
 
     Args:
         trained: how the adapter was trained, as its checkpoint says.
         records: by condition, one per problem: with what was decoded, with the loss of the solution, or with both.
+        costs: by condition, see ``spent.per_problem``; none where no answers were asked for.
     """
     conditions: dict[str, Record] = {name: {} for name in records}
     controls = [name for name in records if name != "learned"] if "learned" in records else []
@@ -33,7 +39,7 @@ def make_report(
     evaluation = recipe.evaluation
     if evaluation.decode:
         for name, rows in records.items():
-            conditions[name] |= _accuracy(rows, recipe.task.metric_rule, recipe.seed)
+            conditions[name] |= _accuracy(rows, recipe.task.metric_rule, recipe.seed) | costs[name]
         for name in controls:
             comparisons[f"learned-{name}"] |= _compare(records["learned"], records[name], recipe.seed)
     if evaluation.loss:
@@ -165,7 +171,7 @@ def table(report: Record) -> str:
     if own := report["train"].get("own_targets"):
         lines.append(f"trained on {OwnShare(**own).words()}")
     if "accuracy" in rows[0]:
-        lines += _accuracy_lines(report)
+        lines += _accuracy_lines(report) + _spent_lines(report)
     if "samples" in report:
         lines += _vote_lines(report)
     if any(row.get("cut") for row in rows):
@@ -176,21 +182,36 @@ def table(report: Record) -> str:
 
 
 def _accuracy_lines(report: Record) -> list[str]:
-    first = next(iter(report["conditions"].values()))
     outputs = report["num_problems"] * report.get("samples", 1)
-    others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
-    test, width = ("p (permutation)", 17) if "samples" in report else ("p (McNemar)", 13)
+    test = "p (permutation)" if "samples" in report else "p (McNemar)"
     lines = [
-        f"{'condition':<12}{'accuracy':>9}{'95% interval':>17}{'unparsed':>10}{'cut':>7}{'learned - it':>14}"
-        f"{test:>{width}}" + "".join(f"{f'by {rule}':>14}" for rule in others)
+        f"{'condition':<12}{'accuracy':>9}{'95% interval':>16}{'tokens':>8}{'seconds':>9}{'unparsed':>9}{'cut':>7}"
+        f"{'learned - it':>13}{test:>16}"
     ]
     for name, row in report["conditions"].items():
-        line = f"{name:<12}{row['accuracy']:>9.1%}{_interval(row['ci95']):>17}"
-        line += f"{row['unparsed'] / outputs:>10.1%}{row['cut'] / outputs:>7.1%}"
+        line = f"{name:<12}{row['accuracy']:>9.1%}{_interval(row['ci95']):>16}"
+        line += f"{row['tokens_per_problem']:>8.1f}{row['seconds_per_problem']:>9.2g}"
+        line += f"{row['unparsed'] / outputs:>9.1%}{row['cut'] / outputs:>7.1%}"
         if found := report["comparisons"].get(f"learned-{name}"):
-            line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>{width}.2g}"
-        elif others:
-            line += " " * (14 + width)
+            line += f"{100 * found['difference']:>+12.1f} {found['p_value']:>16.2g}"
+        lines.append(line)
+    return lines
+
+
+def _spent_lines(report: Record) -> list[str]:
+    first = next(iter(report["conditions"].values()))
+    others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
+    lines = [
+        "",
+        "tokens and seconds are what the base spends on an answer; of them, and beside them:",
+        f"{'condition':<12}{'read':>9}{'written':>9}{'assistant reads':>17}{'writes':>9}{'seconds':>9}"
+        + "".join(f"{f'by {rule}':>14}" for rule in others),
+    ]
+    for name, row in report["conditions"].items():
+        spent = row["spent_per_problem"]
+        line = f"{name:<12}{spent['read']:>9.1f}{spent['written']:>9.1f}"
+        line += f"{spent['assistant_read']:>17.1f}{spent['assistant_written']:>9.1f}"
+        line += f"{spent['assistant_seconds']:>9.2g}" if "assistant_seconds" in spent else f"{'-':>9}"
         lines.append(line + "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others))
     return lines
 

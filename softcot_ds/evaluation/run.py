@@ -19,6 +19,7 @@ from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
+from softcot_ds.evaluation.spent import Round, Spent, alone, per_problem
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
 from softcot_ds.evaluation_config import Condition
@@ -74,8 +75,8 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
         say(f"data: {note}")
     say(f"evaluating {adapter} on {len(examples)} problems")
 
-    records, key = _ask_all(opened, examples, loaded)
-    report = make_report(recipe, adapter, config, trained, records)
+    records, costs, key = _ask_all(opened, examples, loaded)
+    report = make_report(recipe, adapter, config, trained, records, costs)
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{key}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
     say(f"{table(report)}\n{written}")
@@ -84,8 +85,9 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
 
 def _ask_all(
     adapter: Adapter, examples: Sequence[Example], loaded: Loaded
-) -> tuple[dict[Condition, list[Record]], str]:
-    """By condition a record of each problem; and what tells this evaluation from others, of the same adapter."""
+) -> tuple[dict[Condition, list[Record]], dict[Condition, Record], str]:
+    """By condition a record of each problem, and what was spent on one; and what tells this evaluation from others, of
+    the same adapter."""
     recipe, experiment = adapter.recipe, adapter.experiment
     settings, context = recipe.evaluation, context_length(experiment.base_config)
     written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
@@ -94,10 +96,11 @@ def _ask_all(
     decoder = Decoder(worker, experiment.base_prompts.stop_ids, context)
     posed: dict[Condition, Posed] = {}
     inquiries: dict[Condition, _Inquiry] = {}
+    words = Spent()
     # Text is the last, as it may run the assistant: all the others have been checked then.
     for name in sorted(settings.conditions, key=lambda name: name == "text"):
         if name == "text":
-            conditions.words = assistant_words(recipe, experiment, examples, loaded)
+            conditions.words, words = assistant_words(recipe, experiment, examples, loaded)
         posed[name] = conditions.of(name)
         if settings.decode and settings.read == "text":
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
@@ -114,10 +117,23 @@ def _ask_all(
         name: _records(posed[name], examples, experiment, answers.get(name), lost.get(name))
         for name in settings.conditions
     }
+    spent = {name: inquiry.spent for name, inquiry in inquiries.items()}
+    spent |= {name: options.spent(name) for name in posed} if options else {}
+    costs = {
+        name: per_problem(of_base, words if name == "text" else _thinking(posed[name], examples), len(examples))
+        for name, of_base in spent.items()
+    }
     keys = {name: inquiry.key for name, inquiry in inquiries.items()}
     keys |= {f"{name} loss": losses.key(name) for name in posed} if losses else {}
     keys |= {f"{name} options": options.key(name) for name in posed} if options else {}
-    return records, _evaluation_hash(recipe, keys, examples)
+    return records, costs, _evaluation_hash(recipe, keys, examples)
+
+
+def _thinking(problems: Posed, examples: Sequence[Example]) -> Spent:
+    """What the assistant reads for its states, where the thoughts are made of these."""
+    if problems.thoughts is None or not problems.thoughts.need_states:
+        return Spent()
+    return Spent(sum(len(example.assistant.token_ids) for example in examples))
 
 
 class _Undecoded(Exception):
@@ -138,7 +154,9 @@ class _Inquiry:
         self._experiment = experiment
         self._decoding = False
         self._jobs: dict[str, Job] = {}
-        self._asked: set[str] = set()
+        self._told: dict[str, Round] = {}
+        """By job, in the sample that is being asked for."""
+        self._samples: list[list[Round]] = []
         with contextlib.suppress(_Undecoded):
             self.answers()
         self._decoding = True
@@ -154,15 +172,21 @@ class _Inquiry:
         """Of all that was asked."""
         return "+".join(self._jobs)
 
+    @property
+    def spent(self) -> Spent:
+        """What one answer to each problem costs, found by the recipe's rule, once they are there."""
+        return alone(self._samples)
+
     def answers(self) -> dict[str, list[list[Answer]]]:
         """By rule under which they are found, and by sample: one per problem. All ranks call it together."""
         self._jobs.clear()
+        self._samples.clear()
         samples = range(self._experiment.recipe.evaluation.samples)
         return {rule: [self._sample(rule, number) for number in samples] for rule in self._experiment.task.kind.rules}
 
     def _sample(self, rule: str, number: int) -> list[Answer]:
         settings, task = self._experiment.recipe.evaluation, self._experiment.task.under(rule)
-        self._asked.clear()
+        self._told.clear()
         ask = functools.partial(self._ask, number)
         answers = chosen(STRATEGIES, settings.strategy)(ask, self.problems, task, settings)
         if len(answers) != len(self.problems.prompts) or not all(isinstance(answer, Answer) for answer in answers):
@@ -170,6 +194,8 @@ class _Inquiry:
                 f"the strategy {settings.strategy!r} is to return an Answer for each of {len(self.problems.prompts)} "
                 f"problems; it returned {len(answers)}, of {sorted({type(answer).__name__ for answer in answers})}"
             )
+        if rule == self._experiment.task.rule:
+            self._samples.append([*self._told.values()])
         return answers
 
     def _ask(
@@ -180,40 +206,50 @@ class _Inquiry:
         thoughts: Thoughts | None,
         sampling: Sampling,
         draw: int = 0,
+        count: int = 1,
     ) -> list[Reply]:
         """See ``strategies.Ask``. Each sample draws anew, and what is decoded greedily is the same in all."""
         if not prompts:
             return []
-        samples = self._experiment.recipe.evaluation.samples
-        jobs = {
-            number: self._decoder.job(name, prompts, thoughts, sampling, number + draw * samples)
+        recipe, along = self._experiment.recipe, not self._told
+        samples = recipe.evaluation.samples
+        jobs = [
+            self._decoder.job(name, prompts, thoughts, sampling, number + which * samples)
             # Before anything is told, all samples ask the same, which is then read once for all.
-            for number in ([sample] if self._asked else range(sample, samples))
-        }
-        job = jobs.pop(sample)
-        if job.key in self._asked:
+            for number in (range(sample, samples) if along else [sample])
+            for which in range(draw, draw + count)
+        ]
+        wanted = jobs[:count]
+        self._jobs |= {job.key: job for job in wanted}
+        if len({job.key for job in wanted} - self._told.keys()) < count:
             raise SoftCoTError(
                 f"{name}: the strategy asks the same again, and would be told the same: sampled rounds want a draw of "
                 f"their own each, and evaluation.temperature above 0 (it is {sampling.temperature:g})"
             )
-        self._asked.add(job.key)
-        self._jobs[job.key] = job
-        if job.todo and not self._decoding:
+        if any(job.todo for job in wanted) and not self._decoding:
             raise _Undecoded
+        outputs = [self._decoder.worker.run(*jobs[number:]) for number in range(count)]
+        num_thoughts = 0 if thoughts is None else recipe.thoughts.count
+        for number, job in enumerate(wanted):
+            spent = Spent.on(job, [] if number else prompts, num_thoughts)
+            self._told[job.key] = Round(job.key, spent, along)
         decode = self._experiment.base_tokenizer.decode
-        return [Reply(decode(output.token_ids), output.cut) for output in self._decoder.worker.run(job, *jobs.values())]
+        return [Reply(decode(one.token_ids), one.cut) for of_prompt in zip(*outputs, strict=True) for one in of_prompt]
 
 
-def assistant_words(recipe: Recipe, experiment: Experiment, examples: Sequence[Example], loaded: Loaded) -> list[str]:
-    """What the assistant answers in words, for the condition text. Where it is loaded, it is in the place of another
-    model, and the next one takes its own."""
+def assistant_words(
+    recipe: Recipe, experiment: Experiment, examples: Sequence[Example], loaded: Loaded
+) -> tuple[list[str], Spent]:
+    """What the assistant answers in words, for the condition text, and what that costs. Where it is loaded, it is in
+    the place of another model, and the next one takes its own."""
     prompts = experiment.assistant_prompts
     worker = Worker(recipe, recipe.assistant, weights_fingerprint(recipe.assistant), loaded)
     decoder = Decoder(worker, prompts.stop_ids, context_length(experiment.assistant_config))
     inputs = [BasePrompt(prompts.words_prompt(example.problem.question), []) for example in examples]
     sampling = replace(Sampling.of(recipe.evaluation), max_new_tokens=recipe.evaluation.text_max_tokens)
-    outputs = worker.run(decoder.job("assistant", inputs, None, sampling))
-    return [experiment.assistant_tokenizer.decode(output.token_ids) for output in outputs]
+    job = decoder.job("assistant", inputs, None, sampling)
+    words = [experiment.assistant_tokenizer.decode(output.token_ids) for output in worker.run(job)]
+    return words, Spent.on(job, inputs, 0)
 
 
 def _records(

@@ -50,14 +50,16 @@ class Ask(Protocol):
         thoughts: Thoughts | None,
         sampling: Sampling,
         draw: int = 0,
+        count: int = 1,
     ) -> list[Reply]:
-        """The base's reply to each prompt, on every rank. All ranks ask the same.
+        """The base's replies, all to the first prompt, then to the next, on every rank. All ranks ask the same.
 
         Args:
             name: of the round, for progress and messages; begin it with the problems' own.
             thoughts: those of the prompt of the same index; None where the prompts have no room for any.
             draw: one number for each of several rounds that would else be the same: sampled, each has random numbers
                 of its own. Greedily decoded, all of them give the same.
+            count: replies to each prompt, which is read once for them: the draws from ``draw`` on.
 
         Raises:
             SoftCoTError: a prompt does not fit the base, or the ranks do not ask the same.

@@ -65,7 +65,7 @@ def _prompts(experiment: Experiment, examples: Sequence[Example]) -> list[BasePr
     questions = [example.problem.question for example in examples]
     if recipe.targets.condition == "none":
         return [prompts.without_thoughts(question) for question in questions]
-    words = assistant_words(recipe, experiment, examples, Loaded())
+    words, _ = assistant_words(recipe, experiment, examples, Loaded())
     return [prompts.with_words(question, text) for question, text in zip(questions, words, strict=True)]
 
 

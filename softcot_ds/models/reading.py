@@ -98,6 +98,14 @@ class Reading:
         return embedding_by(model, embed)
 
 
+def read_once(prompts: Sequence[BasePrompt], with_thoughts: bool) -> list[int]:
+    """What all prompts begin with, to be read once: I tokens. None where there is one prompt, or none."""
+    if len(prompts) < 2:
+        return []
+    # Each has a token or a thought behind them, which tells what comes next.
+    return common_prefix([p.prefix_ids if with_thoughts or p.suffix_ids else p.prefix_ids[:-1] for p in prompts])
+
+
 @dataclass(frozen=True)
 class Prompts:
     """What is to be continued: prompts by their numbers."""
@@ -109,12 +117,8 @@ class Prompts:
 
     @cached_property
     def shared(self) -> list[int]:
-        """What all begin with, to be read once: I tokens. None where there is one prompt, or none."""
-        if len(self.prompts) < 2:
-            return []
-        # Each has a token or a thought behind them, which tells what comes next.
-        thoughts = self.thoughts_BTD is not None
-        return common_prefix([p.prefix_ids if thoughts or p.suffix_ids else p.prefix_ids[:-1] for p in self.prompts])
+        """See ``read_once``."""
+        return read_once(self.prompts, self.thoughts_BTD is not None)
 
     def read(self, numbers: Sequence[int], shared: int = 0) -> Reading:
         """Those of these numbers, without the first tokens that were read before."""
