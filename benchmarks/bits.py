@@ -15,7 +15,7 @@ from environment import describe, write_result
 
 from softcot_ds.distributed import init_distributed, shut_down
 from softcot_ds.experiment import Experiment
-from softcot_ds.methods.base import load_projection
+from softcot_ds.methods.projection import load_projection
 from softcot_ds.models.loss import IGNORE
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader

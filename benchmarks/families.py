@@ -25,7 +25,7 @@ from environment import describe, write_result
 from transformers.models.auto.modeling_auto import MODEL_FOR_CAUSAL_LM_MAPPING_NAMES
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.methods.trial import why_gradient_wrong, why_not_fast, why_unsuitable
 from softcot_ds.models.decoding import try_decoding
@@ -82,7 +82,7 @@ def errors(family: str, kind: str) -> dict[str, float]:
     projection = LinearProjection(P, width)
     examples = draw_examples(UNEVEN, thoughts=3, shared=6)
     truth = true_loss_and_gradient(model, copy.deepcopy(projection), examples, torch.float32)
-    step = SoftCoT(make_toy(family), projection, step=kind, shared_ids=examples[0][0][:6])
+    step = SoftThoughts(make_toy(family), projection, step=kind, shared_ids=examples[0][0][:6])
     loss, gradient = loss_and_gradient(step, examples, torch.float32)
     return {
         "loss_error": abs(loss - truth[0]) / abs(truth[0]),

@@ -34,7 +34,7 @@ from torch.utils._python_dispatch import TorchDispatchMode, _disable_current_mod
 from transformers import LlamaConfig, LlamaForCausalLM
 from triton.runtime.interpreter import InterpretedFunction
 
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.fused_layers import fuse_layers
 
@@ -91,7 +91,7 @@ def make_base(width: int, layers: int, liger: bool) -> LlamaForCausalLM:
     return base.bfloat16()
 
 
-def make_masks_in_each_layer(step: SoftCoT) -> None:
+def make_masks_in_each_layer(step: SoftThoughts) -> None:
     masks = step.prefixed._masks
     step.prefixed._masks = lambda *args: {window: mask == 0 for window, mask in masks(*args).items()}
 
@@ -100,7 +100,7 @@ def count(checkpointing: bool, liger: bool, masks_in_each_layer: bool) -> dict[s
     base = make_base(WIDTH, LAYERS, liger)
     projection = LinearProjection(ASSISTANT, WIDTH).bfloat16()
     examples = draw_examples(LENGTHS, thoughts=2, shared=1)
-    step = SoftCoT(base, projection, None, "fast", checkpointing, shared_ids=examples[0][0][:1])
+    step = SoftThoughts(base, projection, None, "fast", checkpointing, shared_ids=examples[0][0][:1])
     if masks_in_each_layer:
         make_masks_in_each_layer(step)
     batch = make_batch(examples, torch.bfloat16, num_shared=1)

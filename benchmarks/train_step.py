@@ -53,7 +53,7 @@ from transformers import AutoTokenizer, LlamaForCausalLM
 from softcot_ds.data.batches import Batch, collate, global_batches, order_by_prefix, token_ids
 from softcot_ds.data.examples import Example, make_example
 from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.models.fused_layers import fuse_layers
@@ -181,7 +181,7 @@ def padded_length(batch: list[Example]) -> int:
     return max(len(e.prefix_ids) for e in batch) + max(e.length - len(e.prefix_ids) for e in batch)
 
 
-def with_prefix_gradient(step: SoftCoT) -> None:
+def with_prefix_gradient(step: SoftThoughts) -> None:
     """Take the prefix for a part of the suffix: it runs with gradient."""
     loss = step.prefixed.loss
 
@@ -193,7 +193,7 @@ def with_prefix_gradient(step: SoftCoT) -> None:
     step.prefixed.loss = run
 
 
-def with_head_everywhere(step: SoftCoT) -> None:
+def with_head_everywhere(step: SoftThoughts) -> None:
     """Run the head on every position of thoughts and suffix."""
     loss = step.prefixed.loss
 
@@ -205,7 +205,7 @@ def with_head_everywhere(step: SoftCoT) -> None:
     step.prefixed.loss = run
 
 
-def with_liger_layers(step: SoftCoT) -> None:
+def with_liger_layers(step: SoftThoughts) -> None:
     """Have liger-kernel compute in the base's layers."""
     print(fuse_layers(step.base), flush=True)
 
@@ -221,7 +221,7 @@ class Variant:
         shared_ids: list[int] = (),
         online: bool = False,
         checkpointing: bool = False,
-        change: Callable[[SoftCoT], None] = lambda step: None,
+        change: Callable[[SoftThoughts], None] = lambda step: None,
     ) -> None:
         base, assistant = models
         torch.manual_seed(0)
@@ -230,7 +230,7 @@ class Variant:
         memo = {id(parameter): parameter for parameter in base.parameters()}
         base = copy.deepcopy(base, memo)
         tokens = token_ids([example for batch in batches for example in batch], 0)
-        self.step = SoftCoT(base, projection, assistant, step, checkpointing, shared_ids, tokens)
+        self.step = SoftThoughts(base, projection, assistant, step, checkpointing, shared_ids, tokens)
         self.step.projection.to(base.device, base.dtype)
         change(self.step)
         self.batches = [self._collate(batch, assistant, online).to(base.device) for batch in batches]

@@ -67,7 +67,7 @@ import softcot_ds.training.engine
 from softcot_ds.data.batches import Batch, collate
 from softcot_ds.distributed import barrier, from_all_ranks, init_distributed, is_main, shut_down, world_size
 from softcot_ds.experiment import Experiment
-from softcot_ds.methods.soft_thoughts import SoftCoT, mask_and_positions
+from softcot_ds.methods.soft_thoughts import SoftThoughts, mask_and_positions
 from softcot_ds.models.partition import data_ranks, gathers_of, is_partitioned
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.training.memory import expected_memory
@@ -123,7 +123,7 @@ class Traffic:
             self.activations += (tensor if found is None else found).nbytes
         return found
 
-    def tell_apart(self, model: SoftCoT) -> None:
+    def tell_apart(self, model: SoftThoughts) -> None:
         """Count from now on how much of what is gathered is trained: weights may be gathered several at once."""
         trained = {*model.projection.parameters()}
         split = [parameter for parameter in model.parameters() if is_partitioned(parameter)]
@@ -156,7 +156,7 @@ class Traffic:
 class Ahead:
     """Counts what DeepSpeed has gathered, or begun to, before a module asks for it; while it lives."""
 
-    def __init__(self, model: SoftCoT) -> None:
+    def __init__(self, model: SoftThoughts) -> None:
         self._frozen = [*model.base.parameters()]
         self._fetch = PartitionedParameterCoordinator.fetch_sub_module
         PartitionedParameterCoordinator.fetch_sub_module = lambda *args, **kwargs: self._count(*args, **kwargs)
@@ -206,7 +206,7 @@ def gathered_ahead(config: Path) -> dict[str, float]:
     }
 
 
-def two_passes(model: SoftCoT, batch: Batch) -> torch.Tensor:
+def two_passes(model: SoftThoughts, batch: Batch) -> torch.Tensor:
     """The step with a whole pass over the prefix, without gradient, before the pass over the rest."""
     embeds, length = model._embeds(batch), batch.prefix_ids.shape[1]
     num_thoughts = embeds.shape[1] - length - batch.suffix_ids.shape[1]
@@ -251,7 +251,7 @@ def traffic_recipe(base: Path, deepspeed_config: Path, *overrides: str) -> Recip
 
 
 def train(
-    engine: Any, model: SoftCoT, experiment: Experiment, recipe: Recipe, reset: Callable[[], None]
+    engine: Any, model: SoftThoughts, experiment: Experiment, recipe: Recipe, reset: Callable[[], None]
 ) -> list[float]:
     """Some steps, each after a call of ``reset``: what is counted is the last one. Returns this rank's losses."""
     examples, losses = experiment.splits.train, []

@@ -1,6 +1,6 @@
 """An adapter directory: what evaluation and generation need of a training.
 
-    projection.safetensors   the trained weights, float32 (the optimizer's master copy)
+    projection.safetensors   the trained weights, float32 (the optimizer's master copy); or what the method calls it
     adapter.json             both models with fingerprints, task, thoughts, package version
     recipe.yaml              the resolved recipe of the run
     prompts.yaml             the wording that the run was trained with
@@ -16,16 +16,17 @@ import sys
 from pathlib import Path
 from typing import Annotated, Any, Self
 
-from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationError, model_validator
 
 from softcot_ds import __version__
-from softcot_ds.choices import PROJECTIONS, one_of
+from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
 from softcot_ds.data.examples import digest
 from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
-from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.base import method_class
+from softcot_ds.methods.projection import Projection, check_fits, load_projection
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import ModelConfig
@@ -70,7 +71,7 @@ class AdapterConfig(_Record):
     assistant: ModelIdentity
     base: ModelIdentity
     task: str
-    projection: Annotated[str, AfterValidator(one_of(PROJECTIONS))]
+    method: Annotated[str, AfterValidator(one_of(METHODS))]
     num_thoughts: int = Field(ge=1)
     step: int = Field(ge=0)
     package_version: str = __version__
@@ -83,6 +84,15 @@ class AdapterConfig(_Record):
     placeholders: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None = Field(None, min_length=1)
     """Ids of the assistant's tokens at whose places those states were, which thoughts take in turn. None: written
     before they were recorded."""
+
+    @model_validator(mode="before")
+    @classmethod
+    def _of_older_versions(cls, values: Any) -> Any:
+        """They wrote what kind of projection it is, and no method."""
+        if not isinstance(values, dict) or "projection" not in values:
+            return values
+        rest = {key: value for key, value in values.items() if key != "projection"}
+        return {"method": METHOD_OF_KIND.get(str(values["projection"])), **rest}
 
     def to_json(self) -> str:
         return self.model_dump_json(indent=2) + "\n"
@@ -170,7 +180,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         assistant=ModelIdentity.of(recipe.assistant),
         base=ModelIdentity.of(recipe.base),
         task=recipe.task.name,
-        projection=recipe.projection.kind,
+        method=recipe.method,
         num_thoughts=recipe.thoughts.count,
         step=0,
         training_data=digest(experiment.splits.train),
@@ -189,10 +199,11 @@ def load_adapter(folder: Path, experiment: Experiment) -> Projection:
         SoftCoTError: it is damaged or does not fit the models or the thought count.
     """
     config = AdapterConfig.load(folder)
-    kind, trained, count = projection_class(config.projection), config.num_thoughts, experiment.recipe.thoughts.count
+    method, trained, count = method_class(config.method), config.num_thoughts, experiment.recipe.thoughts.count
+    kind = method.projection_class
     if trained != count and not kind.is_per_thought:
         raise SoftCoTError(
-            f"{folder} was trained with {trained} thoughts, and a {config.projection} projection makes just as many, "
+            f"{folder} was trained with {trained} thoughts, and method={config.method} makes just as many, "
             f"not {count}; set evaluation.thoughts={trained}, or train one with thoughts.count={count}"
         )
     for text in config.other_templates(experiment):
@@ -200,7 +211,7 @@ def load_adapter(folder: Path, experiment: Experiment) -> Projection:
     if config.chat_templates is None:
         _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
     projection = kind.empty(experiment.recipe, *experiment.widths)
-    path = folder / "projection.safetensors"
+    path = folder / method.weights_file
     weights = load_projection(path)
     check_fits(weights, projection, path)
     projection.load_state_dict(weights)

@@ -11,11 +11,13 @@ from pydantic_core import PydanticKnownError
 
 from softcot_ds.errors import SoftCoTError
 
-PROJECTIONS = {
-    "linear": "softcot_ds.methods.softcot:LinearProjection",
-    "static": "softcot_ds.methods.prompt_tuning:StaticThoughts",
+METHODS = {
+    "softcot": "softcot_ds.methods.softcot:SoftCoT",
+    "prompt_tuning": "softcot_ds.methods.prompt_tuning:PromptTuning",
 }
-"""``projection.kind``: a ``methods.base.Projection``."""
+"""``method``: a ``methods.base.Method``."""
+METHOD_OF_KIND = {"linear": "softcot", "static": "prompt_tuning"}
+"""What an older recipe or adapter calls ``projection.kind``."""
 TASKS = {
     "gsm8k": "softcot_ds.tasks.gsm8k:GSM8K",
     "asdiv_aug": "softcot_ds.tasks.asdiv_aug:ASDivAug",

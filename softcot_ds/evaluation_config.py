@@ -52,7 +52,7 @@ class EvaluationConfig(Section):
     """The base's token at a thought's position, for the condition placeholder. Default: its unknown token, else pad,
     else end-of-sequence."""
     static_adapter: AnyPath | None = None
-    """Adapter directory of a projection.kind=static run, for the condition static."""
+    """Adapter directory of a run with method=prompt_tuning, for the condition static."""
     outputs: Folder | None = None
     """Where what is decoded is kept, by content; runs that name the same folder share what is the same for them.
     Default: outputs/ in the run's directory."""

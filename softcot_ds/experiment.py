@@ -12,7 +12,7 @@ from softcot_ds.data.examples import ContextLimits, Example, Splits, load_splits
 from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile, placeholder_id
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.conditioning import check_conditioning
+from softcot_ds.methods.base import method_class
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import (
     context_length,
@@ -75,9 +75,9 @@ class Experiment:
         return width(self.assistant_config), width(self.base_config)
 
     def require_training(self) -> None:
-        """Raises SoftCoTError where there is nothing to train on, or the projection cannot be trained as asked for."""
+        """Raises SoftCoTError where there is nothing to train on, or the method cannot be trained as asked for."""
         self.task.require_training()
-        check_conditioning(self.recipe)
+        method_class(self.recipe.method).check(self.recipe)
 
     @property
     def base_pad_id(self) -> int:

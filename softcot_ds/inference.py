@@ -17,7 +17,8 @@ from softcot_ds.distributed import device, init_distributed
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import launched_ranks
-from softcot_ds.methods.base import Projection, projection_class
+from softcot_ds.methods.base import method_class
+from softcot_ds.methods.projection import Projection
 from softcot_ds.methods.trial import load_assistant
 from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.models.backbone import context_length, partition_that_fits
@@ -78,7 +79,7 @@ class Adapter:
                 f"evaluation.thoughts={count} for so many in evaluation"
             )
         self.recipe = recipe = recipe.in_evaluation
-        self._needs_states = projection_class(self.config.projection).needs_states
+        self._needs_states = method_class(self.config.method).needs_states
         self.experiment = Experiment(recipe)
         self.config.check_models(self.experiment, assistant=self._needs_states)
 

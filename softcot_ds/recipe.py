@@ -19,7 +19,7 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from softcot_ds.backbone_config import BackboneConfig
-from softcot_ds.choices import PROJECTIONS, one_of
+from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
 from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.files import dump_yaml
 from softcot_ds.section import FREE, Section
@@ -82,15 +82,13 @@ class CacheConfig(Section):
 
 
 class ProjectionConfig(Section):
-    """The only part that is trained."""
+    """What makes the thoughts, of methods that train nothing else: softcot and prompt_tuning."""
 
-    kind: Annotated[str, AfterValidator(one_of(PROJECTIONS))] = "linear"
-    """linear: W h + b (SoftCoT). static: T free vectors, the same for every question (prompt tuning, a baseline)."""
     condition: Literal["none", "center", "whiten"] = "none"
-    """linear: what is trained is an affine map of states less their mean over the training problems (center), or of
+    """softcot: what is trained is an affine map of states less their mean over the training problems (center), or of
     these with equal variance in all directions (whiten). The adapter is one of plain states; see conditioning.py."""
     init_scale: Scale = 1.0
-    """linear: the standard initialization of nn.Linear is multiplied by this. auto: what varies of the first thoughts,
+    """softcot: the standard initialization of nn.Linear is multiplied by this. auto: what varies of the first thoughts,
     with the training problem, and what is constant each have the size of token embeddings; see ``token_sized``."""
     init_from: Annotated[ExistingFile | None, FREE] = None
     """Start from these weights: a .safetensors file, or a projection.bin of the original implementation."""
@@ -192,7 +190,10 @@ class Recipe(Section):
     """The run's name; everything about it lies in output_dir/name. It begins with neither a dot nor a dash."""
     output_dir: Annotated[Folder, FREE] = Path("runs")
     seed: int = Field(0, ge=0, le=2**64 - 1)
-    """Seeds the projection's initialization, the order of the data and sampled decoding."""
+    """Seeds the initialization of what is trained, the order of the data and sampled decoding."""
+    method: Annotated[str, AfterValidator(one_of(METHODS))] = "softcot"
+    """What is trained. softcot: W h + b, a projection of the assistant's states. prompt_tuning: T free vectors, the
+    same for every question, a baseline."""
     task: TaskConfig
     assistant: ModelConfig
     base: ModelConfig
@@ -239,17 +240,22 @@ class Recipe(Section):
         return flattened(self.model_dump(mode="json"))
 
 
-def load_recipe(path: str | Path, overrides: list[str] | None = None, without: str | None = None) -> Recipe:
+def load_recipe(
+    path: str | Path, overrides: list[str] | None = None, without: str | None = None, is_saved: bool = False
+) -> Recipe:
     """Read a recipe, apply ``key.sub=value`` overrides, validate.
 
     Args:
         without: a section of the file that does not count: the overrides alone say what it is.
+        is_saved: it is a checkpoint's, written by this version or an older one.
 
     Raises:
         SoftCoTError: the file is missing or no YAML mapping, or the recipe is wrong; lists every mistake.
     """
     values = read_settings(Path(path), "recipe", "recipes/ holds some")
     values.pop(without, None)
+    if is_saved:
+        values = in_todays_words(values)
     return parse_recipe(values, overrides or [], str(path))
 
 
@@ -260,6 +266,15 @@ def parse_recipe(values: dict[str, Any], overrides: list[str], source: str) -> R
         WrongSettings: lists every mistake.
     """
     return validated(Recipe, values, overrides, source, "recipe")
+
+
+def in_todays_words(values: Any) -> Any:
+    """A recipe as an older version has written it, with what is called otherwise now under its name of today."""
+    projection = values.get("projection") if isinstance(values, Mapping) else None
+    if not isinstance(projection, Mapping) or "kind" not in projection:
+        return values
+    rest = {key: value for key, value in projection.items() if key != "kind"}
+    return {**values, "method": METHOD_OF_KIND.get(projection["kind"], projection["kind"]), "projection": rest}
 
 
 def fixed_settings(values: Mapping[str, Any], section: type[BaseModel] = Recipe, prefix: str = "") -> dict[str, Any]:

@@ -68,7 +68,7 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     if path != Path(source):
         require_complete(adapter := Path(source))
     own = [f"task.prompts={adapter / 'prompts.yaml'}", "task.targets=gold"] if adapter and not another else []
-    return load_recipe(path, [*own, *overrides], "task" if another else None)
+    return load_recipe(path, [*own, *overrides], "task" if another else None, is_saved=path != Path(source))
 
 
 def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:

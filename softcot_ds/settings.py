@@ -10,6 +10,7 @@ from typing import Any, TypeVar, get_args
 
 from pydantic import BaseModel, ValidationError
 
+from softcot_ds.choices import METHOD_OF_KIND
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_yaml, read_yaml
 
@@ -98,6 +99,9 @@ def _explain(detail: Any, section: type[BaseModel]) -> list[str]:
     match detail["type"]:
         case "extra_forbidden" if location == "seeds":
             return ["seeds: only on the command line of evaluate, cache or submit; a run has one seed (seed=41)"]
+        case "extra_forbidden" if location == "projection.kind":
+            now = METHOD_OF_KIND.get(str(detail["input"]), "NAME")
+            return [f"{location}: what is trained is named outside of all sections; write method: {now} in its place"]
         case "int_type" if location == "evaluation.thoughts" and isinstance(detail["input"], list):
             return [f"{location}: a list only on the command line of evaluate, cache or submit; here one number"]
         case "extra_forbidden":

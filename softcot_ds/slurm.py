@@ -119,7 +119,8 @@ def _load(source: str, overrides: list[str]) -> Recipe:
     """The recipe of a command, which may have been given an adapter directory instead; of several evaluations, what
     they have in common."""
     plain = list(Grid.of(overrides).plain)
-    return load_recipe(Path(source) / "recipe.yaml" if Path(source).is_dir() else source, plain)
+    is_saved = Path(source).is_dir()
+    return load_recipe(Path(source) / "recipe.yaml" if is_saved else source, plain, is_saved=is_saved)
 
 
 def main(argv: list[str] | None = None) -> int:

@@ -114,7 +114,7 @@ def _left_to_do(recipe: Recipe, grid: Grid) -> tuple[Recipe, list[_Job], Any]:
     plans have it. Raises SoftCoTError for what is wrong with the recipe."""
     # They bring torch and DeepSpeed, which take seconds: after the recipe's own mistakes have been reported.
     from softcot_ds.experiment import Experiment, planned
-    from softcot_ds.methods.base import projection_class
+    from softcot_ds.methods.base import method_class
     from softcot_ds.planning.lengths import data_of
     from softcot_ds.thoughts.reader import cached, open_cache
     from softcot_ds.training.resume import refuse_other_run
@@ -133,7 +133,7 @@ def _left_to_do(recipe: Recipe, grid: Grid) -> tuple[Recipe, list[_Job], Any]:
     for run in runs if not pending else ():
         of_run = experiment if run == recipe else Experiment(run)
         refuse_other_run(of_run, latest_checkpoint(run.run_dir))
-    if recipe.thoughts.source == "cache" and projection_class(recipe.projection.kind).needs_states:
+    if recipe.thoughts.source == "cache" and method_class(recipe.method).needs_states:
         try:
             wanted = [pair for of in grid.counts(recipe) for pair in cached(of)]
             folders = {str(open_cache(of, inputs).folder): None for of, inputs in wanted}

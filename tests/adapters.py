@@ -28,7 +28,7 @@ def make_adapter(folder: Path, recipe: Recipe, step: int = 0) -> Path:
     folder.mkdir(parents=True)
     torch.manual_seed(0)
     experiment = Experiment(recipe)
-    if recipe.projection.kind == "static":
+    if recipe.method == "prompt_tuning":
         weights = {"weight": torch.randn(recipe.thoughts.count, experiment.base_config.hidden_size)}
     else:
         projection = LinearProjection(experiment.assistant_config.hidden_size, experiment.base_config.hidden_size)

@@ -57,7 +57,7 @@ def evaluate_first(folder: Path) -> None:
         shutil.copytree(resolve_location(f"package:pair/{name}"), folder / name)
     write_questions(folder / "test.jsonl")
     (folder / "train.jsonl").write_text((folder / "test.jsonl").read_text().replace("has", "had"))
-    make_adapter(folder / "static", recipe_in(folder, "projection.kind=static"))
+    make_adapter(folder / "static", recipe_in(folder, "method=prompt_tuning"))
     make_adapter(folder / "adapter", recipe_in(folder))
     with pytest.MonkeyPatch.context() as patch:
         replace_decoding(patch, Scribe(load_tokenizer(recipe_in(folder).base)))

@@ -59,7 +59,7 @@ for variant in variants:
             engine.backward(loss * world_size())
             total = total + loss.detach()
             if not losses and engine.is_gradient_accumulation_boundary():
-                for name, parameter in engine.module.projection.named_parameters():
+                for name, parameter in engine.module.trained().items():
                     results[f"{variant}/{name}"] = safe_get_full_grad(parameter).float().contiguous()
             engine.step()
         losses.append(total)

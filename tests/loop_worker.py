@@ -18,12 +18,12 @@ from deepspeed.utils import z3_leaf_module
 from softcot_ds import command, distributed
 from softcot_ds import train as train_command
 from softcot_ds.distributed import is_main, rank
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.training import loop, validation
 from softcot_ds.training.validation import Validator
 
 ACCUMULATION = 2
-forward, samples, save = SoftCoT.forward, Validator._samples, loop.save_checkpoint
+forward, samples, save = SoftThoughts.forward, Validator._samples, loop.save_checkpoint
 look = Validator._thought_statistics
 StopRequest, Record, shut_down = loop.StopRequest, loop.Record, distributed.shut_down
 fetch, decode = PartitionedParameterCoordinator.fetch_sub_module, validation.decode
@@ -50,7 +50,7 @@ def counted_decode(*arguments: Any) -> Any:
     return decode(*arguments)
 
 
-def disturbed_forward(model: SoftCoT, batch: object, **how: bool) -> torch.Tensor:
+def disturbed_forward(model: SoftThoughts, batch: object, **how: bool) -> torch.Tensor:
     global passes, began_to_wait
     ahead.append(["train" if model.training else "validate", 0, 0])
     loss = forward(model, batch, **how)
@@ -102,7 +102,7 @@ def report(message: str) -> None:
 
 
 PartitionedParameterCoordinator.fetch_sub_module, validation.decode = counted_fetch, counted_decode
-SoftCoT.forward, Validator._samples = disturbed_forward, disturbed_samples
+SoftThoughts.forward, Validator._samples = disturbed_forward, disturbed_samples
 Validator._thought_statistics = counted_look
 loop.StopRequest, loop.Record, loop.save_checkpoint = late_request, visible_record, slow_save
 # The ranks stay together from one training to the next, and only one of them speaks.

@@ -13,7 +13,7 @@ import triton
 
 from softcot_ds.data.batches import Batch
 from softcot_ds.distributed import device, init_distributed, rank, shut_down
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.backbone import load_frozen
 from softcot_ds.models.partition import engine_config
@@ -47,7 +47,7 @@ watcher = threading.Thread(target=watch, daemon=True)
 watcher.start()
 base = load_frozen(recipe.base, recipe.backbone.partition, device(), engine_config(recipe))
 projection = LinearProjection(16, base.config.hidden_size)
-engine = build_engine(SoftCoT(base, projection, tokens=range(8)), recipe)
+engine = build_engine(SoftThoughts(base, projection, tokens=range(8)), recipe)
 ids = torch.arange(8)[None]
 mask = torch.ones(1, 8, dtype=torch.bool)
 thoughts = torch.randn(1, 2, 16).to(base.dtype)

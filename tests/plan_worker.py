@@ -21,7 +21,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import device, init_distributed, is_main, on_main, shut_down
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.backbone import load_frozen
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
@@ -129,7 +129,7 @@ def measure(folder: Path, job: str) -> dict[str, int]:
     base = load_frozen(recipe.base, backbone.partition, device(), engine_config(recipe), None, backbone.bits)
     projection = LinearProjection(STATES, base.config.hidden_size).to(base.dtype)
     with mock.patch.multiple(engine_module, check_model=mock.DEFAULT, why_not_fast=lambda *_: None):  # tried elsewhere
-        engine = engine_module.build_engine(SoftCoT(base, projection), recipe)
+        engine = engine_module.build_engine(SoftThoughts(base, projection), recipe)
     batch = LENGTHS.batch(BATCH, recipe.thoughts.count)
     batch.thoughts = torch.randn(BATCH, recipe.thoughts.count, STATES).to(base.dtype)
     for _ in range(2):  # then DeepSpeed knows what comes next

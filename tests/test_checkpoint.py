@@ -12,12 +12,15 @@ from adapters import make_checkpoint
 from launch import ROOT
 from safetensors.torch import load_file, save_file
 
-from softcot_ds.adapter import adapter_config, load_adapter
+from softcot_ds.adapter import AdapterConfig, adapter_config, load_adapter
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
+from softcot_ds.files import dump_yaml, parse_yaml
 from softcot_ds.methods.conditioning import Conditioning
+from softcot_ds.methods.soft_thoughts import SoftThoughts
+from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
-from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint
+from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint, recipe_and_adapter
 from softcot_ds.training import checkpoint, resume
 from softcot_ds.training.checkpoint import FILES, read_training_state, save_checkpoint
 from softcot_ds.training.resume import refuse_other_run
@@ -46,10 +49,21 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_warning_and_looks_whole_to_n
     assert "step-2 cannot be removed" in capsys.readouterr().out
 
 
+class Projecting(SoftThoughts):
+    """A method as far as a checkpoint asks: without models."""
+
+    projection_class = LinearProjection
+
+    def __init__(self) -> None:
+        torch.nn.Module.__init__(self)
+        self.projection = LinearProjection(3, 2)
+
+
 @pytest.fixture
 def engine(monkeypatch) -> SimpleNamespace:
     """A DeepSpeed engine as far as a checkpoint asks: a projection, and AdamW's moments in ``state`` by their names."""
-    projection = torch.nn.Linear(3, 2)
+    module = Projecting()
+    projection = module.projection
     names = {id(p): name for name, p in projection.named_parameters()}
     state = {f"{m}.{name}": p.detach() ** 2 for name, p in projection.named_parameters() for m in checkpoint._MOMENTS}
     monkeypatch.setattr(checkpoint, "safe_get_full_fp32_param", torch.Tensor.detach)
@@ -58,7 +72,7 @@ def engine(monkeypatch) -> SimpleNamespace:
     )
     inner = SimpleNamespace(state={0: {"step": torch.tensor(60.0)}})
     return SimpleNamespace(
-        module=SimpleNamespace(projection=projection, conditioning=None),
+        module=module,
         state=state,
         optimizer=SimpleNamespace(optimizer=inner),
     )
@@ -98,7 +112,6 @@ def test_a_checkpoint_holds_the_weights_as_they_are_trained_and_those_of_plain_s
     recipe, _ = saved
     experiment, projection = Experiment(recipe), engine.module.projection
     engine.module.conditioning = Conditioning(torch.tensor([40.0, 0.5, -1.0]), matrix)
-    projection.entry = "weight", "bias"
     folder = save_checkpoint(
         engine, recipe, adapter_config(experiment).at_step(60), experiment.task.prompt_file, {"steps": 60}
     )
@@ -251,6 +264,26 @@ def test_template_of_another_kind_is_warned_of_and_an_old_adapter_says_nothing(s
     assert "not compared" in capsys.readouterr().out
 
 
+@pytest.mark.parametrize(("method", "kind"), [("softcot", "linear"), ("prompt_tuning", "static")])
+def test_what_was_saved_before_methods_had_names_is_read_and_gone_on_from(tmp_path, method, kind):
+    recipe = load_recipe(RECIPE, [*SMALL, f"output_dir={tmp_path}", f"method={method}"])
+    folder = make_checkpoint(recipe, 50)
+    adapter, written = (folder / name for name in ("adapter.json", "recipe.yaml"))
+    values, settings = json.loads(adapter.read_text()), parse_yaml(written.read_text())
+    del values["method"], settings["method"]
+    adapter.write_text(json.dumps(values | {"projection": kind}))
+    written.write_text(dump_yaml(settings | {"projection": {**settings["projection"], "kind": kind}}))
+    assert not refusal(recipe, folder)
+    assert recipe_and_adapter(str(folder), [])[0].method == AdapterConfig.load(folder).method == method
+    other = "softcot" if method == "prompt_tuning" else "prompt_tuning"
+    assert f"method is {method!r} there and {other!r} here" in refusal(
+        load_recipe(RECIPE, [*SMALL, f"output_dir={tmp_path}", f"method={other}"]), folder
+    )
+    adapter.write_text(json.dumps(values | {"projection": "deep"}))
+    with pytest.raises(SoftCoTError, match=r"adapter.json is damaged: method: "):
+        load_adapter(folder, Experiment(recipe))
+
+
 JSON_DAMAGE = [
     b"",
     b"null",
@@ -306,7 +339,7 @@ def test_damaged_json_is_refused_by_name_and_never_a_stack_trace(saved, name):
             assert "\n" not in said
 
 
-@pytest.mark.parametrize("name", FILES)
+@pytest.mark.parametrize("name", ["projection.safetensors", *FILES])
 def test_missing_or_truncated_file_is_named(saved, name):
     recipe, folder = saved
     experiment = Experiment(recipe)

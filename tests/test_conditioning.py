@@ -9,7 +9,9 @@ from test_moments import massive
 
 from softcot_ds import choices
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.conditioning import FLOOR, Conditioning, check_conditioning, token_sized
+from softcot_ds.methods.base import method_class
+from softcot_ds.methods.conditioning import FLOOR, Conditioning, token_sized
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.embedding import token_rms
 from softcot_ds.recipe import load_recipe
@@ -106,13 +108,6 @@ def test_states_that_are_the_same_for_all_problems_are_refused(between_slots):
         Start.anew(experiment, reader, range(50))
 
 
-class Rows(SimpleNamespace):
-    """A base as far as a start asks: its embedding and how many rows that has."""
-
-    def get_input_embeddings(self) -> torch.nn.Embedding:
-        return self.embedding
-
-
 @pytest.mark.parametrize("condition", ["none", *CONDITIONS])
 def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant(states, moments, condition):
     torch.manual_seed(0)
@@ -122,9 +117,12 @@ def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant
 
     made = None if condition == "none" else conditioning(moments, condition)
     projection = LinearProjection(5, 7).double()
-    base = Rows(embedding=embedding, config=SimpleNamespace(vocab_size=5000, get_text_config=lambda: None))
+    base = SimpleNamespace(get_input_embeddings=lambda: embedding, config=SimpleNamespace(vocab_size=5000))
     base.config.get_text_config = lambda: base.config
-    Start(None, made, moments).put_into(projection, base)
+    model = SimpleNamespace(
+        base=base, trained=lambda: dict(projection.named_parameters()), projection_class=LinearProjection
+    )
+    Start(None, made, moments).put_into(model)
     thoughts = projection(made(states) if made else states).detach()
     means = thoughts.mean(dim=0)
     assert means.square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
@@ -158,32 +156,42 @@ def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
     ("overrides", "said"),
     [
         (["projection.condition=whiten"], ""),
-        (["projection.kind=static", "projection.init_scale=auto", "thoughts.source=online"], ""),
+        (["method=prompt_tuning", "projection.init_scale=auto", "thoughts.source=online"], ""),
         (["thoughts.source=online"], ""),
         (["projection.init_scale=auto", f"projection.init_from={RECIPE}", "thoughts.source=online"], ""),
-        (["projection.kind=static", "projection.condition=center"], "of the kind static reads no states; set it to"),
+        (
+            ["method=prompt_tuning", "projection.condition=center"],
+            "method=prompt_tuning reads no states; set it",
+        ),
         (
             ["projection.condition=whiten", "thoughts.source=online"],
             "condition=whiten needs the states of all training",
         ),
         (["projection.init_scale=auto", "thoughts.source=online"], "init_scale=auto needs .* softcot-ds cache RECIPE"),
-        (["projection.kind=deep", "projection.condition=center"], "kind deep has no layer that this could be folded"),
-        (["projection.kind=deep", "projection.init_scale=auto"], "long the thoughts of a deep projection are"),
+        (
+            ["method=deep", "projection.condition=center"],
+            "method=deep has no layer that this could be folded",
+        ),
+        (["method=deep", "projection.init_scale=auto"], "long the thoughts of method=deep are"),
     ],
 )
 def test_what_cannot_be_conditioned_is_refused_with_what_to_do(monkeypatch, overrides, said):
-    monkeypatch.setitem(choices.PROJECTIONS, "deep", f"{__name__}:Deep")
+    monkeypatch.setitem(choices.METHODS, "deep", f"{__name__}:ByDeep")
     recipe = load_recipe(RECIPE, overrides)
     if not said:
-        check_conditioning(recipe)
+        method_class(recipe.method).check(recipe)
         return
     with pytest.raises(SoftCoTError, match=said):
-        check_conditioning(recipe)
+        method_class(recipe.method).check(recipe)
 
 
 class Deep(LinearProjection):
     is_affine = False
     entry = None
+
+
+class ByDeep(SoftThoughts):
+    projection_class = Deep
 
 
 @pytest.mark.parametrize(

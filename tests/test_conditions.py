@@ -91,7 +91,7 @@ def test_each_condition_reads_its_own_prompt(tmp_path, scribe):
 
 @pytest.mark.slow
 def test_static_prompt_is_a_condition_of_its_own(tmp_path):
-    static = make_recipe(tmp_path, "projection.kind=static", "name=static")
+    static = make_recipe(tmp_path, "method=prompt_tuning", "name=static")
     static_adapter = make_adapter(tmp_path / "static-adapter", static)
     recipe = make_recipe(
         tmp_path, f"evaluation.static_adapter={static_adapter}", "evaluation.conditions=[learned,static]"
@@ -100,7 +100,7 @@ def test_static_prompt_is_a_condition_of_its_own(tmp_path):
     report = evaluate(recipe, adapter)
     assert set(report["conditions"]) == {"learned", "static"}
     # The static adapter, evaluated as itself, says the same.
-    alone = make_recipe(tmp_path, "projection.kind=static", "name=static", "evaluation.conditions=[learned]")
+    alone = make_recipe(tmp_path, "method=prompt_tuning", "name=static", "evaluation.conditions=[learned]")
     evaluate(alone, static_adapter)
     assert [r["output"] for r in records(alone, "learned")] == [r["output"] for r in records(recipe, "static")]
 
@@ -123,7 +123,7 @@ def test_an_adapter_makes_other_numbers_of_thoughts_than_it_was_trained_with(tmp
         assert records(fewer, condition) == records(of_two, condition)
         assert condition == "none" or "[2 thoughts]" in records(fewer, condition)[0]["prompt"]
 
-    static = make_recipe(tmp_path, "projection.kind=static", "name=static", "evaluation.thoughts=2")
+    static = make_recipe(tmp_path, "method=prompt_tuning", "name=static", "evaluation.thoughts=2")
     with pytest.raises(SoftCoTError, match="and a static projection makes just as many, not 2"):
         evaluate(static, make_adapter(tmp_path / "static-adapter", static))
 
@@ -131,7 +131,7 @@ def test_an_adapter_makes_other_numbers_of_thoughts_than_it_was_trained_with(tmp
 def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evaluation, tmp_path, scribe):
     folder = shutil.copytree(first_evaluation, tmp_path / "copy")
     (folder / "assistant/model.safetensors").unlink()  # which they do not need
-    recipe = recipe_in(folder, "projection.kind=static", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
+    recipe = recipe_in(folder, "method=prompt_tuning", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
     report = evaluate(recipe, folder / "static")
     assert scribe.num_prompts == sum(map(len, scribe.scored)) == report["num_problems"]
     assert records(recipe, "shuffled") == records(recipe, "mean") == records(recipe, "learned")

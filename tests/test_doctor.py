@@ -450,8 +450,8 @@ def test_states_of_the_cache_that_hardly_differ_are_a_warning(tmp_path, size, le
     assert varying / constant == pytest.approx(size, rel=0.2), "of a sample, in which the signs are not half and half"
     (verdict, *_) = diagnosis._states(cluster(states=(constant, varying)))
     assert verdict[0] == level
-    for other in ("kind=static", "condition=center"):
-        assert examine._states(load_recipe(RECIPE, [f"cache.path={tmp_path}", f"projection.{other}"])) is None
+    for other in ("method=prompt_tuning", "projection.condition=center"):
+        assert examine._states(load_recipe(RECIPE, [f"cache.path={tmp_path}", other])) is None
 
 
 @pytest.mark.slow

@@ -11,7 +11,7 @@ from toy_models import WIDTH, make_toy
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.prompt_tuning import StaticThoughts, _random_token_embeddings
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models import embedding
 from softcot_ds.models.embedding import CompactTable, whole_embedding
@@ -105,7 +105,7 @@ def test_the_step_takes_what_the_module_gives_with_a_table_and_without(kind):
     projection = LinearProjection(P, WIDTH)
     examples = draw_examples(UNEVEN, thoughts=3, shared=6)
     assert 41 in tokens_of(examples)
-    step = SoftCoT(model, projection, shared_ids=examples[0][0][:6], tokens=tokens_of(examples))
+    step = SoftThoughts(model, projection, shared_ids=examples[0][0][:6], tokens=tokens_of(examples))
     assert (step.table is None) == (step.embed is None) == (kind == "the last bits by place")
     truth = true_loss_and_gradient(model, projection, examples, torch.float32)
     check(loss_and_gradient(step, examples, torch.float32), truth, 1e-6, 1e-5)
@@ -116,7 +116,7 @@ def test_tokens_and_thoughts_stand_side_by_side_with_the_kernel_and_without(fami
     model = make_toy(family)
     examples = draw_examples(UNEVEN, thoughts=3)
     for projection in (LinearProjection(P, WIDTH), StaticThoughts(torch.randn(3, WIDTH))):
-        step = SoftCoT(model, projection, step="full", tokens=tokens_of(examples))
+        step = SoftThoughts(model, projection, step="full", tokens=tokens_of(examples))
         assert len(step.table.rows_KD) < step.base.config.vocab_size
         batch, ids = make_batch(examples, torch.float32, number=step.number), make_batch(examples, torch.float32)
         prefix, thoughts, rest = step._embeds(batch).split([batch.prefix_ids.shape[1], 3, batch.suffix_ids.shape[1]], 1)

@@ -148,9 +148,9 @@ def forbid_models(monkeypatch):
             r"shuffled: not each .*: 1 of the 1 problems are the same .*; raise task",
         ),
         (
-            ["projection.kind=static"],
+            ["method=prompt_tuning"],
             None,
-            r"adapter is a linear projection and projection.kind is static; set it to l",
+            r"adapter was trained by method=softcot, and the recipe has prompt_tuning; set method=softcot",
         ),
     ],
 )

@@ -21,7 +21,7 @@ from toy_models import make_config, make_toy
 from transformers.models.llama import modeling_llama
 
 from softcot_ds.distributed import device, from_all_ranks, init_distributed, shut_down
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.models import fused_layers, toy
 from softcot_ds.models.backbone import load_frozen
 from softcot_ds.models.fused_layers import fuse_layers
@@ -71,7 +71,7 @@ def test_loss_and_gradient_match_examples_run_alone(family, llamas):
         line = fuse_layers(fused)
     assert line == f"liger-kernel computes {parts} of the base"
     truth = true_loss_and_gradient(model.cpu(), make_projection(), examples)
-    step = SoftCoT(fused, make_projection(), None, "fast", family == "llama", examples[0][0][:1]).to(DEVICE)
+    step = SoftThoughts(fused, make_projection(), None, "fast", family == "llama", examples[0][0][:1]).to(DEVICE)
     batch = make_batch(examples, torch.float32, num_shared=1).to(DEVICE)
     with FlopCounterMode(display=False) as counter:  # which follows gradients through the modules, and may stumble
         loss = step(batch) / sum(len(target) for *_, target in examples)

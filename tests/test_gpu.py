@@ -20,7 +20,7 @@ from test_thought_embedding import _no_tuning  # noqa: F401, a fixture: nothing 
 from transformers import AutoConfig, AutoModelForCausalLM, AutoTokenizer
 
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.models.assistant import compute_thoughts, read_shared
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
 from softcot_ds.models.quantized import pack, unpack
@@ -117,7 +117,7 @@ def test_training_holds_what_it_expects(tmp_path, partition):
     assert expected < measured["peak"], measured
 
 
-def loss_and_gradient(step: SoftCoT, examples, dtype) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(step: SoftThoughts, examples, dtype) -> tuple[float, torch.Tensor]:
     """On the GPU, from page-locked memory."""
     step = step.to(GPU)
     batch = make_batch(examples, dtype, num_shared=step.num_shared).pin_memory().to(GPU)
@@ -136,7 +136,7 @@ def test_steps_match_examples_run_alone(family):
     truth = true_step(model, make_projection(), examples)
     for kind, num_shared, options in STEPS:
         ids = examples[0][0][:num_shared]
-        step = SoftCoT(copy.deepcopy(model), make_projection(), None, kind, shared_ids=ids, **options)
+        step = SoftThoughts(copy.deepcopy(model), make_projection(), None, kind, shared_ids=ids, **options)
         check(loss_and_gradient(step, examples, torch.float32), truth, *TOLERANCES[torch.float32])
 
 
@@ -149,7 +149,7 @@ def test_in_bfloat16_the_fast_step_is_as_near_to_the_truth_as_the_full_one(famil
     errors = []
     for kind, num_shared, options in STEPS:
         ids = examples[0][0][:num_shared]
-        step = SoftCoT(copy.deepcopy(model), copy.deepcopy(projection), None, kind, shared_ids=ids, **options)
+        step = SoftThoughts(copy.deepcopy(model), copy.deepcopy(projection), None, kind, shared_ids=ids, **options)
         found = loss_and_gradient(step, examples, torch.bfloat16)
         error = ((found[1].double() - gradient).norm() / gradient.norm()).item()
         errors.append((abs(found[0] - loss) / loss, error))

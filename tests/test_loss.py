@@ -22,7 +22,7 @@ from test_step import (
 from torch.utils.flop_counter import FlopCounterMode
 from transformers import GraniteConfig
 
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.models import loss as loss_module
 from softcot_ds.models.loss import IGNORE
 
@@ -48,7 +48,7 @@ def test_loss_and_gradient_match_examples_run_alone(family, changes, fused, monk
     model = make_model(family, **changes)
     examples = draw_examples(UNEVEN, thoughts=3, shared=6)
     truth = true_loss_and_gradient(model, make_projection(), examples)
-    step = SoftCoT(copy.deepcopy(model), make_projection(), shared_ids=examples[0][0][:6]).to(DEVICE)
+    step = SoftThoughts(copy.deepcopy(model), make_projection(), shared_ids=examples[0][0][:6]).to(DEVICE)
     batch = make_batch(examples, torch.float32, num_shared=6).to(DEVICE)
     loss = step(batch) / sum(len(target) for *_, target in examples)
     assert step.prefixed.fuses_loss == fused
@@ -82,7 +82,7 @@ def test_any_number_of_rows_at_a_time_gives_the_same(at_a_time, monkeypatch):
 @runs_triton
 def test_targets_that_count_nothing_give_no_loss():
     examples = draw_examples(UNEVEN, thoughts=3)
-    step = SoftCoT(make_model("llama"), make_projection()).to(DEVICE)
+    step = SoftThoughts(make_model("llama"), make_projection()).to(DEVICE)
     batch = make_batch(examples, torch.float32).to(DEVICE)
     batch.targets.fill_(IGNORE)
     with torch.no_grad():
@@ -93,7 +93,7 @@ def test_targets_that_count_nothing_give_no_loss():
 @runs_triton
 def test_operations_of_a_step_can_be_counted():
     """PyTorch's counter follows the modules that tensors with a gradient reach, and fails at views made without one."""
-    step = SoftCoT(make_model("llama"), make_projection()).to(DEVICE)
+    step = SoftThoughts(make_model("llama"), make_projection()).to(DEVICE)
     batch = make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32).to(DEVICE)
     with FlopCounterMode(display=False) as counter:
         step(batch).backward()

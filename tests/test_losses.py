@@ -52,7 +52,7 @@ def naive(base, prompt, thoughts, target):
 
 @pytest.mark.slow
 def test_each_condition_has_the_loss_of_whole_passes_of_each_problem_alone(tmp_path, monkeypatch):
-    static = make_adapter(tmp_path / "static", make_recipe(tmp_path, "projection.kind=static"))
+    static = make_adapter(tmp_path / "static", make_recipe(tmp_path, "method=prompt_tuning"))
     chosen = [f"evaluation.conditions=[{','.join(EVERY)}]", f"evaluation.static_adapter={static}"]
     recipe = make_recipe(tmp_path, *chosen)
     adapter = make_adapter(tmp_path / "adapter", recipe)

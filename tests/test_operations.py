@@ -10,7 +10,7 @@ from toy_models import make_toy
 
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.methods.prompt_tuning import StaticThoughts
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.models.operations import Decoder
 
 
@@ -28,7 +28,7 @@ def examples_of(lengths):
     ]
 
 
-def counted(step: SoftCoT, batch) -> int:
+def counted(step: SoftThoughts, batch) -> int:
     """What PyTorch counts in a forward and backward pass, but for the angles of rotary embeddings."""
     step.embed = None  # the fused kernel is one operation to PyTorch, which does not look into it
     step(batch)  # what a run reads once is read
@@ -44,7 +44,7 @@ def test_operations_of_both_steps_are_those_that_pytorch_counts(family):
     model = make_model(family, attn_implementation="eager")
     examples = examples_of([(9, 2, 5), (4, 1, 7), (7, 3, 1)])
     for kind, shared in (("fast", []), ("fast", [5, 6, 7]), ("full", [])):
-        step = SoftCoT(copy.deepcopy(model), make_projection(), None, kind, shared_ids=shared)
+        step = SoftThoughts(copy.deepcopy(model), make_projection(), None, kind, shared_ids=shared)
         batch = make_batch(examples, torch.float32, num_shared=len(shared))
         assert step.operations(batch) == counted(step, batch), f"{kind}, {len(shared)} shared tokens"
 
@@ -53,9 +53,9 @@ def test_the_fast_step_does_less_and_static_thoughts_take_no_product():
     model = make_model("llama eager")
     examples = examples_of([(30, 2, 5), (28, 1, 7)])
     batch = make_batch(examples, torch.float32)
-    fast, full = (SoftCoT(copy.deepcopy(model), make_projection(), None, kind) for kind in ("fast", "full"))
+    fast, full = (SoftThoughts(copy.deepcopy(model), make_projection(), None, kind) for kind in ("fast", "full"))
     assert fast.operations(batch) < 0.75 * full.operations(batch)
-    static = SoftCoT(copy.deepcopy(model), StaticThoughts(torch.randn(3, model.config.hidden_size)), None)
+    static = SoftThoughts(copy.deepcopy(model), StaticThoughts(torch.randn(3, model.config.hidden_size)), None)
     assert static.operations(batch) == counted(static, batch)
 
 
@@ -66,7 +66,7 @@ def test_the_assistant_counts_where_it_runs_in_the_step():
         AssistantInput("a", [5, 6, 7, 8, 9, 10, 11, 12, 13, 0, 0, 0, 14], [9, 10, 11]),
         AssistantInput("b", [5, 6, 7, 8, 9, 15, 16, 0, 0, 0], [7, 8, 9]),
     ]
-    step = SoftCoT(base, make_projection(), assistant, assistant_inputs=batch.assistant)
+    step = SoftThoughts(base, make_projection(), assistant, assistant_inputs=batch.assistant)
     from_cache = step.operations(batch)
     assert from_cache == counted(step, batch)
     batch.thoughts = None
@@ -84,5 +84,5 @@ def test_what_is_not_plain_is_not_counted(family):
 
 def test_step_of_a_base_that_is_not_counted_says_nothing():
     toy = make_toy("mixtral")
-    step = SoftCoT(toy, StaticThoughts(torch.randn(3, toy.config.hidden_size)))
+    step = SoftThoughts(toy, StaticThoughts(torch.randn(3, toy.config.hidden_size)))
     assert step.operations(make_batch(examples_of([(9, 2, 5)]), torch.float32)) == 0

@@ -23,7 +23,7 @@ from softcot_ds.data.examples import Splits, make_example
 from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, PromptFile
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.decoding import portions
 from softcot_ds.planning import fit, search
@@ -134,11 +134,11 @@ def test_slices_of_all_ranks_are_the_model(name, slices):
 
 @pytest.mark.parametrize("family", ["llama", "qwen3"])
 def test_operations_are_those_of_the_step(family):
-    """``SoftCoT.operations`` is what PyTorch counts in real steps (test_operations.py)."""
+    """``SoftThoughts.operations`` is what PyTorch counts in real steps (test_operations.py)."""
     model = make_model(family, num_hidden_layers=5, attn_implementation="eager")
     recipe = load_recipe(RECIPES / "word_problems.yaml", ["thoughts.count=3", "base.attention=eager"])
     planned = StepOnMeta(recipe, model.config, Shape.of(model.config).layers, 16).work(LENGTHS, 7, False)
-    step = SoftCoT(model, LinearProjection(16, model.config.hidden_size), shared_ids=[5, 6, 7])
+    step = SoftThoughts(model, LinearProjection(16, model.config.hidden_size), shared_ids=[5, 6, 7])
     batch = LENGTHS.batch(7, 3)
     assert planned.flops == pytest.approx(step.operations(batch), rel=0.01), "the angles of rotary embeddings are more"
 
@@ -147,7 +147,7 @@ def test_activations_are_those_that_a_real_step_keeps():
     model = make_model("llama", num_hidden_layers=12, hidden_size=128, intermediate_size=320)
     recipe = load_recipe(RECIPES / "word_problems.yaml", ["thoughts.count=3"])
     planned = StepOnMeta(recipe, model.config, Shape.of(model.config).layers, 16).work(LENGTHS, 8, False)
-    step = SoftCoT(model, LinearProjection(16, 128), shared_ids=[5, 6, 7])
+    step = SoftThoughts(model, LinearProjection(16, 128), shared_ids=[5, 6, 7])
     step.embed = None
     batch = LENGTHS.batch(8, 3)
     batch.thoughts = torch.randn(8, 3, 16)

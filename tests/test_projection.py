@@ -12,12 +12,12 @@ from torch import nn
 from softcot_ds import choices
 from softcot_ds.choices import chosen
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.experiment import Experiment
-from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.base import Method, method_class
+from softcot_ds.methods.projection import Projection, check_fits, load_projection
 from softcot_ds.methods.prompt_tuning import StaticThoughts
+from softcot_ds.methods.soft_thoughts import SoftThoughts, new_projection
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.recipe import load_recipe
-from softcot_ds.training.engine import build_projection
 
 WEIGHTS = {"weight": torch.arange(6.0).reshape(2, 3), "bias": torch.tensor([0.5, -1.0])}
 
@@ -187,12 +187,17 @@ class Bottleneck(Projection):
         return self.outer(torch.tanh(self.inner(hidden_BTP.to(self.inner.weight.dtype))))
 
 
-def test_a_projection_of_ones_own_is_a_module_and_a_line(tmp_path, monkeypatch):
-    monkeypatch.setitem(choices.PROJECTIONS, "bottleneck", f"{__name__}:Bottleneck")
-    assert projection_class("bottleneck") is Bottleneck
+class ByBottleneck(SoftThoughts):
+    projection_class = Bottleneck
+
+
+def test_a_method_of_ones_own_is_a_module_and_a_line(tmp_path, monkeypatch):
+    monkeypatch.setitem(choices.METHODS, "bottleneck", f"{__name__}:ByBottleneck")
+    assert method_class("bottleneck") is ByBottleneck
+    assert ByBottleneck.needs_states
     saved = Bottleneck(3, 2)
     save_file(saved.state_dict(), tmp_path / "projection.safetensors")
-    loaded = projection_class("bottleneck").empty(None, 3, 2)
+    loaded = Bottleneck.empty(None, 3, 2)
     weights = load_projection(tmp_path / "projection.safetensors")
     check_fits(weights, loaded, tmp_path)
     loaded.load_state_dict(weights)
@@ -201,15 +206,15 @@ def test_a_projection_of_ones_own_is_a_module_and_a_line(tmp_path, monkeypatch):
     assert loaded.fused_with(nn.Embedding(5, 2)) is None
 
 
-class Unfinished(Projection):
-    def forward(self, hidden_BTP, batch_size):
-        return hidden_BTP
+class Unfinished(Method):
+    def forward(self, batch, per_token=False):
+        return batch
 
 
 @pytest.mark.parametrize(
     ("entry", "message"),
     [
-        (f"{__name__}:Unfinished", r":Unfinished lacks create, empty; see Projection in methods/base.py"),
+        (f"{__name__}:Unfinished", r":Unfinished lacks build, num_trained, trained; see Method in methods/base.py"),
         (f"{__name__}:Absent", r"choices.py: no 'Absent' in the module .*test_projection.*; mend the line of 'own'"),
         ("softcot_ds.methods.absent:Own", r"choices.py: no module 'softcot_ds.methods.absent'; mend the line of 'own'"),
         (
@@ -219,12 +224,12 @@ class Unfinished(Projection):
     ],
 )
 def test_a_line_that_leads_nowhere_is_named(monkeypatch, entry, message):
-    monkeypatch.setitem(choices.PROJECTIONS, "own", entry)
+    monkeypatch.setitem(choices.METHODS, "own", entry)
     with pytest.raises(SoftCoTError, match=message):
-        projection_class("own")
+        method_class("own")
 
 
-@pytest.mark.parametrize("listed", [choices.PROJECTIONS, choices.TASKS, choices.STRATEGIES])
+@pytest.mark.parametrize("listed", [choices.METHODS, choices.TASKS, choices.STRATEGIES])
 def test_every_line_leads_somewhere(listed):
     assert all(callable(chosen(listed, name)) for name in listed)
 
@@ -237,13 +242,9 @@ class Buffered(LinearProjection):
         return created
 
 
-def test_state_that_no_checkpoint_would_hold_is_refused(monkeypatch):
-    monkeypatch.setitem(choices.PROJECTIONS, "own", f"{__name__}:Buffered")
-    for seed in (0, 1):
-        recipe = load_recipe(ROOT / "recipes/word_problems.yaml", ["projection.kind=own", f"seed={seed}"])
-        experiment = Experiment(recipe)
-        if seed == 0:
-            assert isinstance(build_projection(recipe, experiment, None), Buffered)
-            continue
-        with pytest.raises(SoftCoTError, match=r"projection.kind=own: checkpoints hold parameters, and scale would be"):
-            build_projection(recipe, experiment, None)
+def test_state_that_no_checkpoint_would_hold_is_refused():
+    recipe = load_recipe(ROOT / "recipes/word_problems.yaml", ["seed=0"])
+    assert isinstance(new_projection(Buffered, recipe, (3, 2), None), Buffered)
+    recipe = recipe.model_copy(update={"seed": 1})
+    with pytest.raises(SoftCoTError, match=r"method=softcot: checkpoints hold parameters, and scale would be lost"):
+        new_projection(Buffered, recipe, (3, 2), None)

@@ -10,7 +10,7 @@ import yaml
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from softcot_ds.choices import PROJECTIONS, TASKS
+from softcot_ds.choices import METHODS, TASKS
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml
 from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
@@ -253,8 +253,16 @@ def test_all_mistakes_are_reported_together(write):
         (["task.test=null", "task.test_from_train=all"], "task.test_from_train: input should be 'order' or 'content'"),
         (["task.name=gsm"], f"task.name: input should be {' or '.join(map(repr, TASKS))}, found 'gsm'"),
         (
-            ["projection.kind=lora"],
-            f"projection.kind: input should be {' or '.join(map(repr, PROJECTIONS))}, found 'lora'",
+            ["method=magic"],
+            f"method: input should be {' or '.join(map(repr, METHODS))}, found 'magic'",
+        ),
+        (
+            ["projection.kind=static"],
+            "projection.kind: what is trained is named outside of all sections; write method: prompt_tuning in its",
+        ),
+        (
+            ["projection.kind=deep"],
+            "projection.kind: what is trained is named outside of all sections; write method: NAME",
         ),
         (["name=a/b"], "name: string should match pattern"),
         (["name=."], "name: string should match pattern"),

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 from launch import ROOT
 
-from softcot_ds.choices import PROJECTIONS, STRATEGIES, TASKS
+from softcot_ds.choices import METHODS, STRATEGIES, TASKS
 
 PACKAGE = ROOT / "softcot_ds"
 FLOORS = (
@@ -92,7 +92,7 @@ def test_a_room_names_its_modules(name):
     docstring = ast.get_docstring(MODULES[name]) or ""
     named = {line.split()[0] for line in docstring.splitlines() if line.partition(" ")[0].endswith(".py")}
     there = {path.name for path in (PACKAGE / name).glob("*.py")} - {"__init__.py"}
-    entries = {*PROJECTIONS.values(), *TASKS.values(), *STRATEGIES.values()}
+    entries = {*METHODS.values(), *TASKS.values(), *STRATEGIES.values()}
     listed = {entry.partition(":")[0].removeprefix(f"softcot_ds.{name}.") + ".py" for entry in entries}
     assert there - listed <= named <= there
 

@@ -35,7 +35,7 @@ from softcot_ds.data.examples import Example, make_example
 from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts, ChatFormat, PromptFile
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.prompt_tuning import StaticThoughts
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.tasks import Problem
@@ -132,7 +132,7 @@ def make_batch(examples, dtype, pad_id=0, num_shared=0, number=lambda ids: ids):
     return batch
 
 
-def loss_and_gradient(step: SoftCoT, examples, dtype, pad_id=0) -> tuple[float, torch.Tensor]:
+def loss_and_gradient(step: SoftThoughts, examples, dtype, pad_id=0) -> tuple[float, torch.Tensor]:
     step.projection.zero_grad()
     batch = make_batch(examples, dtype, pad_id, step.num_shared, step.number)
     loss = step(batch) / sum(len(target) for *_, target in examples)
@@ -156,7 +156,7 @@ def check_steps(model, examples, dtype, num_shared=0, **options):
     shared_ids = examples[0][0][:num_shared]
     found = {}
     for name, kind, ids in (("full", "full", ()), ("fast", "fast", ()), ("shared", "fast", shared_ids)):
-        step = SoftCoT(
+        step = SoftThoughts(
             copy.deepcopy(model).to(dtype), make_projection().to(dtype), None, kind, shared_ids=ids, **options
         )
         assert step.num_shared == len(ids)
@@ -215,7 +215,7 @@ def steps():
     """A model for the truth, and the steps to try in float32 and float64, made once."""
     model = make_model("llama")
     made = [
-        (SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind), dtype)
+        (SoftThoughts(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind), dtype)
         for dtype in TOLERANCES
         for kind in ("fast", "full")
     ]
@@ -237,7 +237,7 @@ def test_any_lengths_match_examples_run_alone(steps, lengths, thoughts, shared, 
         check(loss_and_gradient(step, examples, dtype, pad_id), truth, *TOLERANCES[dtype])
     for dtype in TOLERANCES:
         shared_ids = examples[0][0][:shared]
-        step = SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), shared_ids=shared_ids)
+        step = SoftThoughts(copy.deepcopy(model).to(dtype), make_projection().to(dtype), shared_ids=shared_ids)
         check(loss_and_gradient(step, examples, dtype, pad_id), truth, *TOLERANCES[dtype])
 
 
@@ -261,7 +261,7 @@ def test_rotary_embeddings_that_stretch_end_where_a_row_would_change_its_neighbo
     long = draw_examples([(9, 2, 3), (1, 2, 4)], thoughts=3, shared=4)  # 21 tokens
     for step in ("full", "fast"):
         with pytest.raises(SoftCoTError, match="a sequence has 21 tokens, and LlamaForCausalLM takes 20 here"):
-            loss_and_gradient(SoftCoT(copy.deepcopy(model), make_projection(), step=step), long, torch.float32)
+            loss_and_gradient(SoftThoughts(copy.deepcopy(model), make_projection(), step=step), long, torch.float32)
     too_long = AssistantInput("a", [3] * 21, [19, 20])
     with pytest.raises(SoftCoTError, match="a sequence has 21 tokens"):
         compute_thoughts(model, [too_long])
@@ -272,7 +272,7 @@ def test_architecture_with_other_states_runs_the_full_step_and_says_so():
     config = MambaConfig(hidden_size=D, num_hidden_layers=2, state_size=4, vocab_size=VOCAB)
     model = AutoModelForCausalLM.from_config(config).eval().requires_grad_(False)
     with pytest.warns(UserWarning, match="MambaForCausalLM runs the full step: "):
-        step = SoftCoT(copy.deepcopy(model), make_projection(), shared_ids=[4, 5])
+        step = SoftThoughts(copy.deepcopy(model), make_projection(), shared_ids=[4, 5])
     assert step.num_shared == 0
     examples = draw_examples([(6, 2, 3)] * 2, thoughts=2)
     truth = true_loss_and_gradient(model, make_projection(), examples)
@@ -322,7 +322,7 @@ def test_from_words_to_gradient_for_every_tokenizer_and_template(chat):
     assert [(e.prefix_ids, e.suffix_ids, e.target_ids) for e in examples] == [(p, s, t) for p, _, s, t in naive]
 
     for dtype, kind in ((torch.float32, "full"), (torch.float32, "fast"), (torch.float64, "fast")):
-        step = SoftCoT(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind)
+        step = SoftThoughts(copy.deepcopy(model).to(dtype), make_projection().to(dtype), step=kind)
         seen = {}
         step.base.register_forward_pre_hook(lambda _, __, kwargs, seen=seen: seen.update(kwargs), with_kwargs=True)
         batch = collate(examples, 0)
@@ -361,7 +361,7 @@ def test_static_thoughts_are_the_same_vectors_for_every_question():
     truth = torch.stack(terms).mean()
     truth.backward()
     for kind in ("full", "fast"):
-        step = SoftCoT(copy.deepcopy(model), StaticThoughts(vectors), step=kind)
+        step = SoftThoughts(copy.deepcopy(model), StaticThoughts(vectors), step=kind)
         batch = make_batch(examples, torch.float64)
         batch.thoughts = None
         loss = step(batch) / len(terms)
@@ -384,7 +384,7 @@ def test_thoughts_computed_online_equal_the_same_states_from_a_cache():
     truth = true_loss_and_gradient(base, make_projection(), examples)
     batch = make_batch(examples, torch.float32)
     batch.thoughts, batch.assistant = None, inputs
-    step = SoftCoT(copy.deepcopy(base), make_projection(), assistant)
+    step = SoftThoughts(copy.deepcopy(base), make_projection(), assistant)
     loss = step(batch) / 5
     loss.backward()
     gradient = torch.cat([step.projection.weight.grad.flatten(), step.projection.bias.grad])
@@ -397,7 +397,9 @@ def test_recomputing_activations_changes_nothing(family, kind):
     model = make_model(family)
     examples = draw_examples(UNEVEN, thoughts=3)
     truth = true_loss_and_gradient(model, make_projection(), examples)
-    step = SoftCoT(copy.deepcopy(model).double(), make_projection().double(), step=kind, activation_checkpointing=True)
+    step = SoftThoughts(
+        copy.deepcopy(model).double(), make_projection().double(), step=kind, activation_checkpointing=True
+    )
     step.train()
     runs = []
     step.base.model.layers[1].input_layernorm.register_forward_pre_hook(lambda *_: runs.append(1))
@@ -420,7 +422,7 @@ def test_training_mode_leaves_the_frozen_models_without_dropout(family):
     examples = draw_examples(UNEVEN, thoughts=3)
     truth = true_loss_and_gradient(model, make_projection(), examples)
     for kind in ("full", "fast"):
-        step = SoftCoT(copy.deepcopy(model).double(), make_projection().double(), copy.deepcopy(model), kind)
+        step = SoftThoughts(copy.deepcopy(model).double(), make_projection().double(), copy.deepcopy(model), kind)
         step.train()
         assert step.projection.training
         assert not any(module.training for part in (step.base, step.assistant) for module in part.modules())
@@ -434,7 +436,7 @@ def test_the_prefix_carries_no_gradient_and_keeps_no_activations(num_shared, che
     examples = draw_examples([(31, 2, 5), (31, 3, 4)], thoughts=3, shared=num_shared)
     saved = {}
     for kind in ("fast", "full"):
-        step = SoftCoT(
+        step = SoftThoughts(
             make_model("llama"),
             make_projection(),
             step=kind,
@@ -463,7 +465,7 @@ def test_all_layers_get_the_same_masks_and_positions_ready_for_attention(attenti
     given = []
     for layer in model.model.layers:
         layer.self_attn.register_forward_pre_hook(lambda _, __, kwargs: given.append(kwargs), with_kwargs=True)
-    SoftCoT(model, make_projection())(make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32))
+    SoftThoughts(model, make_projection())(make_batch(draw_examples(UNEVEN, thoughts=3), torch.float32))
     for calls in (given[0::2], given[1::2]):  # a layer's prefix, then its suffix
         assert len(calls) == 3
         tensors = [(call["attention_mask"], *call["position_embeddings"]) for call in calls]
@@ -522,5 +524,5 @@ def test_flash_attention_from_either_package_gets_masks_that_it_understands(name
             truth = true_loss_and_gradient(model, make_projection(), examples)
             ours = copy.deepcopy(model)
             ours.config._attn_implementation_internal = name
-            step = SoftCoT(ours, make_projection(), shared_ids=examples[0][0][:shared])
+            step = SoftThoughts(ours, make_projection(), shared_ids=examples[0][0][:shared])
             check(loss_and_gradient(step, examples, torch.float32), truth, *TOLERANCES[torch.float32])

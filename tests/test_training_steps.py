@@ -20,9 +20,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from softcot_ds.cache import main as build_cache
 from softcot_ds.data.batches import global_batches
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import method_class
+from softcot_ds.methods.soft_thoughts import new_projection
 from softcot_ds.models.quantized import pack, unpack
 from softcot_ds.recipe import load_recipe
-from softcot_ds.training.engine import build_projection
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -163,7 +164,8 @@ def first_loss_and_gradient(recipe) -> tuple[float, dict[str, torch.Tensor]]:
         for module in naive.base.get_decoder().modules():
             if isinstance(module, torch.nn.Linear):
                 module.weight.data = unpack(pack(module.weight.float(), bits), module.weight.shape, bits).double()
-    projection = build_projection(recipe, Experiment(recipe), naive.base)
+    kind = method_class(recipe.method).projection_class
+    projection = new_projection(kind, recipe, Experiment(recipe).widths, naive.base)
     weights = {name: value.detach().double() for name, value in projection.named_parameters()}
     return naive.loss_and_gradient(weights, next(naive.batches()))
 

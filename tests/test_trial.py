@@ -11,7 +11,7 @@ from toy_models import WIDTH, make_toy
 
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.methods.trial import check_model, why_gradient_wrong, why_not_fast, why_unsuitable
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, end_after, read_shared
@@ -65,7 +65,8 @@ def test_what_is_called_fit_gives_what_examples_alone_give(family):
     assert why_gradient_wrong(model) is None
     fast = why_no_fast_step(model) is None
     assert fast == (family in FAST)
-    step = SoftCoT(model, make_projection(base_width), step="fast" if fast else "full", shared_ids=examples[0][0][:6])
+    kind = "fast" if fast else "full"
+    step = SoftThoughts(model, make_projection(base_width), step=kind, shared_ids=examples[0][0][:6])
     assert step.num_shared == (6 if fast else 0)
     check(loss_and_gradient(step, examples, torch.float32), truth, 3e-6, 1e-4)
 
@@ -310,7 +311,7 @@ def test_the_full_step_after_a_refused_fast_one_gives_what_examples_alone_give()
     for model in models:
         counts_from_its_own_start(model)
     truth = true_loss_and_gradient(models[0], make_projection(WIDTH), examples, torch.float32)
-    step = SoftCoT(models[1], make_projection(WIDTH), shared_ids=examples[0][0][:6], activation_checkpointing=True)
+    step = SoftThoughts(models[1], make_projection(WIDTH), shared_ids=examples[0][0][:6], activation_checkpointing=True)
     assert step.num_shared == 6
     with pytest.warns(UserWarning, match="LlamaForCausalLM runs the full step: for a test"):
         step.use_full_step("for a test")

@@ -164,7 +164,7 @@ def test_problems_that_cannot_have_another_ones_thoughts_are_not_compared(
 ):
     alone = Validator(Engine(model), experiment.splits.validation[:1], make_batch, experiment, DataRanks(0, 1))
     assert "1 of the 1 problems are the same to the assistant; so whether thoughts carry" in capsys.readouterr().out
-    monkeypatch.setattr(model.projection, "needs_states", False)
+    monkeypatch.setattr(model, "needs_states", False)
     free = Validator(Engine(model), experiment.splits.validation, make_batch, experiment, DataRanks(0, 1))
     for validator in (alone, free):
         with torch.no_grad():

@@ -38,8 +38,8 @@ from softcot_ds.differences import difference
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import alone_of
-from softcot_ds.methods.base import projection_class
-from softcot_ds.methods.conditioning import Conditioning, check_conditioning
+from softcot_ds.methods.base import method_class
+from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.methods.trial import Role, Untried, why_unsuitable_ahead
 from softcot_ds.models import backbone
 from softcot_ds.models.model_files import is_here
@@ -140,7 +140,7 @@ def collect(recipe: Recipe | None, rank: int, alone_of: str = "") -> Facts:
         }
         if not any(model.failure for model in facts.models.values()):
             facts.prompts_failure = _failure_of(lambda: Experiment(recipe))
-            facts.training_failure = _failure_of(lambda: check_conditioning(recipe))
+            facts.training_failure = _failure_of(lambda: method_class(recipe.method).check(recipe))
             facts.limits_failure = _failure_of(lambda: _look_at_limits(facts, recipe))
             facts.states = _states(recipe) if rank == 0 else None
         facts.checkpoint_bytes = _checkpoint_bytes(recipe, facts.models)
@@ -261,7 +261,7 @@ def _look_at_limits(facts: Facts, recipe: Recipe) -> None:
 
 def _states(recipe: Recipe) -> tuple[float, float] | None:
     """See ``Facts.states``; of some rows of the cache."""
-    if not projection_class(recipe.projection.kind).needs_states or recipe.projection.condition != "none":
+    if not method_class(recipe.method).needs_states or recipe.projection.condition != "none":
         return None
     with suppress(SoftCoTError):  # there is none, or softcot-ds cache --verify says what is wrong with it
         states_NTP = sample(open_cache(recipe), _SAMPLED_ROWS)
@@ -289,15 +289,14 @@ def too_large(recipe: Recipe, everyone: Sequence[Facts]) -> str | None:
 
 
 def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
-    """Float32 weights and AdamW's two moments of the projection, with what conditions its states and the weights of
+    """Float32 weights and AdamW's two moments of what is trained, with what conditions its states and the weights of
     these, for every checkpoint and the one being written."""
     widths = models["assistant"].width, models["base"].width
     if not all(widths):
         return 0  # a model cannot be read, which is said
     with torch.device("meta"):
-        projection = projection_class(recipe.projection.kind).empty(recipe, *widths)
         conditioning = Conditioning.shaped(recipe.projection.condition, widths[0])
-    weights = sum(parameter.numel() for parameter in projection.parameters())
+    weights = method_class(recipe.method).num_trained(recipe, widths, backbone.shapes_of(recipe.base))
     size = 4 * weights * 4 + conditioning.nbytes if conditioning else 3 * weights * 4
     return size * (recipe.training.keep_checkpoints + 1)
 

@@ -7,7 +7,7 @@ zero         zero vectors
 placeholder  a token of the base that says nothing (the paper's CoT-Unk)
 none         nothing: the prompt without thoughts
 text         the assistant's words in the prompt (the paper's Assist-CoT)
-static       a learned prompt of free vectors, from the adapter of a projection.kind=static run
+static       a learned prompt of free vectors, from the adapter of a run with method=prompt_tuning
 """
 
 import hashlib
@@ -28,7 +28,8 @@ from softcot_ds.evaluation.report import Record
 from softcot_ds.evaluation_config import Condition
 from softcot_ds.files import content_digest
 from softcot_ds.inference import Adapter
-from softcot_ds.methods.base import Projection, projection_class
+from softcot_ds.methods.base import method_class
+from softcot_ds.methods.projection import Projection
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
@@ -112,8 +113,8 @@ class Conditions:
         try:
             config = AdapterConfig.load(folder)
             config.check_models(self._experiment, assistant=False)
-            if projection_class(config.projection).needs_states:
-                raise SoftCoTError(f"{folder} is a {config.projection} projection, not static")
+            if method_class(config.method).needs_states:
+                raise SoftCoTError(f"{folder} is of method={config.method}, whose thoughts differ by question")
             return self._room(), _repeated(load_adapter(folder, self._experiment))
         except SoftCoTError as error:
             raise SoftCoTError(f"evaluation.static_adapter: {error}") from error

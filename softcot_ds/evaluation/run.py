@@ -62,10 +62,10 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
     agree({"the adapter": adapter, **recipe.flat()})
     opened = Adapter(recipe, adapter)
     config, experiment = opened.config, opened.experiment
-    if config.projection != recipe.projection.kind:
+    if config.method != recipe.method:
         raise SoftCoTError(
-            f"{adapter} is a {config.projection} projection and projection.kind is {recipe.projection.kind}; "
-            f"set it to {config.projection}"
+            f"{adapter} was trained by method={config.method}, and the recipe has {recipe.method}; "
+            f"set method={config.method}"
         )
     trained = train_summary(adapter)
     examples = experiment.splits.test

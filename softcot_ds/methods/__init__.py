@@ -1,9 +1,10 @@
 """What is trained, and the step that trains it.
 
-base.py           what every projection is, and reading one's weights
+base.py           what a method is: all that the rest of the package knows of what is trained
+soft_thoughts.py  the step of methods that train a projection in front of a frozen base
+projection.py     what every projection is, and reading one's weights
 conditioning.py   states as a projection is trained on them: centred or whitened
 softcot.py        SoftCoT's linear layer, and the module around the fused kernel
 prompt_tuning.py  free vectors, the same for every question: the baseline
-soft_thoughts.py  the step: from a batch to the loss
 trial.py          is a model fit for the step, for the assistant: tried on its weights
 """

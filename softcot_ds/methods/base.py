@@ -1,107 +1,156 @@
-"""What every projection is: the only trained part, from the assistant's states to thoughts for the base model.
+"""What a method is: what of the models, or beside them, is trained, and the step that trains it.
 
-B batch, T thoughts, P assistant width, D base width.
+B batch, T thoughts, K supervised tokens, P assistant width, D base width.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
+from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
-from softcot_ds.choices import PROJECTIONS, chosen
+from softcot_ds.choices import METHODS, chosen
+from softcot_ds.data.batches import Batch
+from softcot_ds.data.examples import Example
+from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.embedding import CompactTable
-from softcot_ds.recipe import Recipe
+from softcot_ds.methods.conditioning import Conditioning, Weights
+from softcot_ds.methods.projection import Projection
+from softcot_ds.models.frozen_prefix import FrozenPrefix
+from softcot_ds.recipe import ProjectionConfig, Recipe
 
 
-class Projection(nn.Module, ABC):
-    """Makes the thoughts. A subclass says how; nothing else in the package knows which one it is.
+@dataclass(frozen=True)
+class Given:
+    """What a method is built from: the models, loaded as the recipe says and not yet DeepSpeed's, and the data."""
 
-    What it is trained to is in its parameters alone: checkpoints hold no buffers.
+    recipe: Recipe
+    base: PreTrainedModel
+    assistant: PreTrainedModel | None
+    """None where its states come from a cache, or nobody needs them."""
+    widths: tuple[int, int]
+    """P and D."""
+    examples: Sequence[Example]
+    """Of training and validation."""
+    tokens: Iterable[int]
+    """All that batches may hold, padding too."""
+    assistant_inputs: Sequence[AssistantInput]
+    """All that the assistant may be given."""
+    conditioning: Conditioning | None = None
+    """What a projection is given in place of plain states."""
+
+
+class Method(nn.Module, ABC):
+    """The module that DeepSpeed's engine wraps: the models with what is trained, from a batch to the loss.
+
+    All that the training loop, checkpoints, validation, evaluation and plans know of a method is here; nothing else
+    tests its name. What it is trained to is in the parameters that ``trained`` names: checkpoints hold no buffers.
     """
 
-    needs_states: ClassVar[bool] = True
-    """Whether the thoughts depend on the question, by the assistant's states."""
-    is_per_thought: ClassVar[bool] = False
-    """Whether each thought is made of its own state, and all alike: one that was trained makes any number of them."""
-    is_affine: ClassVar[bool] = False
-    """Whether the projection of a mean state is the mean of the projections."""
-    entry: ClassVar[tuple[str, str] | None] = None
-    """The names of the (., P) weight and of the bias that states meet first, and nothing else meets: an affine map of
-    the states can be folded into these (conditioning.py). An affine projection has no others."""
+    needs_states: ClassVar[bool] = False
+    """Whether it reads the assistant's states, from a cache of them or from the assistant, which then runs along."""
+    changes_base: ClassVar[bool] = False
+    """Whether weights of the base are trained, or added to it: then nothing that it reads may be read once for all
+    steps, and what evaluation runs is another model than the recipe's."""
+    projection_class: ClassVar[type[Projection] | None] = None
+    """What makes its thoughts, and takes the recipe's section ``projection``; None where nothing is projected."""
+    weights_file: ClassVar[str] = "projection.safetensors"
+    """In an adapter directory, the safetensors file of the trained weights: float32, by the names of ``trained``."""
+
+    conditioning: Conditioning | None = None
+    """What a projection is given in place of plain states."""
+    prefixed: FrozenPrefix | None = None
+    """What runs the fast step; None in the full one."""
+    num_shared: int = 0
+    """Tokens that all prefixes begin with and that are read once: batches leave them out."""
+
+    def __init__(self, base: PreTrainedModel, assistant: PreTrainedModel | None = None) -> None:
+        super().__init__()
+        self.base = base
+        self.assistant = assistant
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        """Raises SoftCoTError where the recipe asks for what this method cannot do."""
+        if cls.projection_class is None and recipe.projection != ProjectionConfig():
+            raise SoftCoTError(f"method={recipe.method} projects nothing: leave the section projection out")
 
     @classmethod
     @abstractmethod
-    def create(cls, recipe: Recipe, assistant_width: int, base: PreTrainedModel, base_width: int) -> Self:
-        """A new one in float32, initialized from torch's random numbers, which are the same on every rank."""
+    def build(cls, given: Given) -> Self:
+        """From the recipe's seed alone, the same on every rank, what is trained in float32: the caller puts a
+        checkpoint's weights into it, and then has it ``settled``."""
 
     @classmethod
     @abstractmethod
-    def empty(cls, recipe: Recipe, assistant_width: int, base_width: int) -> Self:
-        """One in float32 whose weights are to be loaded."""
+    def num_trained(cls, recipe: Recipe, widths: tuple[int, int], base: PreTrainedModel) -> int:
+        """How many weights are trained, for plans; ``base`` is on the meta device, where there are no values."""
+
+    @classmethod
+    def shaped(
+        cls, recipe: Recipe, widths: tuple[int, int], base: PreTrainedModel, checkpointing: bool, num_shared: int
+    ) -> Self:
+        """The step on the meta device, with activation checkpointing or without, for plans.
+
+        Raises:
+            SoftCoTError: it cannot be planned.
+        """
+        raise SoftCoTError(f"a training by method={recipe.method} cannot be planned for yet; try it on a few steps")
 
     @abstractmethod
-    def forward(self, hidden_BTP: torch.Tensor | None, batch_size: int) -> torch.Tensor:
-        """(B, T, D) thoughts in the parameters' dtype.
+    def forward(self, batch: Batch, per_token: bool = False) -> torch.Tensor:
+        """Cross entropy summed over the K supervised tokens of the batch, in nats: a scalar in float32 at least.
+
+        It is a sum because the mean is over the global batch, whose token count the caller knows. What a method adds
+        to it, a contrast say, is to be of that size: it too is divided by the tokens of the global batch.
 
         Args:
-            hidden_BTP: assistant states in any floating dtype; None where ``needs_states`` is False.
-            batch_size: B.
+            per_token: give (K,) float64, the cross entropy of each supervised token and nothing else, instead.
         """
 
-    def fused_with(self, table: CompactTable) -> nn.Module | None:
-        """One module for thoughts and token embeddings, (B, T, P) states, (B, S) rows of ``table`` and (B) slots to
-        (B, S+T, D). None where there is none: thoughts and tokens then go one by one.
-        """
-        return None
+    @abstractmethod
+    def trained(self) -> dict[str, nn.Parameter]:
+        """What is trained, by the names in checkpoints; all else is frozen."""
 
-    def operations(self, batch_size: int, num_thoughts: int) -> int:
-        """Floating-point operations of the products that ``forward`` and its weights' gradients take, if there are any:
-        two for each pair of factors."""
+    def settled(self) -> Self:
+        """Ready for DeepSpeed, which takes a model of one dtype, and makes the float32 copy of what is trained
+        itself."""
+        return self
+
+    def use_full_step(self, reason: str | None) -> None:
+        """Run the full step from now on: asked only of a method that has ``prefixed``."""
+        raise NotImplementedError
+
+    def number(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Tokens, int64 on the CPU, as batches must name them."""
+        return token_ids
+
+    def operations(self, batch: Batch) -> int:
+        """Floating-point operations of the forward and backward pass over a batch; 0 where they are not known."""
         return 0
 
+    def thoughts(self, batch: Batch) -> torch.Tensor | None:
+        """(B, T, D) what the base reads in the place of thoughts; None where prompts have no room for any."""
+        return None
 
-def projection_class(kind: str) -> type[Projection]:
-    """The class of a ``projection.kind``. Raises SoftCoTError when choices.py names none, or one that is not whole."""
-    found = chosen(PROJECTIONS, kind)
+    def adapter_weights(self, weights: Weights) -> Weights:
+        """What the adapter directory holds, float32 on the CPU, of these values of what is trained."""
+        return weights
+
+    def write_adapter(self, folder: Path, weights: Weights) -> None:
+        """Write ``adapter_weights`` into an adapter directory. On one rank alone: it may not gather anything."""
+        # Not by save_file, whose files nobody else may read, whatever the umask says.
+        (folder / self.weights_file).write_bytes(save(weights))
+
+
+def method_class(name: str) -> type[Method]:
+    """The class of a ``method``. Raises SoftCoTError when choices.py names none, or one that is not whole."""
+    found = chosen(METHODS, name)
     if missing := sorted(getattr(found, "__abstractmethods__", ())):
-        raise SoftCoTError(f"{PROJECTIONS[kind]} lacks {', '.join(missing)}; see Projection in methods/base.py")
+        raise SoftCoTError(f"{METHODS[name]} lacks {', '.join(missing)}; see Method in methods/base.py")
     return found
-
-
-def load_projection(path: Path) -> dict[str, torch.Tensor]:
-    """Weights of a projection, float32: a ``.safetensors`` file of ours, or a ``projection.bin`` state dict of the
-    original implementation, which holds ``weight`` and ``bias``.
-
-    Raises:
-        SoftCoTError: the file is damaged or holds something else.
-    """
-    try:
-        if path.suffix == ".safetensors":
-            weights = load_file(path)
-        else:
-            weights = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, RuntimeError, EOFError, OSError, ValueError) as error:
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]  # an EOFError says nothing
-        raise SoftCoTError(f"{path}: damaged or no projection: {reason}") from error
-    except Exception as error:
-        # torch.load raises pickle.UnpicklingError for code in a pickle, and a KeyError or worse for random bytes.
-        raise SoftCoTError(
-            f"{path}: not a plain state dict: {type(error).__name__}; refused to run what it holds"
-        ) from error
-    if not isinstance(weights, dict) or not all(isinstance(value, torch.Tensor) for value in weights.values()):
-        raise SoftCoTError(f"{path}: expected tensors by name, found {type(weights).__name__}")
-    return {str(name): value.float() for name, value in weights.items()}
-
-
-def check_fits(weights: dict[str, torch.Tensor], module: nn.Module, path: Path) -> None:
-    """Raises SoftCoTError when loaded weights are not those of ``module``, by name or shape."""
-    want = {name: tuple(value.shape) for name, value in module.state_dict().items()}
-    found = {name: tuple(value.shape) for name, value in weights.items()}
-    if want != found:
-        raise SoftCoTError(f"{path}: the tensors {found} do not fit these models, which need {want}")

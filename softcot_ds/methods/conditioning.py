@@ -22,7 +22,7 @@ from typing import Self
 import torch
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.base import projection_class
+from softcot_ds.methods.projection import Projection
 from softcot_ds.recipe import Recipe
 
 Weights = dict[str, torch.Tensor]
@@ -146,10 +146,13 @@ def token_sized(
     return weights | dict(zip(entry, (weight, bias * (constant / bias.norm())), strict=True))
 
 
-def needs_moments(recipe: Recipe) -> bool:
-    """Whether a training needs the mean and covariance of the training problems' states before it begins."""
-    settings = recipe.projection
-    return (settings.condition != "none" or _is_sized(recipe)) and projection_class(settings.kind).needs_states
+def needs_moments(recipe: Recipe, kind: type[Projection] | None) -> bool:
+    """Whether a training needs the mean and covariance of the training problems' states before it begins.
+
+    Args:
+        kind: the class of the method's projection; None where it has none.
+    """
+    return kind is not None and kind.needs_states and (recipe.projection.condition != "none" or _is_sized(recipe))
 
 
 def _is_sized(recipe: Recipe) -> bool:
@@ -157,21 +160,20 @@ def _is_sized(recipe: Recipe) -> bool:
     return recipe.projection.init_scale == "auto" and recipe.projection.init_from is None
 
 
-def check_conditioning(recipe: Recipe) -> None:
+def check_conditioning(recipe: Recipe, kind: type[Projection]) -> None:
     """Raises SoftCoTError when states cannot be what ``projection.condition`` or ``init_scale`` makes of them."""
     settings = recipe.projection
-    kind = projection_class(settings.kind)
     if settings.condition != "none" and kind.entry is None:
         why = "has no layer that this could be folded into" if kind.needs_states else "reads no states"
         raise SoftCoTError(
-            f"projection.condition={settings.condition}: a projection of the kind {settings.kind} {why}; set it to none"
+            f"projection.condition={settings.condition}: the projection of method={recipe.method} {why}; set it to none"
         )
     if _is_sized(recipe) and kind.needs_states and not kind.is_affine:
         raise SoftCoTError(
-            f"projection.init_scale=auto: how long the thoughts of a {settings.kind} projection are does not follow "
+            f"projection.init_scale=auto: how long the thoughts of method={recipe.method} are does not follow "
             "from the covariance of the states; set a number"
         )
-    if needs_moments(recipe) and recipe.thoughts.source == "online":
+    if needs_moments(recipe, kind) and recipe.thoughts.source == "online":
         asked = "init_scale=auto" if settings.condition == "none" else f"condition={settings.condition}"
         raise SoftCoTError(
             f"projection.{asked} needs the states of all training problems before the first step, and thoughts.source "

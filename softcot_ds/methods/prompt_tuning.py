@@ -10,7 +10,8 @@ from torch import nn
 from transformers import PreTrainedModel
 
 from softcot_ds.distributed import device
-from softcot_ds.methods.base import Projection
+from softcot_ds.methods.projection import Projection
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.recipe import Recipe
 
@@ -35,6 +36,12 @@ class StaticThoughts(Projection):
 
     def forward(self, hidden_BTP: torch.Tensor | None, batch_size: int) -> torch.Tensor:
         return self.weight.expand(batch_size, -1, -1)
+
+
+class PromptTuning(SoftThoughts):
+    """Prompt tuning (arXiv:2104.08691): free vectors in the place of thoughts."""
+
+    projection_class = StaticThoughts
 
 
 def _random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:

@@ -12,7 +12,7 @@ gradient of both are the same. What a model must do for either is tried on its o
 import warnings
 from collections.abc import Iterable, Sequence
 from functools import partial
-from typing import Literal
+from typing import Any, Literal, Self
 
 import torch
 from torch import nn
@@ -22,20 +22,30 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data.batches import Batch
 from softcot_ds.data.prompts import AssistantInput
-from softcot_ds.distributed import is_main
-from softcot_ds.methods.base import Projection
-from softcot_ds.methods.conditioning import Conditioning
+from softcot_ds.distributed import device, is_main
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.base import Given, Method
+from softcot_ds.methods.conditioning import Conditioning, Weights, check_conditioning
+from softcot_ds.methods.projection import Projection
 from softcot_ds.models.assistant import check_length, compute_thoughts, read_shared
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.loss import cross_entropy, token_losses
 from softcot_ds.models.operations import Decoder
-from softcot_ds.models.shared_prefix import SharedPrefix
+from softcot_ds.models.shared_prefix import SharedPrefix, common_prefix
+from softcot_ds.recipe import Recipe
 
 
-class SoftCoT(nn.Module):
-    """The frozen base and the trained projection; the frozen assistant too, when thoughts are computed online."""
+class SoftThoughts(Method):
+    """The frozen base and the trained projection; the frozen assistant too, when thoughts are computed online.
+
+    A method of this kind names its ``projection_class``.
+    """
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        super().__init_subclass__(**kwargs)
+        cls.needs_states = cls.projection_class.needs_states
 
     def __init__(
         self,
@@ -58,10 +68,8 @@ class SoftCoT(nn.Module):
                 cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
             conditioning: what the projection is given in place of plain states.
         """
-        super().__init__()
-        self.base = base
+        super().__init__(base, assistant)
         self.projection = projection
-        self.assistant = assistant
         self.conditioning = conditioning  # no buffers, which DeepSpeed would round to the dtype of the parameters
         # The base's own table may be partitioned: in every pass it would be gathered whole, 1 GB for Llama 3.1 8B, for
         # the few of its rows that the data holds, and no kernel could read it in place.
@@ -81,6 +89,57 @@ class SoftCoT(nn.Module):
             self.prefixed = FrozenPrefix(base, activation_checkpointing)
         else:
             self.use_full_step(reason)
+
+    @classmethod
+    def check(cls, recipe: Recipe) -> None:
+        check_conditioning(recipe, cls.projection_class)
+
+    @classmethod
+    def build(cls, given: Given) -> Self:
+        recipe = given.recipe
+        return cls(
+            given.base,
+            new_projection(cls.projection_class, recipe, given.widths, given.base),
+            given.assistant,
+            recipe.training.step,
+            recipe.training.activation_checkpointing,
+            common_prefix([example.prefix_ids for example in given.examples]),
+            given.tokens,
+            given.assistant_inputs,
+            given.conditioning,
+        )
+
+    @classmethod
+    def num_trained(cls, recipe: Recipe, widths: tuple[int, int], base: PreTrainedModel) -> int:
+        with torch.device("meta"):
+            projection = cls.projection_class.empty(recipe, *widths)
+        return sum(parameter.numel() for parameter in projection.parameters())
+
+    @classmethod
+    def shaped(
+        cls, recipe: Recipe, widths: tuple[int, int], base: PreTrainedModel, checkpointing: bool, num_shared: int
+    ) -> Self:
+        with torch.device("meta"):
+            projection = cls.projection_class.empty(recipe, *widths).to(base.dtype)
+            conditioning = Conditioning.shaped(recipe.projection.condition, widths[0])
+        settings = recipe.training.step, checkpointing, [0] * num_shared
+        step = cls(base, projection, None, *settings, tokens=[0], conditioning=conditioning)
+        step.embed = None  # no values, no kernel
+        return step
+
+    def trained(self) -> dict[str, nn.Parameter]:
+        return dict(self.projection.named_parameters())
+
+    def settled(self) -> Self:
+        self.projection.to(device=device(), dtype=self.base.dtype)
+        return self
+
+    def adapter_weights(self, weights: Weights) -> Weights:
+        """Those of a projection of plain states: what conditions the states is folded into them."""
+        if self.conditioning is None:
+            return weights
+        folded = self.conditioning.fold(weights, self.projection.entry)
+        return {name: value.float().cpu().contiguous() for name, value in folded.items()}
 
     def use_full_step(self, reason: str | None) -> None:
         """Run the full step from now on; ``reason`` is said: what keeps this base from the fast one."""
@@ -106,7 +165,7 @@ class SoftCoT(nn.Module):
         ``tokens``."""
         return token_ids if self.table is None else self.table.number(token_ids)
 
-    def train(self, mode: bool = True) -> "SoftCoT":
+    def train(self, mode: bool = True) -> Self:
         """Only the projection is ever in training mode: the frozen models have no dropout."""
         self.training = mode
         self.projection.train(mode)
@@ -198,6 +257,26 @@ class SoftCoT(nn.Module):
         look_up = self.base.get_input_embeddings() if self.table is None else self.table
         prefix_BLD, suffix_BRD = look_up(numbers).tensor_split([prefix_length], dim=1)
         return torch.cat([prefix_BLD, thoughts_BTD.to(prefix_BLD.dtype), suffix_BRD], dim=1)
+
+
+def new_projection(
+    kind: type[Projection], recipe: Recipe, widths: tuple[int, int], base: PreTrainedModel
+) -> Projection:
+    """A new projection in float32, initialized from the recipe's seed: the same on every rank.
+
+    Raises:
+        SoftCoTError: it has state that no checkpoint would hold.
+    """
+    generator_state = torch.get_rng_state()
+    torch.manual_seed(recipe.seed)
+    projection = kind.create(recipe, widths[0], base, widths[1])
+    torch.set_rng_state(generator_state)
+    if lost := sorted(projection.state_dict().keys() - dict(projection.named_parameters()).keys()):
+        raise SoftCoTError(
+            f"method={recipe.method}: checkpoints hold parameters, and {', '.join(lost)} would be lost; make "
+            "parameters of these buffers, or register them with persistent=False"
+        )
+    return projection
 
 
 def full_logits(

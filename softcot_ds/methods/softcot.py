@@ -10,7 +10,8 @@ from softcot_kernels import thought_embedding
 from torch import nn
 from transformers import PreTrainedModel
 
-from softcot_ds.methods.base import Projection
+from softcot_ds.methods.projection import Projection
+from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import whole_shape
 from softcot_ds.recipe import Recipe
@@ -47,6 +48,12 @@ class LinearProjection(Projection):
 
     def operations(self, batch_size: int, num_thoughts: int) -> int:
         return 4 * batch_size * num_thoughts * whole_shape(self.weight).numel()
+
+
+class SoftCoT(SoftThoughts):
+    """SoftCoT (arXiv:2502.12134): a linear projection of the assistant's states."""
+
+    projection_class = LinearProjection
 
 
 class ThoughtEmbedding(nn.Module):

@@ -6,7 +6,7 @@ from typing import Any
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import dump_yaml
-from softcot_ds.methods.conditioning import check_conditioning
+from softcot_ds.methods.base import method_class
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.jobs import Decoding, decodings, jobs, steps_of
 from softcot_ds.planning.lengths import read_data
@@ -46,7 +46,7 @@ class Plan:
 def make_plan(recipe: Recipe, cluster: Cluster) -> Plan:
     """Raises SoftCoTError where a configuration is not to be had, or the global batch does not feed the ranks."""
     make_task(recipe.task).require_training()
-    check_conditioning(recipe)
+    method_class(recipe.method).check(recipe)
     return Plan(Planner(recipe, read_data(recipe)), cluster)
 
 

@@ -10,7 +10,7 @@ import torch
 
 from softcot_ds.backbone_config import SPLIT
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.base import projection_class
+from softcot_ds.methods.base import method_class
 from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.models.limits import Gathers, derive, most_gathered
 from softcot_ds.models.partition import gathers_of, make_layers_leaves
@@ -100,12 +100,11 @@ class Planner:
         packed = [layer for layer in model.modules() if FewBits(8, self.shape.vocabulary).holds(layer)]
         self._packed = sum(layer.weight.numel() for layer in packed) / sum(self.shape.layers)
         """Share of the layers' weights that can be held in few bits."""
+        method = method_class(recipe.method)
+        self.needs_states = method.needs_states
+        self._trained = method.num_trained(recipe, (self.assistant.width, self.shape.width), model)
         with torch.device("meta"):
-            kind = projection_class(recipe.projection.kind)
-            self.needs_states = kind.needs_states
-            projection = kind.empty(recipe, self.assistant.width, self.shape.width)
             conditioning = Conditioning.shaped(recipe.projection.condition, self.assistant.width)
-        self._trained = sum(parameter.numel() for parameter in projection.parameters())
         self._conditioning = conditioning.nbytes if conditioning else 0
         self.itemsize = 4 if recipe.base.dtype == "float32" else 2
         longest = data.longest

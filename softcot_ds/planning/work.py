@@ -18,9 +18,7 @@ from transformers import PreTrainedConfig
 
 from softcot_ds.data.batches import Batch
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.base import projection_class
-from softcot_ds.methods.conditioning import Conditioning
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.base import Method, method_class
 from softcot_ds.planning.hardware import Gpu, Reached
 from softcot_ds.planning.lengths import Lengths
 from softcot_ds.planning.shapes import meta_model, shallow, slice_weights
@@ -108,7 +106,7 @@ class StepOnMeta:
         self._recipe, self._base, self._slices, self._assistant_width = recipe, base, slices, assistant_width
         self._layers = len(layers)
         self._first = 1 + layers.index(max(set(layers), key=layers.count))  # the first of those that most are like
-        self._warm: set[SoftCoT] = set()
+        self._warm: set[Method] = set()
         self.work = cache(self._work)
         self._step = cache(self._new_step)
         self._run = cache(self._new_run)
@@ -132,7 +130,7 @@ class StepOnMeta:
     def _new_run(self, lengths: Lengths, size: int, depth: int, checkpointing: bool) -> Work:
         step = self._step(depth, checkpointing, lengths.shared)
         batch = lengths.batch(size, self._recipe.thoughts.count).to(torch.device("meta"))
-        if step.projection.needs_states:
+        if step.needs_states:
             shape = size, self._recipe.thoughts.count, self._assistant_width
             batch.thoughts = torch.empty(shape, dtype=step.base.dtype, device="meta")
         with _without_values(step.base):
@@ -159,7 +157,7 @@ class StepOnMeta:
             kept = base.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
             return trace.peak - sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
 
-    def _new_step(self, depth: int, checkpointing: bool, shared: int) -> SoftCoT:
+    def _new_step(self, depth: int, checkpointing: bool, shared: int) -> Method:
         """The step of the model's first ``depth`` layers."""
         recipe = self._recipe
         attention = "eager" if recipe.base.attention == "eager" else "sdpa"
@@ -169,17 +167,10 @@ class StepOnMeta:
         head = base.get_output_embeddings()
         if (parts := vocabulary // head.weight.shape[0]) > 1:  # each rank gathers the others' logits
             head.register_forward_hook(lambda _head, _inputs, logits: torch.cat([logits] * parts, -1))
-        with torch.device("meta"):
-            projection = projection_class(recipe.projection.kind).empty(recipe, self._assistant_width, width)
-            conditioning = Conditioning.shaped(recipe.projection.condition, self._assistant_width)
-        projection = projection.to(base.dtype)
-        settings = recipe.training.step, checkpointing, [0] * shared
-        step = SoftCoT(base, projection, None, *settings, tokens=[0], conditioning=conditioning)
-        step.embed = None  # no values, no kernel
-        return step
+        return method_class(recipe.method).shaped(recipe, (self._assistant_width, width), base, checkpointing, shared)
 
 
-def _traced(step: SoftCoT, batch: Batch) -> Work:
+def _traced(step: Method, batch: Batch) -> Work:
     step.zero_grad()
     trace = _Trace(step)
     hook = step.base.get_output_embeddings().register_forward_pre_hook(trace.enter_head)

@@ -125,9 +125,9 @@ class ThoughtReader:
     @classmethod
     def open(cls, recipe: Recipe, examples: Sequence[Example]) -> ThoughtReader:
         """Raises SoftCoTError when the cache is missing, of another assistant, or lacks one of ``examples``."""
-        from softcot_ds.methods.base import projection_class
+        from softcot_ds.methods.base import method_class
 
-        if recipe.thoughts.source == "online" or not projection_class(recipe.projection.kind).needs_states:
+        if recipe.thoughts.source == "online" or not method_class(recipe.method).needs_states:
             return cls(None)
         return cls(open_cache(recipe, [example.assistant for example in examples]))
 
@@ -163,12 +163,12 @@ def read_all_thoughts(
         make_room: is called before that.
     """
     from softcot_ds.distributed import device, say
-    from softcot_ds.methods.base import projection_class
+    from softcot_ds.methods.base import method_class
     from softcot_ds.methods.trial import load_assistant
     from softcot_ds.models.assistant import compute_thoughts, read_shared
 
     recipe = experiment.recipe
-    if not projection_class(recipe.projection.kind).needs_states:
+    if not method_class(recipe.method).needs_states:
         return None
     if recipe.thoughts.source == "cache":
         try:

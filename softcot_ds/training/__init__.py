@@ -1,8 +1,8 @@
-"""The training of a projection.
+"""The training of a method.
 
 loop.py        the loop
-engine.py      DeepSpeed's engine around the base and the projection
-start.py       the projection's first weights, and the conditioning of its states
+engine.py      DeepSpeed's engine around the models and what is trained
+start.py       the first weights, and the conditioning of states
 batches.py     this rank's micro-batches, step by step
 schedule.py    the learning rate
 stop.py        signals that ask to stop, agreed on by all ranks

@@ -8,14 +8,14 @@ from softcot_ds.data.batches import Batch, collate, cut_by_tokens, cut_evenly, g
 from softcot_ds.data.examples import Example
 from softcot_ds.distributed import DataRanks, device
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.soft_thoughts import SoftCoT
+from softcot_ds.methods.base import Method
 from softcot_ds.recipe import Recipe, TrainingConfig
 from softcot_ds.thoughts.reader import ThoughtReader
 
 MakeBatch = Callable[[Sequence[Example]], Batch]
 
 
-def read_batch(examples: Sequence[Example], reader: ThoughtReader, pad_id: int, model: SoftCoT) -> Batch:
+def read_batch(examples: Sequence[Example], reader: ThoughtReader, pad_id: int, model: Method) -> Batch:
     """Examples as a batch for ``model``, with their thoughts, on the CPU."""
     batch = collate(examples, pad_id, model.num_shared, model.number)
     batch.thoughts = reader.read(examples)

@@ -29,8 +29,8 @@ from softcot_ds.adapter import AdapterConfig, TrainerState, damaged
 from softcot_ds.distributed import on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, sync_file, sync_folder, temporary_name
+from softcot_ds.methods.base import Method, method_class
 from softcot_ds.methods.conditioning import Conditioning
-from softcot_ds.methods.soft_thoughts import SoftCoT
 from softcot_ds.models.partition import is_partitioned, local_part
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
@@ -39,15 +39,18 @@ _MOMENTS = ("exp_avg", "exp_avg_sq")
 _TRAINED, _CONDITIONING = "trained", "conditioning"
 
 
-FILES = (
-    "projection.safetensors",
-    "optimizer.safetensors",
-    "adapter.json",
-    "trainer.json",
-    "recipe.yaml",
-    "prompts.yaml",
-)
-"""What a checkpoint holds beside its marker."""
+FILES = ("optimizer.safetensors", "adapter.json", "trainer.json", "recipe.yaml", "prompts.yaml")
+"""What a checkpoint holds beside its weights and its marker."""
+
+
+def files_of(folder: Path) -> tuple[str, ...]:
+    """What a checkpoint holds for training, beside its marker. Raises SoftCoTError when it does not say of what
+    method it is."""
+    return (_method_of(folder).weights_file, *FILES)
+
+
+def _method_of(folder: Path) -> type[Method]:
+    return method_class(AdapterConfig.load(folder).method)
 
 
 def save_checkpoint(
@@ -62,14 +65,14 @@ def save_checkpoint(
         SoftCoTError: on every rank, when it cannot be written (a full disk), or a value is not finite; nothing
             half-written remains and the older checkpoints are untouched.
     """
-    parameters = dict(engine.module.projection.named_parameters())
+    method, parameters = engine.module, engine.module.trained()
     weights = {name: safe_get_full_fp32_param(p).cpu().contiguous() for name, p in parameters.items()}
     moments = {
         f"{moment}.{name}": safe_get_full_optimizer_state(p, moment).cpu().contiguous()
         for name, p in parameters.items()
         for moment in _MOMENTS
     }
-    conditioning, kept = engine.module.conditioning, moments
+    conditioning, kept = method.conditioning, moments
     if conditioning is not None:
         kept = moments | _named(_TRAINED, weights) | _named(_CONDITIONING, conditioning.tensors())
     if not all(value.isfinite().all() for value in (*weights.values(), *moments.values())):
@@ -82,8 +85,7 @@ def save_checkpoint(
     folder = recipe.run_dir / "checkpoints" / f"step-{config.step}"
 
     def fill(temporary: Path) -> None:
-        # Not by save_file, whose files nobody else may read, whatever the umask says.
-        (temporary / "projection.safetensors").write_bytes(save(_of_plain_states(weights, engine.module)))
+        method.write_adapter(temporary, method.adapter_weights(weights))
         (temporary / "optimizer.safetensors").write_bytes(save(kept))
         (temporary / "adapter.json").write_text(config.to_json())
         (temporary / "trainer.json").write_text(trainer.model_dump_json() + "\n")
@@ -100,14 +102,6 @@ def save_checkpoint(
 
 def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Tensor]:
     return {f"{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
-
-
-def _of_plain_states(weights: dict[str, torch.Tensor], model: SoftCoT) -> dict[str, torch.Tensor]:
-    """The adapter's weights, float32: those that are trained, with what conditions the states folded into them."""
-    if model.conditioning is None:
-        return weights
-    folded = model.conditioning.fold(weights, model.projection.entry)
-    return {name: value.float().cpu().contiguous() for name, value in folded.items()}
 
 
 def _prune(run_dir: Path, keep: int) -> None:
@@ -158,7 +152,7 @@ def load_checkpoint(engine: Any, folder: Path) -> int:
     """
     state = read_training_state(folder)
     _create_moments(engine, state.trainer.optimizer_steps)
-    for name, parameter in engine.module.projection.named_parameters():
+    for name, parameter in engine.module.trained().items():
         _set_full(parameter, state.weights[name])
         for moment in _MOMENTS:
             _set_full(parameter, state.moments[f"{moment}.{name}"], moment)
@@ -177,7 +171,8 @@ class TrainingState(NamedTuple):
 
 def read_training_state(folder: Path) -> TrainingState:
     """What training goes on from. Raises SoftCoTError when it is damaged or not of one piece."""
-    weights = _load_float32(folder / "projection.safetensors")
+    method = _method_of(folder)
+    weights = _load_float32(folder / method.weights_file)
     path = folder / "optimizer.safetensors"
     kept = _load_float32(path)
     trainer = TrainerState.read(folder / "trainer.json")
@@ -185,7 +180,7 @@ def read_training_state(folder: Path) -> TrainingState:
     parts = (*_MOMENTS, _TRAINED) if conditioning else _MOMENTS
     wanted = {f"{part}.{name}": value.shape for name, value in weights.items() for part in parts}
     if {name: value.shape for name, value in kept.items()} != wanted:
-        raise damaged(path, "its moments are not those of projection.safetensors")
+        raise damaged(path, f"its moments are not those of {method.weights_file}")
     if not checkpoint_step(folder) == trainer.step == AdapterConfig.load(folder).step:
         raise damaged(folder / "trainer.json", f"step {trainer.step} is not that of the folder and adapter.json")
     if not conditioning:

@@ -117,7 +117,7 @@ def _prepare_engine(
     # Before the models are there: to sum up the states takes memory, too.
     start = Start.again(resume_from) if resume_from else Start.anew(experiment, reader, splits.train)
     model = build_model(recipe, experiment, start)
-    num_trained = sum(p.numel() for p in model.projection.parameters())
+    num_trained = sum(p.numel() for p in model.trained().values())
     engine = build_engine(model, recipe)
     if resume_from:
         load_checkpoint(engine, resume_from)

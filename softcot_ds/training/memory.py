@@ -22,7 +22,7 @@ class ExpectedMemory:
     gathered: int
     """Other ranks' frozen weights that it holds beside them, at most."""
     trained: int
-    """The projection with its gradient, its float32 copy and its moments."""
+    """What is trained with its gradient, its float32 copy and its moments."""
 
     def __str__(self) -> str:
         return (
@@ -36,12 +36,12 @@ class ExpectedMemory:
 
 
 def expected_memory(engine: Any) -> ExpectedMemory:
-    """Of a training of ``SoftCoT``, from its parameters as DeepSpeed holds them.
+    """Of a training, from its parameters as DeepSpeed holds them.
 
     Partitioned weights are gathered before their use and may stay until the next one: as many as DeepSpeed's limits let
     (models/limits.py). On a single rank nothing is gathered. Weights that are offloaded count as gathered alone.
     """
-    trained = {*engine.module.projection.parameters()}
+    trained = {*engine.module.trained().values()}
     frozen = [parameter for parameter in engine.module.parameters() if parameter not in trained]
     weights = sum(held_bytes(parameter) for parameter in frozen)
     come_and_go = {parameter for parameter in frozen if comes_and_goes(parameter)}

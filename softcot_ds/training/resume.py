@@ -14,9 +14,9 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.files import cannot_write, parse_yaml, write_atomically
 from softcot_ds.lock import sole_owner
 from softcot_ds.models.backbone import weights_fingerprint
-from softcot_ds.recipe import Recipe, fixed_settings
+from softcot_ds.recipe import Recipe, fixed_settings, in_todays_words
 from softcot_ds.run_dir import latest_checkpoint
-from softcot_ds.training.checkpoint import FILES, read_training_state
+from softcot_ds.training.checkpoint import files_of, read_training_state
 
 PATIENCE_S = 60.0
 """How long a file or the end of another process is waited for: caches of NFS are up to a minute old, and so is the
@@ -89,7 +89,7 @@ def refuse_other_run(experiment: Experiment, resume_from: Path | None) -> None:
 def _other_settings(recipe: Recipe, saved: Path) -> list[str]:
     """The settings that decide the run and are others in a checkpoint's recipe, for a message."""
     try:
-        theirs = fixed_settings(parse_yaml(_bytes_of(saved).decode()))
+        theirs = fixed_settings(in_todays_words(parse_yaml(_bytes_of(saved).decode())))
     except ValueError as error:
         raise damaged(saved, str(error)) from error
     ours = fixed_settings(recipe.model_dump(mode="json"))
@@ -131,7 +131,7 @@ def _refuse_words_of_others(experiment: Experiment) -> None:
 def _choose(run_dir: Path) -> tuple[Path, dict[str, str]] | None:
     """The newest checkpoint and a digest of each of its files."""
     folder = latest_checkpoint(run_dir)
-    return (folder, {name: _digest(_bytes_of(folder / name)) for name in FILES}) if folder else None
+    return (folder, {name: _digest(_bytes_of(folder / name)) for name in files_of(folder)}) if folder else None
 
 
 def _seen_here(folder: Path, wanted: dict[str, str], patience_s: float) -> dict[str, str]:
@@ -139,7 +139,7 @@ def _seen_here(folder: Path, wanted: dict[str, str], patience_s: float) -> dict[
     give_up = time.monotonic() + patience_s
     while True:
         seen = {}
-        for name in FILES:
+        for name in wanted:
             try:
                 seen[name] = _digest((folder / name).read_bytes())
             except OSError as error:

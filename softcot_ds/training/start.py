@@ -1,17 +1,17 @@
-"""What a training's projection starts from, and the conditioning that it is trained with."""
+"""What a training starts from: weights, and the conditioning of states that they are trained with."""
 
 from dataclasses import dataclass
 from pathlib import Path
 
 import torch
-from transformers import PreTrainedModel
 
 from softcot_ds.data.examples import Example
 from softcot_ds.distributed import device, from_all_ranks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
-from softcot_ds.methods.base import Projection, check_fits, load_projection, projection_class
+from softcot_ds.methods.base import Method, method_class
 from softcot_ds.methods.conditioning import Conditioning, Weights, needs_moments, token_sized
+from softcot_ds.methods.projection import check_fits, load_projection
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import token_rms
 from softcot_ds.thoughts.moments import Moments
@@ -21,7 +21,7 @@ from softcot_ds.training.checkpoint import read_training_state
 
 @dataclass(frozen=True)
 class Start:
-    """The weights are of the projection as it is trained: of conditioned states."""
+    """The weights are as they are trained: of conditioned states."""
 
     weights: Weights | None = None
     """None: from the seed."""
@@ -41,8 +41,8 @@ class Start:
                 or the states do not vary.
         """
         recipe = experiment.recipe
-        settings, kind = recipe.projection, projection_class(recipe.projection.kind)
-        moments = reader.moments(examples) if needs_moments(recipe) else None
+        settings, kind = recipe.projection, method_class(recipe.method).projection_class
+        moments = reader.moments(examples) if needs_moments(recipe, kind) else None
         if moments is not None and not moments.varies:
             raise SoftCoTError(
                 f"the assistant's states of all {len(examples):,} training problems are the same: nothing of them can "
@@ -66,21 +66,23 @@ class Start:
         state = read_training_state(folder)
         return cls(state.weights, state.conditioning.to(device()) if state.conditioning else None)
 
-    def put_into(self, projection: Projection, base: PreTrainedModel) -> None:
-        """Set the weights of a new projection in float32; all ranks call it."""
+    def put_into(self, model: Method) -> None:
+        """Set the weights of a new method, in float32; all ranks call it."""
         weights = self.weights
         if self.sized_by is not None:
-            rms = from_all_ranks(token_rms(base.get_input_embeddings(), vocabulary(base.config)))[0]
-            weights = self._sized(projection, rms)
+            rms = from_all_ranks(token_rms(model.base.get_input_embeddings(), vocabulary(model.base.config)))[0]
+            weights = self._sized(model, rms)
         if weights is not None:
-            projection.load_state_dict(weights)
+            for name, parameter in model.trained().items():
+                parameter.data.copy_(weights[name])
 
-    def _sized(self, projection: Projection, rms: float) -> Weights:
+    def _sized(self, model: Method, rms: float) -> Weights:
         moments, centred = self.sized_by, _conditioning(self.sized_by, whiten=False)
         conditioning = self.conditioning.to("cpu") if self.conditioning else centred
         parts = moments.within_PP, moments.between_TP
-        sized = token_sized(projection.state_dict(), projection.entry, conditioning, *parts, rms)
-        return sized if self.conditioning else centred.fold(sized, projection.entry)
+        drawn = {name: parameter.detach() for name, parameter in model.trained().items()}
+        sized = token_sized(drawn, model.projection_class.entry, conditioning, *parts, rms)
+        return sized if self.conditioning else centred.fold(sized, model.projection_class.entry)
 
 
 def _conditioning(moments: Moments, whiten: bool) -> Conditioning:

@@ -76,7 +76,7 @@ class Validator:
 
     def _with_thoughts_of_another(self) -> list[Example] | None:
         """The same examples, but that the assistant is asked another one's question."""
-        if not self._by_length or not self._engine.module.projection.needs_states:
+        if not self._by_length or not self._engine.module.needs_states:
             return None
         inputs = [example.assistant for example in self._by_length]
         try:
@@ -128,7 +128,7 @@ class Validator:
         """How the projected thoughts lie among the token embeddings, and what of them varies with the question."""
         model = self._engine.module
         found: dict[str, float] = {}
-        if model.projection.needs_states:
+        if model.needs_states:
             found = self._parts()
         some = self._examples[: self._batch_size]
         thoughts_ND = model.thoughts(self._make_batch(some).to(device())).float().flatten(0, 1)
