@@ -51,7 +51,7 @@ class Run:
     def of(cls, variant: str, seed: int, choice: int = 0) -> "Run":
         """With the value of that index where a setting has several."""
         condition, *others = variant.split()
-        first = "projection.kind=static" if condition == STATIC else f"projection.condition={condition}"
+        first = "method=prompt_tuning" if condition == STATIC else f"projection.condition={condition}"
         chosen = []
         for text in others:
             key, _, values = text.partition("=")
@@ -100,7 +100,7 @@ def build_cache(recipe: str, overrides: list[str], log: Path) -> None:
 
     with output_to(log):
         if code := main([recipe, *overrides]):
-            raise SystemExit(f"the cache was not built (exit code {code}); see {log}")
+            raise RuntimeError(f"the cache was not built (exit code {code}); see {log}")
 
 
 def train(recipe: str, overrides: list[str], log: Path) -> dict[str, Any]:
@@ -124,14 +124,16 @@ def train(recipe: str, overrides: list[str], log: Path) -> dict[str, Any]:
     }
 
 
-def evaluate(recipe: str, overrides: list[str], log: Path) -> Any:
-    """An ``Evaluation`` of a run's newest adapter."""
+def train_and_evaluate(recipe: str, overrides: list[str], log: Path) -> tuple[dict[str, Any], Any]:
+    """Beside what ``train`` gives, the ``Evaluation`` of the adapter."""
+    trained = train(recipe, overrides, log)
+
     from softcot_ds.evaluation.jobs import Loaded
     from softcot_ds.evaluation.run import evaluated
     from softcot_ds.run_dir import recipe_and_adapter
 
     with output_to(log):
-        return evaluated(*recipe_and_adapter(recipe, overrides), Loaded())
+        return trained, evaluated(*recipe_and_adapter(recipe, overrides), Loaded())
 
 
 class Study:
@@ -148,16 +150,13 @@ class Study:
             "recipe": args.recipe,
             "overrides": args.overrides,
             "seeds": args.seeds,
-            "runs": [],
             "chosen": {},
-            "evaluations": [],
+            "trained": {},
+            "evaluated": {},
             "summaries": {},
             "failed": {},
         }
-        if args.out is not None and args.out.exists():
-            before = json.loads(args.out.read_text())
-            if (before["recipe"], before["overrides"]) == (args.recipe, args.overrides):
-                self.result["runs"] = before["runs"]
+        self.cells: dict[str, list[Any]] = {}
         self.pool = ProcessPoolExecutor(args.parallel, multiprocessing.get_context("spawn"))
 
     def overrides(self, run: Run) -> list[str]:
@@ -169,12 +168,12 @@ class Study:
             *run.settings,
         ]
 
-    def log(self, run: Run) -> Path:
-        return self.folder / "logs" / f"{run.name}.txt"
-
     def all(self, work: Any, jobs: dict[Run, list[str]]) -> Iterator[tuple[Run, Any]]:
         """What came of each, as it ends; one that fails is told and left out."""
-        futures = {self.pool.submit(work, self.args.recipe, given, self.log(run)): run for run, given in jobs.items()}
+        futures = {}
+        for run, given in jobs.items():
+            log = self.folder / "logs" / f"{run.name}.txt"
+            futures[self.pool.submit(work, self.args.recipe, given, log)] = run
         for future in as_completed(futures):
             run = futures[future]
             try:
@@ -182,71 +181,75 @@ class Study:
             except Exception as error:
                 self.result["failed"][run.name] = f"{type(error).__name__}: {error}"
                 print(f"{run.name}: failed: {error}", flush=True)
-                continue
-            yield run, found
+            else:
+                yield run, found
+            keep(self.result, self.args.out)
 
     def build_caches(self) -> None:
-        """One after the other: each takes what there is."""
-        done = set()
+        """One for each kind of states."""
+        runs = {}
         for variant in self.args.variants:
             run = Run.of(variant, self.args.seeds[0])
             states = tuple(text for text in run.settings if text.startswith("thoughts."))
-            if not run.is_static and states not in done:
-                done.add(states)
-                given = [*self.args.overrides, *states]
-                self.pool.submit(build_cache, self.args.recipe, given, self.log(run)).result()
+            if not run.is_static:
+                runs.setdefault(states, run)
+        for _ in self.all(build_cache, {run: [*self.args.overrides, *states] for states, run in runs.items()}):
+            pass
 
-    def train(self, runs: list[Run]) -> None:
-        known = {run["name"] for run in self.result["runs"]}
-        for run, found in self.all(train, {run: self.overrides(run) for run in runs if run.name not in known}):
-            row = {"name": run.name, "variant": run.variant, "seed": run.seed, "settings": run.settings, **found}
-            self.result["runs"].append(row)
-            print(f"{run.name}: {json.dumps(found['validation'])}", flush=True)
-            keep(self.result, self.args.out)
+    def keep_training(self, run: Run, found: dict[str, Any]) -> None:
+        told = {"variant": run.variant, "seed": run.seed, "settings": run.settings}
+        self.result["trained"][run.name] = told | found
+        print(f"{run.name}: {json.dumps(found['validation'])}", flush=True)
 
     def choose(self) -> dict[str, int]:
         """Of each variant, the index of the values with which the first seed's validation loss is least."""
-        first = self.args.seeds[0]
-        tried = {v: [Run.of(v, first, choice) for choice in range(number_of_choices(v))] for v in self.args.variants}
-        self.train([run for runs in tried.values() for run in runs])
-        losses = {row["name"]: row["validation"].get("loss", float("inf")) for row in self.result["runs"]}
+        first, tried = self.args.seeds[0], {}
+        for variant in self.args.variants:
+            tried[variant] = [Run.of(variant, first, choice) for choice in range(number_of_choices(variant))]
+        jobs = {run: self.overrides(run) for runs in tried.values() if len(runs) > 1 for run in runs}
+        for run, found in self.all(train, jobs):
+            self.keep_training(run, found)
         found = {}
         for variant, runs in tried.items():
-            ranked = sorted((losses[run.name], index) for index, run in enumerate(runs) if run.name in losses)
-            if ranked:
-                found[variant] = ranked[0][1]
-                self.result["chosen"][variant] = runs[ranked[0][1]].settings
+            losses = [self.result["trained"].get(run.name, {}).get("validation", {}).get("loss") for run in runs]
+            ranked = sorted((loss, index) for index, loss in enumerate(losses) if loss is not None and loss == loss)
+            if ranked or len(runs) == 1:
+                found[variant] = ranked[0][1] if ranked else 0
+                self.result["chosen"][variant] = runs[found[variant]].settings
         return found
 
-    def evaluate(self, chosen: dict[str, int]) -> None:
-        """Each variant's runs of all seeds: a tuned prompt first, which stands beside the others of its seed."""
-        from softcot_ds.evaluation.grid import Evaluated, make_grid_report
+    def compare(self, chosen: dict[str, int]) -> None:
+        """All seeds of each variant: a tuned prompt first, which stands beside the others of its seed."""
+        runs = [Run.of(variant, seed, choice) for variant, choice in chosen.items() for seed in self.args.seeds]
+        static = {run: [*self.overrides(run), "evaluation.conditions=[learned,none]"] for run in runs if run.is_static}
+        self.keep_evaluations(static)
+        jobs = {}
+        for run in runs:
+            beside = next((other for other in static if other.seed == run.seed), None)
+            if not run.is_static:
+                jobs[run] = [*self.overrides(run), *self.conditions(beside)]
+        self.keep_evaluations(jobs)
+        self.pool.shutdown()
+
+    def conditions(self, static: Run | None) -> list[str]:
         from softcot_ds.run_dir import recipe_and_adapter
 
-        trained = {row["name"] for row in self.result["runs"]}
-        runs = [Run.of(variant, seed, choice) for variant, choice in chosen.items() for seed in self.args.seeds]
-        jobs = {}
-        static = {run.seed: run for run in runs if run.is_static and run.name in trained}
-        for run in runs:
-            if run.name not in trained:
-                continue
-            given, conditions = self.overrides(run), ["learned", "none"] if run.is_static else list(CONDITIONS)
-            if not run.is_static and run.seed in static:
-                _, adapter = recipe_and_adapter(self.args.recipe, self.overrides(static[run.seed]))
-                given.append(f"evaluation.static_adapter={adapter}")
-                conditions.append(STATIC)
-            jobs[run] = [*given, f"evaluation.conditions=[{','.join(conditions)}]"]
-        cells: dict[str, list[Any]] = {}
-        for run, found in self.all(evaluate, jobs):
-            report = found.report
-            row = {"name": run.name, "variant": run.variant, "seed": run.seed, "problems": report["num_problems"]}
-            self.result["evaluations"].append(row | {key: report[key] for key in ("conditions", "comparisons")})
-            cells.setdefault(run.variant, []).append(Evaluated(run.seed, run.name, found.folder, report, found.scores))
-            keep(self.result, self.args.out)
-        for variant, of in cells.items():
+        if static is None or static.name not in self.result["evaluated"]:
+            return [f"evaluation.conditions=[{','.join(CONDITIONS)}]"]
+        _, adapter = recipe_and_adapter(self.args.recipe, self.overrides(static))
+        return [f"evaluation.conditions=[{','.join([*CONDITIONS, STATIC])}]", f"evaluation.static_adapter={adapter}"]
+
+    def keep_evaluations(self, jobs: dict[Run, list[str]]) -> None:
+        from softcot_ds.evaluation.grid import Evaluated, make_grid_report
+
+        for run, (trained, found) in self.all(train_and_evaluate, jobs):
+            self.keep_training(run, trained)
+            report = {key: found.report[key] for key in ("num_problems", "conditions", "comparisons")}
+            self.result["evaluated"][run.name] = {"variant": run.variant, "seed": run.seed, **report}
+            of = self.cells.setdefault(run.variant, [])
+            of.append(Evaluated(run.seed, run.name, found.folder, found.report, found.scores))
             of.sort(key=lambda cell: cell.seed)
-            self.result["summaries"][variant] = make_grid_report(of)["summaries"][0]
-        keep(self.result, self.args.out)
+            self.result["summaries"][run.variant] = make_grid_report(of)["summaries"][0]
 
 
 def main() -> None:
@@ -256,15 +259,11 @@ def main() -> None:
     parser.add_argument("--variants", nargs="+", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0])
     parser.add_argument("--parallel", type=int, default=1, help="runs at a time, on one GPU or on the cores")
-    parser.add_argument("--only-choose", action="store_true", help="train the first seed, with each value, and no more")
     parser.add_argument("--out", type=Path, help="write the result, JSON, to this file")
     args = parser.parse_args()
     study = Study(args)
     study.build_caches()
-    chosen = study.choose()
-    if not args.only_choose:
-        study.train([Run.of(variant, seed, choice) for variant, choice in chosen.items() for seed in args.seeds])
-        study.evaluate(chosen)
+    study.compare(study.choose())
     write_result(study.result, args.out)
 
 
