@@ -32,6 +32,7 @@ TASKS = {
 """``task.name``: a ``tasks.base.Task``. Its wording is the file beside its module, of the same name: NAME.yaml."""
 STRATEGIES = {
     "single": "softcot_ds.evaluation.strategies:single",
+    "self_consistency": "softcot_ds.evaluation.strategies:single",
 }
 """``evaluation.strategy``: a function like ``strategies.single``."""
 

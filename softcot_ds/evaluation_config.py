@@ -31,7 +31,8 @@ class EvaluationConfig(Section):
     loss: bool = True
     """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
     strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
-    """How an answer is reached, under every condition: ``single`` takes what is written after the prompt."""
+    """How an answer is reached, under every condition. single: it is what is written after the prompt.
+    self_consistency: it is the majority of the samples, each of which is reached so."""
     batch_size: Count = 16
     """Problems decoded together on a rank, or whose solutions are read together. Decoding is divided among ranks in
     portions of at least two such batches."""
@@ -42,8 +43,8 @@ class EvaluationConfig(Section):
     """0 decodes greedily."""
     top_p: float = Field(1.0, gt=0, le=1)
     samples: Count = 1
-    """Answers drawn for each problem: the report has the accuracy of one, and majority votes and pass@k of every number
-    of them."""
+    """Answers drawn for each problem: the report has the accuracy of one (self_consistency: of their vote), and
+    majority votes and pass@k of every number of them."""
     read: Literal["text", "options"] = "text"
     """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
     partition: Partition | None = None
@@ -56,6 +57,11 @@ class EvaluationConfig(Section):
     outputs: Folder | None = None
     """Where what is decoded is kept, by content; runs that name the same folder share what is the same for them.
     Default: outputs/ in the run's directory."""
+
+    @property
+    def votes(self) -> bool:
+        """Whether the accuracy is that of the samples' vote, and not of one of them."""
+        return self.strategy == "self_consistency"
 
     @property
     def other_strategy(self) -> dict[str, Any]:
@@ -94,6 +100,11 @@ class EvaluationConfig(Section):
             raise ValueError(
                 f"{value}, and evaluation.temperature is 0, at which all samples are the same; set it to what they are "
                 "to be drawn at, such as 0.7"
+            )
+        if value == 1 and info.data.get("strategy") == "self_consistency":
+            raise ValueError(
+                "1, and evaluation.strategy=self_consistency is a vote of several; set it to how many, such as 10, and "
+                "evaluation.temperature to what they are to be drawn at, such as 0.7"
             )
         return value
 

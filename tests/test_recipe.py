@@ -236,6 +236,10 @@ def test_all_mistakes_are_reported_together(write):
             "training.profile_steps.0: input should be greater than or equal to 1",
         ),
         (["training.profile_steps=[3]"], "training.profile_steps.1: missing"),
+        (
+            ["evaluation.strategy=self_consistency", "evaluation.temperature=0.7"],
+            "evaluation.samples: 1, and evaluation.strategy=self_consistency is a vote of several; set it to how many",
+        ),
         (["evaluation.samples=8"], "evaluation.samples: 8, and evaluation.temperature is 0, at which all samples are"),
         (
             ["evaluation.read=options", "evaluation.temperature=1", "evaluation.samples=2"],

@@ -22,7 +22,7 @@ from softcot_ds.evaluation import jobs
 from softcot_ds.evaluation.conditions import Conditions
 from softcot_ds.evaluation.decoder import Decoder, seed_of
 from softcot_ds.evaluation.jobs import Worker
-from softcot_ds.evaluation.report import what_it_says_more
+from softcot_ds.evaluation.report import table, what_it_says_more
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.evaluation.strategies import Answer, single
 from softcot_ds.evaluation_config import EvaluationConfig
@@ -230,6 +230,29 @@ def test_samples_are_draws_of_their_own_and_the_report_has_their_votes(tmp_path,
     assert [cell for cell in printed[header + 2].split() if "%" in cell][:2] == [f"{cell:.1%}" for cell in cells[:2]]
     assert all(f" {cell:.1%} " in printed[header + 2] for cell in cells)
     assert what_it_says_more(report, report | {"samples": 1}) == ["it has 4 samples of each problem, this one 1"]
+
+
+def test_self_consistency_is_the_vote_of_the_samples_by_its_name(tmp_path, guesser, monkeypatch):
+    monkeypatch.setattr(Task, "is_correct", lambda self, answer, problem: answer == "1")
+    one, vote = (recipe_in(tmp_path, name, "evaluation.samples=5") for name in ("single", "self_consistency"))
+    adapter = make_adapter(tmp_path / "adapter", one)
+    alone, together = evaluate(one, adapter), evaluate(vote, adapter)
+    assert guesser.num_prompts == 2 * 5 * 12, "what was decoded for one serves the other"
+    assert (together["strategy"], together["votes"]) == ("self_consistency", True)
+    for condition, row in together["conditions"].items():
+        of_one = alone["conditions"][condition]
+        assert row["accuracy"] == row["by_rule"]["ours"]["accuracy"] == of_one["majority"]["5"]
+        assert row["ci95"] == of_one["majority_ci95"]
+        assert row["majority"]["1"] == of_one["accuracy"] != row["accuracy"]
+        spent, spent_by_one = row["spent_per_problem"], of_one["spent_per_problem"]
+        assert spent["written"] == pytest.approx(5 * spent_by_one["written"])
+        assert spent["read"] == pytest.approx(spent_by_one["read"]), "once for all"
+        assert row["seconds_per_problem"] == pytest.approx(5 * of_one["seconds_per_problem"])
+    found = together["comparisons"]["learned-none"]
+    assert found["difference"] == found["majority"]["difference"]
+    assert found["majority"] == alone["comparisons"]["learned-none"]["majority"]
+    assert "accuracy is that of their majority" in table(together)
+    assert "accuracy is the mean over them" in table(alone)
 
 
 def test_a_round_that_is_not_sampled_is_one_for_all_samples(tmp_path, guesser, monkeypatch):

@@ -39,9 +39,11 @@ def make_report(
     evaluation = recipe.evaluation
     if evaluation.decode:
         for name, rows in records.items():
-            conditions[name] |= _accuracy(rows, recipe.task.metric_rule, recipe.seed) | costs[name]
+            found = _accuracy(rows, recipe.task.metric_rule, recipe.seed, evaluation.votes)
+            conditions[name] |= found | costs[name]
         for name in controls:
-            comparisons[f"learned-{name}"] |= _compare(records["learned"], records[name], recipe.seed)
+            found = _compare(records["learned"], records[name], recipe.seed, evaluation.votes)
+            comparisons[f"learned-{name}"] |= found
     if evaluation.loss:
         losses, tokens = _losses(records)
         for name, values in losses.items():
@@ -71,6 +73,7 @@ def make_report(
         **({"samples": evaluation.samples} if evaluation.decode and evaluation.samples > 1 else {}),
         **({"read": evaluation.read} if evaluation.decode and evaluation.read != "text" else {}),
         **evaluation.other_strategy,
+        **({"votes": True} if evaluation.votes else {}),
         "train": trained,
         "conditions": conditions,
         "comparisons": comparisons,
@@ -83,7 +86,7 @@ class Scores:
 
     ids: list[str]
     accuracy: list[float]
-    """The share of its samples that is right."""
+    """The share of its samples that is right; the score of their majority where they vote."""
     majority: list[float]
     """The score of the majority of several samples."""
     loss: list[float]
@@ -92,14 +95,15 @@ class Scores:
     """Of the same solutions."""
 
 
-def scores(records: Mapping[Any, list[Record]]) -> dict[Any, Scores]:
-    """By condition what a report is made of, problem by problem. For ``records`` see ``make_report``."""
+def scores(records: Mapping[Any, list[Record]], votes: bool = False) -> dict[Any, Scores]:
+    """By condition what a report is made of, problem by problem. For ``records`` see ``make_report``, for ``votes``
+    ``EvaluationConfig.votes``."""
     some = next(iter(records.values()))[0]
     losses, tokens = _losses(records) if "loss" in some else ({}, [])
     return {
         name: Scores(
             [row["id"] for row in rows],
-            _shares(rows) if "output" in some or "samples" in some else [],
+            _of_problems(rows, votes) if "output" in some or "samples" in some else [],
             [row["majority"] for row in rows] if "samples" in some else [],
             losses.get(name, []),
             tokens,
@@ -108,13 +112,16 @@ def scores(records: Mapping[Any, list[Record]]) -> dict[Any, Scores]:
     }
 
 
-def _by_rule(rule: str, rows: list[Record]) -> Record:
+def _by_rule(rule: str, rows: list[Record], votes: bool) -> Record:
     problems = [[sample["by_rule"][rule] for sample in _samples(record)] for record in rows]
     found = [one for problem in problems for one in problem]
     correct = sum(one["correct"] for one in found)
     unparsed = sum(one["answer"] is None for one in found)
     counted = {"accuracy": correct / len(found), "correct": correct, "unparsed": unparsed}
-    return counted if len(found) == len(rows) else counted | over_problems(problems)
+    if len(found) == len(rows):
+        return counted
+    counted |= over_problems(problems)
+    return counted | ({"accuracy": counted["majority"][str(len(problems[0]))]} if votes else {})
 
 
 def _samples(record: Record) -> list[Record]:
@@ -122,29 +129,34 @@ def _samples(record: Record) -> list[Record]:
     return record.get("samples", [record])
 
 
-def _shares(rows: list[Record]) -> list[float]:
-    """Of each problem the share of its samples that is right."""
+def _of_problems(rows: list[Record], votes: bool) -> list[float]:
+    """What the accuracy is the mean of: of each problem the share of its samples that is right, or the score of their
+    majority."""
+    if votes:
+        return [record["majority"] for record in rows]
     return [sum(sample["correct"] for sample in _samples(record)) / len(_samples(record)) for record in rows]
 
 
-def _accuracy(rows: list[Record], rule: str, seed: int) -> Record:
-    by_rule = {name: _by_rule(name, rows) for name in _samples(rows[0])[0]["by_rule"]}
+def _accuracy(rows: list[Record], rule: str, seed: int, votes: bool) -> Record:
+    by_rule = {name: _by_rule(name, rows, votes) for name in _samples(rows[0])[0]["by_rule"]}
     found = by_rule[rule] | {"cut": sum(sample["cut"] for record in rows for sample in _samples(record))}
     if "samples" in rows[0]:
-        found["ci95"] = mean_interval(_shares(rows), seed)
-        found["majority_ci95"] = mean_interval([record["majority"] for record in rows], seed)
+        found["ci95"] = mean_interval(_of_problems(rows, votes), seed)
+        found["majority_ci95"] = mean_interval(_of_problems(rows, votes=True), seed)
     else:
         found["ci95"] = wilson_interval(found["correct"], len(rows))
     return found | {"by_rule": by_rule}
 
 
-def _compare(learned: list[Record], other: list[Record], seed: int) -> Record:
+def _compare(learned: list[Record], other: list[Record], seed: int, votes: bool) -> Record:
     if "samples" not in learned[0]:
         first, second = ({record["id"]: record["correct"] for record in rows} for rows in (learned, other))
         return compare(first, second)
     assert [record["id"] for record in learned] == [record["id"] for record in other]
-    majorities = ([record["majority"] for record in rows] for rows in (learned, other))
-    return compare_scores(_shares(learned), _shares(other), seed) | {"majority": compare_scores(*majorities, seed)}
+    answers, majorities = (
+        compare_scores(_of_problems(learned, voted), _of_problems(other, voted), seed) for voted in (votes, True)
+    )
+    return answers | {"majority": majorities}
 
 
 def _losses(records: Mapping[str, list[Record]]) -> tuple[dict[str, list[float]], list[int]]:
@@ -218,10 +230,11 @@ def _spent_lines(report: Record) -> list[str]:
 
 def _vote_lines(report: Record) -> list[str]:
     most = str(report["samples"])
+    accuracy = "that of their majority" if report.get("votes") else "the mean over them"
     lines = [
         "",
-        f"{most} samples of each at temperature {report['temperature']:g}: accuracy is the mean over them, sd that of "
-        "one sample's;",
+        f"{most} samples of each at temperature {report['temperature']:g}: accuracy is {accuracy}, sd that of one "
+        "sample's;",
         f"majority is of all {most}, and a tie counts as the share of the tied answers that is right",
         f"{'condition':<12}{'sd':>7}{'majority':>10}{'95% interval':>17}{'ties':>8}{f'pass@{most}':>9}"
         f"{'learned - it':>14}{'p (permutation)':>17}",

@@ -19,7 +19,7 @@ from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
-from softcot_ds.evaluation.spent import Round, Spent, alone, per_problem
+from softcot_ds.evaluation.spent import Round, Spent, alone, per_problem, together
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
 from softcot_ds.evaluation_config import Condition
@@ -80,7 +80,7 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{key}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
     say(f"{table(report)}\n{written}")
-    return Evaluation(report, scores(records), folder)
+    return Evaluation(report, scores(records, recipe.evaluation.votes), folder)
 
 
 def _ask_all(
@@ -175,7 +175,7 @@ class _Inquiry:
     @property
     def spent(self) -> Spent:
         """What one answer to each problem costs, found by the recipe's rule, once they are there."""
-        return alone(self._samples)
+        return together(self._samples) if self._experiment.recipe.evaluation.votes else alone(self._samples)
 
     def answers(self) -> dict[str, list[list[Answer]]]:
         """By rule under which they are found, and by sample: one per problem. All ranks call it together."""
