@@ -1,4 +1,5 @@
 # make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
+# make study   every method and strategy on the embedded pair, side by side: runs/study/study.html; 20 minutes at most
 # make check   the inner loop: ruff, the type checker, and the quick tests that start no process; about a minute
 # make test    run the test suite
 # make gpu     on a machine with a GPU: the tests that need one, and all benchmarks; 25 minutes at most, or MINUTES=5
@@ -27,13 +28,16 @@ DEEPSPEED := $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
 RUN := $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
 ARGS := $(RECIPE) name=$(RUN) seed=$(SEED)
 
-.PHONY: demo check test gpu clean
+.PHONY: demo study check test gpu clean
 
 demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.train $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.evaluate $(ARGS)
 	@echo "TensorBoard logs: runs/$(RUN)/tensorboard; to see them: $(BIN)/tensorboard --logdir runs"
+
+study: $(VENV)/.installed
+	$(DEEPSPEED) --module softcot_ds.study studies/embedded_pair.yaml
 
 check: $(VENV)/.installed-test
 	$(BIN)/ruff check .

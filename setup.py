@@ -21,7 +21,14 @@ setup(
     # kernels/ itself is no package: transformers imports a PyPI package of that name, which it would shadow.
     package_dir={"softcot_kernels": "kernels/softcot_kernels"},
     package_data={
-        "softcot_ds": ["tasks/*.yaml", "planning/*.yaml", "pair/*/*.json", "pair/*/*.jinja", "pair/*/*.safetensors"]
+        "softcot_ds": [
+            "tasks/*.yaml",
+            "planning/*.yaml",
+            "evaluation/*.yaml",
+            "pair/*/*.json",
+            "pair/*/*.jinja",
+            "pair/*/*.safetensors",
+        ]
     },
     install_requires=[
         "torch>=2.13,<2.14",
@@ -39,6 +46,7 @@ setup(
         "jinja2>=3.1",
         "numpy>=2",
         "scipy>=1.17",
+        "matplotlib>=3.11,<4",  # the page of a study
         "xxhash>=3.6",
     ],
     extras_require={

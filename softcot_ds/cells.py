@@ -26,9 +26,11 @@ _MOST = 1000
 class Cell:
     """One evaluation of several."""
 
+    source: str
+    """A recipe's file, or an adapter directory."""
     recipe: Recipe
     overrides: tuple[str, ...]
-    """What makes the command's recipe this cell's."""
+    """What makes the source's recipe this cell's."""
     seed: int | None
     """That of the cell's own run; None where all cells are of the recipe's run, or of the adapter that was named."""
 
@@ -52,7 +54,7 @@ class Grid:
         for override in overrides:
             key, equals, text = override.partition("=")
             if key in found and equals:
-                found[key] = _seeds(text) if key == "seeds" else _counts(text)
+                found[key] = seeds_of(text) if key == "seeds" else _counts(text)
             if key not in found or not equals or not found[key]:
                 plain.append(override)
         if found["seeds"] and (own := [text for text in plain if text.startswith("seed=")]):
@@ -111,7 +113,7 @@ class Grid:
         for seed in self.seeds or (None,):
             for count in self.thoughts or (None,):
                 overrides = (*self.plain, *self._own(whole, seed, count))
-                cells.append(Cell(load_for_evaluation(source, list(overrides)), overrides, seed))
+                cells.append(Cell(source, load_for_evaluation(source, list(overrides)), overrides, seed))
         return cells
 
     def _own(self, whole: Recipe, seed: int | None, count: int | None = None) -> list[str]:
@@ -131,7 +133,8 @@ def _with(whole: Recipe, own: list[str]) -> Recipe:
     return parse_recipe(whole.model_dump(mode="json"), own, whole.name)
 
 
-def _seeds(text: str) -> tuple[int, ...]:
+def seeds_of(text: str) -> tuple[int, ...]:
+    """The seeds that ``41..45``, ``[41, 42]`` or ``41`` names. Raises SoftCoTError for what is none."""
     if ends := re.fullmatch(r"(\d{1,20})\.\.(\d{1,20})", text.strip()):
         first, last = map(int, ends.groups())
         if first > last:

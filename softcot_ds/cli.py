@@ -15,6 +15,7 @@ COMMANDS = {
     "cache": "compute the assistant's hidden states into the cache",
     "train": "train the projection",
     "evaluate": "measure accuracy, with controls",
+    "study": "methods, tasks, strategies and seeds side by side",
     "generate": "answer a question",
     "plan": "what each way to hold the weights needs, before a GPU is there",
     "doctor": "check whether this environment is fit for training",

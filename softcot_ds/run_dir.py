@@ -107,6 +107,17 @@ def checkpoint_step(folder: Path) -> int:
     return int(folder.name.removeprefix("step-"))
 
 
+def refuse_other_steps(chosen: Sequence[tuple[Recipe, Path]]) -> None:
+    """Raises SoftCoTError where the runs' newest checkpoints are of different steps: a mean of them is of none."""
+    steps = {recipe.name: checkpoint_step(adapter) for recipe, adapter in chosen}
+    if len(set(steps.values())) > 1:
+        named = ", ".join(f"{name}: {step}" for name, step in steps.items())
+        raise SoftCoTError(
+            f"the newest checkpoints are of different steps ({named}), and are not reported as one. Train all to the "
+            f"same with training.steps={max(steps.values())}, or remove what is beyond the others from checkpoints/"
+        )
+
+
 def saved_step(run_dir: Path) -> int:
     """Optimizer steps that are safe on disk; 0 without a checkpoint."""
     folder = latest_checkpoint(run_dir)

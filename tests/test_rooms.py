@@ -19,6 +19,7 @@ FLOORS = (
     ("recipe", "lock", "distributed"),
     ("run_dir",),
     ("cells",),
+    ("apart", "study_config"),
     ("pair",),
     ("tasks",),
     ("data",),
@@ -32,7 +33,7 @@ FLOORS = (
     ("inference",),
     ("training", "evaluation", "diagnosis"),
     ("command",),
-    ("targets", "cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan"),
+    ("targets", "cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan", "study"),
     ("cli",),
 )
 """From the ground up. A room knows what lies below it; rooms of one floor do not know each other."""

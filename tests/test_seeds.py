@@ -14,7 +14,7 @@ from forked import run_forked
 from launch import ROOT
 from torch import distributed as dist
 
-from softcot_ds import evaluate
+from softcot_ds import apart, evaluate
 from softcot_ds.cells import Grid
 from softcot_ds.distributed import _met_apart
 from softcot_ds.evaluation import decoder as decoder_module
@@ -34,13 +34,14 @@ def seeds(tmp_path, monkeypatch):
     """Overrides for two seeds, whose trainings only write adapters; and which were trained."""
     trained = []
 
-    def train(source, cell):
+    def train(command, cell):
+        assert command == "train"
         trained.append(cell.seed)
         folder = cell.recipe.run_dir / "checkpoints" / "step-1"
         if not folder.exists():
             make_adapter(folder, cell.recipe, step=1)
 
-    monkeypatch.setattr(evaluate, "_train_apart", train)
+    monkeypatch.setattr(evaluate, "run_apart", train)
     monkeypatch.chdir(ROOT)
     return [f"output_dir={tmp_path}", *SMALL, "seeds=[5,6]"], trained
 
@@ -137,12 +138,14 @@ def test_a_run_is_trained_in_a_process_of_its_own(tmp_path):
     assert json.loads((tmp_path / "demo" / "grid.json").read_text())["cells"][0]["adapter"] == str(adapter)
 
 
-@pytest.mark.parametrize(("served", "names"), [("True", ["demo-seed1", "demo-seed2"]), ("False", [None, None])])
+@pytest.mark.parametrize(
+    ("served", "names"), [("True", ["train-demo-seed1", "train-demo-seed2"]), ("False", [None, None])]
+)
 def test_only_in_the_store_of_torchruns_agent_trainings_meet_under_names(monkeypatch, tmp_path, served, names):
     stand_in(monkeypatch, tmp_path, 'echo "${SOFTCOT_MEETING-none}" >>met')
     monkeypatch.setenv("TORCHELASTIC_USE_AGENT_STORE", served)
     for cell in Grid.of([f"output_dir={tmp_path}", "seeds=1..2"]).cells(RECIPE):
-        evaluate._train_apart(RECIPE, cell)
+        apart.run_apart("train", cell)
     assert (tmp_path / "met").read_text().split() == [name or "none" for name in names]
 
 
@@ -166,7 +169,7 @@ def stand_in(monkeypatch, tmp_path, script):
     path = tmp_path / "trains"
     path.write_text(f"#!/bin/sh\ncd {tmp_path}\n{script}\n")
     path.chmod(0o755)
-    monkeypatch.setattr(evaluate.sys, "executable", str(path))
+    monkeypatch.setattr(apart.sys, "executable", str(path))
     monkeypatch.chdir(ROOT)
 
 
@@ -186,7 +189,7 @@ def test_a_signal_to_stop_reaches_the_training_once_and_is_waited_for(monkeypatc
     stand_in(
         monkeypatch, tmp_path, 'trap "echo x >>signals; exit 143" TERM; echo $$ >pid; while :; do sleep 0.05; done'
     )
-    monkeypatch.setattr(evaluate, "_PATIENCE_S", 0.3)
+    monkeypatch.setattr(apart, "_PATIENCE_S", 0.3)
 
     def stop():
         while not (tmp_path / "pid").exists() or not (tmp_path / "pid").read_text():

@@ -4,7 +4,7 @@ import math
 import random
 import statistics
 from fractions import Fraction
-from itertools import product
+from itertools import combinations, product
 
 import numpy as np
 import pytest
@@ -15,6 +15,7 @@ from softcot_ds.evaluation.statistics import (
     compare,
     compare_losses,
     compare_scores,
+    holm,
     over_seeds,
     per_token,
     wilson_interval,
@@ -266,3 +267,15 @@ def test_losses_per_token_over_seeds_move_as_their_ratio_does():
     ratios = [np.delete(losses, p, 1).sum() / (4 * np.delete(tokens, p).sum()) for p in range(50)]
     jackknife = math.sqrt(49 / 50 * sum((ratio - statistics.fmean(ratios)) ** 2 for ratio in ratios))
     assert values.mean(axis=0).std(ddof=1) / math.sqrt(50) == pytest.approx(jackknife, rel=0.05)
+
+
+@pytest.mark.parametrize("p_values", [[0.01, 0.04, 0.03, 0.5, 0.005], [0.02, 0.02, 0.9], [0.3], [1.0, 0.0], []])
+def test_holms_p_values_are_those_of_the_closed_test(p_values):
+    """A hypothesis is rejected when every set of hypotheses that it belongs to is, by Bonferroni."""
+    places = range(len(p_values))
+    sets = [some for size in places for some in combinations(places, size + 1)]
+    wanted = [
+        max(min(1.0, len(some) * min(p_values[other] for other in some)) for some in sets if place in some)
+        for place in places
+    ]
+    assert holm(p_values) == pytest.approx(wanted)

@@ -12,5 +12,9 @@ votes.py       several samples of a problem: majority and pass@k
 targets.py     solutions that the base writes to be trained on
 report.py      from what was found to the table, and which report is the run's
 grid.py        one report of several evaluations: over seeds, by number of thoughts
+study.py       the report of a study: every cell, over the seeds, paired tests
+words.py       the same in words, and as a table
+page.py        the same as one page
+plots.py       the page's plots
 statistics.py  intervals and paired tests
 """

@@ -8,9 +8,12 @@ from typing import Any
 
 import numpy as np
 
+from softcot_ds.evaluation.jobs import Loaded
 from softcot_ds.evaluation.report import Record, Scores
+from softcot_ds.evaluation.run import evaluated
 from softcot_ds.evaluation.statistics import over_seeds, per_token, wilson_interval
 from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.recipe import Recipe
 
 _METRICS = ("accuracy", "majority", "loss")
 
@@ -26,6 +29,18 @@ class Evaluated:
     """Where its own report is."""
     report: Record
     scores: Mapping[Any, Scores]
+
+
+def evaluate_all(chosen: Sequence[tuple[Recipe, Path]]) -> list[Evaluated]:
+    """Evaluate recipes with their adapters one after the other; a base that several have in common is loaded once.
+
+    All ranks call it. Raises SoftCoTError; see ``evaluated``.
+    """
+    loaded, found = Loaded(), []
+    for recipe, adapter in chosen:
+        one = evaluated(recipe, adapter, loaded)
+        found.append(Evaluated(recipe.seed, str(recipe.run_dir), one.folder, one.report, one.scores))
+    return found
 
 
 def make_grid_report(cells: Sequence[Evaluated]) -> Record:
@@ -76,17 +91,16 @@ def _values(condition: Record, report: Record) -> Record:
 
 
 def _summary(cells: Sequence[Evaluated]) -> Record:
-    tables = {name: _tables([cell.scores[name] for cell in cells]) for name in cells[0].scores}
+    tables = {name: by_metric([cell.scores[name] for cell in cells]) for name in cells[0].scores}
     pairs = [name for name in tables if name != "learned"] if "learned" in tables else []
     return {
         "num_seeds": len(cells),
         "conditions": {
-            name: {key: over_seeds(of) if key == "loss" else _share(of, 0.0) for key, of in of_metrics.items()}
-            for name, of_metrics in tables.items()
+            name: {key: over_cells(of, key) for key, of in of_metrics.items()} for name, of_metrics in tables.items()
         },
         "comparisons": {
             f"learned-{name}": {
-                key: over_seeds(apart) if key == "loss" else _share(apart, -1.0)
+                key: over_cells(apart, key, -1.0)
                 for key, apart in ((key, of - tables[name][key]) for key, of in tables["learned"].items())
             }
             for name in pairs
@@ -94,10 +108,12 @@ def _summary(cells: Sequence[Evaluated]) -> Record:
     }
 
 
-def _share(values: np.ndarray, least: float) -> Record:
-    """``over_seeds`` of what lies between ``least`` and 1: 0, or -1 for a difference. Where all is right, or all is
-    wrong, what is known is known from the problems alone: the interval is Wilson's of them."""
+def over_cells(values: np.ndarray, metric: str, least: float = 0.0) -> Record:
+    """``over_seeds`` of a metric. Of one that lies between ``least`` and 1 (-1 for a difference) the interval does too,
+    and where all is right, or all is wrong, what is known is known from the problems alone: it is Wilson's of them."""
     found = over_seeds(values)
+    if metric == "loss":
+        return found
     if found["ci95"] is not None:
         low, high = found["ci95"]
         found["ci95"] = max(low, least), min(high, 1.0)
@@ -107,7 +123,7 @@ def _share(values: np.ndarray, least: float) -> Record:
     return found
 
 
-def _tables(of_seeds: Sequence[Scores]) -> dict[str, np.ndarray]:
+def by_metric(of_seeds: Sequence[Scores]) -> dict[str, np.ndarray]:
     """By metric (seeds, problems) float64; none of what was not asked for."""
     first = of_seeds[0]
     assert all((one.ids, one.tokens) == (first.ids, first.tokens) for one in of_seeds), (

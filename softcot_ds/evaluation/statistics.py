@@ -187,6 +187,19 @@ def _components(values: np.ndarray) -> tuple[dict[str, float], float]:
     return {"all": total, **parts}, total**2 / uncertain if uncertain else math.inf
 
 
+def holm(p_values: Sequence[float]) -> list[float]:
+    """p values adjusted for how many they are (Holm 1979): where all below 5% are believed, the probability that one of
+    these is believed wrongly stays below 5%, however the tests depend on each other.
+
+    The smallest of n is multiplied by n, the next by n - 1 and so on; none becomes smaller than one before it.
+    """
+    adjusted, least = [1.0] * len(p_values), 0.0
+    for passed, index in enumerate(sorted(range(len(p_values)), key=p_values.__getitem__)):
+        least = max(least, min(1.0, (len(p_values) - passed) * p_values[index]))
+        adjusted[index] = least
+    return adjusted
+
+
 def per_token(losses: np.ndarray, tokens: Sequence[int]) -> np.ndarray:
     """Losses as what ``over_seeds`` takes: their mean is the loss per token, all nats over all tokens, and so is each
     seed's; each problem has what it moves that ratio by (the delta method).

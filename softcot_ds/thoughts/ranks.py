@@ -18,7 +18,7 @@ from typing import Any, Protocol
 import torch.distributed as dist
 
 from softcot_ds.errors import OtherRankFailed, SoftCoTError
-from softcot_ds.launchers import MPI_SIZE_VARIABLES
+from softcot_ds.launchers import MEETING, MPI_SIZE_VARIABLES
 
 _HAND_OUTS = ("shard", "batch")
 """Counters by which ranks share out work."""
@@ -176,7 +176,8 @@ def _join_over_tcp() -> Ranks:
             f"MASTER_PORT={environ.get('MASTER_PORT')} ({error}); start the ranks with deepspeed, torchrun or mpirun"
         ) from error
     local_rank, local_size = int(environ.get("LOCAL_RANK", "0")), int(environ.get("LOCAL_WORLD_SIZE", "1"))
-    return Ranks(rank, size, local_rank, local_size, dist.PrefixStore("softcot-cache", store), "torch.distributed")
+    board = dist.PrefixStore(f"softcot-cache/{environ.get(MEETING, '')}", store)
+    return Ranks(rank, size, local_rank, local_size, board, "torch.distributed")
 
 
 def _join_over_mpi() -> Ranks:

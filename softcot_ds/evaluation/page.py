@@ -1,0 +1,165 @@
+"""A study's report as one page: plots, tables, and what they say in words. It needs nothing but itself: no network, no
+script."""
+
+import math
+from collections.abc import Mapping, Sequence
+from html import escape
+from pathlib import Path
+from statistics import fmean
+
+from softcot_ds.evaluation.plots import Curve, Plots
+from softcot_ds.evaluation.report import Record
+from softcot_ds.evaluation.words import findings, shown, shown_interval, what_it_is
+from softcot_ds.files import cannot_write, parse_json, write_atomically
+
+_POINTS = 60
+"""Of a learning curve: each is the mean of a stretch of steps."""
+_CSS = """
+body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; padding: 1rem;
+       max-width: 76rem; }
+h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .2rem; } p { max-width: 46rem; }
+.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
+figure { margin: 0; } figure svg { width: 100%; max-width: 32rem; height: auto; display: block; }
+figcaption { font-weight: 600; font-size: .95rem; }
+.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
+th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
+th { background: #f4f4f4; } th.text, td.text { text-align: left; }
+"""
+
+
+def write_page(run_dir: Path, report: Record) -> Path:
+    """Write a study's page beside its report; the learning curves are read from its runs.
+
+    Raises:
+        SoftCoTError: it cannot be written.
+    """
+    path = run_dir / "study.html"
+    curves: dict[str, list[tuple[str, Curve]]] = {}
+    for cell in report["cells"]:
+        task = report["tasks"][cell["task"]]
+        if "run" in cell and cell["strategy"] == report["strategies"][0] and task["task"] == task["trained_on"]:
+            curve = learning_curve(Path(cell["run"]) / "losses.jsonl")
+            curves.setdefault(cell["task"], []).extend([(cell["method"], curve)] if curve[0] else [])
+    try:
+        write_atomically(path, page(report, curves))
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path
+
+
+def learning_curve(path: Path) -> Curve:
+    """Losses of a run, each the mean of a stretch of steps, at its middle; none where the file does not tell."""
+    try:
+        rows = [parse_json(line) for line in path.read_bytes().splitlines()]
+        losses = {int(row["step"]): float(row["loss"]) for row in rows}
+    except (OSError, ValueError, TypeError, KeyError):
+        return [], []
+    length = math.ceil(len(losses) / _POINTS) or 1
+    steps, values = list(losses), list(losses.values())
+    stretches = range(0, len(steps), length)
+    return (
+        [round(fmean(steps[start : start + length])) for start in stretches],
+        [fmean(values[start : start + length]) for start in stretches],
+    )
+
+
+def page(report: Record, curves: Mapping[str, Sequence[tuple[str, Curve]]]) -> str:
+    """The page.
+
+    Args:
+        curves: by task the method and learning curve of each run that was trained on it.
+    """
+    plots = Plots(report)
+    drawn = [
+        ("Accuracy", _OF_ACCURACY, plots.accuracy),
+        ("Differences", _OF_DIFFERENCES, plots.differences),
+        ("Loss by what stands for the thoughts", _OF_LOSSES, plots.losses),
+        ("Accuracy against tokens spent", _OF_TOKENS, plots.tokens),
+        ("Learning curves", _OF_CURVES, lambda task: plots.curves(curves.get(task, []))),
+    ]
+    sections = []
+    for title, words, draw in drawn:
+        figures = [(task, svg) for task in report["tasks"] if (svg := draw(task))]
+        if figures:  # what there are no numbers for is left out
+            shown = "".join(_figure(task, title, svg) for task, svg in figures)
+            sections.append(f'<h2>{title}</h2>\n<p>{words}</p>\n<div class="plots">{shown}</div>')
+    body = [
+        f"<h1>{escape(report['study'])}</h1>",
+        *(f"<p>{escape(line)}</p>" for line in (*what_it_is(report), *findings(report))),
+        *sections,
+        "<h2>All means</h2>",
+        _table(_MEANS, [_mean_cells(one) for one in report["summaries"]]),
+        "<h2>All comparisons</h2>",
+        f"<p>{_OF_COMPARISONS}</p>",
+        _table(_PAIRS, [_pair_cells(one) for one in report["comparisons"]]),
+    ]
+    return (
+        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
+        '<meta name="viewport" content="width=device-width, initial-scale=1">'
+        f"<title>{escape(report['study'])}</title><style>{_CSS}</style></head>\n<body>\n"
+        + "\n".join(body)
+        + "\n</body></html>\n"
+    )
+
+
+_OF_ACCURACY = (
+    "The share of test problems that are answered right, with 95% intervals; a marker for each strategy. Grey methods "
+    "train nothing: none is zero-shot CoT, text the assistant's words (Assist-CoT), placeholder CoT-Unk. Dotted is "
+    "what always giving the most frequent answer would get; a black bar is what a paper reports for the same models."
+)
+_OF_DIFFERENCES = (
+    "On the same problems, with 95% intervals that are not adjusted for their number: right of the line the first "
+    "method is better, left of it the other."
+)
+_OF_LOSSES = (
+    "How many nats the base needs for the tokens of the reference solutions when something else stands for the "
+    "thoughts: where another question's thoughts (shuffled) do as well as its own (learned), they carry nothing of it."
+)
+_OF_TOKENS = "Tokens, thoughts among them, that the base reads and writes for one problem; intervals as above."
+_OF_CURVES = "Training losses, each point the mean of a stretch of steps; a line for each seed."
+_OF_COMPARISONS = (
+    "The first less the second: points of accuracy, or nats per token. p is two-sided: of one seed that of McNemar's "
+    "exact test of verdicts on the same problems, of the permutation test of shares and losses; of several seeds that "
+    "of Student's t over crossed seeds and problems. Adjusted p values are "
+    "Holm's, over all comparisons of one kind (methods, or strategies) and one metric."
+)
+
+
+def _figure(task: str, title: str, svg: str) -> str:
+    label = escape(f"{title}, {task}", quote=True)
+    return f'<figure role="img" aria-label="{label}"><figcaption>{escape(task)}</figcaption>{svg}</figure>'
+
+
+_MEANS = ("task", "method", "strategy", "seeds", "accuracy", "95%", "loss", "95%", "tokens", "seconds", "published")
+_PAIRS = ("of", "task", "first", "second", "with", "metric", "difference", "95%", "p", "adjusted p", "of how many")
+_TEXTS = {"task", "method", "strategy", "of", "first", "second", "with", "metric"}
+
+
+def _mean_cells(one: Record) -> list[str]:
+    accuracy, loss = one["accuracy"] or {}, one["loss"] or {}
+    papers = ", ".join(f"{paper['accuracy']:.1%} ({paper['source']})" for paper in one.get("published", []))
+    return [
+        *(one["task"], one["method"], one["strategy"], str(one["num_seeds"])),
+        *(shown(accuracy.get("mean"), ".1%"), shown_interval(accuracy.get("ci95"), ".1%")),
+        *(shown(loss.get("mean"), ".4f"), shown_interval(loss.get("ci95"), ".4f")),
+        *(shown(one["tokens_per_problem"], ",.1f"), shown(one["seconds_per_problem"], ",.3f"), papers),
+    ]
+
+
+def _pair_cells(one: Record) -> list[str]:
+    points = one["metric"] == "accuracy"
+    factor, form = (100, "+.1f") if points else (1, "+.4f")
+    ends = None if one["ci95"] is None else [factor * end for end in one["ci95"]]
+    return [
+        *(one["of"], one["task"], one["first"], one["second"]),
+        *(one.get("strategy") or one["method"], one["metric"], f"{factor * one['mean']:{form}}"),
+        *(shown_interval(ends, form), shown(one["p_value"], ".2g"), shown(one.get("p_adjusted"), ".2g")),
+        str(one.get("adjusted_for", "")),
+    ]
+
+
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    kinds = [' class="text"' if head in _TEXTS else "" for head in heads]
+    lines = ["".join(f"<th{kind}>{escape(head)}</th>" for head, kind in zip(heads, kinds, strict=True))]
+    lines += ["".join(f"<td{kind}>{escape(text)}</td>" for text, kind in zip(row, kinds, strict=True)) for row in rows]
+    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"

@@ -1,0 +1,89 @@
+"""Methods by tasks by strategies by seeds, side by side: ``softcot-ds study STUDY.yaml``; study_config.py says what
+stands in such a file.
+
+Every cell is an ordinary run and an ordinary evaluation of it. The caches that they read are built first, then all runs
+are trained, each in processes of its own, then all are evaluated. What is done is not done again, so the same command
+goes on after an interruption. In the study's directory, output_dir/name:
+
+    study.json     every cell, their means with intervals, paired tests (evaluation/study.py)
+    study.html     the same as one page that opens offline (evaluation/page.py)
+    outputs/       what was decoded, or losses, by content: of all cells
+"""
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from softcot_ds.apart import run_apart
+from softcot_ds.cells import Cell
+from softcot_ds.command import run_command
+from softcot_ds.progress import count
+from softcot_ds.run_dir import recipe_and_adapter, refuse_other_steps
+from softcot_ds.study_config import Study, load_study
+
+
+def run_study(study: Study) -> None:
+    """Build, train, evaluate and report whatever is left to do. All ranks call it."""
+    trainings = study.trainings
+    for cell in _caches(study):
+        run_apart("cache", cell)
+    for number, cell in enumerate(trainings, 1):
+        _tell(f"training {number} of {len(trainings)}: {cell.recipe.name}")
+        run_apart("train", cell)
+    cells = study.cells
+    chosen = [recipe_and_adapter(cell.source, list(cell.overrides)) for cell in cells]
+    for of_run in {(cell.task, cell.method) for cell in cells}:
+        pairs = zip(cells, chosen, strict=True)
+        refuse_other_steps([one for cell, one in pairs if (cell.task, cell.method) == of_run])
+    _tell(f"{count(len(cells), 'evaluation')} of {count(len(trainings), 'run')}")
+
+    from softcot_ds.distributed import on_main, say
+    from softcot_ds.evaluation.grid import evaluate_all
+    from softcot_ds.evaluation.page import write_page
+    from softcot_ds.evaluation.study import make_study_report, write_study_report
+    from softcot_ds.evaluation.words import study_table
+
+    report = make_study_report(study, list(zip(cells, evaluate_all(chosen), strict=True)))
+    path = on_main(lambda: write_study_report(study.run_dir, report))
+    page = on_main(lambda: write_page(study.run_dir, report))
+    say(f"\n{study_table(report)}\nresults: {path}; to look at: {page}")
+
+
+def _caches(study: Study) -> list[Cell]:
+    """Cells whose caches are to be there, one for each cache: most have theirs in common."""
+    from softcot_ds.methods.base import method_class
+    from softcot_ds.thoughts.reader import cache_identity, cached, input_key
+
+    evaluated = {(cell.recipe.name, cell.recipe.evaluation.thoughts): cell for cell in study.cells}
+    found: dict[tuple, Cell] = {}
+    for cell in evaluated.values():
+        reads = method_class(cell.recipe.method).needs_states and cell.recipe.thoughts.source == "cache"
+        # Of a task on which nothing is trained, each evaluation computes the few thoughts that it needs.
+        if reads and study.tasks[cell.task].trained_on is None:
+            for of, inputs in cached(cell.recipe):
+                held = frozenset(map(input_key, inputs))
+                found.setdefault((of.cache.path, cache_identity(of).folder_name, held), cell)
+    return list({cell.overrides: cell for cell in found.values()}.values())
+
+
+def _tell(text: str) -> None:
+    """On the first rank; they have not met yet."""
+    if os.environ.get("RANK", "0") == "0":
+        print(f"study: {text}", flush=True)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """The command; returns its exit code."""
+    parser = argparse.ArgumentParser(
+        prog="softcot-ds study", description="Methods by tasks by strategies by seeds, trained, evaluated and compared."
+    )
+    parser.add_argument("study", help="a YAML file; studies/ holds one")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of it, such as seeds=41..45")
+    parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    args = parser.parse_intermixed_args(argv)
+    return run_command(lambda: run_study(load_study(args.study, args.overrides)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())
