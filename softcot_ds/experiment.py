@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, partial
 from typing import Any, Literal
 
 from transformers import PreTrainedTokenizerBase
@@ -24,7 +24,7 @@ from softcot_ds.models.backbone import (
 )
 from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
-from softcot_ds.tasks import make_task
+from softcot_ds.tasks import Problem, make_task
 
 
 class Experiment:
@@ -90,11 +90,23 @@ class Experiment:
         """The examples, read and tokenized on first use."""
         limits = ContextLimits(context_length(self.assistant_config), context_length(self.base_config))
         recipe = self.recipe
-        splits = load_splits(self.task, recipe.task, recipe.targets, self.base_prompts, self.assistant_prompts, limits)
+        prompts, method = (self.base_prompts, self.assistant_prompts), method_class(recipe.method)
+        make = partial(method.make_example, recipe=recipe)
+        splits = load_splits(self.task, recipe.task, recipe.targets, *prompts, limits, make)
+        validation, test = ([self.example_at(one, None) for one in part] for part in (splits.validation, splits.test))
+        splits = replace(splits, validation=validation, test=test)
         for example in (*splits.train, *splits.validation, *splits.test):
             self._check_tokens("base", [*example.prefix_ids, *example.suffix_ids, *example.target_ids])
             self._check_tokens("assistant", example.assistant.token_ids)
         return replace(splits, notes=splits.notes + self._stopped_midway(splits.train))
+
+    def example_at(self, example: Example, step: int | None) -> Example:
+        """An example of the splits as the method reads it in an optimizer step, from 1 on; with None, in validation and
+        evaluation."""
+        return method_class(self.recipe.method).example_at(example, step, self.recipe, self._rest_ids)
+
+    def _rest_ids(self, problem: Problem, skipped: int | None) -> list[int]:
+        return self.base_prompts.target_ids(self.task.rest(problem, skipped))
 
     def count_epochs(self) -> Recipe:
         """The recipe, which from now on has steps in the place of epochs. Reads the data; see ``in_steps``."""

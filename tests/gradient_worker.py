@@ -6,6 +6,7 @@ thoughts one by one, ``lookup`` for tokens that the base's own module embeds as 
 """
 
 import sys
+from functools import partial
 from itertools import islice
 
 import torch
@@ -15,13 +16,12 @@ from kept import Kept
 from safetensors.torch import save_file
 from softcot_kernels import reference
 
-from softcot_ds.data.batches import collate, global_batches
 from softcot_ds.distributed import init_distributed, is_main, shut_down, sum_over_ranks, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.partition import data_ranks
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader
-from softcot_ds.training.batches import micro_batches
+from softcot_ds.training.batches import read_batch, training_batches
 from softcot_ds.training.engine import build_engine, build_model
 
 recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
@@ -42,19 +42,16 @@ for variant in variants:
     if "lookup" in overrides:
         model.table = model.embed = None
     engine = build_engine(model, recipe)
-    batches = global_batches([e.length for e in examples], recipe.training.global_batch_size, recipe.seed)
+    make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
+    batches = training_batches(examples, make_batch, recipe, ranks, 0, experiment.example_at)
     losses, micro_batch_counts = [], []
     for batch in islice(batches, recipe.training.steps):
-        num_labels = sum(len(examples[index].target_ids) for index in batch)
         total = 0.0
-        mine = micro_batches(batch, examples, recipe.training, ranks)
-        for number, micro in enumerate(mine, 1):
-            engine.set_gradient_accumulation_boundary(number == len(mine))
-            chosen = [examples[index] for index in micro]
-            tensors = collate(chosen, experiment.base_pad_id, engine.module.num_shared, engine.module.number)
-            tensors.thoughts = reader.read(chosen)
+        for number, make in enumerate(batch.micro_batches, 1):
+            engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
+            tensors = make()
             with Kept() as kept:
-                loss = engine(tensors) / (num_labels * ranks.alike)
+                loss = engine(tensors) / (batch.num_labels * ranks.alike)
             results.setdefault(f"{variant}/kept", torch.tensor(kept.bytes(engine.module)))
             engine.backward(loss * world_size())
             total = total + loss.detach()
@@ -63,7 +60,7 @@ for variant in variants:
                     results[f"{variant}/{name}"] = safe_get_full_grad(parameter).float().contiguous()
             engine.step()
         losses.append(total)
-        micro_batch_counts.append(len(mine))
+        micro_batch_counts.append(len(batch.micro_batches))
     if engine.module.prefixed is not None:
         results[f"{variant}/fuses_loss"] = torch.tensor(engine.module.prefixed.fuses_loss)
     results[f"{variant}/fuses_embedding"] = torch.tensor(engine.module.embed is not None)

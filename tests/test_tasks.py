@@ -7,6 +7,7 @@ import lzma
 import re
 import shutil
 import sys
+from dataclasses import replace
 from fractions import Fraction
 from types import SimpleNamespace
 
@@ -273,6 +274,16 @@ def test_gsm8k_targets_end_in_the_line_that_is_graded(gsm8k):
     assert task.is_correct(task.extract(task.target(problem)), problem)
 
 
+def test_a_step_of_a_solution_is_a_line_and_what_is_left_without_some_is_still_a_target(gsm8k):
+    task = gsm8k([{"question": "q", "answer": "3 + 4 = 7\n\n 7 * 2 = 14\nSo 14.\n#### 14"}])
+    (problem,) = task.read("train")
+    assert task.steps(problem) == ["3 + 4 = 7\n\n", " 7 * 2 = 14\n", "So 14."]
+    assert task.rest(problem, 0) == task.target(problem)
+    assert task.rest(problem, 2) == "So 14.\n#### 14"
+    assert task.rest(problem, 3) == task.rest(problem, 9) == task.rest(problem, None) == "#### 14"
+    assert task.steps(replace(problem, reasoning="")) == []
+
+
 @pytest.mark.parametrize(
     ("output", "verdict"),
     [
@@ -388,6 +399,15 @@ def test_the_target_of_a_word_problem_is_what_its_world_writes(words):
         assert [words.target(p) for p in problems] == [p.reasoning for p in expected]
         assert [p.answer for p in problems] == [str(p.counts[-1]) for p in expected]
         assert all(words.target(p).count("answer") == 1 and "answer" not in p.reasoning for p in problems)
+
+
+def test_a_word_problem_has_a_step_for_each_event(words):
+    for problem, expected in zip(words.read("train"), world.generate("train", 40, 1), strict=True):
+        steps = words.steps(problem)
+        assert len(steps) == len(expected.events)
+        assert [step.split()[0] for step in steps] == list(world.ORDINALS[: len(steps)])
+        assert words.rest(problem, 1) == expected.reasoning[len(steps[0]) :]
+        assert words.rest(problem, None) == words.rest(problem, 3) == f"answer {expected.answer}"
 
 
 def test_word_problems_of_the_splits_differ_and_are_the_same_in_every_run(words):

@@ -3,7 +3,7 @@
 import hashlib
 import random
 from array import array
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -69,6 +69,19 @@ def make_example(problem: Problem, target: str, base: BasePrompts, assistant: As
     )
 
 
+MakeExample = Callable[[Problem, str, BasePrompts, AssistantPrompts], Example]
+
+
+def example_without_assistant(problem: Problem, target: str, base: BasePrompts, num_thoughts: int) -> Example:
+    """A problem that no assistant reads: thoughts, where there are some, stand behind the prompt that has no room for
+    any."""
+    prompt = base.without_thoughts(problem.question).prefix_ids
+    # What comes first of a target is predicted by the last thought, or else by a token that is no part of the prefix.
+    before = len(prompt) - (num_thoughts == 0)
+    nobody = AssistantInput(problem.id, [], list(range(num_thoughts)))
+    return Example(problem, nobody, prompt[:before], prompt[before:], base.target_ids(target))
+
+
 def load_splits(
     task: Task,
     config: TaskConfig,
@@ -76,8 +89,12 @@ def load_splits(
     base: BasePrompts,
     assistant: AssistantPrompts,
     limits: ContextLimits,
+    make: MakeExample = make_example,
 ) -> Splits:
     """Read the task's data, cut the validation set, tokenize.
+
+    Args:
+        make: from a problem and what the base is to write to an example.
 
     Raises:
         SoftCoTError: malformed data, too few problems, or sequences longer than a model's context while
@@ -92,7 +109,7 @@ def load_splits(
     notes = [*dict.fromkeys(task.notes), *notes]
     splits = {}
     for name, chosen in problems.items():
-        examples = [make_example(problem, task.target(problem), base, assistant) for problem in chosen]
+        examples = [make(problem, task.target(problem), base, assistant) for problem in chosen]
         splits[name], note = _leave_out_long(examples, name, config.max_tokens, limits)
         notes += note
     own = None

@@ -4,7 +4,7 @@ B batch, T thoughts, K supervised tokens, P assistant width, D base width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Self
@@ -16,13 +16,19 @@ from transformers import PreTrainedModel
 
 from softcot_ds.choices import METHODS, chosen
 from softcot_ds.data.batches import Batch
-from softcot_ds.data.examples import Example
-from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.data.examples import Example, make_example
+from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.conditioning import Conditioning, Weights
 from softcot_ds.methods.projection import Projection
+from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.frozen_prefix import FrozenPrefix
 from softcot_ds.recipe import ProjectionConfig, Recipe
+from softcot_ds.tasks import Problem
+
+Rest = Callable[[Problem, int | None], list[int]]
+"""The tokens of what is to be written of a problem's solution without so many of its first steps; without all for None.
+"""
 
 
 @dataclass(frozen=True)
@@ -73,12 +79,26 @@ class Method(nn.Module, ABC):
         super().__init__()
         self.base = base
         self.assistant = assistant
+        self.table: CompactTable | None = None
+        """Of the tokens that batches hold; None where the base's own table is asked."""
 
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         """Raises SoftCoTError where the recipe asks for what this method cannot do."""
         if cls.projection_class is None and recipe.projection != ProjectionConfig():
             raise SoftCoTError(f"method={recipe.method} projects nothing: leave the section projection out")
+
+    @classmethod
+    def make_example(
+        cls, problem: Problem, target: str, base: BasePrompts, assistant: AssistantPrompts, recipe: Recipe
+    ) -> Example:
+        """A problem as tokens; ``target`` is what the base is to write, of all steps of the training the longest."""
+        return make_example(problem, target, base, assistant)
+
+    @classmethod
+    def example_at(cls, example: Example, step: int | None, recipe: Recipe, rest: Rest) -> Example:
+        """An example as it is read in an optimizer step, from 1 on; with None, in validation and evaluation."""
+        return example
 
     @classmethod
     @abstractmethod

@@ -6,7 +6,7 @@ import inspect
 import re
 from abc import ABC, abstractmethod
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import ClassVar, Literal, Self
 
@@ -84,6 +84,8 @@ class Task(ABC):
     sizes: ClassVar[Sizes | None] = None
     """Of what is published, for plans where the data does not lie here; None where it is the user's own, or made."""
     kind: Kind = KINDS["number"]
+    step_begins: ClassVar[re.Pattern[str]] = re.compile(r"(?<=\n)(?=[^\S\n]*\S)")
+    """Between two steps of a worked solution: here a step is a line."""
 
     def __init__(self, config: TaskConfig) -> None:
         self.config = config
@@ -132,6 +134,16 @@ class Task(ABC):
     @abstractmethod
     def target(self, problem: Problem) -> str:
         """The text that the base is trained to write: reasoning, then the answer."""
+
+    def steps(self, problem: Problem) -> list[str]:
+        """The steps of the worked solution, which put together are all of it; none where it has none."""
+        return [step for step in self.step_begins.split(problem.reasoning) if step.strip()]
+
+    def rest(self, problem: Problem, skipped: int | None) -> str:
+        """``target`` without the first steps; without all of them where ``skipped`` is None."""
+        steps = self.steps(problem)
+        left = [] if skipped is None else steps[skipped:]
+        return self.target(replace(problem, reasoning="".join(left)))
 
     def under(self, rule: str) -> Self:
         """The same task, whose answers are found by the rule of this name."""

@@ -32,4 +32,4 @@ class GSM8K(DataTask):
         return Problem(record["question"].strip(), reasoning, match["answer"].strip())
 
     def target(self, problem: Problem) -> str:
-        return f"{problem.reasoning}\n#### {problem.answer}"
+        return f"{problem.reasoning}\n#### {problem.answer}".lstrip("\n")

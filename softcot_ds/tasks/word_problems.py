@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from dataclasses import replace
 from typing import Literal
 
-from softcot_ds.pair.world import Choice, Claim, WordProblem, generate
+from softcot_ds.pair.world import ORDINALS, Choice, Claim, WordProblem, generate
 from softcot_ds.tasks.base import Problem, Task
 from softcot_ds.tasks.kinds import KINDS, Kind
 from softcot_ds.tasks.options import LETTERS
@@ -31,6 +31,7 @@ class WordProblems(Task):
 
     most_generated = 100_000  # they take a second for some thousands, and there are not endlessly many different ones
     kind = Kind("number", _after_answer)
+    step_begins = re.compile(rf"(?<= )(?=(?:{'|'.join(ORDINALS)}|now)\b)")
     announces = "answer"
     """What the base writes before the answer."""
 

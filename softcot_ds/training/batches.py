@@ -1,6 +1,7 @@
 """The training data as each rank's micro-batches."""
 
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 
@@ -55,18 +56,44 @@ def micro_batches(
     return parts[ranks.number :: ranks.count]
 
 
+@dataclass(frozen=True)
+class GlobalBatch:
+    """What an optimizer step is taken on."""
+
+    indices: list[int]
+    """Of its examples."""
+    num_labels: int
+    """Supervised tokens, over all ranks."""
+    micro_batches: list[Callable[[], Batch]]
+    """What makes this rank's micro-batches; each rank has as many."""
+
+
 def training_batches(
-    examples: Sequence[Example], make_batch: MakeBatch, recipe: Recipe, ranks: DataRanks, start: int
-) -> Iterator[tuple[list[int], list[Callable[[], Batch]]]]:
-    """For each optimizer step after step ``start``: its global batch, as indices of examples, and what makes this
-    rank's micro-batches of it, of which each rank has as many."""
+    examples: Sequence[Example],
+    make_batch: MakeBatch,
+    recipe: Recipe,
+    ranks: DataRanks,
+    start: int,
+    example_at: Callable[[Example, int], Example] = lambda example, step: example,
+) -> Iterator[GlobalBatch]:
+    """Of each optimizer step after step ``start``.
+
+    Args:
+        example_at: an example as it is read in an optimizer step.
+    """
     on_gpu = device().type == "cuda"
 
-    def make(indices: list[int]) -> Batch:
-        made = make_batch([examples[index] for index in indices])
+    def make(read: Sequence[Example]) -> Batch:
+        made = make_batch(read)
         return made.pin_memory() if on_gpu else made  # a copy to the GPU does not wait then for the work before it
 
     lengths = [example.length for example in examples]
-    for batch in islice(global_batches(lengths, recipe.training.global_batch_size, recipe.seed), start, None):
-        mine = micro_batches(batch, examples, recipe.training, ranks)
-        yield batch, [partial(make, indices) for indices in mine]
+    batches = islice(global_batches(lengths, recipe.training.global_batch_size, recipe.seed), start, None)
+    for step, indices in enumerate(batches, start + 1):
+        read = [example_at(examples[index], step) for index in indices]
+        mine = micro_batches(list(range(len(read))), read, recipe.training, ranks)
+        yield GlobalBatch(
+            indices,
+            sum(len(example.target_ids) for example in read),
+            [partial(make, [read[place] for place in places]) for places in mine],
+        )

@@ -1,6 +1,5 @@
 """The training loop."""
 
-from collections.abc import Callable
 from dataclasses import asdict
 from functools import partial
 from itertools import islice
@@ -11,7 +10,6 @@ from typing import Any
 import torch
 
 from softcot_ds.adapter import adapter_config
-from softcot_ds.data.batches import Batch
 from softcot_ds.distributed import DataRanks, barrier, device, init_distributed, on_main, say, set_timeout, world_size
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
@@ -21,7 +19,13 @@ from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import Journal, checkpoint_step
 from softcot_ds.thoughts.reader import ThoughtReader
-from softcot_ds.training.batches import accumulation_steps, check_micro_batches, read_batch, training_batches
+from softcot_ds.training.batches import (
+    GlobalBatch,
+    accumulation_steps,
+    check_micro_batches,
+    read_batch,
+    training_batches,
+)
 from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
 from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.memory import expected_memory
@@ -68,19 +72,18 @@ def _train(recipe: Recipe) -> None:
     check_micro_batches(splits.train, config, ranks)
     engine = _prepare_engine(experiment, recipe, reader, ranks, folder)
     make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
-    batches = training_batches(splits.train, make_batch, recipe, ranks, start)
+    batches = training_batches(splits.train, make_batch, recipe, ranks, start, experiment.example_at)
     validator = Validator(engine, splits.validation, make_batch, experiment, ranks)
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
     record = Record(recipe, splits.train, start)
     profiler = StepProfiler(recipe)
 
-    for step, (batch, micro_batches) in enumerate(islice(batches, config.num_steps - start), start + 1):
+    for step, batch in enumerate(islice(batches, config.num_steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
-        num_labels = sum(len(splits.train[index].target_ids) for index in batch)
         with profiler.step(step):
-            loss, *work = _take_step(engine, micro_batches, learning_rate, num_labels, ranks, record.timer)
-        record.window.add(step, batch, loss, *work)
+            loss, *work = _take_step(engine, batch, learning_rate, ranks, record.timer)
+        record.window.add(step, batch.indices, loss, *work)
 
         # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
         skipped = not engine.was_step_applied()
@@ -91,7 +94,7 @@ def _train(recipe: Recipe) -> None:
         validating = bool(splits.validation) and (step % config.validate_every == 0 or last) and stopping is None
         pausing = saving or validating or profiler.ends_with(step)  # for what may take longer than a step
         if step % config.log_every == 0 or step == start + 1 or pausing or skipped:
-            record.report(step, batch, learning_rate, engine, skipped, folder)
+            record.report(step, batch.indices, learning_rate, engine, skipped, folder)
         if pausing:
             set_timeout(config.timeout_minutes)
         if saving:
@@ -142,30 +145,25 @@ def _prepare_engine(
 
 
 def _take_step(
-    engine: Any,
-    micro_batches: list[Callable[[], Batch]],
-    learning_rate: float,
-    num_labels: int,
-    ranks: DataRanks,
-    timer: PhaseTimer,
+    engine: Any, batch: GlobalBatch, learning_rate: float, ranks: DataRanks, timer: PhaseTimer
 ) -> tuple[torch.Tensor, float, float]:
     """One optimizer step; returns this rank's share of the loss, of the tokens, and of the floating-point operations.
 
-    The loss is the mean over the ``num_labels`` supervised tokens of the whole global batch, wherever they are
-    computed. DeepSpeed divides by the ranks, which hold different numbers of tokens: undo that here.
+    The loss is the mean over the supervised tokens of the whole global batch, wherever they are computed. DeepSpeed
+    divides by the ranks, which hold different numbers of tokens: undo that here.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
     losses, num_tokens, operations = [], 0, 0
-    for number, make_batch in enumerate(micro_batches, 1):
-        engine.set_gradient_accumulation_boundary(number == len(micro_batches))
+    for number, make_batch in enumerate(batch.micro_batches, 1):
+        engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
         with timer.phase("data"):
             micro = make_batch()
             num_tokens += micro.num_tokens
             operations += engine.module.operations(micro)
             micro = micro.to(device())
         with timer.phase("forward"):
-            loss = engine(micro) / (num_labels * ranks.alike)
+            loss = engine(micro) / (batch.num_labels * ranks.alike)
         with timer.phase("backward"):
             # Where the loss is not finite, this makes the gradient NaN also if it were not: so no step is taken.
             engine.backward(loss * (world_size() + 0 * loss.detach()))
