@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
 
 from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import STRATEGIES, one_of
@@ -14,9 +14,12 @@ Condition = Literal["learned", "shuffled", "mean", "zero", "placeholder", "none"
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("thoughts", "samples", "read", "partition", "placeholder", "static_adapter", "outputs"),
+    *("draft", "thoughts", "samples", "read", "partition", "placeholder", "static_adapter", "outputs"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
+
+DRAFT = 4
+"""``draft`` where ``speculative`` alone is asked for."""
 
 
 class EvaluationConfig(Section):
@@ -32,7 +35,11 @@ class EvaluationConfig(Section):
     """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
     strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
     """How an answer is reached, under every condition. single: it is what is written after the prompt.
-    self_consistency: it is the majority of the samples, each of which is reached so."""
+    self_consistency: it is the majority of the samples, each of which is reached so. speculative: short for single with
+    draft: 4."""
+    draft: int = Field(0, ge=0, le=64)
+    """Tokens that the assistant writes ahead for each pass of the base, which decides what becomes of them: greedily
+    the outputs stay the same, sampled ones have the same distribution. Both models need the same tokens. 0 for none."""
     batch_size: Count = 16
     """Problems decoded together on a rank, or whose solutions are read together. Decoding is divided among ranks in
     portions of at least two such batches."""
@@ -69,6 +76,16 @@ class EvaluationConfig(Section):
         if self.strategy == "single":
             return {}
         return self.model_dump(mode="json", exclude=_NOT_A_STRATEGYS)
+
+    @model_validator(mode="before")
+    @classmethod
+    def _speculative_is_a_way_to_decode(cls, values: Any) -> Any:
+        """It changes how tokens are made and not which, whatever the strategy."""
+        if not isinstance(values, dict) or values.get("strategy") != "speculative":
+            return values
+        if values.get("draft") == 0:
+            raise ValueError("strategy: speculative, and draft is 0; set draft to some tokens, such as 4")
+        return {"draft": DRAFT} | values | {"strategy": "single"}
 
     @field_validator("conditions")
     @classmethod

@@ -22,6 +22,7 @@ from softcot_ds.models.backbone import (
     vocabulary,
     width,
 )
+from softcot_ds.models.drafting import check_drafting
 from softcot_ds.progress import count
 from softcot_ds.recipe import ModelConfig, Recipe
 from softcot_ds.tasks import Problem, make_task
@@ -48,6 +49,9 @@ class Experiment:
         self._check_tokens("base", [self.base_prompts.end_of_turn_id])
         self._check_tokens("assistant", self.assistant_prompts.placeholder_ids)
         states_layer(recipe)
+        if recipe.evaluation.draft:
+            tokenizers = self.assistant_tokenizer, self.base_tokenizer
+            check_drafting(recipe, tokenizers, (self.assistant_config, self.base_config))
         if "text" in recipe.evaluation.conditions:
             _ = self.assistant_prompts.stop_ids  # what is wrong with them is said now, not when the words are asked for
         if "placeholder" in recipe.evaluation.conditions:

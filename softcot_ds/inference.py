@@ -20,9 +20,10 @@ from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import method_class
 from softcot_ds.methods.projection import Projection
 from softcot_ds.methods.trial import load_assistant
-from softcot_ds.models.assistant import compute_thoughts
+from softcot_ds.models.assistant import compute_thoughts, states_layer
 from softcot_ds.models.backbone import context_length, partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
+from softcot_ds.models.drafting import Drafter
 from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.recipe import Recipe
@@ -101,6 +102,11 @@ class Adapter:
         spare_of = partial(spare_to_decode, self.recipe, partition)
         return load_to_decode(self.recipe.base, self.recipe, partition, spare_of)
 
+    @cached_property
+    def drafter(self) -> Drafter | None:
+        """What writes ahead of the base where ``evaluation.draft`` says so; its model is loaded when it first does."""
+        return Drafter.of(self.recipe)
+
     def answer(self, questions: Sequence[str], with_thoughts: bool = True) -> list[str]:
         """The base's answer to each question, decoded as the recipe's ``evaluation`` says.
 
@@ -177,6 +183,10 @@ class Adapter:
             if self._needs_states:
                 _ = self.assistant
         _ = self.base
+        if self.drafter:
+            if with_thoughts and self._needs_states and states_layer(self.recipe) is None:
+                self.drafter.model = self.assistant  # all of its layers are there already
+            _ = self.drafter.model
 
     def outputs(self, questions: Sequence[Question]) -> list[Output]:
         """What the base writes for each question, all of them with thoughts or all without."""
@@ -188,7 +198,15 @@ class Adapter:
         prompts = [question.prompt for question in questions]
         settings = self.recipe.evaluation
         stop_ids = self.experiment.base_prompts.stop_ids
-        return decode(self.base, prompts, thoughts, stop_ids, Sampling.of(settings), batch_size=settings.batch_size)
+        return decode(
+            self.base,
+            prompts,
+            thoughts,
+            stop_ids,
+            Sampling.of(settings),
+            batch_size=settings.batch_size,
+            drafter=self.drafter,
+        )
 
     @torch.no_grad()
     def _thoughts(self, questions: Sequence[Question]) -> torch.Tensor:

@@ -26,7 +26,7 @@ class Scribe:
     def ending(self, prompt):
         return self.ENDINGS[sum(prompt.prefix_ids) % len(self.ENDINGS)]
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples, drafter):
         self.batches.append(list(prompts))
         outputs = []
         for number, seed in enumerate(seeds):

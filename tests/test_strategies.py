@@ -60,7 +60,7 @@ class Guesser(Scribe):
         self.patience = patience
         self.said = {}
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples, drafter):
         if len(self.batches) == self.patience:
             raise KeyboardInterrupt
         prompts = [prompt for prompt in prompts for _ in range(samples)]

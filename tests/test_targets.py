@@ -54,7 +54,7 @@ class Solver:
         self.by_prompt = {tuple(ask(example.problem.question).prefix_ids): example for example in examples}
         return recipe
 
-    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples):
+    def __call__(self, model, prompts, thoughts, stop_ids, sampling, table, batch_size, seeds, samples, drafter):
         assert thoughts is None
         assert sampling == Sampling(40, 0.7)
         examples = [self.by_prompt[tuple(prompt.prefix_ids)] for prompt in prompts]

@@ -10,15 +10,21 @@ from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
 from softcot_ds.models.decoding import Output, Sampling, decode, portions, try_decoding
+from softcot_ds.models.drafting import Drafter
 from softcot_ds.models.embedding import CompactTable
 
 
 class Decoder:
     """Decodes prompts as jobs of a worker, whose batches are portions here."""
 
-    def __init__(self, worker: Worker, stop_ids: list[int], context: int) -> None:
-        """``context`` is the longest sequence that the model takes, tokens."""
+    def __init__(self, worker: Worker, stop_ids: list[int], context: int, drafter: Drafter | None = None) -> None:
+        """
+        Args:
+            context: the longest sequence that the model takes, tokens.
+            drafter: for the model, on a rank that has something to decode.
+        """
         self.worker = worker
+        self._drafter = drafter
         self._stop_ids = stop_ids
         self._context = context
         self._noted: set[str] = set()
@@ -53,7 +59,7 @@ class Decoder:
             given = None if thoughts is None else thoughts(portion)
             seeds = [seed_of(seed, index, draw) for index in portion for draw in draws]
             asked, count = [prompts[index] for index in portion], len(draws)
-            outputs = decode(model, asked, given, self._stop_ids, sampling, table, size, seeds, count)
+            outputs = decode(model, asked, given, self._stop_ids, sampling, table, size, seeds, count, self._drafter)
             return [outputs[number::count] for number in range(count)]
 
         settings = {
@@ -62,6 +68,8 @@ class Decoder:
             "sampling": drawn if sampling.temperature else "greedy",
             "portions": len(portions([0] * len(prompts), size)),
         }
+        if self._drafter:  # they decide which outputs are sampled, and what is read together: the rounding
+            settings["draft"] = self._drafter.identity
         shown = f"{name} (draw {draw + 1})" if draw else name
         return self.worker.job(
             shown,
@@ -72,8 +80,14 @@ class Decoder:
             lambda output: Output(**output),
             cut=portions,
             draw=draw,
-            prepare=try_decoding,
+            prepare=self._prepare,
         )
+
+    def _prepare(self, model: PreTrainedModel) -> None:
+        """What is no part of the time that outputs take."""
+        try_decoding(model)
+        if self._drafter:
+            try_decoding(self._drafter.model)
 
     def _check_room(
         self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, max_new_tokens: int

@@ -93,7 +93,7 @@ def _ask_all(
     written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
     conditions = Conditions(adapter, examples, loaded.release)
     worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint, loaded)
-    decoder = Decoder(worker, experiment.base_prompts.stop_ids, context)
+    decoder = Decoder(worker, experiment.base_prompts.stop_ids, context, adapter.drafter)
     posed: dict[Condition, Posed] = {}
     inquiries: dict[Condition, _Inquiry] = {}
     words = Spent()

@@ -15,8 +15,10 @@ fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head
 decoding.py       decoding with thoughts in the prompt, each model in the way that a trial finds
 refill.py         waiting prompts take the place of outputs that have ended; what they have in common is read once
+rows.py           rows that are decoded together: what each has written, their keys and values
+drafting.py       the assistant writes ahead of the base
 reading.py        prompts as a model reads them: padded, thoughts in place
-sampling.py       which token comes next, by random numbers of the output's own
+sampling.py       which token comes next, by random numbers of the output's own; which drafts are accepted
 scoring.py        losses of texts after prompts with thoughts
 operations.py     how many operations a step takes
 toy.py            a small model made from a configuration, to try what is not loaded yet

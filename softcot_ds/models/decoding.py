@@ -24,11 +24,13 @@ from softcot_ds.backbone_config import Partition
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import any_rank, max_over_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.backbone import context_length, keeps_keys_and_values, load_to_run
+from softcot_ds.models.backbone import context_length, keeps_keys_and_values, load_to_run, vocabulary
+from softcot_ds.models.drafting import Drafter, DraftRows
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import needs_all_ranks
 from softcot_ds.models.reading import PADDING, Prompts, Reading
-from softcot_ds.models.refill import Rows, Writing, decode_refilled
+from softcot_ds.models.refill import decode_refilled
+from softcot_ds.models.rows import Rows, Writing
 from softcot_ds.models.sampling import Chooser, Sampling
 from softcot_ds.recipe import ModelConfig, Recipe
 
@@ -56,6 +58,12 @@ class Output:
     """Without the stop token; of any tokens when it is made. Four bytes each: an evaluation keeps all it decodes."""
     cut: bool
     """It ended at ``max_new_tokens`` or at the end of the context, not at a stop token."""
+    passes: int = field(default=0, compare=False)
+    """Of the model over it, the reading of its prompt among them; 0 where nobody has counted."""
+    drafted: int = field(default=0, compare=False)
+    """Tokens that another model had drafted for these passes."""
+    accepted: int = field(default=0, compare=False)
+    """Tokens that came of drafts, the stop token among them."""
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "token_ids", array("i", self.token_ids))
@@ -86,6 +94,7 @@ def decode(
     batch_size: int | None = None,
     seeds: Sequence[int] | None = None,
     samples: int = 1,
+    drafter: Drafter | None = None,
     progress: Callable[[int], object] = lambda ended: None,
 ) -> list[Output]:
     """Continue prompts, up to the end of the model's context. What comes out of each is what does alone.
@@ -107,14 +116,16 @@ def decode(
         batch_size: how many outputs are written at a time; all by default.
         seeds: of each output's random numbers; drawn from torch's where they are not given.
         samples: outputs of each prompt.
+        drafter: writes tokens ahead, and saves passes. Greedily, outputs are the same without it, but for rounding;
+            sampled ones are others of the same distribution.
         progress: is told how many outputs have ended, now and then.
 
     Returns:
         The outputs: all of the first prompt, then of the next.
 
     Raises:
-        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), its context has no room, or the
-            table lacks a token.
+        SoftCoTError: the model cannot continue such prompts (see ``try_decoding``), or drafts cannot be taken back; its
+            context has no room, or the table lacks a token.
     """
     num_thoughts = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
     outputs = _begin(model, prompts, num_thoughts, sampling.max_new_tokens, samples)
@@ -122,11 +133,27 @@ def decode(
         seeds = torch.randint(2**62, (len(outputs),)).tolist() if sampling.temperature else [0] * len(outputs)
     way, size = try_decoding(model), batch_size or max(1, len(outputs))
     asked, choose = Prompts(prompts, thoughts_BTD, table), Chooser(sampling, seeds)
+    draft_rows = None if drafter is None else _rows_to_draft(model, drafter, asked, choose)
     if way == "refilled":
-        decode_refilled(model, outputs, asked, choose, set(stop_ids), size, progress)
+        decode_refilled(model, outputs, asked, choose, set(stop_ids), size, progress, draft_rows)
     else:
         _decode_in_batches(model, outputs, asked, choose, stop_ids, 1 if way == "one by one" else size, progress)
-    return [Output(output.token_ids, output.cut) for output in sorted(outputs, key=lambda output: output.number)]
+    return [
+        Output(output.token_ids, output.cut, output.passes, output.drafted, output.accepted)
+        for output in sorted(outputs, key=lambda output: output.number)
+    ]
+
+
+def _rows_to_draft(model: PreTrainedModel, drafter: Drafter, prompts: Prompts, choose: Chooser) -> DraftRows:
+    """Raises SoftCoTError where one of the two models cannot take tokens back."""
+    for each in (model, drafter.model):
+        if (way := try_decoding(each)) != "refilled":
+            raise SoftCoTError(
+                f"{type(each).__name__} cannot take back drafts that are not accepted: a trial shows that it is to be "
+                f"decoded {way}, as it keeps something else than keys and values, or takes padding for tokens; set "
+                "evaluation.draft=0, or take another model"
+            )
+    return DraftRows(drafter.model, drafter.count, prompts, choose, vocabulary(model.config))
 
 
 def _begin(
@@ -272,30 +299,36 @@ class _Said:
     logits: list[torch.Tensor] = field(default_factory=list)
     """(V,) each: after the prompt, and after every token but the last."""
 
-    def add(self, logits_V: torch.Tensor) -> None:
+    def add(self, logits_V: torch.Tensor, token: int | None = None) -> None:
+        """``token``: what is written instead of the likeliest."""
         self.logits.append(logits_V)
-        self.tokens.append(int(logits_V.argmax()))
+        self.tokens.append(int(logits_V.argmax()) if token is None else token)
 
 
 def _say_refilled(model: PreTrainedModel, prompts: Prompts) -> list[_Said]:
-    """Two rows of unequal length are read together; one goes, and another joins that is read behind shared tokens; the
-    longer one goes, which makes the cache shorter."""
+    """Two rows of unequal length are read together, then three tokens more of each, of which they keep one and two; one
+    goes, and another joins that is read behind shared tokens; the longer one goes, which makes the cache shorter."""
     rows, gone, first, second = Rows(model), _Said(0), _Said(1), _Said(0)
 
     def hear(said: list[_Said], logits_RV: torch.Tensor) -> None:
         for each, logits_V in zip(said, logits_RV, strict=True):
             each.add(logits_V)
 
-    def write(said: list[_Said]) -> None:
-        hear(said, rows.write(torch.tensor([each.tokens[-1] for each in said])))
+    def write(said: list[_Said], *drafts: int) -> torch.Tensor:
+        return rows.write(torch.tensor([[each.tokens[-1], *drafts] for each in said]))
 
     rows.read_shared(prompts.read_tokens(prompts.shared))
     hear([gone, first], rows.begin([], [], prompts.read([0, 1], rows.shared), [0, 1]))
-    write([gone, first])
+    begun_R, drafts = rows.lengths_R, prompts.prompts[1].prefix_ids[:2]
+    of_gone, of_first = write([gone, first], *drafts)
+    gone.add(of_gone[0])
+    first.add(of_first[0], drafts[0])
+    first.add(of_first[1])
+    rows.cut(begun_R + torch.tensor([1, 2]))
     hear([second], rows.begin([1], [], prompts.read([0], rows.shared), [0]))
-    write([first, second])
-    rows.keep([1])
-    write([second])
+    hear([first, second], write([first, second])[:, 0])
+    rows.begin([1])
+    hear([second], write([second])[:, 0])
     return [gone, first, second]
 
 

@@ -70,11 +70,13 @@ def decoding_memory(planner: Planner, way: Way) -> float:
     memory = planner.held(*holding) + planner.resident_bytes(way) + planner.most_gathered(*holding)
     new_tokens = planner.recipe.evaluation.max_new_tokens
     memory += planner.decoding_bytes(*holding[:2], way.micro_batch, planner.prompt, new_tokens, others_wait=True)
+    memory += planner.drafting_bytes(way.micro_batch, new_tokens)
     return max(memory, planner.to_load(*holding))
 
 
 def decoding(planner: Planner, cluster: Cluster, holding: tuple[str, int, int], rows: int) -> Decoding:
-    """The test problems under all conditions, ``rows`` of a rank together.
+    """The test problems under all conditions, ``rows`` of a rank together. Time is that without drafts: how many are
+    accepted is not known before.
 
     Args:
         holding: partition, ranks that share a copy, bits.

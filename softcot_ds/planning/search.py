@@ -15,7 +15,7 @@ from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.models.limits import Gathers, derive, most_gathered
 from softcot_ds.models.partition import gathers_of, make_layers_leaves
 from softcot_ds.models.quantized import FewBits, packed_bytes
-from softcot_ds.models.refill import ROOM
+from softcot_ds.models.rows import ROOM
 from softcot_ds.planning.hardware import Cluster
 from softcot_ds.planning.lengths import Data, Lengths
 from softcot_ds.planning.memory import GIB, shared_bytes, trained_bytes
@@ -301,6 +301,20 @@ class Planner:
         # What was read is held, and rows are put together of it.
         most = written + max(reading, 2 * token * prompt, beside) if others_wait else max(reading, written + beside)
         return most + 4 * _LOGITS * rows * self.shape.vocabulary
+
+    def drafting_bytes(self, rows: int, new_tokens: int) -> float:
+        """Bytes that an assistant takes which drafts in evaluation: it is whole on each rank and has keys and values of
+        its own, and the base has logits to choose more tokens by. 0 where it does not."""
+        count = self.recipe.evaluation.draft
+        if not count:
+            return 0.0
+        itemsize = 4 if self.recipe.assistant.dtype == "float32" else 2
+        token = rows * self.assistant.keys_values * itemsize
+        # As many prompts as rows are read while these are there still, held, and put together with them.
+        states = token * (3 * self.prompt + -(-new_tokens // ROOM) * ROOM)
+        logits = 4 * _LOGITS * rows * (self.assistant.vocabulary + count * self.shape.vocabulary)
+        # Where tokens are sampled, each draft's distribution is kept.
+        return itemsize * self.assistant.total + states + logits + 4 * rows * count * self.assistant.vocabulary
 
     def memory(self, way: Way, ranks: int) -> dict[str, float]:
         """Bytes of a GPU in training, by part."""
