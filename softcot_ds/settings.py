@@ -102,6 +102,8 @@ def _explain(detail: Any, section: type[BaseModel]) -> list[str]:
         case "extra_forbidden" if location == "projection.kind":
             now = METHOD_OF_KIND.get(str(detail["input"]), "NAME")
             return [f"{location}: what is trained is named outside of all sections; write method: {now} in its place"]
+        case "int_type" | "int_parsing" if location == "seed":
+            found += "; several are seeds=41..45 or seeds=[41,42], on the command line of evaluate, cache or submit"
         case "int_type" if location == "evaluation.thoughts" and isinstance(detail["input"], list):
             return [f"{location}: a list only on the command line of evaluate, cache or submit; here one number"]
         case "extra_forbidden":

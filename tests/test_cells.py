@@ -110,6 +110,8 @@ def test_cells_are_ordinary_recipes_of_runs_of_their_own_that_share_outputs(tmp_
         ),
         (evaluate, ["seeds=1..2", "training.stepz=3"], "training.stepz: unknown key; did you mean training.step"),
         (train, ["seeds=1..2"], "seeds: only on the command line of evaluate, cache or submit; a run has one seed"),
+        (train, ["seed=41..45"], "seed: input should be a valid integer, found '41..45'; several are seeds=41..45 or"),
+        (evaluate, ["seed=[41,42]"], "seed: input should be a valid integer, found [41, 42]; several are seeds="),
         (
             train,
             ["evaluation.thoughts=[1,2]"],
