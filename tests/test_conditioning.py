@@ -129,27 +129,44 @@ def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant
     assert (thoughts - means).square().mean().sqrt().item() == pytest.approx(rms, rel=1e-3)
 
 
-@pytest.mark.parametrize("condition", CONDITIONS)
-def test_slots_that_differ_more_than_questions_leave_the_size_of_what_varies(states, condition):
-    apart = states + 1000 * torch.arange(3.0)[:, None]
-    running = RunningMoments(*apart.shape[1:])
-    running.add(apart)
+def sized(states: torch.Tensor, condition: str) -> tuple[dict[str, torch.Tensor], float, float]:
+    """Weights for states, and the lengths of the constant and of the varying part of their thoughts, where a token's is
+    1; by their definitions."""
+    running = RunningMoments(*states.shape[1:])
+    running.add(states)
     found = running.moments()
-    made = conditioning(found, condition)
-    sized = token_sized(random_weights(), ENTRY, made, found.within_PP, found.between_TP, 0.5)
-    thoughts = made(apart) @ sized["weight"].T + sized["bias"]
+    made, weights = conditioning(found, condition), random_weights()
+    weights["weight"] = weights["weight"][:, : states.shape[-1]]
+    made_of = token_sized(weights, ENTRY, made, found.own_PP, found.within_PP, found.between_TP, 7**-0.5)
+    thoughts = made(states) @ made_of["weight"].T + made_of["bias"]
     means = thoughts.mean(dim=0)
-    assert (thoughts - means).square().mean().sqrt().item() == pytest.approx(0.5, rel=1e-3)
-    assert means.square().mean().sqrt() > 0.5
-    assert not sized["bias"].any()
+    lengths = (part.square().sum(dim=-1).mean().sqrt().item() for part in (means, thoughts - means))
+    return made_of, *lengths
 
 
-def test_both_sizes_are_those_of_the_weights_that_were_drawn(moments):
-    weights, made = random_weights(), conditioning(moments, "whiten")
-    sized = token_sized(weights, ENTRY, made, moments.within_PP, moments.between_TP, 0.5)
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_slots_whose_own_constants_are_fifty_times_what_varies_begin_no_longer(states, condition):
+    """In two of five directions, in which questions differ, too."""
+    apart = states.mean(dim=(0, 1)) + states - states.mean(dim=0)
+    apart += 50 * apart.std(dim=0).norm(dim=-1).mean() * torch.eye(3, 5)
+    assert sized(apart, condition)[1:] == pytest.approx((1, 1), rel=1e-3)
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_where_questions_differ_in_what_slots_differ_in_alone_the_bias_adds_nothing(states, condition):
+    apart = states[..., :2] + 50 * torch.tensor([[1.0, 0], [0, 1], [-1, -1]])
+    weights, constant, varying = sized(apart, condition)
+    assert varying == pytest.approx(1, rel=1e-3)
+    assert constant > 10
+    assert not weights["bias"].any()
+
+
+@pytest.mark.parametrize("condition", CONDITIONS)
+def test_where_slots_do_not_differ_first_weights_are_those_that_were_drawn_but_for_their_size(states, condition):
+    weights, *_ = sized(states - states.mean(dim=0), condition)
     for name in ENTRY:
-        ratio = sized[name] / weights[name]
-        torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-12, atol=0)
+        ratio = weights[name] / random_weights()[name]
+        torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-6, atol=0)
 
 
 @pytest.mark.parametrize(

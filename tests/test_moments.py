@@ -43,6 +43,18 @@ def test_moments_are_those_of_all_rows_however_they_come(portions, dtype):
     check(running.moments(), rows)
 
 
+@pytest.mark.parametrize("count", [40, 1])
+def test_what_is_taken_for_a_questions_own_part_is_nearest_to_it(count):
+    """By numpy's least squares over all states; of one question, whose states do not vary, there is none."""
+    rows = massive(count) + 20 * torch.eye(3, 5)
+    running = RunningMoments(3, 5)
+    running.add(rows)
+    rows = rows.double().numpy()
+    centred, own = ((rows - rows.mean(axis=axes)).reshape(-1, 5) for axes in ((0, 1), 0))
+    wanted = np.linalg.lstsq(centred, own, rcond=1e-9)[0]
+    np.testing.assert_allclose(centred @ running.moments().own_PP.numpy().T, centred @ wanted, rtol=0, atol=1e-9)
+
+
 @pytest.mark.parametrize("portions", [[13, 27], [40, 0]])
 def test_ranks_have_the_moments_of_all_their_rows(monkeypatch, portions):
     """Threads in the place of ranks; one may have no row at all."""

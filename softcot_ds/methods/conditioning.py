@@ -120,28 +120,31 @@ def token_sized(
     weights: Weights,
     entry: tuple[str, str],
     conditioning: Conditioning,
+    own_PP: torch.Tensor,
     within_PP: torch.Tensor,
     between_TP: torch.Tensor,
     rms: float,
 ) -> Weights:
     """The weights, in float64, of an affine projection of conditioned states, scaled: the part of its thoughts that
-    varies with the question has the root mean square ``rms``.
+    varies with the question has the root mean square ``rms``, and so has the constant part.
 
-    So has the constant part, unless the slots' own constants alone are longer than that: then the bias is zero.
+    The slots' own constants would be in the latter, which no bias takes away, and of states they may be many times what
+    varies with the question. So the weight is first made one of the states' own parts, as well as these can be told:
+    next to blind to what only slots differ in. Where questions differ in nothing else, the constant part stays longer,
+    and the bias is zero.
 
     Args:
+        own_PP: of a state less the mean of all, what is to be taken for what varies with the question, float64.
         within_PP: covariance of the states about the mean of their slot, float64; not zero.
         between_TP: mean of each slot less the mean of all, float64.
     """
     weight, bias = (weights[name].double() for name in entry)
     size = rms * len(bias) ** 0.5
-
-    def of_states(weight: torch.Tensor) -> torch.Tensor:
-        return weight if conditioning.matrix_PP is None else weight @ conditioning.matrix_PP.double()
-
-    plain = of_states(weight)
-    weight = weight * (size / (plain @ within_PP * plain).sum().sqrt())
-    of_slots = (of_states(weight) @ between_TP.T).square().sum() / len(between_TP)
+    matrix_PP = None if conditioning.matrix_PP is None else conditioning.matrix_PP.double()
+    plain = (weight if matrix_PP is None else weight @ matrix_PP) @ own_PP
+    plain = plain * (size / (plain @ within_PP * plain).sum().sqrt())
+    weight = plain if matrix_PP is None else torch.linalg.solve(matrix_PP, plain, left=False)
+    of_slots = (plain @ between_TP.T).square().sum() / len(between_TP)
     constant = (size**2 - of_slots).clamp(min=0).sqrt()  # their mean is zero: beside the bias, squares add up
     return weights | dict(zip(entry, (weight, bias * (constant / bias.norm())), strict=True))
 
