@@ -61,11 +61,18 @@ def test_folding_is_exact(states, moments, condition):
         torch.testing.assert_close(back[name], weights[name].double(), rtol=1e-9, atol=1e-9)
 
 
-def test_centred_states_have_no_mean_and_whitened_ones_are_alike_in_all_directions(states, moments):
-    centred = conditioning(moments, "center")(states).flatten(0, 1)
+def test_conditioned_states_keep_a_mean_as_large_as_what_varies(states, moments):
+    """In every coordinate, so that one step of the optimizer moves both parts of a thought alike."""
     flat = states.flatten(0, 1)
-    torch.testing.assert_close(centred, flat - flat.mean(dim=0), rtol=0, atol=2e-4)  # 4000 in float32
+    for condition in CONDITIONS:
+        found = conditioning(moments, condition)(states).flatten(0, 1)
+        size = (found - found.mean(dim=0)).square().mean().sqrt()
+        torch.testing.assert_close(found.mean(dim=0), size.expand(5), rtol=0, atol=2e-4)  # 4000 in float32
+        if condition == "center":
+            torch.testing.assert_close(found - size, flat - flat.mean(dim=0), rtol=0, atol=4e-4)
 
+
+def test_whitened_states_are_alike_in_all_directions(states, moments):
     whitened = conditioning(moments, "whiten")(states).flatten(0, 1)
     variances = moments.variances_P
     want = variances / (variances + FLOOR * variances.mean())
@@ -130,18 +137,19 @@ def test_thoughts_begin_as_long_as_tokens_in_what_varies_and_in_what_is_constant
 
 
 def sized(states: torch.Tensor, condition: str) -> tuple[dict[str, torch.Tensor], float, float]:
-    """Weights for states, and the lengths of the constant and of the varying part of their thoughts, where a token's is
-    1; by their definitions."""
+    """Weights for states, with what they make of these' mean; and the lengths of the constant and of the varying part
+    of their thoughts, where a token's is 1, by their definitions."""
     running = RunningMoments(*states.shape[1:])
     running.add(states)
     found = running.moments()
     made, weights = conditioning(found, condition), random_weights()
     weights["weight"] = weights["weight"][:, : states.shape[-1]]
-    made_of = token_sized(weights, ENTRY, made, found.own_PP, found.within_PP, found.between_TP, 7**-0.5)
+    made_of = token_sized(weights, ENTRY, made, found.own_PP, found.within_PP, found.between_TP, found.mean_P, 7**-0.5)
     thoughts = made(states) @ made_of["weight"].T + made_of["bias"]
     means = thoughts.mean(dim=0)
     lengths = (part.square().sum(dim=-1).mean().sqrt().item() for part in (means, thoughts - means))
-    return made_of, *lengths
+    of_mean = thoughts.mean(dim=(0, 1))
+    return made_of | {"of the mean": of_mean}, *lengths
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
@@ -153,19 +161,19 @@ def test_slots_whose_own_constants_are_fifty_times_what_varies_begin_no_longer(s
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
-def test_where_questions_differ_in_what_slots_differ_in_alone_the_bias_adds_nothing(states, condition):
+def test_where_questions_differ_in_what_slots_differ_in_alone_the_mean_adds_nothing(states, condition):
     apart = states[..., :2] + 50 * torch.tensor([[1.0, 0], [0, 1], [-1, -1]])
     weights, constant, varying = sized(apart, condition)
     assert varying == pytest.approx(1, rel=1e-3)
     assert constant > 10
-    assert not weights["bias"].any()
+    assert weights["of the mean"].abs().max() < 1e-4 * constant
 
 
 @pytest.mark.parametrize("condition", CONDITIONS)
 def test_where_slots_do_not_differ_first_weights_are_those_that_were_drawn_but_for_their_size(states, condition):
     weights, *_ = sized(states - states.mean(dim=0), condition)
-    for name in ENTRY:
-        ratio = weights[name] / random_weights()[name]
+    for name, drawn in (("weight", "weight"), ("of the mean", "bias")):
+        ratio = weights[name] / random_weights()[drawn]
         torch.testing.assert_close(ratio, ratio.flatten()[0].expand_as(ratio), rtol=1e-6, atol=0)
 
 
@@ -215,9 +223,9 @@ class ByDeep(SoftThoughts):
     "tensors",
     [
         {},
-        {"mean": torch.tensor(1.0)},
+        {"origin": torch.tensor(1.0)},
         {"matrix": torch.eye(2)},
-        {"mean": torch.zeros(2), "matrix": torch.eye(3)},
+        {"origin": torch.zeros(2), "matrix": torch.eye(3)},
         {"other": torch.eye(2)},
     ],
 )

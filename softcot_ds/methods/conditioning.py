@@ -6,6 +6,10 @@ states, are some tens of times as long as all that varies. On such inputs gradie
 thought and next to nothing else. On states without their mean, or on those of equal variance in all directions too, it
 need not; and as both are affine maps of the state, what is saved is one weight and one bias on plain states again.
 
+But a prompt is to be learned too, and on states of mean zero the bias alone would learn it: an optimizer of Adam's kind
+moves each number by the learning rate, and so a thought's constant part by that, where a mean of P coordinates moves it
+by the sum of their sizes. So conditioned states keep a mean: in each coordinate the same, and as large as what varies.
+
 Their terms cancel: with random weights of whitened states of SmolLM2 135M on GSM8K, thoughts from what is saved, in
 float32, differ by 6e-5 of what varies in them; from weights rounded to bfloat16, by half of it, the same for all
 questions but for 1%. Of centred states it is 2e-5 and a tenth.
@@ -34,13 +38,13 @@ would be amplified, and fitted to the training problems alone. Of SmolLM2's 576 
 
 @dataclass(frozen=True)
 class Conditioning:
-    """``matrix (state - mean)``. In float32, so that a checkpoint holds it to the bit.
+    """``matrix (state - origin)``. In float32, so that a checkpoint holds it to the bit.
 
     It is applied to the states, not to the map: that is 2 P operations for each coordinate of a state in place of 2 P
     for each weight, of which there are more than coordinates in a batch.
     """
 
-    mean_P: torch.Tensor
+    origin_P: torch.Tensor
     matrix_PP: torch.Tensor | None = None
     """None for the identity. It can be inverted."""
 
@@ -48,28 +52,34 @@ class Conditioning:
     def of(cls, mean_P: torch.Tensor, variances_P: torch.Tensor, directions_PP: torch.Tensor, whiten: bool) -> Self:
         """From the mean of states and their covariance's eigenvalues and eigenvectors (columns), in float64.
 
+        The mean of conditioned states is the root mean square of what varies in them, in each coordinate.
+
         Args:
             whiten: make of the variance v along an eigenvector v / (v + floor), and leave the axes as they are (ZCA):
                 which eigenvectors were found, where several of one variance leave that open, changes nothing.
         """
         if not whiten:
-            return cls(mean_P.float())
+            return cls((mean_P - variances_P.mean().sqrt()).float())
         scale_P = (variances_P + FLOOR * variances_P.mean()).rsqrt()
-        return cls(mean_P.float(), (directions_PP * scale_P @ directions_PP.T).float())
+        matrix_PP = directions_PP * scale_P @ directions_PP.T
+        kept = (variances_P * scale_P**2).mean().sqrt()
+        kept_P = directions_PP @ (directions_PP.sum(dim=0) / scale_P) * kept  # of it the matrix makes that
+        return cls((mean_P - kept_P).float(), matrix_PP.float())
 
     @classmethod
     def of_tensors(cls, tensors: Weights) -> Self:
         """From ``tensors()``. Raises ValueError on anything else."""
-        mean_P, matrix_PP = (tensors.get(name) for name in ("mean", "matrix"))
-        width = 0 if mean_P is None else mean_P.numel()
-        shapes = {"mean": (width,), "matrix": (width, width)}
-        if mean_P is None or any(tuple(value.shape) != shapes.get(name) for name, value in tensors.items()):
+        origin_P, matrix_PP = (tensors.get(name) for name in ("origin", "matrix"))
+        width = 0 if origin_P is None else origin_P.numel()
+        shapes = {"origin": (width,), "matrix": (width, width)}
+        if origin_P is None or any(tuple(value.shape) != shapes.get(name) for name, value in tensors.items()):
             raise ValueError(f"no conditioning: { ({name: tuple(value.shape) for name, value in tensors.items()}) }")
-        return cls(mean_P, matrix_PP)
+        return cls(origin_P, matrix_PP)
 
     def tensors(self) -> Weights:
         """By name, in float32."""
-        return {"mean": self.mean_P} if self.matrix_PP is None else {"mean": self.mean_P, "matrix": self.matrix_PP}
+        origin = {"origin": self.origin_P}
+        return origin if self.matrix_PP is None else origin | {"matrix": self.matrix_PP}
 
     @classmethod
     def shaped(cls, condition: str, width: int) -> Self | None:
@@ -79,14 +89,14 @@ class Conditioning:
         return cls(torch.empty(width), torch.empty(width, width) if condition == "whiten" else None)
 
     def to(self, device: torch.device) -> Self:
-        return type(self)(self.mean_P.to(device), None if self.matrix_PP is None else self.matrix_PP.to(device))
+        return type(self)(self.origin_P.to(device), None if self.matrix_PP is None else self.matrix_PP.to(device))
 
     def __call__(self, states: torch.Tensor) -> torch.Tensor:
-        """(..., P) states in any floating dtype to conditioned ones, in float32 at least: the mean is subtracted from
-        what the states are, before any rounding to the dtype of the projection."""
+        """(..., P) states in any floating dtype to conditioned ones, in float32 at least: the origin is subtracted
+        from what the states are, before any rounding to the dtype of the projection."""
         dtype = torch.promote_types(states.dtype, torch.float32)
-        centred = states.to(dtype) - self.mean_P.to(dtype)
-        return centred if self.matrix_PP is None else centred @ self.matrix_PP.to(dtype).T
+        moved = states.to(dtype) - self.origin_P.to(dtype)
+        return moved if self.matrix_PP is None else moved @ self.matrix_PP.to(dtype).T
 
     @property
     def nbytes(self) -> int:
@@ -102,15 +112,15 @@ class Conditioning:
         Args:
             entry: the names of the (., P) weight and of the bias that states meet first.
         """
-        weight, bias = (weights[name].to(self.mean_P.device, torch.float64) for name in entry)
+        weight, bias = (weights[name].to(self.origin_P.device, torch.float64) for name in entry)
         if self.matrix_PP is not None:
             weight = weight @ self.matrix_PP.double()
-        return weights | dict(zip(entry, (weight, bias - weight @ self.mean_P.double()), strict=True))
+        return weights | dict(zip(entry, (weight, bias - weight @ self.origin_P.double()), strict=True))
 
     def unfold(self, weights: Weights, entry: tuple[str, str]) -> Weights:
         """The weights, in float64, of the projection of conditioned states that is ``weights`` of plain ones."""
-        weight, bias = (weights[name].to(self.mean_P.device, torch.float64) for name in entry)
-        bias = bias + weight @ self.mean_P.double()
+        weight, bias = (weights[name].to(self.origin_P.device, torch.float64) for name in entry)
+        bias = bias + weight @ self.origin_P.double()
         if self.matrix_PP is not None:
             weight = torch.linalg.solve(self.matrix_PP.double(), weight, left=False)
         return weights | dict(zip(entry, (weight, bias), strict=True))
@@ -123,6 +133,7 @@ def token_sized(
     own_PP: torch.Tensor,
     within_PP: torch.Tensor,
     between_TP: torch.Tensor,
+    mean_P: torch.Tensor,
     rms: float,
 ) -> Weights:
     """The weights, in float64, of an affine projection of conditioned states, scaled: the part of its thoughts that
@@ -131,12 +142,13 @@ def token_sized(
     The slots' own constants would be in the latter, which no bias takes away, and of states they may be many times what
     varies with the question. So the weight is first made one of the states' own parts, as well as these can be told:
     next to blind to what only slots differ in. Where questions differ in nothing else, the constant part stays longer,
-    and the bias is zero.
+    and the mean's is zero.
 
     Args:
         own_PP: of a state less the mean of all, what is to be taken for what varies with the question, float64.
         within_PP: covariance of the states about the mean of their slot, float64; not zero.
         between_TP: mean of each slot less the mean of all, float64.
+        mean_P: of all states, float64.
     """
     weight, bias = (weights[name].double() for name in entry)
     size = rms * len(bias) ** 0.5
@@ -145,8 +157,9 @@ def token_sized(
     plain = plain * (size / (plain @ within_PP * plain).sum().sqrt())
     weight = plain if matrix_PP is None else torch.linalg.solve(matrix_PP, plain, left=False)
     of_slots = (plain @ between_TP.T).square().sum() / len(between_TP)
-    constant = (size**2 - of_slots).clamp(min=0).sqrt()  # their mean is zero: beside the bias, squares add up
-    return weights | dict(zip(entry, (weight, bias * (constant / bias.norm())), strict=True))
+    constant = (size**2 - of_slots).clamp(min=0).sqrt()  # their mean is zero: beside that of all, squares add up
+    of_mean = bias * (constant / bias.norm())
+    return weights | dict(zip(entry, (weight, of_mean - weight @ conditioning(mean_P)), strict=True))
 
 
 def needs_moments(recipe: Recipe, kind: type[Projection] | None) -> bool:

@@ -79,7 +79,7 @@ class Start:
     def _sized(self, model: Method, rms: float) -> Weights:
         moments, centred = self.sized_by, _conditioning(self.sized_by, whiten=False)
         conditioning = self.conditioning.to("cpu") if self.conditioning else centred
-        parts = moments.own_PP, moments.within_PP, moments.between_TP
+        parts = moments.own_PP, moments.within_PP, moments.between_TP, moments.mean_P
         drawn = {name: parameter.detach() for name, parameter in model.trained().items()}
         sized = token_sized(drawn, model.projection_class.entry, conditioning, *parts, rms)
         return sized if self.conditioning else centred.fold(sized, model.projection_class.entry)
