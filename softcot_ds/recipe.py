@@ -86,7 +86,8 @@ class ProjectionConfig(Section):
 
     condition: Literal["none", "center", "whiten"] = "none"
     """softcot: what is trained is an affine map of states whose mean over the training problems is as small as what
-    varies in them (center), or of these with equal variance in all directions (whiten). The adapter is one of plain states; see conditioning.py."""
+    varies in them (center), or of these with equal variance in all directions too (whiten). The adapter is one of plain
+    states; see conditioning.py."""
     init_scale: Scale = 1.0
     """softcot: the standard initialization of nn.Linear is multiplied by this. auto: what varies of the first thoughts,
     with the training problem, and what is constant each have the size of token embeddings; see ``token_sized``."""
