@@ -13,6 +13,7 @@ from toy_models import make_toy
 
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation.report import table
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.models.decoding import Sampling, decode
 from softcot_ds.models.drafting import check_drafting
@@ -232,11 +233,18 @@ def test_a_hundred_prompts_of_the_embedded_pair_are_answered_as_without_drafts(a
     """With its own assistant, which says something else, and with the base in its place."""
     asked = ["task.test_problems=50", "evaluation.conditions=[learned,none]", "evaluation.loss=false"]
     asked += ["evaluation.max_new_tokens=40", "evaluation.batch_size=16", f"assistant.model=package:pair/{assistant}"]
+    asked.append(f"evaluation.outputs={tmp_path}/outputs")
     plain = make_recipe(tmp_path / "plain", *asked)
     drafted = make_recipe(tmp_path / "drafted", *asked, "evaluation.strategy=speculative")
     adapter, found = make_adapter(tmp_path / "adapter", plain), []
     for recipe in (plain, drafted):
-        evaluate(recipe, adapter)
+        report = evaluate(recipe, adapter)
         found.append([[record["output"] for record in records(recipe, name)] for name in ("learned", "none")])
     assert found[0] == found[1]
     assert len({output for outputs in found[0] for output in outputs}) > 50
+    for name, condition in report["conditions"].items():
+        assert f"\n{name:<12}{condition['drafts']['tokens_per_pass']:>18.2f}" in table(report)
+    drafts = report["conditions"]["none"]["drafts"]
+    assert drafts["tokens"] == 4
+    assert (drafts["accepted"] > 0.8) is (drafts["tokens_per_pass"] > 3) is (assistant == "base")
+    assert len(list((tmp_path / "outputs").iterdir())) == 4, "kept apart: rounding may differ"

@@ -183,7 +183,7 @@ def table(report: Record) -> str:
     if own := report["train"].get("own_targets"):
         lines.append(f"trained on {OwnShare(**own).words()}")
     if "accuracy" in rows[0]:
-        lines += _accuracy_lines(report) + _spent_lines(report)
+        lines += _accuracy_lines(report) + _spent_lines(report) + _draft_lines(report)
     if "samples" in report:
         lines += _vote_lines(report)
     if any(row.get("cut") for row in rows):
@@ -225,6 +225,19 @@ def _spent_lines(report: Record) -> list[str]:
         line += f"{spent['assistant_read']:>17.1f}{spent['assistant_written']:>9.1f}"
         line += f"{spent['assistant_seconds']:>9.2g}" if "assistant_seconds" in spent else f"{'-':>9}"
         lines.append(line + "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others))
+    return lines
+
+
+def _draft_lines(report: Record) -> list[str]:
+    found = {name: row["drafts"] for name, row in report["conditions"].items() if "drafts" in row}
+    if not found:
+        return []
+    count = next(iter(found.values()))["tokens"]
+    lines = ["", f"the assistant drafts {count} tokens for each pass of the base:"]
+    lines.append(f"{'condition':<12}{'tokens of a pass':>18}{'drafts accepted':>17}")
+    for name, row in found.items():
+        accepted = "none drafted" if row["accepted"] is None else f"{row['accepted']:.1%}"
+        lines.append(f"{name:<12}{row['tokens_per_pass']:>18.2f}{accepted:>17}")
     return lines
 
 

@@ -19,7 +19,7 @@ from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
-from softcot_ds.evaluation.spent import Round, Spent, alone, per_problem, together
+from softcot_ds.evaluation.spent import Round, Spent, alone, of_drafts, per_problem, together
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
 from softcot_ds.evaluation_config import Condition
@@ -123,6 +123,8 @@ def _ask_all(
         name: per_problem(of_base, words if name == "text" else _thinking(posed[name], examples), len(examples))
         for name, of_base in spent.items()
     }
+    for name, inquiry in inquiries.items():
+        costs[name] |= inquiry.drafts
     keys = {name: inquiry.key for name, inquiry in inquiries.items()}
     keys |= {f"{name} loss": losses.key(name) for name in posed} if losses else {}
     keys |= {f"{name} options": options.key(name) for name in posed} if options else {}
@@ -176,6 +178,13 @@ class _Inquiry:
     def spent(self) -> Spent:
         """What one answer to each problem costs, found by the recipe's rule, once they are there."""
         return together(self._samples) if self._experiment.recipe.evaluation.votes else alone(self._samples)
+
+    @property
+    def drafts(self) -> Record:
+        """What became of the assistant's drafts, once the answers are there; empty where nothing was to be drafted."""
+        outputs = (output for job in self._jobs.values() for output in job.results or ())
+        count = self._experiment.recipe.evaluation.draft
+        return of_drafts(outputs, count) if count else {}
 
     def answers(self) -> dict[str, list[list[Answer]]]:
         """By rule under which they are found, and by sample: one per problem. All ranks call it together."""

@@ -4,7 +4,7 @@ Tokens are counted from what was asked and written, seconds are measured where t
 outputs: so an evaluation that was interrupted, or done before, tells the same as any other.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from functools import reduce
 from operator import add
@@ -96,6 +96,16 @@ def per_problem(base: Spent, assistant: Spent, num_problems: int) -> dict[str, A
         "seconds_per_problem": base.seconds / num_problems,
         "spent_per_problem": {name: value / num_problems for name, value in spent.items()},
     }
+
+
+def of_drafts(outputs: Iterable[Output], count: int) -> dict[str, Any]:
+    """For a report: what became of ``count`` tokens that the assistant has drafted for each pass of the base."""
+    passes = tokens = drafted = accepted = 0
+    for output in outputs:
+        passes, drafted, accepted = passes + output.passes, drafted + output.drafted, accepted + output.accepted
+        tokens += len(output.token_ids) + (not output.cut)
+    share = accepted / drafted if drafted else None
+    return {"drafts": {"tokens": count, "tokens_per_pass": tokens / passes, "accepted": share}}
 
 
 def alone(samples: Sequence[Sequence[Round]]) -> Spent:
