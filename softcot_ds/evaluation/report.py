@@ -39,11 +39,9 @@ def make_report(
     evaluation = recipe.evaluation
     if evaluation.decode:
         for name, rows in records.items():
-            found = _accuracy(rows, recipe.task.metric_rule, recipe.seed, evaluation.votes)
-            conditions[name] |= found | costs[name]
+            conditions[name] |= _accuracy(rows, recipe.task.metric_rule, recipe.seed, evaluation.votes) | costs[name]
         for name in controls:
-            found = _compare(records["learned"], records[name], recipe.seed, evaluation.votes)
-            comparisons[f"learned-{name}"] |= found
+            comparisons[f"learned-{name}"] |= _compare(records["learned"], records[name], recipe.seed, evaluation.votes)
     if evaluation.loss:
         losses, tokens = _losses(records)
         for name, values in losses.items():
