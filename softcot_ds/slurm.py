@@ -21,6 +21,7 @@ from softcot_ds.command import EXIT_MISTAKE, exit_code_of, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import Journal, saved_step, stuck_at
+from softcot_ds.study_config import is_study, load_study
 
 REQUEUE = 75
 
@@ -116,8 +117,10 @@ def _restarts() -> int:
 
 
 def _load(source: str, overrides: list[str]) -> Recipe:
-    """The recipe of a command, which may have been given an adapter directory instead; of several evaluations, what
-    they have in common."""
+    """The recipe of a command, which may have been given an adapter directory or a study instead; of several
+    evaluations, what they have in common."""
+    if is_study(source):
+        return load_study(source, overrides).as_recipe
     plain = list(Grid.of(overrides).plain)
     is_saved = Path(source).is_dir()
     return load_recipe(Path(source) / "recipe.yaml" if is_saved else source, plain, is_saved=is_saved)
@@ -129,7 +132,7 @@ def main(argv: list[str] | None = None) -> int:
     moments = parser.add_subparsers(dest="moment", required=True)
     for moment in ("begin", "end"):
         arguments = moments.add_parser(moment)
-        arguments.add_argument("command", choices=("targets", "cache", "train", "evaluate"))
+        arguments.add_argument("command", choices=("targets", "cache", "train", "evaluate", "study"))
         if moment == "end":
             arguments.add_argument("code", type=int)
             arguments.add_argument("--preempted", action="store_true")

@@ -3,7 +3,7 @@ stands in such a file.
 
 Every cell is an ordinary run and an ordinary evaluation of it. The caches that they read are built first, then all runs
 are trained, each in processes of its own, then all are evaluated. What is done is not done again, so the same command
-goes on after an interruption. In the study's directory, output_dir/name:
+goes on after an interruption; ``--submit`` puts what is left on SLURM. In the study's directory, output_dir/name:
 
     study.json     every cell, their means with intervals, paired tests (evaluation/study.py)
     study.html     the same as one page that opens offline (evaluation/page.py)
@@ -17,7 +17,9 @@ from collections.abc import Sequence
 
 from softcot_ds.apart import run_apart
 from softcot_ds.cells import Cell
+from softcot_ds.chain import Job, Submission, caches_complete, submit_chain, training_left, warn_if_too_large
 from softcot_ds.command import run_command
+from softcot_ds.files import dump_yaml
 from softcot_ds.progress import count
 from softcot_ds.run_dir import recipe_and_adapter, refuse_other_steps
 from softcot_ds.study_config import Study, load_study
@@ -50,6 +52,35 @@ def run_study(study: Study) -> None:
     say(f"\n{study_table(report)}\nresults: {path}; to look at: {page}")
 
 
+def submit_study(study: Study, submission: Submission) -> None:
+    """Put what is left to do on SLURM: the caches, the trainings side by side, and the study, which evaluates and
+    reports when all are done.
+
+    Raises:
+        SoftCoTError: something is wrong with a cell's data or run, or see ``submit_chain``.
+    """
+    from softcot_ds.experiment import Experiment
+    from softcot_ds.planning.lengths import data_of
+
+    caches = [cell.recipe for cell in _caches(study) if not caches_complete([cell.recipe])]
+    jobs = [Job.of("cache", recipe, file="recipe-cache.yaml") for recipe in caches]
+    warned = set()
+    for cell in study.trainings:
+        experiment = Experiment(cell.recipe)
+        experiment.require_training()
+        recipe = experiment.count_epochs()
+        if job := training_left(recipe, experiment):
+            jobs.append(job)
+            kind = recipe.model_copy(update={"name": "", "seed": 0}).to_yaml()
+            if kind not in warned:
+                warn_if_too_large(
+                    recipe, data_of(experiment.splits), submission.scripts([job])[job.script], submission.gpu
+                )
+            warned.add(kind)
+    settings = dump_yaml(study.model_dump(mode="json"))
+    submit_chain([*jobs, Job("study", study.name, study.run_dir, settings, file="study.yaml")], submission)
+
+
 def _caches(study: Study) -> list[Cell]:
     """Cells whose caches are to be there, one for each cache: most have theirs in common."""
     from softcot_ds.methods.base import method_class
@@ -80,9 +111,23 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("study", help="a YAML file; studies/ holds one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of it, such as seeds=41..45")
+    parser.add_argument("--submit", action="store_true", help="put what is left to do on SLURM, as these say:")
+    Submission.add_arguments(parser, required=False)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     args = parser.parse_intermixed_args(argv)
-    return run_command(lambda: run_study(load_study(args.study, args.overrides)))
+    if args.submit and args.nodes is None:
+        parser.error("--submit wants --nodes")
+    if not args.submit and (args.nodes or args.dry_run):
+        parser.error("--nodes and --dry-run are for --submit")
+
+    def work() -> None:
+        study = load_study(args.study, args.overrides)
+        if args.submit:
+            submit_study(study, Submission.asked_for(args))
+        else:
+            run_study(study)
+
+    return run_command(work)
 
 
 if __name__ == "__main__":

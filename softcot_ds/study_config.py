@@ -27,12 +27,13 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated, Any, get_args
 
-from pydantic import Field, PlainValidator, model_validator
+from pydantic import BeforeValidator, Field, model_validator
 
 from softcot_ds.cells import Cell, seeds_of
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation_config import Condition
-from softcot_ds.recipe import load_recipe
+from softcot_ds.files import read_yaml
+from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import load_for_evaluation
 from softcot_ds.section import Section
 from softcot_ds.settings import WrongSettings, flattened, read_settings, validated
@@ -58,8 +59,8 @@ def _settings(values: Any) -> dict[str, Any]:
     return flat
 
 
-Seeds = Annotated[tuple[int, ...], PlainValidator(_seeds)]
-Overrides = Annotated[dict[str, Any], PlainValidator(_settings)]
+Seeds = Annotated[tuple[int, ...], BeforeValidator(_seeds)]
+Overrides = Annotated[dict[str, Any], BeforeValidator(_settings)]
 """Values of a recipe by ``section.key``; sections may also be written out."""
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9_][A-Za-z0-9._]*$", max_length=40)]
 """Of a method, a task or a strategy: without a dash, as these stand between the parts of a run's name."""
@@ -157,6 +158,11 @@ class Study(Section):
     def reference(self) -> str:
         """The method to which the others are compared."""
         return self.against or next(iter(self.methods))
+
+    @property
+    def as_recipe(self) -> Recipe:
+        """What a batch script, or the doctor, asks of a recipe: that of a cell, with the study's directory."""
+        return self.cells[0].recipe.model_copy(update={"name": self.name})
 
     @cached_property
     def cells(self) -> "tuple[StudyCell, ...]":
@@ -269,6 +275,12 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     except WrongSettings as error:
         raise WrongSettings(str(path), "study", error.mistakes) from error
     return study
+
+
+def is_study(path: str | Path) -> bool:
+    """Whether a file is a study's: no recipe has ``methods``."""
+    values = read_yaml(Path(path)) if Path(path).is_file() else None
+    return isinstance(values, dict) and "methods" in values
 
 
 def _texts(settings: Mapping[str, Any]) -> list[str]:

@@ -32,7 +32,7 @@ FLOORS = (
     ("thoughts",),
     ("inference",),
     ("training", "evaluation", "diagnosis"),
-    ("command",),
+    ("command", "chain"),
     ("targets", "cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan", "study"),
     ("cli",),
 )

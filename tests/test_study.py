@@ -7,9 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from adapters import make_adapter
+from adapters import make_adapter, make_checkpoint
 from launch import ROOT
 
+from softcot_ds import doctor, slurm
 from softcot_ds import study as command
 from softcot_ds.errors import Interrupted, SoftCoTError
 from softcot_ds.evaluation import grid, jobs
@@ -19,6 +20,7 @@ from softcot_ds.evaluation.report import Scores
 from softcot_ds.evaluation.statistics import holm, over_seeds
 from softcot_ds.evaluation.study import make_study_report
 from softcot_ds.files import dump_yaml
+from softcot_ds.recipe import load_recipe
 from softcot_ds.study_config import load_study
 
 SMALL = {
@@ -335,3 +337,46 @@ def test_a_learning_curve_is_of_means_of_stretches(tmp_path):
     assert losses == [2 * n + 2.0 for n in range(60)]
     assert len(steps) == 60
     assert learning_curve(tmp_path / "none.jsonl") == ([], [])
+
+
+@pytest.mark.slow
+def test_what_is_left_to_do_is_submitted_and_the_study_waits_for_it(written, tmp_path, monkeypatch, capsys):
+    programs = tmp_path / "bin"
+    programs.mkdir()
+    said = f'echo "$@" >>{tmp_path}/said; wc -l <{tmp_path}/said'
+    for name, text in {"sbatch": said, "squeue": ""}.items():
+        (programs / name).write_text(f"#!/bin/sh\n{text}\n")
+        (programs / name).chmod(0o755)
+    monkeypatch.setenv("PATH", f"{programs}:/usr/bin:/bin")
+    overrides = {**SMALL, "thoughts.source": "cache", "cache.path": str(tmp_path / "cache")}
+    path = written(overrides=overrides)
+    study = load_study(path)
+    done = study.trainings[0].recipe
+    make_checkpoint(done, step=1)
+    assert command.main([path, "--submit", "--nodes=2"]) == 0
+    runs = tmp_path / "runs"
+    wanted = [("", "study-own-softcot-seed5/slurm/cache")]
+    wanted += [("1", f"study-own-{name}/slurm/train") for name in ("softcot-seed6", "tuned-seed5", "tuned-seed6")]
+    wanted += [("2:3:4", "study/slurm/study")]
+    asked = [
+        f"--parsable --kill-on-invalid-dep=yes {after and f'--dependency=afterok:{after} '}{runs}/{script}.sbatch"
+        for after, script in wanted
+    ]
+    assert (tmp_path / "said").read_text().splitlines() == asked
+    assert f"train     done to step 1 in {done.run_dir}: no job" in capsys.readouterr().out
+    again = load_study(runs / "study" / "study.yaml")
+    assert again.cells == study.cells
+    for cell in study.trainings[1:]:
+        assert load_recipe(cell.recipe.run_dir / "recipe.yaml") == cell.recipe
+    script = (runs / "study/slurm/study.sbatch").read_text()
+    assert f"set -- {runs}/study/study.yaml\n" in script
+    assert "run_ranks softcot_ds.study" in script
+    for load in (slurm._load, lambda *arguments: doctor._load(*arguments)[0]):
+        assert load(str(runs / "study" / "study.yaml"), []).run_dir == runs / "study"
+
+
+def test_options_of_submission_want_submit(written, capsys):
+    for arguments, message in ((["--submit"], "--submit wants --nodes"), (["--nodes=2"], "are for --submit")):
+        with pytest.raises(SystemExit):
+            command.main([written(), *arguments])
+        assert message in capsys.readouterr().err

@@ -9,6 +9,7 @@ import pytest
 
 from softcot_ds import submit
 from softcot_ds.cells import NO_GRID, Grid
+from softcot_ds.chain import Submission, with_options
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
 
@@ -36,7 +37,7 @@ def test_scripts_are_bash(path):
 
 def test_options_replace_those_of_the_script_and_the_rest_stays():
     script = (ROOT / "slurm/train.sbatch").read_text()
-    made = submit.with_options(script, ["--nodes=3-4", "--exclusive", "--time=1:00:00"], "# made")
+    made = with_options(script, ["--nodes=3-4", "--exclusive", "--time=1:00:00"], "# made")
     assert made.startswith("#!/usr/bin/env bash\n# made\n#SBATCH ")
     before, after = options(script), options(made)
     kept = [option for option in before if not option.startswith(("--nodes=", "--time="))]
@@ -47,11 +48,11 @@ def test_options_replace_those_of_the_script_and_the_rest_stays():
 @pytest.mark.parametrize("option", ["-p", "gpu", "--nodes 2", "nodes=2"])
 def test_options_that_sbatch_would_misread_are_refused(option):
     with pytest.raises(SoftCoTError, match="is no long option of sbatch"):
-        submit.with_options((ROOT / "slurm/train.sbatch").read_text(), [option], "# made")
+        with_options((ROOT / "slurm/train.sbatch").read_text(), [option], "# made")
 
 
 def test_dry_run_shows_all_and_leaves_nothing(recipe, capsys, tmp_path):
-    submit.submit(recipe, ["--nodes=2"], tasks_per_node="4", dry_run=True)
+    submit.submit(recipe, Submission(["--nodes=2"], tasks_per_node="4", dry_run=True))
     shown = capsys.readouterr().out
     for command in ("cache", "train", "evaluate"):
         assert f"#SBATCH --job-name=demo-{command}\n" in shown
@@ -64,7 +65,7 @@ def test_dry_run_shows_all_and_leaves_nothing(recipe, capsys, tmp_path):
 def test_jobs_are_given_the_steps_that_epochs_come_to(recipe, capsys):
     values = recipe.model_dump(mode="json")
     values["training"] |= {"steps": None, "epochs": 20, "global_batch_size": 8, "micro_batch_size": 8}
-    submit.submit(parse_recipe(values, [], "test"), ["--nodes=2"], dry_run=True)
+    submit.submit(parse_recipe(values, [], "test"), Submission(["--nodes=2"], dry_run=True))
     values["training"] |= {"steps": 40, "epochs": None}
     assert capsys.readouterr().out.endswith(parse_recipe(values, [], "test").to_yaml())
 
@@ -81,7 +82,7 @@ def test_jobs_are_given_the_steps_that_epochs_come_to(recipe, capsys):
 def test_what_the_gpus_cannot_hold_is_told(recipe, capsys, options, gpu, warned):
     recipe.training.global_batch_size = 400_000
     recipe.training.micro_batch_size = 50_000 if warned else 4
-    submit.submit(recipe, options, dry_run=True, gpu=gpu)
+    submit.submit(recipe, Submission(options, dry_run=True, gpu=gpu))
     shown = capsys.readouterr().out
     assert warned in shown
     assert ("warning" in shown) == bool(warned)
@@ -90,7 +91,7 @@ def test_what_the_gpus_cannot_hold_is_told(recipe, capsys, options, gpu, warned)
 def test_without_slurm_it_says_so(recipe, monkeypatch, tmp_path):
     monkeypatch.setenv("PATH", str(tmp_path))
     with pytest.raises(SoftCoTError, match="no sbatch here"):
-        submit.submit(recipe, ["--nodes=2"])
+        submit.submit(recipe, Submission(["--nodes=2"]))
     assert list(tmp_path.iterdir()) == []
 
 
@@ -107,7 +108,7 @@ def test_queue_that_does_not_answer_is_not_taken_for_an_empty_one(recipe, monkey
             (programs / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(programs))
     with pytest.raises(SoftCoTError, match=rf"squeue does not say .*{said}"):
-        submit.submit(recipe, ["--nodes=2"])
+        submit.submit(recipe, Submission(["--nodes=2"]))
     assert not recipe.run_dir.exists()
 
 
@@ -134,10 +135,10 @@ def test_seeds_are_trained_side_by_side_and_evaluated_when_all_are(recipe, monke
     ]
     if refused:
         with pytest.raises(SoftCoTError, match="no such partition"):
-            submit.submit(recipe, ["--nodes=2"], grid=grid)
+            submit.submit(recipe, Submission(["--nodes=2"]), grid)
         assert (tmp_path / "said").read_text().splitlines() == [*wanted, "1 2 3"], "what was submitted is cancelled"
         return
-    submit.submit(recipe, ["--nodes=2"], grid=grid)
+    submit.submit(recipe, Submission(["--nodes=2"]), grid)
     assert (tmp_path / "said").read_text().splitlines() == wanted
     assert "train     job 3 (demo-seed8) after job 1\nevaluate  job 4 after job 2, 3\n" in capsys.readouterr().out
     for command, name, _ in asked:
@@ -154,5 +155,5 @@ def test_seeds_are_trained_side_by_side_and_evaluated_when_all_are(recipe, monke
 def test_data_mistakes_are_found_before_anything_is_submitted(recipe, tmp_path):
     recipe.task.validation_problems = 20
     with pytest.raises(SoftCoTError, match=r"task.validation_problems is 20"):
-        submit.submit(recipe, ["--nodes=2"])
+        submit.submit(recipe, Submission(["--nodes=2"]))
     assert list(tmp_path.iterdir()) == []
