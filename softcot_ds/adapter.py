@@ -26,7 +26,8 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_json
 from softcot_ds.methods.base import method_class
-from softcot_ds.methods.projection import Projection, check_fits, load_projection
+from softcot_ds.methods.initial import projection_weights
+from softcot_ds.methods.projection import Projection, check_fits
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import ModelConfig
@@ -84,6 +85,8 @@ class AdapterConfig(_Record):
     placeholders: list[Annotated[int, Field(ge=0, le=2**31 - 1)]] | None = Field(None, min_length=1)
     """Ids of the assistant's tokens at whose places those states were, which thoughts take in turn. None: written
     before they were recorded."""
+    initial_embeddings: str | None = None
+    """What the assistant read at these places instead, in several chains: ``InitialEmbeddings.identity``."""
 
     @model_validator(mode="before")
     @classmethod
@@ -140,6 +143,13 @@ class AdapterConfig(_Record):
                 f"{recipe.thoughts.placeholder} names {texts[1]}; set it as in recipe.yaml of the adapter's folder"
             )
 
+        now = experiment.initial.identity if experiment.initial else None
+        if assistant and self.initial_embeddings != now:
+            raise SoftCoTError(
+                f"the adapter was trained with {self.initial_embeddings or 'no'!r} initial embeddings, and the recipe "
+                f"has {now or 'no'!r}; set method and chains as in recipe.yaml of the adapter's folder"
+            )
+
     def other_templates(self, experiment: Experiment) -> list[str]:
         """Which models have another chat template now than in training, for messages."""
         trained, now = self.chat_templates or {}, _chat_templates(experiment)
@@ -187,6 +197,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         chat_templates=_chat_templates(experiment),
         layer=states_layer(recipe),
         placeholders=experiment.assistant_prompts.placeholder_cycle,
+        initial_embeddings=experiment.initial and experiment.initial.identity,
     )
 
 
@@ -212,7 +223,7 @@ def load_adapter(folder: Path, experiment: Experiment) -> Projection:
         _warn(f"{folder} is of an older version, which kept no trace of the chat templates; they are not compared")
     projection = kind.empty(experiment.recipe, *experiment.widths)
     path = folder / method.weights_file
-    weights = load_projection(path)
+    weights = projection_weights(path, experiment.recipe)
     check_fits(weights, projection, path)
     projection.load_state_dict(weights)
     return projection.to(device())

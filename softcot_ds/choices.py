@@ -13,6 +13,7 @@ from softcot_ds.errors import SoftCoTError
 
 METHODS = {
     "softcot": "softcot_ds.methods.softcot:SoftCoT",
+    "softcot_pp": "softcot_ds.methods.softcot_pp:SoftCoTPlusPlus",
     "prompt_tuning": "softcot_ds.methods.prompt_tuning:PromptTuning",
 }
 """``method``: a ``methods.base.Method``."""

@@ -50,8 +50,8 @@ class EvaluationConfig(Section):
     """0 decodes greedily."""
     top_p: float = Field(1.0, gt=0, le=1)
     samples: Count = 1
-    """Answers drawn for each problem: the report has the accuracy of one (self_consistency: of their vote), and
-    majority votes and pass@k of every number of them."""
+    """Answers drawn for each problem, or for each set of its thoughts where it has several (chains): the report has the
+    accuracy of one (self_consistency: of their vote), and majority votes and pass@k of every number of them."""
     read: Literal["text", "options"] = "text"
     """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
     partition: Partition | None = None

@@ -13,6 +13,7 @@ from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, P
 from softcot_ds.distributed import say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import method_class
+from softcot_ds.methods.initial import initial_embeddings
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import (
     context_length,
@@ -52,6 +53,8 @@ class Experiment:
         if recipe.evaluation.draft:
             tokenizers = self.assistant_tokenizer, self.base_tokenizer
             check_drafting(recipe, tokenizers, (self.assistant_config, self.base_config))
+        self.initial = initial_embeddings(recipe)
+        """Of its chains; None where a question has one set of thoughts."""
         if "text" in recipe.evaluation.conditions:
             _ = self.assistant_prompts.stop_ids  # what is wrong with them is said now, not when the words are asked for
         if "placeholder" in recipe.evaluation.conditions:

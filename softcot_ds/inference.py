@@ -3,6 +3,7 @@
 B questions, T thoughts, S positions of a prompt, P assistant width, D base width.
 """
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
@@ -18,9 +19,10 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import method_class
+from softcot_ds.methods.initial import Thinker
 from softcot_ds.methods.projection import Projection
 from softcot_ds.methods.trial import load_assistant
-from softcot_ds.models.assistant import compute_thoughts, states_layer
+from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import context_length, partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.drafting import Drafter
@@ -120,7 +122,8 @@ class Adapter:
         return [self.experiment.base_tokenizer.decode(output.token_ids) for output in self.outputs(asked)]
 
     def thoughts(self, questions: Sequence[str]) -> torch.Tensor:
-        """(B, T, D) float32 on this process's device: what the base reads in place of the placeholders.
+        """(B, T, D) float32 on this process's device: what the base reads in place of the placeholders. Of several
+        chains (B, C, T, D), each to be read alone.
 
         Raises:
             SoftCoTError: see ``answer``.
@@ -130,17 +133,17 @@ class Adapter:
     @torch.no_grad()
     def prompt_embeddings(self, questions: Sequence[str]) -> list[PromptEmbeddings]:
         """What the base reads for each question, for whoever runs it: ``inputs_embeds`` of transformers, after [None];
-        ``prompt_embeds`` of vLLM.
+        ``prompt_embeds`` of vLLM. Of several chains, all of the first question, then of the next.
 
         Raises:
             SoftCoTError: see ``answer``.
         """
-        prompts = [self.question(text).prompt for text in questions]
-        thoughts_BTD = self.thoughts(questions)
-        count = thoughts_BTD.shape[1]
+        rows = self._rows([self.question(text).prompt for text in questions])
+        thoughts_RTD = self.thoughts(questions).flatten(0, -3)
+        count = thoughts_RTD.shape[1]
         found = []
         with whole_embedding(self.base.get_input_embeddings()) as embed:
-            for prompt, thoughts_TD in zip(prompts, thoughts_BTD, strict=True):
+            for prompt, thoughts_TD in zip(rows, thoughts_RTD, strict=True):
                 start = len(prompt.prefix_ids)
                 ids_S = torch.tensor([*prompt.prefix_ids, *[0] * count, *prompt.suffix_ids])
                 is_thought_S = torch.zeros(len(ids_S), dtype=torch.bool)
@@ -189,35 +192,58 @@ class Adapter:
             _ = self.drafter.model
 
     def outputs(self, questions: Sequence[Question]) -> list[Output]:
-        """What the base writes for each question, all of them with thoughts or all without."""
+        """What the base writes for each question, all of them with thoughts or all without. Of several chains the first
+        one with the answer that most of them have."""
         if not questions:
             return []
         has_thoughts = questions[0].has_thoughts
         self.load_models(has_thoughts)
-        thoughts = self._thoughts(questions) if has_thoughts else None
+        thoughts = self._thoughts(questions).flatten(0, -3) if has_thoughts else None
         prompts = [question.prompt for question in questions]
+        rows = self._rows(prompts) if has_thoughts else prompts
         settings = self.recipe.evaluation
         stop_ids = self.experiment.base_prompts.stop_ids
-        return decode(
+        outputs = decode(
             self.base,
-            prompts,
+            rows,
             thoughts,
             stop_ids,
             Sampling.of(settings),
             batch_size=settings.batch_size,
             drafter=self.drafter,
         )
+        chains = len(rows) // len(prompts)
+        return [self._agreed(outputs[first : first + chains]) for first in range(0, len(outputs), chains)]
+
+    def _rows(self, prompts: Sequence[BasePrompt]) -> list[BasePrompt]:
+        """Each prompt once for each of its chains."""
+        chains = self.recipe.chains.count if self.recipe.chains else 1
+        return [prompt for prompt in prompts for _ in range(chains)]
+
+    def _agreed(self, outputs: Sequence[Output]) -> Output:
+        """Of one question's chains."""
+        if len(outputs) == 1:
+            return outputs[0]
+        decode_text, extract = self.experiment.base_tokenizer.decode, self.experiment.task.extract
+        answers = [extract(decode_text(output.token_ids), output.cut) for output in outputs]
+        votes = Counter(answer for answer in answers if answer is not None)
+        return outputs[answers.index(votes.most_common(1)[0][0])] if votes else outputs[0]
 
     @torch.no_grad()
     def _thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
-        """(B, T, D) float32, some questions at a time."""
+        """(B, T, D) float32, or (B, C, T, D), some questions at a time."""
         size = self.recipe.evaluation.batch_size
         parts = [self._some_thoughts(questions[start : start + size]) for start in range(0, len(questions), size)]
-        none = torch.empty(0, self.recipe.thoughts.count, self.experiment.widths[1], device=device())
+        chains = [self.recipe.chains.count] if self.recipe.chains else []
+        none = torch.empty(0, *chains, self.recipe.thoughts.count, self.experiment.widths[1], device=device())
         return torch.cat([none, *parts])
 
     def _some_thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
         projection = self.projection
         inputs = [question.assistant for question in questions if question.assistant is not None]
-        states = compute_thoughts(self.assistant, inputs).float() if projection.needs_states else None
+        states = self._thinker(inputs).float() if projection.needs_states else None
         return projection(states, len(questions))
+
+    @cached_property
+    def _thinker(self) -> Thinker:
+        return Thinker.of(self.assistant, [], self.experiment.initial)

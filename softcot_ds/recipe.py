@@ -19,6 +19,7 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from softcot_ds.backbone_config import BackboneConfig
+from softcot_ds.chains_config import ChainsConfig
 from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
 from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.files import dump_yaml
@@ -193,12 +194,15 @@ class Recipe(Section):
     seed: int = Field(0, ge=0, le=2**64 - 1)
     """Seeds the initialization of what is trained, the order of the data and sampled decoding."""
     method: Annotated[str, AfterValidator(one_of(METHODS))] = "softcot"
-    """What is trained. softcot: W h + b, a projection of the assistant's states. prompt_tuning: T free vectors, the
-    same for every question, a baseline."""
+    """What is trained. softcot: W h + b, a projection of the assistant's states. softcot_pp: the same of several sets
+    of states, with a loss that keeps their thoughts apart. prompt_tuning: T free vectors, the same for every question,
+    a baseline."""
     task: TaskConfig
     assistant: ModelConfig
     base: ModelConfig
     thoughts: ThoughtsConfig = ThoughtsConfig()
+    chains: ChainsConfig | None = None
+    """softcot_pp: several sets of thoughts for a question."""
     cache: CacheConfig = CacheConfig()
     # Validated with the rest, also where it is the default.
     backbone: BackboneConfig = Field({}, validate_default=True)  # type: ignore[assignment]
@@ -206,6 +210,16 @@ class Recipe(Section):
     training: TrainingConfig = TrainingConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
     targets: Annotated[TargetsConfig, FREE] = TargetsConfig()
+
+    @field_validator("chains")
+    @classmethod
+    def _chains_are_of_one_method(cls, value: ChainsConfig | None, info: ValidationInfo) -> ChainsConfig | None:
+        method = info.data.get("method")
+        if method == "softcot_pp":
+            return value or ChainsConfig()
+        if value is not None and method is not None:
+            raise ValueError(f"a section of method=softcot_pp, and method is {method}; leave it out")
+        return value
 
     @field_validator("base")
     @classmethod
@@ -231,6 +245,12 @@ class Recipe(Section):
         """The recipe as evaluation and answers see it: ``thoughts.count`` is ``evaluation.thoughts``."""
         count = self.evaluation.thoughts or self.thoughts.count
         return self.model_copy(update={"thoughts": self.thoughts.model_copy(update={"count": count})})
+
+    @property
+    def answers(self) -> int:
+        """How often each problem is answered in an evaluation: so often for each set of its thoughts."""
+        chains = self.chains.count if self.chains and self.evaluation.read == "text" else 1
+        return self.evaluation.samples * chains
 
     def to_yaml(self) -> str:
         """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""

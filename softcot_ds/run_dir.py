@@ -68,6 +68,9 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     if path != Path(source):
         require_complete(adapter := Path(source))
     own = [f"task.prompts={adapter / 'prompts.yaml'}", "task.targets=gold"] if adapter and not another else []
+    if adapter and (weights := adapter / "projection.safetensors").is_file():
+        # What it began with may be gone: all that still counts of it is in the adapter.
+        own.append(f"projection.init_from={weights}")
     return load_recipe(path, [*own, *overrides], "task" if another else None, is_saved=path != Path(source))
 
 

@@ -51,7 +51,7 @@ for variant in variants:
             engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
             tensors = make()
             with Kept() as kept:
-                loss = engine(tensors) / (batch.num_labels * ranks.alike)
+                loss = engine(tensors) / (batch.sizes["tokens"] * ranks.alike)
             results.setdefault(f"{variant}/kept", torch.tensor(kept.bytes(engine.module)))
             engine.backward(loss * world_size())
             total = total + loss.detach()

@@ -119,7 +119,9 @@ def test_tokens_and_thoughts_stand_side_by_side_with_the_kernel_and_without(fami
         step = SoftThoughts(model, projection, step="full", tokens=tokens_of(examples))
         assert len(step.table.rows_KD) < step.base.config.vocab_size
         batch, ids = make_batch(examples, torch.float32, number=step.number), make_batch(examples, torch.float32)
-        prefix, thoughts, rest = step._embeds(batch).split([batch.prefix_ids.shape[1], 3, batch.suffix_ids.shape[1]], 1)
+        prefix, thoughts, rest = step._embeds(batch, batch.thoughts).split(
+            [batch.prefix_ids.shape[1], 3, batch.suffix_ids.shape[1]], 1
+        )
         assert torch.equal(prefix, model.get_input_embeddings()(ids.prefix_ids))
         assert torch.equal(rest, model.get_input_embeddings()(ids.suffix_ids))
         torch.testing.assert_close(thoughts, step.projection(batch.thoughts, len(thoughts)))

@@ -130,10 +130,12 @@ def test_rates_are_of_all_steps_since_the_last_look_and_of_one_rank(monkeypatch,
     monkeypatch.setattr(record, "world_size", lambda: ranks)
     monkeypatch.setattr(record, "sum_over_ranks", lambda values: values * ranks)
     window = Window(200e12)
-    window.add(1, [0, 1], torch.tensor(1.0), 100, int(15e12))
-    window.add(2, [2, 3], torch.tensor(2.0), 200, int(25e12))
+    one, two = ({"language_model": torch.tensor(loss), "contrastive": torch.tensor(0.5)} for loss in (1.0, 2.0))
+    window.add(1, [0, 1], one, 100, int(15e12))
+    window.add(2, [2, 3], two, 200, int(25e12))
     losses, throughput = window.read([], None)
-    assert losses == {1: 1.0 * ranks, 2: 2.0 * ranks}
+    of_steps = {1: 1.0 * ranks, 2: 2.0 * ranks}
+    assert losses == {step: {"language_model": loss, "contrastive": 0.5 * ranks} for step, loss in of_steps.items()}
     assert throughput == {
         "throughput/tokens_per_second": pytest.approx(600 * ranks),
         "throughput/tokens_per_second_per_rank": pytest.approx(600),
@@ -141,7 +143,7 @@ def test_rates_are_of_all_steps_since_the_last_look_and_of_one_rank(monkeypatch,
         "throughput/mfu": pytest.approx(0.4),
     }
     assert rates(throughput) == "600 tokens/s per rank  MFU 40.0%"
-    window.add(3, [0, 1], torch.tensor(1.0), 100, 0)  # a base whose operations are not known
+    window.add(3, [0, 1], one, 100, 0)  # a base whose operations are not known
     _, throughput = window.read([], None)
     assert throughput["throughput/tokens_per_second_per_rank"] == pytest.approx(50)
     assert rates(throughput) == "50 tokens/s per rank"
@@ -149,7 +151,7 @@ def test_rates_are_of_all_steps_since_the_last_look_and_of_one_rank(monkeypatch,
 
 def test_utilisation_of_an_unknown_device_is_not_told():
     window = Window(None)
-    window.add(1, [0], torch.tensor(1.0), 100, int(1e12))
+    window.add(1, [0], {"language_model": torch.tensor(1.0)}, 100, int(1e12))
     _, throughput = window.read([], None)
     assert "throughput/mfu" not in throughput
 

@@ -123,10 +123,9 @@ def true_loss_and_gradient(model, projection, examples, dtype=torch.float64) -> 
 
 
 def make_batch(examples, dtype, pad_id=0, num_shared=0, number=lambda ids: ids):
-    rows = [
-        Example(Problem("q", "r", "1"), AssistantInput("id", [0] * len(hidden), list(range(len(hidden)))), *ids)
-        for *ids, hidden in [(prefix, suffix, target, hidden) for prefix, hidden, suffix, target in examples]
-    ]
+    slots = list(range(examples[0][1].shape[-2]))
+    asked = AssistantInput("id", [0] * len(slots), slots)
+    rows = [Example(Problem("q", "r", "1"), asked, prefix, *ids) for prefix, _, *ids in examples]
     batch = collate(rows, pad_id, num_shared, number)
     batch.thoughts = torch.stack([hidden for _, hidden, _, _ in examples]).to(dtype)
     return batch
@@ -444,8 +443,8 @@ def test_the_prefix_carries_no_gradient_and_keeps_no_activations(num_shared, che
             activation_checkpointing=checkpointing,
         )
         batch = make_batch(examples, torch.float32, num_shared=step.num_shared)
-        embeds = step._embeds(batch).detach().requires_grad_()
-        step._embeds = lambda _, embeds=embeds: embeds
+        embeds = step._embeds(batch, batch.thoughts).detach().requires_grad_()
+        step._embeds = lambda *_, embeds=embeds: embeds
         shapes = []
         pack = lambda tensor, shapes=shapes: shapes.append(tuple(tensor.shape)) or tensor  # noqa: E731
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):

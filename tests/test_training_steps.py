@@ -14,11 +14,13 @@ from forked import run_forked
 from launch import ROOT, deepspeed_command, run
 from runs import losses, scalars
 from safetensors.torch import load_file, save_file
+from test_softcot_pp import true_contrast
 from toy_models import make_random_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from softcot_ds.cache import main as build_cache
 from softcot_ds.data.batches import global_batches
+from softcot_ds.data.examples import Example
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import method_class
 from softcot_ds.methods.soft_thoughts import new_projection
@@ -51,6 +53,16 @@ TRAINING = [
     "training.validate_every=99",
     "evaluation.max_new_tokens=2",
 ]
+CHAINS = [
+    "method=softcot_pp",
+    "chains.count=3",
+    "chains.initial=tokens",
+    "chains.tokens=['<|thought|>',',','?']",
+    "chains.contrastive=3000",
+    "training.schedule=constant",
+    "training.warmup_steps=0",
+    "seed=5",
+]
 RATES = [0.005, 0.01, 0.01, 0.0055]
 """The learning rate of each step of TRAINING, by hand: half the peak, the peak twice, then half of the way down."""
 CLIP = 0.1
@@ -79,27 +91,36 @@ class Naive:
         total, count = 0.0, 0
         for index in batch:
             example = self.examples[index]
-            ids = torch.tensor([example.assistant.token_ids])
-            with torch.no_grad():
-                hidden = self.assistant.model(ids).last_hidden_state[0, example.assistant.positions]
-            thoughts = hidden @ weights["weight"].T + weights["bias"]
-            prompt = self.tokenizer.apply_chat_template(
-                [{"role": "user", "content": f"{example.problem.question}\nplan :\nTHOUGHTS"}],
-                tokenize=False,
-                add_generation_prompt=True,
-            )
-            left, right = (self.tokenizer(t, add_special_tokens=False).input_ids for t in prompt.split("THOUGHTS"))
-            answer = f"{example.problem.reasoning} answer {example.problem.answer}"
-            target = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
-            table = self.base.get_input_embeddings().weight
-            embeds = torch.cat([table[left], thoughts, table[right + target]])
-            logits = self.base(inputs_embeds=embeds[None]).logits[0]
-            predictions = logits[-len(target) - 1 : -1].log_softmax(-1)
-            total = total - predictions[torch.arange(len(target)), target].sum()
-            count += len(target)
-        loss = total / count
+            total = total + self.loss_of(example, self.thoughts_of(example.assistant.token_ids, example, weights))
+            count += len(example.target_ids)
+        return self.with_gradient(total / count, weights)
+
+    @staticmethod
+    def with_gradient(loss: torch.Tensor, weights: dict[str, torch.Tensor]) -> tuple[float, dict]:
         loss.backward()
         return loss.item(), {name: value.grad for name, value in weights.items()}
+
+    def thoughts_of(self, ids: list[int], example: Example, weights: dict[str, torch.Tensor]) -> torch.Tensor:
+        with torch.no_grad():
+            hidden = self.assistant.model(torch.tensor([ids])).last_hidden_state[0, example.assistant.positions]
+        return hidden @ weights["weight"].T + weights["bias"]
+
+    def loss_of(self, example: Example, thoughts: torch.Tensor) -> torch.Tensor:
+        """Cross entropy summed over the supervised tokens."""
+        prompt = self.tokenizer.apply_chat_template(
+            [{"role": "user", "content": f"{example.problem.question}\nplan :\nTHOUGHTS"}],
+            tokenize=False,
+            add_generation_prompt=True,
+        )
+        left, right = (self.tokenizer(t, add_special_tokens=False).input_ids for t in prompt.split("THOUGHTS"))
+        answer = f"{example.problem.reasoning} answer {example.problem.answer}"
+        target = [*self.tokenizer(answer, add_special_tokens=False).input_ids, self.tokenizer.eos_token_id]
+        assert target == example.target_ids
+        table = self.base.get_input_embeddings().weight
+        embeds = torch.cat([table[left], thoughts, table[right + target]])
+        logits = self.base(inputs_embeds=embeds[None]).logits[0]
+        predictions = logits[-len(target) - 1 : -1].log_softmax(-1)
+        return -predictions[torch.arange(len(target)), target].sum()
 
     def adamw(
         self,
@@ -139,6 +160,28 @@ class Naive:
             )
             weights, first, second = dict(weights), dict(first), dict(second)
         return course
+
+
+class NaiveChains(Naive):
+    """The same for SoftCoT++ as CHAINS has it, a chain at a time."""
+
+    step = 0
+
+    def loss_and_gradient(self, weights: dict[str, torch.Tensor], batch: list[int]) -> tuple[float, dict]:
+        self.step += 1
+        weights = {name: value.clone().requires_grad_() for name, value in weights.items()}
+        language, contrast = 0.0, 0.0
+        for index in batch:
+            example = self.examples[index]
+            ids, places = example.assistant.token_ids, example.assistant.positions
+            chains = []
+            for token in self.tokenizer.convert_tokens_to_ids(["<|thought|>", ",", "?"]):
+                of_chain = [token if place in places else id for place, id in enumerate(ids)]
+                chains.append(self.thoughts_of(of_chain, example, weights))
+            language = language + sum(self.loss_of(example, thoughts) for thoughts in chains)
+            contrast = contrast + true_contrast(chains, f"5/{self.step}/{example.problem.id}")
+        tokens = sum(len(self.examples[index].target_ids) for index in batch)
+        return self.with_gradient(language / tokens + 3000 * contrast / len(batch), weights)
 
 
 @dataclass
@@ -311,6 +354,9 @@ def trainings(tmp_path_factory, random_pair):
         "crash": [clipped, whole, "training.validate_every=2"],
         "stop": [clipped, whole, *stop],
         "stop-last": [clipped, whole, *stop, "training.steps=2", "training.warmup_steps=1"],
+        "chains": [free, zero3, *CHAINS, "training.steps=2"],
+        "chains-on": [free, zero3, *CHAINS, "training.steps=3", "name=chains"],
+        "chains-whole": [free, zero3, *CHAINS, "training.steps=3"],
         "hang": [clipped, whole, "training.step_timeout_minutes=0.1"],
     }
     arguments = [text for name, special in variants.items() for text in (name, " ".join([*common, *special]))]
@@ -357,6 +403,30 @@ def test_train_takes_the_steps_of_adamw_in_float64(trainings, courses, clipping,
     assert norms == pytest.approx(course.norms, rel=1e-5), "before clipping"
     assert norms[0] > norms[1] > CLIP > norms[2] > norms[3]
     assert list(scalars(run_dir, "optimizer/learning_rate").values()) == pytest.approx(RATES)
+
+
+def test_chains_take_the_steps_of_adamw_on_both_losses_in_float64(trainings, random_pair):
+    folder, start, _ = trainings
+    naive = NaiveChains(load_recipe(RECIPE, [*TRAINING, *random_pair, *CHAINS]))
+    course = naive.adamw(start, [0.01, 0.01], clipping=0.0)
+    run_dir = folder / "chains-whole"
+    assert list(losses(run_dir).values())[:2] == pytest.approx(course.losses, rel=1e-6)
+    for step, truth in enumerate(course.states, 1):
+        for name, found in state_after(run_dir, step).items():
+            bound = 1e-4 if name in start else 5e-6
+            assert error(found, truth[name], start.get(name, 0.0)) < bound, f"{name} after step {step}"
+    both = [scalars(run_dir, f"loss/{name}") for name in ("train", "language_model", "contrastive")]
+    for whole, *parts in zip(*(curve.values() for curve in both), strict=True):
+        assert whole == pytest.approx(sum(parts), rel=1e-6)
+        assert min(parts) > 0.5
+
+
+def test_chains_go_on_to_the_bit_of_a_run_that_nobody_disturbed(trainings):
+    folder, _, output = trainings
+    assert f"resuming from {folder}/chains/checkpoints/step-2" in output
+    for file in ("projection.safetensors", "optimizer.safetensors"):
+        one, other = (folder / name / "checkpoints/step-3" / file for name in ("chains", "chains-whole"))
+        assert one.read_bytes() == other.read_bytes()
 
 
 def test_epochs_are_so_many_steps_and_told(trainings):

@@ -137,7 +137,9 @@ class Batch:
     longest: int
     """Positions of the longest example, shared tokens and thoughts included."""
     thoughts: torch.Tensor | None = None
-    """(B, T, P) the assistant's states, or None when there are none to read (online, static)."""
+    """(B, T, P) the assistant's states, or (B, C, T, P) in C chains; None where none are read (online, static)."""
+    kept: torch.Tensor | None = None
+    """(B, C, T, D) bool: what a dropout leaves of copies of the thoughts; None where nothing is drawn."""
 
     @property
     def num_tokens(self) -> int:
@@ -146,6 +148,25 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         return self._map(lambda tensor: tensor.to(device, non_blocking=True))
+
+    def repeated(self, chains: int) -> "Batch":
+        """Each example so many times, one after another, without thoughts: rows that differ in these alone.
+
+        The supervised tokens are those of the first row of each example, then those of the second, and so on.
+        """
+        columns = len(self.assistant[0].positions) + self.suffix_ids.shape[1]
+        row_K, column_K = self.predict_at // columns, self.predict_at % columns
+        chain_C1 = torch.arange(chains, device=row_K.device)[:, None]
+        return Batch(
+            *(
+                rows.repeat_interleave(chains, dim=0)
+                for rows in (self.prefix_ids, self.prefix_mask, self.suffix_ids, self.suffix_mask)
+            ),
+            ((row_K * chains + chain_C1) * columns + column_K).flatten(),
+            self.targets.repeat(chains),
+            [item for item in self.assistant for _ in range(chains)],
+            self.longest,
+        )
 
     def pin_memory(self) -> "Batch":
         """The same in page-locked memory."""

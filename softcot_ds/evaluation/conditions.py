@@ -12,8 +12,8 @@ static       a learned prompt of free vectors, from the adapter of a run with me
 
 import hashlib
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
-from functools import cache, cached_property
+from dataclasses import dataclass, replace
+from functools import cache, cached_property, partial
 
 import torch
 from torch import nn
@@ -34,8 +34,9 @@ from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
-_Given = tuple[list[BasePrompt], Thoughts | None]
-"""What the base is given under a condition: its prompts, and what stands for the thoughts."""
+_Given = tuple[list[BasePrompt], list[Thoughts]]
+"""What the base is given under a condition: its prompts, and what stands for the thoughts, of each chain; nothing where
+prompts have no room for any."""
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,13 @@ class Posed:
     """None where the prompts have no room for any."""
     options: list[tuple[str, ...]]
     """The options of each problem, of A, B, and so on; none where it has none."""
+    other_chains: tuple[Thoughts, ...] = ()
+    """Where a problem has several sets of thoughts, those beside ``thoughts``: each is put to the base alone."""
+
+    @property
+    def chains(self) -> list["Posed"]:
+        """The same with each set of thoughts."""
+        return [replace(self, thoughts=of, other_chains=()) for of in (self.thoughts, *self.other_chains)]
 
 
 class Conditions:
@@ -68,10 +76,13 @@ class Conditions:
     def of(self, condition: Condition) -> Posed:
         """Raises SoftCoTError when the condition cannot be met. No model is loaded for it, nor states read."""
         options = [example.problem.options for example in self._examples]
-        return Posed(condition, *CONDITIONS[condition](self), options)
+        prompts, thoughts = CONDITIONS[condition](self)
+        first, *others = thoughts or [None]
+        return Posed(condition, prompts, first, options, tuple(others))
 
     def read_states(self) -> torch.Tensor:
-        """(problems, T, P) assistant states, read once; without a cache of them the assistant is loaded for it."""
+        """(problems, T, P) assistant states, or (problems, K, T, P) of K chains, read once; without a cache of them the
+        assistant is loaded for it."""
         return self._hidden
 
     def _learned(self) -> _Given:
@@ -92,21 +103,21 @@ class Conditions:
     def _zero(self) -> _Given:
         shape = self._recipe.thoughts.count, self._experiment.widths[1]
         zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
-        return self._room(), zeros
+        return self._room(), [zeros]
 
     def _placeholder(self) -> _Given:
         """As tokens, so that the base reads them as it reads any other."""
         ids = [self._experiment.base_placeholder_id] * self._recipe.thoughts.count
-        return [BasePrompt([*prompt.prefix_ids, *ids, *prompt.suffix_ids], []) for prompt in self._room()], None
+        return [BasePrompt([*prompt.prefix_ids, *ids, *prompt.suffix_ids], []) for prompt in self._room()], []
 
     def _none(self) -> _Given:
         prompts = self._experiment.base_prompts
-        return [prompts.without_thoughts(example.problem.question) for example in self._examples], None
+        return [prompts.without_thoughts(example.problem.question) for example in self._examples], []
 
     def _text(self) -> _Given:
         pairs = zip(self._examples, self.words, strict=True)
         prompts = self._experiment.base_prompts
-        return [prompts.with_words(example.problem.question, words) for example, words in pairs], None
+        return [prompts.with_words(example.problem.question, words) for example, words in pairs], []
 
     def _static(self) -> _Given:
         folder = self._recipe.evaluation.static_adapter
@@ -127,35 +138,54 @@ class Conditions:
     def _hidden(self) -> torch.Tensor:
         return read_all_thoughts(self._experiment, self._examples, self._make_room)
 
-    def _projected(self, whose: Sequence[int]) -> Thoughts:
-        """For problem i the thoughts of problem ``whose[i]``."""
+    @property
+    def _chains(self) -> Sequence[int | None]:
+        """By which a problem's sets of states are told apart; one None where there is one."""
+        return [None] if self._recipe.chains is None else range(self._recipe.chains.count)
+
+    def _of_chain(self, chain: int | None) -> torch.Tensor:
+        """(problems, T, P) states, a view."""
+        return self._hidden if chain is None else self._hidden[:, chain]
+
+    def _projected(self, whose: Sequence[int]) -> list[Thoughts]:
+        """For problem i the thoughts of problem ``whose[i]``, of each chain the same chain's."""
         projection = self._projection
         if not projection.needs_states:
             return _repeated(projection)
 
         @torch.no_grad()
-        def of(indices: list[int]) -> torch.Tensor:
-            return projection(self._hidden[[whose[index] for index in indices]].float(), len(indices))
+        def of(chain: int | None, indices: list[int]) -> torch.Tensor:
+            states_BTP = self._of_chain(chain)[[whose[index] for index in indices]]
+            return projection(states_BTP.float(), len(indices))
 
-        return Thoughts(of, self._projection_of(whose), need_states=True)
+        return [
+            Thoughts(partial(of, chain), self._projection_of(whose, chain), need_states=True) for chain in self._chains
+        ]
 
-    def _mean_thoughts(self) -> Thoughts:
+    def _mean_thoughts(self) -> list[Thoughts]:
         projection = self._projection
         if not projection.needs_states:
             return _repeated(projection)
 
         @cache
         @torch.no_grad()
-        def mean() -> torch.Tensor:
+        def mean(chain: int | None) -> torch.Tensor:
+            states_NTP = self._of_chain(chain)
             if projection.is_affine:
-                return projection(self._hidden.float().mean(dim=0, keepdim=True), 1)
-            total = sum(projection(some.float(), len(some)).double().sum(dim=0) for some in self._hidden.split(256))
-            return (total / len(self._hidden)).float()[None]
+                return projection(states_NTP.float().mean(dim=0, keepdim=True), 1)
+            total = sum(projection(some.float(), len(some)).double().sum(dim=0) for some in states_NTP.split(256))
+            return (total / len(states_NTP)).float()[None]
 
-        made_from = {"mean of": self._projection_of(range(len(self._examples)))}
-        return Thoughts(lambda indices: mean().expand(len(indices), -1, -1), made_from, need_states=True)
+        def of(chain: int | None, indices: list[int]) -> torch.Tensor:
+            return mean(chain).expand(len(indices), -1, -1)
 
-    def _projection_of(self, whose: Sequence[int]) -> Record:
+        everyone = range(len(self._examples))
+        return [
+            Thoughts(partial(of, chain), {"mean of": self._projection_of(everyone, chain)}, need_states=True)
+            for chain in self._chains
+        ]
+
+    def _projection_of(self, whose: Sequence[int], chain: int | None) -> Record:
         """What decides the projected thoughts of these problems, in this order. Not whether the states are read from a
         cache or computed now: by that, too, at most rounding differs.
         """
@@ -169,7 +199,10 @@ class Conditions:
             "attention": assistant.attention,
             "read as": states_dtype(self._recipe),
             "inputs": content_digest([[item.token_ids, item.positions] for item in inputs]),
-        } | ({} if layer is None else {"layer": layer})  # as before there was another than the last
+            # As before there was another layer than the last, and more than one chain.
+            **({} if layer is None else {"layer": layer}),
+            **({} if chain is None else {"initial embeddings": self._experiment.initial.identity, "chain": chain}),
+        }
 
     @cached_property
     def _projection_digest(self) -> str:
@@ -192,10 +225,10 @@ CONDITIONS: dict[Condition, Callable[[Conditions], _Given]] = {
 }
 
 
-def _repeated(projection: Projection) -> Thoughts:
+def _repeated(projection: Projection) -> list[Thoughts]:
     """The same for every problem: ``learned``, ``shuffled`` and ``mean`` of free vectors are decoded once."""
     made_from = {"free vectors": _weights_digest(projection)}
-    return Thoughts(lambda indices: projection(None, len(indices)).detach(), made_from)
+    return [Thoughts(lambda indices: projection(None, len(indices)).detach(), made_from)]
 
 
 def _weights_digest(module: nn.Module) -> str:

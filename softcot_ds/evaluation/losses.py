@@ -7,6 +7,7 @@ ceiling.
 
 import math
 from collections.abc import Mapping, Sequence
+from statistics import fmean
 
 from transformers import PreTrainedModel
 
@@ -43,32 +44,40 @@ class TextLosses:
         self._texts = texts
         self._scorer: Scorer | None = None
         self._shared: tuple[str, SharedPrefix] | None = None
-        self._jobs = {name: self._job(problems, what) for name, problems in posed.items()}
+        self._jobs = {name: [self._job(chain, what) for chain in problems.chains] for name, problems in posed.items()}
 
     @property
     def need_states(self) -> bool:
         """Whether thoughts have to be made of the assistant's states for them."""
         given = {name: problems.thoughts for name, problems in self._posed.items()}
-        return any(job.todo and given[name] and given[name].need_states for name, job in self._jobs.items())
+        return any(
+            given[name] and given[name].need_states and any(job.todo for job in jobs)
+            for name, jobs in self._jobs.items()
+        )
 
     def key(self, condition: Condition) -> str:
         """Of all that decides the losses."""
-        return self._jobs[condition].key
+        return "+".join(job.key for job in self._jobs[condition])
 
     def of_texts(self) -> dict[Condition, list[float]]:
-        """The loss of each text, nats: the sum over its tokens. All ranks call it together.
+        """The loss of each text, nats: the sum over its tokens, and of several chains their mean. All ranks call it
+        together.
 
         Raises:
             SoftCoTError: on every rank, when one is not finite: no mean could be taken of it, and no JSON holds it.
         """
-        found = {name: self._worker.run(job) for name, job in self._jobs.items()}
+        found = {
+            name: [fmean(of_chains) for of_chains in zip(*map(self._worker.run, jobs), strict=True)]
+            for name, jobs in self._jobs.items()
+        }
         for name, losses in found.items():
             for (index, _), loss in zip(self._texts, losses, strict=True):
                 if not math.isfinite(loss):
                     model = self._worker.model_config
                     raise SoftCoTError(
-                        f"{self._jobs[name].name} of problem {index + 1}: {model.model} in {model.dtype} gives {loss}. "
-                        "Set base.dtype=float32; if it stays so, weights of the base or of the adapter are damaged"
+                        f"{self._jobs[name][0].name} of problem {index + 1}: {model.model} in {model.dtype} gives "
+                        f"{loss}. Set base.dtype=float32; if it stays so, weights of the base or of the adapter are "
+                        "damaged"
                     )
         if self._scorer is not None:
             self._scorer.read_whole_rows()  # the base decodes with its own layers

@@ -68,7 +68,8 @@ def make_report(
         "step": config.step,
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
-        **({"samples": evaluation.samples} if evaluation.decode and evaluation.samples > 1 else {}),
+        **({"samples": recipe.answers} if evaluation.decode and recipe.answers > 1 else {}),
+        **({"chains": recipe.chains.count} if recipe.chains else {}),
         **({"read": evaluation.read} if evaluation.decode and evaluation.read != "text" else {}),
         **evaluation.other_strategy,
         **({"votes": True} if evaluation.votes else {}),
@@ -240,12 +241,12 @@ def _draft_lines(report: Record) -> list[str]:
 
 
 def _vote_lines(report: Record) -> list[str]:
-    most = str(report["samples"])
+    most, chains = str(report["samples"]), report.get("chains", 1)
+    drawn = f"{most} samples of each" if chains == 1 else f"{report['samples'] // chains} of each of {chains} chains"
     accuracy = "that of their majority" if report.get("votes") else "the mean over them"
     lines = [
         "",
-        f"{most} samples of each at temperature {report['temperature']:g}: accuracy is {accuracy}, sd that of one "
-        "sample's;",
+        f"{drawn} at temperature {report['temperature']:g}: accuracy is {accuracy}, sd that of one sample's;",
         f"majority is of all {most}, and a tie counts as the share of the tied answers that is right",
         f"{'condition':<12}{'sd':>7}{'majority':>10}{'95% interval':>17}{'ties':>8}{f'pass@{most}':>9}"
         f"{'learned - it':>14}{'p (permutation)':>17}",

@@ -190,14 +190,14 @@ class _Inquiry:
         """By rule under which they are found, and by sample: one per problem. All ranks call it together."""
         self._jobs.clear()
         self._samples.clear()
-        samples = range(self._experiment.recipe.evaluation.samples)
+        samples = range(self._experiment.recipe.answers)
         return {rule: [self._sample(rule, number) for number in samples] for rule in self._experiment.task.kind.rules}
 
     def _sample(self, rule: str, number: int) -> list[Answer]:
         settings, task = self._experiment.recipe.evaluation, self._experiment.task.under(rule)
         self._told.clear()
-        ask = functools.partial(self._ask, number)
-        answers = chosen(STRATEGIES, settings.strategy)(ask, self.problems, task, settings)
+        ask, chains = functools.partial(self._ask, number), self.problems.chains
+        answers = chosen(STRATEGIES, settings.strategy)(ask, chains[number % len(chains)], task, settings)
         if len(answers) != len(self.problems.prompts) or not all(isinstance(answer, Answer) for answer in answers):
             raise TypeError(
                 f"the strategy {settings.strategy!r} is to return an Answer for each of {len(self.problems.prompts)} "
@@ -221,11 +221,11 @@ class _Inquiry:
         if not prompts:
             return []
         recipe, along = self._experiment.recipe, not self._told
-        samples = recipe.evaluation.samples
+        samples, chains = recipe.answers, len(self.problems.chains)
         jobs = [
             self._decoder.job(name, prompts, thoughts, sampling, number + which * samples)
-            # Before anything is told, all samples ask the same, which is then read once for all.
-            for number in (range(sample, samples) if along else [sample])
+            # Before anything is told, all samples of a chain ask the same, which is then read once for all.
+            for number in (range(sample, samples, chains) if along else [sample])
             for which in range(draw, draw + count)
         ]
         wanted = jobs[:count]
@@ -286,7 +286,7 @@ def _records(
         if answers is not None:
             samples = [
                 _graded({rule: of_rule[number][index] for rule, of_rule in answers.items()}, task, example.problem)
-                for number in range(experiment.recipe.evaluation.samples)
+                for number in range(experiment.recipe.answers)
             ]
             record |= samples[0] if len(samples) == 1 else voted(samples)
         if losses is not None:

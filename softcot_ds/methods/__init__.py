@@ -5,6 +5,8 @@ soft_thoughts.py  the step of methods that train a projection in front of a froz
 projection.py     what every projection is, and reading one's weights
 conditioning.py   states as a projection is trained on them: centred or whitened
 softcot.py        SoftCoT's linear layer, and the module around the fused kernel
+softcot_pp.py     SoftCoT++: several sets of thoughts for a question, and the loss that keeps them apart
+initial.py        what the assistant reads at placeholders in each of these
 prompt_tuning.py  free vectors, the same for every question: the baseline
 trial.py          is a model fit for the step, for the assistant: tried on its weights
 """

@@ -7,7 +7,7 @@ from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import ClassVar, Self
+from typing import ClassVar, Literal, Self
 
 import torch
 from safetensors.torch import save
@@ -65,6 +65,8 @@ class Method(nn.Module, ABC):
     steps, and what evaluation runs is another model than the recipe's."""
     projection_class: ClassVar[type[Projection] | None] = None
     """What makes its thoughts, and takes the recipe's section ``projection``; None where nothing is projected."""
+    losses: ClassVar[dict[str, Literal["tokens", "problems"]]] = {"language_model": "tokens"}
+    """What ``forward`` gives, by name, and of what in the global batch each is a mean."""
     weights_file: ClassVar[str] = "projection.safetensors"
     """In an adapter directory, the safetensors file of the trained weights: float32, by the names of ``trained``."""
 
@@ -72,6 +74,8 @@ class Method(nn.Module, ABC):
     """What a projection is given in place of plain states."""
     prefixed: FrozenPrefix | None = None
     """What runs the fast step; None in the full one."""
+    chains: int = 1
+    """Sets of thoughts of a question, each of which the base reads alone."""
     num_shared: int = 0
     """Tokens that all prefixes begin with and that are read once: batches leave them out."""
 
@@ -124,13 +128,14 @@ class Method(nn.Module, ABC):
 
     @abstractmethod
     def forward(self, batch: Batch, per_token: bool = False) -> torch.Tensor:
-        """Cross entropy summed over the K supervised tokens of the batch, in nats: a scalar in float32 at least.
+        """Cross entropy summed over the K supervised tokens of the batch, in nats: a scalar in float32 at least. Of a
+        method with several ``losses`` these sums, in their order.
 
-        It is a sum because the mean is over the global batch, whose token count the caller knows. What a method adds
-        to it, a contrast say, is to be of that size: it too is divided by the tokens of the global batch.
+        They are sums because the means are over the global batch, whose tokens and problems the caller knows.
 
         Args:
-            per_token: give (K,) float64, the cross entropy of each supervised token and nothing else, instead.
+            per_token: give (K,) float64, the cross entropy of each supervised token and nothing else, instead; of
+                several chains their mean.
         """
 
     @abstractmethod
@@ -155,7 +160,16 @@ class Method(nn.Module, ABC):
         return 0
 
     def thoughts(self, batch: Batch) -> torch.Tensor | None:
-        """(B, T, D) what the base reads in the place of thoughts; None where prompts have no room for any."""
+        """(B, T, D) what the base reads in the place of thoughts, or (B, C, T, D) of several chains; None where prompts
+        have no room for any."""
+        return None
+
+    def dropout(self, drawn_by: Sequence[str], batch: Batch) -> torch.Tensor | None:
+        """What a training step wants as ``batch.kept``, on the CPU; None where it draws nothing.
+
+        Args:
+            drawn_by: for each example of the batch, all that its random numbers depend on.
+        """
         return None
 
     def adapter_weights(self, weights: Weights) -> Weights:

@@ -26,8 +26,9 @@ from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import Given, Method
 from softcot_ds.methods.conditioning import Conditioning, Weights, check_conditioning
+from softcot_ds.methods.initial import InitialEmbeddings, Thinker
 from softcot_ds.methods.projection import Projection
-from softcot_ds.models.assistant import check_length, compute_thoughts, read_shared
+from softcot_ds.models.assistant import check_length
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
@@ -58,6 +59,7 @@ class SoftThoughts(Method):
         tokens: Iterable[int] | None = None,
         assistant_inputs: Sequence[AssistantInput] = (),
         conditioning: Conditioning | None = None,
+        initial: InitialEmbeddings | None = None,
     ) -> None:
         """
         Args:
@@ -67,6 +69,7 @@ class SoftThoughts(Method):
             assistant_inputs: all that the assistant may be given; it reads what they begin with once. Those that a
                 cache is built from, so that thoughts are the same, bit for bit, as the cache's in the same batch.
             conditioning: what the projection is given in place of plain states.
+            initial: what the assistant reads at placeholders, where a question has several sets of thoughts.
         """
         super().__init__(base, assistant)
         self.projection = projection
@@ -80,7 +83,8 @@ class SoftThoughts(Method):
         self._shared: SharedPrefix | None = None
         self._shared_ids = tuple(shared_ids)
         self._assistant_inputs = assistant_inputs
-        self._assistant_prefix: SharedPrefix | None = None
+        self.initial = initial
+        self._thinker: Thinker | None = None
         self._decoders = [Decoder.of(model) for model in (base, assistant) if model is not None]
         self._checkpointing = activation_checkpointing
         self.prefixed: FrozenPrefix | None = None
@@ -95,6 +99,11 @@ class SoftThoughts(Method):
         check_conditioning(recipe, cls.projection_class)
 
     @classmethod
+    def own_settings(cls, recipe: Recipe) -> dict[str, Any]:
+        """What ``__init__`` takes of the recipe beside what all methods of this kind take."""
+        return {}
+
+    @classmethod
     def build(cls, given: Given) -> Self:
         recipe = given.recipe
         return cls(
@@ -107,6 +116,7 @@ class SoftThoughts(Method):
             given.tokens,
             given.assistant_inputs,
             given.conditioning,
+            **cls.own_settings(recipe),
         )
 
     @classmethod
@@ -123,7 +133,8 @@ class SoftThoughts(Method):
             projection = cls.projection_class.empty(recipe, *widths).to(base.dtype)
             conditioning = Conditioning.shaped(recipe.projection.condition, widths[0])
         settings = recipe.training.step, checkpointing, [0] * num_shared
-        step = cls(base, projection, None, *settings, tokens=[0], conditioning=conditioning)
+        own = cls.own_settings(recipe)
+        step = cls(base, projection, None, *settings, tokens=[0], conditioning=conditioning, **own)
         step.embed = None  # no values, no kernel
         return step
 
@@ -184,12 +195,20 @@ class SoftThoughts(Method):
         Raises:
             SoftCoTError: an example is longer than the base's context.
         """
+        return self._language_loss(batch, self._embeds(batch, self._given(batch)), per_token)
+
+    def _language_loss(self, batch: Batch, embeds_BSD: torch.Tensor, per_token: bool, chains: int = 1) -> torch.Tensor:
+        """See ``forward``.
+
+        Args:
+            embeds_BSD: of ``_embeds``.
+            chains: how many rows, one after another, have their prefix in common.
+        """
         check_length(batch.longest, self.base)
         if self._shared is None and self._shared_ids:
             # In the first pass, and not earlier, the weights of a partitioned model can be gathered.
             ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
             self._shared = self.prefixed.read_shared(ids)
-        embeds_BSD = self._embeds(batch)
         prefix_length = batch.prefix_ids.shape[1]
         loss_of = token_losses if per_token else cross_entropy
         if self.prefixed is None:
@@ -199,8 +218,8 @@ class SoftThoughts(Method):
         mask_BN, positions_BS = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, self.num_shared)
         inputs = embeds_BSD, mask_BN, positions_BS, prefix_length, batch.predict_at
         if per_token:
-            return token_losses(self.prefixed.logits(*inputs, self._shared), batch.targets)
-        return self.prefixed.loss(*inputs, batch.targets, self._shared)
+            return token_losses(self.prefixed.logits(*inputs, self._shared, chains), batch.targets)
+        return self.prefixed.loss(*inputs, batch.targets, self._shared, chains)
 
     def operations(self, batch: Batch) -> int:
         """Floating-point operations of the forward and backward pass over a batch, padding included; 0 where they are
@@ -209,51 +228,56 @@ class SoftThoughts(Method):
             return 0
         base, *assistant = self._decoders
         batch_size, prefix_length = batch.prefix_ids.shape
-        num_thoughts = len(batch.assistant[0].positions)
-        total = self.projection.operations(batch_size, num_thoughts)
+        num_thoughts, rows = len(batch.assistant[0].positions), batch_size * self.chains
+        total = self.projection.operations(rows, num_thoughts)
         if self.conditioning is not None:
-            total += self.conditioning.operations(batch_size * num_thoughts)
+            total += self.conditioning.operations(rows * num_thoughts)
         if self.prefixed is None:
-            total += base.train(batch_size, batch.longest, batch.longest) + base.train_head(batch_size * batch.longest)
+            total += base.train(rows, batch.longest, batch.longest) + base.train_head(rows * batch.longest)
         else:
             before, rest = self.num_shared + prefix_length, num_thoughts + batch.suffix_ids.shape[1]
-            total += base.run(batch_size, prefix_length, before) + base.train(batch_size, rest, before + rest)
-            total += base.train_head(len(batch.targets))
+            total += base.run(batch_size, prefix_length, before) + base.train(rows, rest, before + rest)
+            total += base.train_head(len(batch.targets) * self.chains)
         if assistant and batch.thoughts is None:
             keys = max(item.positions[-1] + 1 for item in batch.assistant)
-            skipped = self._assistant_prefix.length if self._assistant_prefix else 0
-            total += assistant[0].run(batch_size, keys - skipped, keys)
+            skipped = self._thinker.prefix.length if self._thinker else 0
+            total += assistant[0].run(rows, keys - skipped, keys)
         return total
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
-        """(B, T, D) projected thoughts."""
-        hidden_BTP = self._hidden(batch) if self.projection.needs_states else None
-        return self.projection(hidden_BTP, len(batch.suffix_ids))
+        """(B, T, D) projected thoughts, or (B, C, T, D) of C chains."""
+        return self.projection(self._given(batch), len(batch.suffix_ids))
 
-    def _hidden(self, batch: Batch) -> torch.Tensor:
-        """(B, T, P) what the projection is given: the assistant's states, conditioned if they are to be."""
-        states_BTP = self._states(batch)
-        return states_BTP if self.conditioning is None else self.conditioning(states_BTP)
+    def _given(self, batch: Batch) -> torch.Tensor | None:
+        """What the projection is given: the assistant's states, (B, T, P) or (B, C, T, P), conditioned if they are to
+        be; None where it needs none."""
+        if not self.projection.needs_states:
+            return None
+        states = self._states(batch)
+        return states if self.conditioning is None else self.conditioning(states)
 
     def _states(self, batch: Batch) -> torch.Tensor:
-        """(B, T, P) assistant states, from the batch or from the assistant."""
+        """Assistant states, from the batch or from the assistant."""
         if batch.thoughts is not None:
             return batch.thoughts
-        if self._assistant_prefix is None:  # in the first pass, as above
-            self._assistant_prefix = read_shared(self.assistant, self._assistant_inputs)
-        return compute_thoughts(self.assistant, batch.assistant, self._assistant_prefix).to(batch.suffix_ids.device)
+        if self._thinker is None:  # in the first pass, as above
+            self._thinker = Thinker.of(self.assistant, self._assistant_inputs, self.initial)
+        return self._thinker(batch.assistant).to(batch.suffix_ids.device)
 
-    def _embeds(self, batch: Batch) -> torch.Tensor:
+    def _embeds(self, batch: Batch, given_BTP: torch.Tensor | None) -> torch.Tensor:
         """(B, S, D) embeddings of the whole sequence, but for the shared tokens.
 
         The prefix is padded on the left and the suffix on the right, so that real tokens are adjacent.
+
+        Args:
+            given_BTP: of ``_given``, one set of thoughts for each row.
         """
         batch_size, prefix_length = batch.prefix_ids.shape
         numbers = torch.cat([batch.prefix_ids, batch.suffix_ids], dim=1)
         if self.embed is not None:
             slot_B = torch.full((batch_size,), prefix_length, dtype=torch.int64, device=numbers.device)
-            return self.embed(self._hidden(batch), numbers, slot_B)
-        thoughts_BTD = self.thoughts(batch)  # first: a table that is partitioned is gathered meanwhile
+            return self.embed(given_BTP, numbers, slot_B)
+        thoughts_BTD = self.projection(given_BTP, batch_size)  # first: a partitioned table is gathered meanwhile
         look_up = self.base.get_input_embeddings() if self.table is None else self.table
         prefix_BLD, suffix_BRD = look_up(numbers).tensor_split([prefix_length], dim=1)
         return torch.cat([prefix_BLD, thoughts_BTD.to(prefix_BLD.dtype), suffix_BRD], dim=1)

@@ -1,11 +1,12 @@
 """Running the assistant: its hidden states at the placeholders are the soft thoughts, of its last layer or another.
 
 The cache and ``thoughts.source=online`` both come through here: in the same batch they are equal bit for bit.
-B inputs, S tokens of the longest, T placeholders each, P assistant width.
+B inputs, K chains of each, S tokens of the longest, T placeholders each, P assistant width.
 """
 
 import inspect
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -136,7 +137,10 @@ def check_length(length: int, model: PreTrainedModel) -> None:
 
 @torch.no_grad()
 def compute_thoughts(
-    assistant: PreTrainedModel, inputs: Sequence[AssistantInput], prefix: SharedPrefix = NO_PREFIX
+    assistant: PreTrainedModel,
+    inputs: Sequence[AssistantInput],
+    prefix: SharedPrefix = NO_PREFIX,
+    initial_KP: torch.Tensor | None = None,
 ) -> torch.Tensor:
     """The assistant's last hidden states at the placeholders: after the final norm, unless it ends early.
 
@@ -144,9 +148,11 @@ def compute_thoughts(
         assistant: causal language model; its head is not run.
         inputs: T placeholders each.
         prefix: what all of them begin with, already run.
+        initial_KP: in K chains, what the assistant reads at all placeholders in the place of their tokens' embeddings:
+            vectors as its embedding module gives them out, on its device.
 
     Returns:
-        (B, T, P) in the assistant's dtype, on its device.
+        (B, T, P), or (B, K, T, P) with ``initial_KP``, in the assistant's dtype, on its device.
 
     Raises:
         SoftCoTError: an input is longer than the assistant's context.
@@ -157,10 +163,37 @@ def compute_thoughts(
     # Nothing after the last placeholder reaches it. On the right, padding reaches nothing either, so that no mask is
     # needed and every row has the same positions.
     unread = [torch.tensor(item.token_ids[skip : item.positions[-1] + 1]) for item in inputs]
-    ids_BS = pad_sequence(unread, batch_first=True)
-    cache = prefix.expanded(len(inputs))
-    hidden_BSP = decoder_of(assistant)(
-        input_ids=ids_BS.to(device), past_key_values=cache, use_cache=cache is not None
-    ).last_hidden_state
+    chains = 1 if initial_KP is None else len(initial_KP)
+    ids_RS = pad_sequence(unread, batch_first=True).to(device).repeat_interleave(chains, dim=0)
     slots_BT = torch.tensor([item.positions for item in inputs], device=device) - skip
-    return hidden_BSP.gather(1, slots_BT[:, :, None].expand(-1, -1, hidden_BSP.shape[-1]))
+    slots_RT = slots_BT.repeat_interleave(chains, dim=0)  # R rows: K of each input, one after another
+    cache = prefix.expanded(len(ids_RS))
+    with _embedded(assistant, slots_RT, initial_KP):
+        hidden_RSP = decoder_of(assistant)(
+            input_ids=ids_RS, past_key_values=cache, use_cache=cache is not None
+        ).last_hidden_state
+    states_RTP = hidden_RSP.gather(1, slots_RT[:, :, None].expand(-1, -1, hidden_RSP.shape[-1]))
+    return states_RTP if initial_KP is None else states_RTP.unflatten(0, (-1, chains))
+
+
+@contextmanager
+def _embedded(assistant: PreTrainedModel, slots_RT: torch.Tensor, initial_KP: torch.Tensor | None) -> Iterator[None]:
+    """Within, the model's embedding module gives out ``initial_KP`` at the slots, of each K rows one after another.
+
+    The model is still given ids, so that one which looks at them elsewhere, too, reads what it knows.
+    """
+    if initial_KP is None:
+        yield
+        return
+    rows_R1 = torch.arange(len(slots_RT), device=slots_RT.device)[:, None]
+
+    def put(_module: nn.Module, _inputs: Any, embeds_RSP: torch.Tensor) -> torch.Tensor:
+        embeds_RSP = embeds_RSP.clone()
+        embeds_RSP[rows_R1, slots_RT] = initial_KP[rows_R1 % len(initial_KP)].to(embeds_RSP)
+        return embeds_RSP
+
+    hook = assistant.get_input_embeddings().register_forward_hook(put)
+    try:
+        yield
+    finally:
+        hook.remove()

@@ -10,8 +10,11 @@ it does here. Only the attention masks are made here: by position, so that slidi
 stands between shared tokens and the rest of a prefix, and without looking at what is in them, which would wait for the
 GPU.
 
-B rows, I shared tokens, L prefix tokens, R suffix tokens (thoughts among them), S = L + R, N = I + S, K kept positions,
-D width, V vocabulary.
+Several rows may have their prefix in common, as the chains of one question have, which differ in their thoughts: it
+then runs once for all of them.
+
+B rows, C rows next to each other with one prefix, A = B / C prefixes, I shared tokens, L prefix tokens, R suffix tokens
+(thoughts among them), S = L + R, N = I + S, K kept positions, D width, V vocabulary.
 """
 
 import inspect
@@ -61,9 +64,11 @@ class _Call:
     targets_K: torch.Tensor | None
     """What should follow, where head and cross entropy are one; None for logits."""
     shared: SharedPrefix | None
+    chains: int = 1
+    """C."""
     masks: dict[int | None, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """What prefix and suffix may attend to in a layer, by its sliding window."""
-    prefix_BLD: torch.Tensor | None = None
+    prefix_ALD: torch.Tensor | None = None
     parts: dict[torch.Tensor, tuple[torch.Tensor, torch.Tensor]] = field(default_factory=dict)
     """Of each tensor that the model gives its layers, that of the prefix and of the suffix: cut once for all layers."""
 
@@ -74,7 +79,7 @@ class _Call:
                 return values
             if values not in self.parts:
                 # In one piece each, as kernels want them, which would copy them in each layer.
-                cut = values[:, : self.prefix_length], values[:, self.prefix_length :]
+                cut = values[:: self.chains, : self.prefix_length], values[:, self.prefix_length :]
                 self.parts[values] = cut[0].contiguous(), cut[1].contiguous()
             return self.parts[values][which]
         if isinstance(values, tuple):
@@ -101,12 +106,19 @@ class _Recorder:
 class _Replay:
     """Stands in for a cache while the suffix runs: changes nothing, so the layer may be run again (checkpointing)."""
 
-    def __init__(self, states: KeysValues) -> None:
+    def __init__(self, states: KeysValues, chains: int) -> None:
+        """``states``: of A prefixes."""
         self._states = states
+        self._chains = chains
 
     def update(self, keys: torch.Tensor, values: torch.Tensor, *_: Any, **__: Any) -> KeysValues:
         past_keys, past_values = self._states
-        return torch.cat([past_keys, keys], dim=2), torch.cat([past_values, values], dim=2)
+        return self._behind(past_keys, keys), self._behind(past_values, values)
+
+    def _behind(self, past: torch.Tensor, own: torch.Tensor) -> torch.Tensor:
+        """(B, heads, ., head width): what each row has of its own, behind what it has in common with others."""
+        own = own.unflatten(0, (-1, self._chains))
+        return torch.cat([past[:, None].expand(-1, self._chains, -1, -1, -1), own], dim=3).flatten(0, 1)
 
 
 class FrozenPrefix:
@@ -148,6 +160,7 @@ class FrozenPrefix:
         keep_K: torch.Tensor,
         targets_K: torch.Tensor,
         shared: SharedPrefix | None = None,
+        chains: int = 1,
     ) -> torch.Tensor:
         """Cross entropy at chosen positions of the suffix, summed.
 
@@ -158,6 +171,7 @@ class FrozenPrefix:
             prefix_length: L.
             keep_K: int64 indices into the flattened (B, R) suffix. The head runs on these alone.
             targets_K: int64, the tokens that should follow there.
+            chains: C; the prefix of the first of C rows counts for all of them.
 
         Returns:
             A scalar as of ``loss.cross_entropy``, with gradient with respect to the suffix part of ``embeds_BSD``.
@@ -168,7 +182,8 @@ class FrozenPrefix:
                 and runs_liger(embeds_BSD.device, embeds_BSD.dtype)
                 and self._head_makes_logits(embeds_BSD)
             )
-        call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, targets_K if self.fuses_loss else None, shared)
+        fused = targets_K if self.fuses_loss else None
+        call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, fused, shared, chains)
         found_1KV = self._run(call, embeds_BSD, mask_BN, positions_BS)  # with the loss in its place where they are one
         return found_1KV.squeeze() if self.fuses_loss else cross_entropy(found_1KV[0], targets_K)
 
@@ -180,17 +195,21 @@ class FrozenPrefix:
         prefix_length: int,
         keep_K: torch.Tensor,
         shared: SharedPrefix | None = None,
+        chains: int = 1,
     ) -> torch.Tensor:
         """(K, V) logits at the positions ``keep_K`` of the suffix; arguments as of ``loss``."""
-        call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, None, shared)
+        call = _Call(prefix_length, embeds_BSD.shape[1], keep_K, None, shared, chains)
         return self._run(call, embeds_BSD, mask_BN, positions_BS)[0]
 
     def _run(
         self, call: _Call, embeds_BSD: torch.Tensor, mask_BN: torch.Tensor, positions_BS: torch.Tensor
     ) -> torch.Tensor:
         for window, mask in self._masks(mask_BN, positions_BS, embeds_BSD.dtype).items():
-            cut = partial(_rows, mask, total=call.length)
-            call.masks[window] = cut(0, call.prefix_length), cut(call.prefix_length, call.length)
+            cut = partial(_rows, total=call.length)
+            call.masks[window] = (
+                cut(mask[:: call.chains], 0, call.prefix_length),
+                cut(mask, call.prefix_length, call.length),
+            )
         self._call = call
         try:
             # A mask of four dimensions stops the model from making one; the layers get theirs from the call.
@@ -268,16 +287,16 @@ class FrozenPrefix:
         length = call.prefix_length
         if index == 0:
             # Between the layers only the suffix is handed on by the model; the prefix waits in the call.
-            call.prefix_BLD, hidden = hidden[:, :length], hidden[:, length:]
+            call.prefix_ALD, hidden = hidden[:: call.chains, :length], hidden[:, length:]
         prefix_mask, suffix_mask = call.masks[self._windows[index]]
         kwargs.pop("attention_mask", None)
         kwargs.pop("past_key_values", None)
-        states = call.shared.layer(index, len(hidden)) if call.shared is not None else None
+        states = call.shared.layer(index, len(hidden) // call.chains) if call.shared is not None else None
         if length:
             recorder = _Recorder(states)
             with torch.no_grad():
-                call.prefix_BLD = forward(
-                    call.prefix_BLD,
+                call.prefix_ALD = forward(
+                    call.prefix_ALD,
                     attention_mask=prefix_mask,
                     past_key_values=recorder,
                     **call.part(kwargs, 0),
@@ -286,7 +305,7 @@ class FrozenPrefix:
         run = partial(
             forward,
             attention_mask=suffix_mask,
-            past_key_values=None if states is None else _Replay(states),
+            past_key_values=None if states is None else _Replay(states, call.chains),
             **call.part(kwargs, 1),
         )
         hidden_BRD = checkpoint(run, hidden, use_reentrant=False) if self._checkpointing else run(hidden)

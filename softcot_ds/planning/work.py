@@ -131,7 +131,8 @@ class StepOnMeta:
         step = self._step(depth, checkpointing, lengths.shared)
         batch = lengths.batch(size, self._recipe.thoughts.count).to(torch.device("meta"))
         if step.needs_states:
-            shape = size, self._recipe.thoughts.count, self._assistant_width
+            chains = (step.chains,) if self._recipe.chains else ()
+            shape = size, *chains, self._recipe.thoughts.count, self._assistant_width
             batch.thoughts = torch.empty(shape, dtype=step.base.dtype, device="meta")
         with _without_values(step.base):
             if step.num_shared and step not in self._warm:
@@ -175,7 +176,7 @@ def _traced(step: Method, batch: Batch) -> Work:
     trace = _Trace(step)
     hook = step.base.get_output_embeddings().register_forward_pre_hook(trace.enter_head)
     with trace:
-        step(batch).backward()
+        step(batch).sum().backward()  # of several losses
     hook.remove()
     extra = max(0, trace.head_peak - trace.before_head)
     return Work(np.array(trace.flops), np.array(trace.moved), trace.peak - extra, extra)

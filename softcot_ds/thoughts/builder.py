@@ -317,7 +317,7 @@ class _Saver:
         self._thread = threading.Thread(target=self._run, name="thought-saver")
 
     def put(self, batch: list[AssistantInput], thoughts: torch.Tensor) -> None:
-        """Queue thoughts (B, T, P); waits while the disk lags behind. Raises what the thread ran into."""
+        """Queue thoughts (B, T, P) or (B, K, T, P); waits while the disk lags. Raises what the thread ran into."""
         if self._error is not None:
             raise self._error
         self._queue.put((batch, thoughts))

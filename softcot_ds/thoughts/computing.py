@@ -15,8 +15,9 @@ from transformers import PreTrainedModel
 from softcot_ds import distributed
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.initial import Thinker, initial_embeddings
 from softcot_ds.methods.trial import check_ahead, check_model
-from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared, states_layer
+from softcot_ds.models.assistant import decoder_of, load_to_think, states_layer
 from softcot_ds.models.partition import make_layers_leaves, plain_config, with_limits
 from softcot_ds.recipe import Recipe
 from softcot_ds.thoughts.builder import fill, say
@@ -67,7 +68,8 @@ def _build(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Ranks) -> No
         load,
         ranks,
         shard_mib=recipe.cache.shard_mib,
-        tokens_per_batch=recipe.cache.tokens_per_batch,
+        # The assistant reads an input once for each of its chains.
+        tokens_per_batch=max(1, recipe.cache.tokens_per_batch // (identity.num_initial_embeddings or 1)),
         in_step=recipe.cache.partition != "none",
     )
 
@@ -81,8 +83,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
     if recipe.cache.partition != "none":
         model = _load_partitioned(recipe, ranks)
         check_model(model, "assistant", recipe.assistant.model, states_layer(recipe))
-        prefix = read_shared(model, inputs)
-        return lambda batch: compute_thoughts(model, batch, prefix)
+        return Thinker.of(model, inputs, initial_embeddings(recipe))
     if torch.cuda.is_available():
         device = torch.device("cuda", ranks.local_rank % torch.cuda.device_count())
         torch.cuda.set_device(device)
@@ -95,8 +96,7 @@ def load_assistant(recipe: Recipe, inputs: Sequence[AssistantInput], ranks: Rank
             torch.set_num_threads(cores if bound else max(1, cores // ranks.local_size))
     model = load_to_think(recipe, "none", device)
     check_model(model, "assistant", recipe.assistant.model, states_layer(recipe))
-    prefix = read_shared(model, inputs)
-    return lambda batch: compute_thoughts(model, batch, prefix)
+    return Thinker.of(model, inputs, initial_embeddings(recipe))
 
 
 def _load_partitioned(recipe: Recipe, ranks: Ranks) -> PreTrainedModel:

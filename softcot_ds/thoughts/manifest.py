@@ -88,6 +88,8 @@ class StoreIdentity:
     """K of SoftCoT++; None for SoftCoT, whose rows have no such dimension."""
     layer: int | None = None
     """Of the assistant, from 1 on; None for the last, whose states are after the final norm."""
+    initial_embeddings: str | None = None
+    """What the K are, besides the assistant: ``InitialEmbeddings.identity``. None where there are none."""
     assistant: str = field(default="", compare=False)
     """Folder or hub name, for people: weights that moved are still the same weights."""
     revision: str | None = field(default=None, compare=False)
@@ -95,7 +97,7 @@ class StoreIdentity:
 
     def __post_init__(self) -> None:
         texts = [self.fingerprint, self.dtype, self.compute_dtype, self.attention, self.assistant]
-        texts += [] if self.revision is None else [self.revision]
+        texts += [text for text in (self.revision, self.initial_embeddings) if text is not None]
         numbers = [self.num_thoughts, self.width]
         numbers += [number for number in (self.num_initial_embeddings, self.layer) if number is not None]
         if not all(isinstance(text, str) for text in texts) or not all(map(is_count, numbers)):
@@ -128,7 +130,8 @@ class StoreIdentity:
     def folder_name(self) -> str:
         """Name of this cache among others, such as ``Llama-3.2-1B-Instruct-T32-bfloat16-1f0c9a42``."""
         name = Path(self.assistant).name or "assistant"
-        return f"{name}-T{self.num_thoughts}-{self.dtype}-{self.digest[:8]}"
+        chains = "" if self.num_initial_embeddings is None else f"-K{self.num_initial_embeddings}"
+        return f"{name}-T{self.num_thoughts}{chains}-{self.dtype}-{self.digest[:8]}"
 
     def difference(self, wanted: "StoreIdentity") -> list[str]:
         """In words, each decisive field in which this one is not ``wanted``."""
@@ -137,8 +140,9 @@ class StoreIdentity:
 
     def to_json(self) -> dict[str, Any]:
         values = asdict(self)
-        if self.layer is None:  # caches were made before there was another, and they are what they were
-            del values["layer"]
+        for later in ("layer", "initial_embeddings"):  # caches were made before there were any: they are what they were
+            if values[later] is None:
+                del values[later]
         return values
 
     @classmethod

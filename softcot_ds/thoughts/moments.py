@@ -6,6 +6,7 @@ B rows, T thoughts, P assistant width.
 """
 
 import hashlib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -85,7 +86,8 @@ class RunningMoments:
         """Sum of (state - its slot's mean) (state - its slot's mean)^T over rows and slots."""
 
     def add(self, states_BTP: torch.Tensor) -> None:
-        """``states_BTP``: in any floating dtype, on any device."""
+        """``states_BTP``: in any floating dtype, on any device; of K chains K T states each, T of the first before T of
+        the second."""
         states_BTP = states_BTP.to(self.mean_TP)
         mean_TP = states_BTP.mean(dim=0)
         deviations = (states_BTP - mean_TP).flatten(0, 1)
@@ -131,11 +133,12 @@ def moments_of(store: ThoughtStore, keys: Sequence[bytes]) -> Moments:
     if (found := on_main(lambda: _read(path, digest))) is not None:
         return found
     say(f"mean and covariance of the states of {len(keys):,} training problems")
-    running = RunningMoments(*store.identity.row_shape[-2:], device())
+    *slots, width = store.identity.row_shape
+    running = RunningMoments(math.prod(slots), width, device())
     failure = None
     try:
         for rows in _chunks(store, keys[rank() :: world_size()]):
-            running.add(rows.to(device()))
+            running.add(rows.flatten(1, -2).to(device()))
     except SoftCoTError as error:
         failure = str(error)
     if (failure := agreed(failure)) is not None:
@@ -151,7 +154,7 @@ def moments_of(store: ThoughtStore, keys: Sequence[bytes]) -> Moments:
 
 
 def _chunks(store: ThoughtStore, keys: Sequence[bytes]) -> Iterable[torch.Tensor]:
-    """(B, T, P) some at a time."""
+    """(B, T, P) or (B, K, T, P) some at a time."""
     size = max(1, _CHUNK_BYTES // store.identity.row_bytes)
     for start in range(0, len(keys), size):
         yield store.read(keys[start : start + size])

@@ -72,10 +72,11 @@ def cached(recipe: Recipe) -> list[tuple[Recipe, list[AssistantInput]]]:
 
 def cache_identity(recipe: Recipe) -> StoreIdentity:
     """What decides the recipe's thoughts, besides the tokens. Reads the assistant's configuration and weight files."""
+    from softcot_ds.methods.initial import initial_embeddings
     from softcot_ds.models import backbone
     from softcot_ds.models.assistant import states_layer
 
-    assistant = recipe.assistant
+    assistant, initial = recipe.assistant, initial_embeddings(recipe)
     return StoreIdentity(
         fingerprint=backbone.weights_fingerprint(assistant),
         num_thoughts=recipe.thoughts.count,
@@ -83,6 +84,8 @@ def cache_identity(recipe: Recipe) -> StoreIdentity:
         dtype=recipe.cache.dtype or assistant.dtype,
         compute_dtype=assistant.dtype,
         attention=assistant.attention,
+        num_initial_embeddings=initial and initial.count,
+        initial_embeddings=initial and initial.identity,
         layer=states_layer(recipe),
         assistant=assistant.model,
         revision=assistant.revision,
@@ -132,7 +135,7 @@ class ThoughtReader:
         return cls(open_cache(recipe, [example.assistant for example in examples]))
 
     def read(self, examples: Sequence[Example]) -> torch.Tensor | None:
-        """(B, T, P) states in the cache's dtype, or None."""
+        """(B, T, P) states, or (B, K, T, P) of K chains, in the cache's dtype; or None."""
         if self._store is None:
             return None
         return self._store.read([input_key(example.assistant) for example in examples])
@@ -155,7 +158,8 @@ def states_dtype(recipe: Recipe) -> Dtype:
 def read_all_thoughts(
     experiment: Experiment, examples: Sequence[Example], make_room: Callable[[], object] = lambda: None
 ) -> torch.Tensor | None:
-    """(len(examples), T, P) assistant states on the device; None where the recipe needs none.
+    """(len(examples), T, P) assistant states on the device, or (len(examples), K, T, P) of K chains; None where the
+    recipe needs none.
 
     Without a cache of them the assistant is loaded, and let go again.
 
@@ -164,8 +168,8 @@ def read_all_thoughts(
     """
     from softcot_ds.distributed import device, say
     from softcot_ds.methods.base import method_class
+    from softcot_ds.methods.initial import Thinker, initial_embeddings
     from softcot_ds.methods.trial import load_assistant
-    from softcot_ds.models.assistant import compute_thoughts, read_shared
 
     recipe = experiment.recipe
     if not method_class(recipe.method).needs_states:
@@ -176,10 +180,9 @@ def read_all_thoughts(
         except SoftCoTError as error:
             say(f"{error}\ncomputing the thoughts of {len(examples)} questions with the assistant instead")
     make_room()
-    assistant = load_assistant(recipe)
     size = recipe.evaluation.batch_size
-    prefix = read_shared(assistant, experiment.splits.assistant_inputs())
+    think = Thinker.of(load_assistant(recipe), experiment.splits.assistant_inputs(), initial_embeddings(recipe))
     inputs = [example.assistant for example in examples]
     batches = [inputs[start : start + size] for start in range(0, len(inputs), size)]
-    states = torch.cat([compute_thoughts(assistant, batch, prefix) for batch in batches])
+    states = torch.cat([think(batch) for batch in batches])
     return states.to(getattr(torch, states_dtype(recipe)))

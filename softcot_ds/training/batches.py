@@ -4,6 +4,7 @@ from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
+from typing import Literal, Protocol
 
 from softcot_ds.data.batches import Batch, collate, cut_by_tokens, cut_evenly, global_batches, order_by_prefix
 from softcot_ds.data.examples import Example
@@ -13,13 +14,25 @@ from softcot_ds.methods.base import Method
 from softcot_ds.recipe import Recipe, TrainingConfig
 from softcot_ds.thoughts.reader import ThoughtReader
 
-MakeBatch = Callable[[Sequence[Example]], Batch]
+
+class MakeBatch(Protocol):
+    """``read_batch`` of what a run has."""
+
+    def __call__(self, examples: Sequence[Example], *, draw: str | None = None) -> Batch: ...
 
 
-def read_batch(examples: Sequence[Example], reader: ThoughtReader, pad_id: int, model: Method) -> Batch:
-    """Examples as a batch for ``model``, with their thoughts, on the CPU."""
+def read_batch(
+    examples: Sequence[Example], reader: ThoughtReader, pad_id: int, model: Method, draw: str | None = None
+) -> Batch:
+    """Examples as a batch for ``model``, with their thoughts, on the CPU.
+
+    Args:
+        draw: what the random numbers of each example depend on, beside its problem; None where none are drawn.
+    """
     batch = collate(examples, pad_id, model.num_shared, model.number)
     batch.thoughts = reader.read(examples)
+    if draw is not None:
+        batch.kept = model.dropout([f"{draw}/{example.problem.id}" for example in examples], batch)
     return batch
 
 
@@ -62,8 +75,8 @@ class GlobalBatch:
 
     indices: list[int]
     """Of its examples."""
-    num_labels: int
-    """Supervised tokens, over all ranks."""
+    sizes: dict[Literal["tokens", "problems"], int]
+    """What losses are means over: its supervised tokens and its problems, of all ranks."""
     micro_batches: list[Callable[[], Batch]]
     """What makes this rank's micro-batches; each rank has as many."""
 
@@ -83,8 +96,9 @@ def training_batches(
     """
     on_gpu = device().type == "cuda"
 
-    def make(read: Sequence[Example]) -> Batch:
-        made = make_batch(read)
+    def make(step: int, read: Sequence[Example]) -> Batch:
+        # Whatever rank makes it, and however often the run was interrupted before.
+        made = make_batch(read, draw=f"{recipe.seed}/{step}")
         return made.pin_memory() if on_gpu else made  # a copy to the GPU does not wait then for the work before it
 
     lengths = [example.length for example in examples]
@@ -94,6 +108,6 @@ def training_batches(
         mine = micro_batches(list(range(len(read))), read, recipe.training, ranks)
         yield GlobalBatch(
             indices,
-            sum(len(example.target_ids) for example in read),
-            [partial(make, [read[place] for place in places]) for places in mine],
+            {"tokens": sum(len(example.target_ids) for example in read), "problems": len(read)},
+            [partial(make, step, [read[place] for place in places]) for places in mine],
         )

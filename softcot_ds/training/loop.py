@@ -82,8 +82,8 @@ def _train(recipe: Recipe) -> None:
     for step, batch in enumerate(islice(batches, config.num_steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
         with profiler.step(step):
-            loss, *work = _take_step(engine, batch, learning_rate, ranks, record.timer)
-        record.window.add(step, batch.indices, loss, *work)
+            losses, *work = _take_step(engine, batch, learning_rate, ranks, record.timer)
+        record.window.add(step, batch.indices, losses, *work)
 
         # DeepSpeed takes no step, on any rank, when the norm of the gradient is not finite; it looks in every step.
         skipped = not engine.was_step_applied()
@@ -146,15 +146,17 @@ def _prepare_engine(
 
 def _take_step(
     engine: Any, batch: GlobalBatch, learning_rate: float, ranks: DataRanks, timer: PhaseTimer
-) -> tuple[torch.Tensor, float, float]:
-    """One optimizer step; returns this rank's share of the loss, of the tokens, and of the floating-point operations.
+) -> tuple[dict[str, torch.Tensor], float, float]:
+    """One optimizer step; returns this rank's share of each of the losses, of the tokens, and of the floating-point
+    operations.
 
-    The loss is the mean over the supervised tokens of the whole global batch, wherever they are computed. DeepSpeed
-    divides by the ranks, which hold different numbers of tokens: undo that here.
+    What is trained is the sum of the losses. Each is a mean over the whole global batch, wherever it is computed.
+    DeepSpeed divides by the ranks, which hold different numbers of tokens: undo that here.
     """
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-    losses, num_tokens, operations = [], 0, 0
+    sizes = [batch.sizes[each] * ranks.alike for each in engine.module.losses.values()]
+    parts, num_tokens, operations = [], 0, 0
     for number, make_batch in enumerate(batch.micro_batches, 1):
         engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
         with timer.phase("data"):
@@ -163,14 +165,17 @@ def _take_step(
             operations += engine.module.operations(micro)
             micro = micro.to(device())
         with timer.phase("forward"):
-            loss = engine(micro) / (batch.num_labels * ranks.alike)
+            sums = torch.atleast_1d(engine(micro))
+            losses = torch.stack([part / size for part, size in zip(sums, sizes, strict=True)])
+            loss = losses.sum()
         with timer.phase("backward"):
             # Where the loss is not finite, this makes the gradient NaN also if it were not: so no step is taken.
             engine.backward(loss * (world_size() + 0 * loss.detach()))
         with timer.phase("optimizer"):
             engine.step()  # the optimizer moves on the last one
-        losses.append(loss.detach())
-    return sum(losses[1:], start=losses[0]), num_tokens / ranks.alike, operations / ranks.alike
+        parts.append(losses.detach())
+    total = sum(parts[1:], start=parts[0])
+    return dict(zip(engine.module.losses, total, strict=True)), num_tokens / ranks.alike, operations / ranks.alike
 
 
 def _stop(recipe: Recipe, signal: Signals, step: int, saved: Path) -> None:

@@ -58,11 +58,12 @@ class Record:
         Raises:
             SoftCoTError: a loss is not finite, or the gradient was not in several steps in a row.
         """
-        losses, throughput = self.window.read(self._examples, last_saved)
+        found, throughput = self.window.read(self._examples, last_saved)
+        losses = {step: sum(of_step.values()) for step, of_step in found.items()}
         self._history.add(losses)
         if skipped:
             self._history.skipped.add(step)
-        points = scalars(losses, throughput, learning_rate, len(self._history.skipped), engine, self.timer)
+        points = scalars(found, throughput, learning_rate, len(self._history.skipped), engine, self.timer)
         self._board.scalars(points, step)
         if skipped:
             report_skip(name_step(step, batch, self._examples), self._history, last_saved)
@@ -102,7 +103,7 @@ class Window:
     def __init__(self, peak_flops: float | None) -> None:
         """``peak_flops``: what the GPU of a rank does at most per second, or None: then its utilisation is not told."""
         self._peak_flops = peak_flops
-        self._losses: dict[int, torch.Tensor] = {}
+        self._losses: dict[int, dict[str, torch.Tensor]] = {}
         self._batches: dict[int, list[int]] = {}
         self._tokens = 0
         self._operations = 0
@@ -119,25 +120,31 @@ class Window:
         """What happened since the last step was no training."""
         self._began = time.perf_counter()
 
-    def add(self, step: int, batch: list[int], loss: torch.Tensor, num_tokens: float, operations: float) -> None:
-        """Add this rank's share of the loss of ``step``, whose global batch is ``batch``."""
-        self._losses[step] = loss
+    def add(
+        self, step: int, batch: list[int], losses: dict[str, torch.Tensor], num_tokens: float, operations: float
+    ) -> None:
+        """Add this rank's share of the losses of ``step``, by name, whose global batch is ``batch``."""
+        self._losses[step] = losses
         self._batches[step] = batch
         self._tokens += num_tokens
         self._operations += operations
 
-    def read(self, examples: Sequence[Example], last_saved: Path | None) -> tuple[dict[int, float], dict[str, float]]:
-        """Loss per step since the last reading, nats per supervised token, and throughput over all ranks.
+    def read(
+        self, examples: Sequence[Example], last_saved: Path | None
+    ) -> tuple[dict[int, dict[str, float]], dict[str, float]]:
+        """Losses by step since the last reading and by name, and throughput over all ranks. Cross entropy is in nats
+        per supervised token.
 
         Raises:
             SoftCoTError: a loss is not finite; names the step and its problems. Nothing has been saved since.
         """
-        values = torch.stack(list(self._losses.values())).double()
+        values = torch.stack([loss for of_step in self._losses.values() for loss in of_step.values()]).double()
         work = values.new_tensor([float(self._tokens), float(self._operations)])
         *totals, tokens, operations = sum_over_ranks(torch.cat([values, work])).tolist()
-        losses = dict(zip(self._losses, totals, strict=True))
-        for step, loss in losses.items():
-            if not math.isfinite(loss):
+        left = iter(totals)
+        losses = {step: {name: next(left) for name in of_step} for step, of_step in self._losses.items()}
+        for step, of_step in losses.items():
+            if not math.isfinite(loss := sum(of_step.values())):
                 where = name_step(step, self._batches[step], examples)
                 raise SoftCoTError(f"the loss is {loss} at {where}. {_remedy(last_saved)}")
         seconds = time.perf_counter() - self._began
@@ -165,7 +172,7 @@ def rates(throughput: dict[str, float]) -> str:
 
 
 def scalars(
-    losses: dict[int, float],
+    losses: dict[int, dict[str, float]],
     throughput: dict[str, float],
     learning_rate: float,
     num_skipped: int,
@@ -174,8 +181,11 @@ def scalars(
 ) -> dict[str, float]:
     """The points of the TensorBoard curves for the steps since the last ones."""
     norm = engine.get_global_grad_norm()
+    names = next(iter(losses.values()))
+    means = {name: sum(of_step[name] for of_step in losses.values()) / len(losses) for name in names}
     return {
-        "loss/train": sum(losses.values()) / len(losses),
+        "loss/train": sum(means.values()),
+        **({f"loss/{name}": mean for name, mean in means.items()} if len(means) > 1 else {}),
         "optimizer/learning_rate": learning_rate,
         "optimizer/gradient_norm": float(norm) if norm is not None else math.nan,
         "optimizer/skipped_steps": num_skipped,

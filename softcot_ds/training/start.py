@@ -11,7 +11,8 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Method, method_class
 from softcot_ds.methods.conditioning import Conditioning, Weights, needs_moments, token_sized
-from softcot_ds.methods.projection import check_fits, load_projection
+from softcot_ds.methods.initial import projection_weights
+from softcot_ds.methods.projection import check_fits
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import token_rms
 from softcot_ds.thoughts.moments import Moments
@@ -54,7 +55,7 @@ class Start:
             conditioning = _conditioning(moments, whiten=settings.condition == "whiten").to(device())
         if settings.init_from is None:
             return cls(None, conditioning, moments if settings.init_scale == "auto" else None)
-        weights = load_projection(settings.init_from)
+        weights = projection_weights(settings.init_from, recipe)
         with torch.device("meta"):
             wanted = kind.empty(recipe, *experiment.widths)
         check_fits(weights, wanted, settings.init_from)

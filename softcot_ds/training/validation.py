@@ -131,7 +131,10 @@ class Validator:
         if model.needs_states:
             found = self._parts()
         some = self._examples[: self._batch_size]
-        thoughts_ND = model.thoughts(self._make_batch(some).to(device())).float().flatten(0, 1)
+        thoughts = model.thoughts(self._make_batch(some).to(device())).float()
+        if model.chains > 1:
+            found["thoughts/cosine_between_chains"] = _mean_cosine(thoughts.flatten(2))
+        thoughts_ND = thoughts.flatten(0, -2)
         with whole_embedding(model.base.get_input_embeddings()) as embed:
             vocabulary = model.base.config.get_text_config().vocab_size
             token_norm, cosines = compare_with_tokens(thoughts_ND, embed, vocabulary)
@@ -145,7 +148,7 @@ class Validator:
         """What of the projected thoughts of all examples is the same for all, and what varies with the question."""
         parts = None
         for _, batch, counts in self._batches(self._by_length):
-            thoughts_BTD = self._engine.module.thoughts(batch)
+            thoughts_BTD = self._engine.module.thoughts(batch).flatten(1, -2)  # those of all chains
             parts = parts or Parts(*thoughts_BTD.shape[1:], thoughts_BTD.device)
             if counts:
                 parts.add(thoughts_BTD)
@@ -159,10 +162,11 @@ class Validator:
     def _samples(self) -> str:
         experiment = self._experiment
         examples = self._examples[:_NUM_SAMPLES]
+        thoughts = self._engine.module.thoughts(self._make_batch(examples).to(device()))
         outputs = decode(
             self._engine.module.base,
             [BasePrompt(example.prefix_ids, example.suffix_ids) for example in examples],
-            self._engine.module.thoughts(self._make_batch(examples).to(device())),
+            thoughts if thoughts.ndim == 3 else thoughts[:, 0],  # those of the first chain
             experiment.base_prompts.stop_ids,
             Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
             self._engine.module.table,
@@ -178,6 +182,13 @@ class Validator:
                 f"ANSWER {answer or 'not parsed'} ({verdict}; reference {example.problem.answer})"
             )
         return f"\n\n{'-' * 80}\n\n".join(parts)
+
+
+def _mean_cosine(chains_BCW: torch.Tensor) -> float:
+    """Of two chains of one question, which have a vector each: the mean over all pairs and questions."""
+    directions_BCW = torch.nn.functional.normalize(chains_BCW, dim=-1)
+    count = chains_BCW.shape[1]
+    return ((directions_BCW.sum(dim=1).square().sum(dim=-1) - count) / (count * (count - 1))).mean().item()
 
 
 def compare_with_tokens(
