@@ -1,7 +1,7 @@
 """The training step: from a batch to the loss, with only the work that the projection's gradient needs.
 
 B batch, I shared prefix tokens, L other prefix tokens, T thoughts, R suffix and target tokens, S = L + T + R,
-N = I + S, K supervised tokens, P assistant width, D base width, V vocabulary.
+N = I + S, K supervised tokens, C chains, P assistant width, D base width, V vocabulary.
 
 ``step="fast"`` reads the tokens that all prefixes begin with once, runs the rest of the prefix without gradient
 (models/frozen_prefix.py) and the head on the K positions alone. ``"full"`` is the naive step, an oracle and the way of
