@@ -68,14 +68,22 @@ def make_report(
         "step": config.step,
         "max_new_tokens": evaluation.max_new_tokens,
         "temperature": evaluation.temperature,
+        **_beside_defaults(recipe),
+        "train": trained,
+        "conditions": conditions,
+        "comparisons": comparisons,
+    }
+
+
+def _beside_defaults(recipe: Recipe) -> Record:
+    """How answers were reached, where that is not by one reply to each problem: reports of the default say nothing."""
+    evaluation = recipe.evaluation
+    return {
         **({"samples": recipe.answers} if evaluation.decode and recipe.answers > 1 else {}),
         **({"chains": recipe.chains.count} if recipe.chains else {}),
         **({"read": evaluation.read} if evaluation.decode and evaluation.read != "text" else {}),
         **evaluation.other_strategy,
         **({"votes": True} if evaluation.votes else {}),
-        "train": trained,
-        "conditions": conditions,
-        "comparisons": comparisons,
     }
 
 
