@@ -25,7 +25,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Annotated, Any, get_args
+from typing import Annotated, Any, Literal, get_args
 
 from pydantic import BeforeValidator, Field, model_validator
 
@@ -100,9 +100,9 @@ class Study(Section):
     tasks: dict[Name, StudyTask] = Field({"own": {}}, min_length=1, validate_default=True)  # type: ignore[assignment]
     strategies: dict[Name, Overrides] = Field({"single": {}}, min_length=1)
     """Settings of evaluation. The first one is that to which the others are compared."""
-    baselines: list[Condition] = Field(["none", "text"])
-    """Conditions that are methods of their own, without training: none is zero-shot CoT, text Assist-CoT, placeholder
-    CoT-Unk. They are told where the evaluation of some method has them among its conditions."""
+    baselines: list[Literal["none", "placeholder", "text"]] = Field(["none", "text"])
+    """Conditions that are methods of their own, as nothing trained has a part in them: none is zero-shot CoT, text
+    Assist-CoT, placeholder CoT-Unk. They are told where some method's evaluation has them among its conditions."""
     against: str | None = None
     """The method to which the others, and the baselines, are compared. Default: the first one."""
     without: list[Without] = Field([])

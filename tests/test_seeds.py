@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 from adapters import make_adapter
-from forked import run_forked
 from launch import ROOT
 from torch import distributed as dist
 
@@ -21,7 +20,6 @@ from softcot_ds.evaluation import decoder as decoder_module
 from softcot_ds.evaluation import jobs
 from softcot_ds.launchers import MEETING
 from softcot_ds.models.scoring import Scorer
-from softcot_ds.run_dir import checkpoints
 
 RECIPE = str(ROOT / "recipes" / "word_problems.yaml")
 SMALL = ["task.train_problems=8", "task.validation_problems=0", "task.test_problems=24", "thoughts.source=online"]
@@ -128,14 +126,6 @@ def test_adapters_of_another_task_are_evaluated_as_they_are(seeds, tmp_path, scr
     assert "train first: softcot-ds train" in (said := capfd.readouterr().err)
     assert "name=demo-seed5 seed=5" in said
     assert trained == []
-
-
-@pytest.mark.distributed
-def test_a_run_is_trained_in_a_process_of_its_own(tmp_path):
-    done = run_forked(1, "softcot_ds.evaluate", RECIPE, f"output_dir={tmp_path}", *SMALL, "seeds=7")
-    assert "demo-seed7: 8 training" in done.stdout
-    (adapter,) = checkpoints(tmp_path / "demo-seed7")
-    assert json.loads((tmp_path / "demo" / "grid.json").read_text())["cells"][0]["adapter"] == str(adapter)
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 from adapters import make_adapter, make_checkpoint
+from forked import run_forked
 from launch import ROOT
 
 from softcot_ds import doctor, slurm
@@ -373,6 +374,22 @@ def test_what_is_left_to_do_is_submitted_and_the_study_waits_for_it(written, tmp
     assert "run_ranks softcot_ds.study" in script
     for load in (slurm._load, lambda *arguments: doctor._load(*arguments)[0]):
         assert load(str(runs / "study" / "study.yaml"), []).run_dir == runs / "study"
+
+
+@pytest.mark.distributed
+def test_a_cache_is_built_and_a_run_trained_in_processes_of_their_own(written, tmp_path):
+    overrides = {**SMALL, "thoughts.source": "cache", "cache.path": str(tmp_path / "cache")}
+    evaluation = {"evaluation": {"conditions": ["learned", "none"], "decode": False}}
+    path = written(methods={"softcot": {}}, seeds=[5], strategies={"losses": evaluation}, overrides=overrides)
+    done = run_forked(1, "softcot_ds.study", path)
+    assert "study-own-softcot-seed5: 8 training" in done.stdout
+    report = json.loads((tmp_path / "runs/study/study.json").read_text())
+    learned, none = report["cells"]
+    assert learned["adapter"] == str(tmp_path / "runs/study-own-softcot-seed5/checkpoints/step-1")
+    assert learned["accuracy"] is None
+    assert learned["loss"] != none["loss"]
+    assert [one["metric"] for one in report["comparisons"]] == ["loss"]
+    assert (tmp_path / "runs/study/study.html").read_text().count("<svg") == 2, "losses and the learning curve"
 
 
 def test_options_of_submission_want_submit(written, capsys):

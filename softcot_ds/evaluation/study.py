@@ -14,7 +14,6 @@ from softcot_ds.evaluation.grid import Evaluated, by_metric, over_cells
 from softcot_ds.evaluation.report import Record, Scores
 from softcot_ds.evaluation.statistics import compare, compare_losses, compare_scores, holm, mean_interval
 from softcot_ds.files import cannot_write, parse_json, read_yaml, write_atomically
-from softcot_ds.methods.base import method_class
 from softcot_ds.study_config import Study, StudyCell
 
 METRICS = ("accuracy", "loss")
@@ -91,7 +90,7 @@ def _is_one_chain(cell: StudyCell) -> bool:
 
 def _told(study: Study, found: Sequence[tuple[StudyCell, Evaluated]]) -> Iterator[tuple[_Group, _Told]]:
     """Every cell's method; behind those of a task the baselines, which have nothing to do with it: each from the first
-    method that was evaluated beside it, and that leaves the base as it is."""
+    method that was evaluated beside it."""
     for task in study.tasks:
         of_task = [(cell, one) for cell, one in found if cell.task == task]
         for cell, one in of_task:
@@ -99,8 +98,7 @@ def _told(study: Study, found: Sequence[tuple[StudyCell, Evaluated]]) -> Iterato
         for baseline in study.baselines:
             seen = set()
             for cell, one in of_task:
-                is_frozen = not method_class(cell.recipe.method).changes_base
-                if is_frozen and baseline in one.scores and (cell.strategy, cell.seed) not in seen:
+                if baseline in one.scores and (cell.strategy, cell.seed) not in seen:
                     seen.add((cell.strategy, cell.seed))
                     yield (task, baseline, cell.strategy), _Told(_row(cell, one, baseline), one.scores[baseline])
 
