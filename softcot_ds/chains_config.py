@@ -18,7 +18,8 @@ class ChainsConfig(Section):
     """The assistant's input at all placeholders of a chain. tokens: the embedding of a token. random: drawn from
     chains.seed, as long as those of tokens. file: the ``embedding`` of projection.init_from."""
     tokens: list[str] = Field([])
-    """initial=tokens: one for each chain, each exactly one token of the assistant, such as reserved special ones."""
+    """initial=tokens: one for each chain, each exactly one token of the assistant. The paper takes special ones that
+    say nothing, of Llama 3 ``<|reserved_special_token_3|>`` and the nine after it."""
     seed: int = Field(0, ge=0, le=2**63 - 1)
     """initial=random: runs that differ in the recipe's seed alone share a cache."""
     contrastive: float = Field(1.0, ge=0, allow_inf_nan=False)
@@ -29,8 +30,8 @@ class ChainsConfig(Section):
     def _states_are_constants(cls, value: str) -> str:
         if value == "learned":
             raise ValueError(
-                "learned is not implemented: the assistant would run and be differentiated in every step, for each "
-                "chain anew, and nothing of it could be read from a cache; set it to tokens or random"
+                "learned is not implemented: in every step the assistant would run forward and backward for each "
+                "chain, about three times the work of its cache, and no cache could be read; set it to tokens or random"
             )
         return value
 

@@ -118,11 +118,6 @@ class EvaluationConfig(Section):
                 f"{value}, and evaluation.temperature is 0, at which all samples are the same; set it to what they are "
                 "to be drawn at, such as 0.7"
             )
-        if value == 1 and info.data.get("strategy") == "self_consistency":
-            raise ValueError(
-                "1, and evaluation.strategy=self_consistency is a vote of several; set it to how many, such as 10, and "
-                "evaluation.temperature to what they are to be drawn at, such as 0.7"
-            )
         return value
 
     @field_validator("read")

@@ -221,6 +221,16 @@ class Recipe(Section):
             raise ValueError(f"a section of method=softcot_pp, and method is {method}; leave it out")
         return value
 
+    @field_validator("evaluation")
+    @classmethod
+    def _votes_are_several(cls, value: EvaluationConfig, info: ValidationInfo) -> EvaluationConfig:
+        if value.votes and value.samples == 1 and info.data.get("chains", "") is None:
+            raise ValueError(
+                "strategy=self_consistency is a vote of several, and evaluation.samples is 1; set it to how many, such "
+                "as 10, and evaluation.temperature to what they are to be drawn at, such as 0.7"
+            )
+        return value
+
     @field_validator("base")
     @classmethod
     def _base_needs_no_loss_scaling(cls, value: ModelConfig) -> ModelConfig:

@@ -175,9 +175,10 @@ def test_each_chain_answers_alone_under_every_condition_and_their_majority_count
     found = torch.tensor([row["loss"] for row in records(recipe, "learned")]).double()
     torch.testing.assert_close(found - torch.tensor(solutions), torch.stack(told).mean(dim=0), rtol=0, atol=1e-3)
 
-    greedy = make_recipe(tmp_path, *TOKENS, "name=greedy", "evaluation.conditions=[learned,none]")
+    voted = ["evaluation.strategy=self_consistency", "evaluation.conditions=[learned,none]"]
+    greedy = make_recipe(tmp_path, *TOKENS, "name=greedy", *voted)
     scribe.batches.clear()
     report = evaluate(greedy, adapter)
-    assert report["samples"] == 2
+    assert (report["samples"], report["votes"]) == (2, True)
     assert scribe.num_prompts == 24 * 3  # two chains, and once without thoughts
     assert all(len(row["samples"]) == 2 for row in records(greedy, "none"))

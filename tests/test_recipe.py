@@ -238,7 +238,7 @@ def test_all_mistakes_are_reported_together(write):
         (["training.profile_steps=[3]"], "training.profile_steps.1: missing"),
         (
             ["evaluation.strategy=self_consistency", "evaluation.temperature=0.7"],
-            "evaluation.samples: 1, and evaluation.strategy=self_consistency is a vote of several; set it to how many",
+            "evaluation: strategy=self_consistency is a vote of several, and evaluation.samples is 1; set it to how",
         ),
         (["evaluation.samples=8"], "evaluation.samples: 8, and evaluation.temperature is 0, at which all samples are"),
         (
