@@ -43,13 +43,15 @@ class Job:
     file: str = "recipe.yaml"
 
     @classmethod
-    def of(cls, command: str, recipe: Recipe, axes: tuple[str, ...] = (), file: str = "recipe.yaml") -> Self:
+    def of(cls, command: str, recipe: Recipe, axes: tuple[str, ...] = ()) -> Self:
         """With the recipe of a run."""
-        return cls(command, recipe.name, recipe.run_dir, recipe.to_yaml(), axes, file)
+        return cls(command, recipe.name, recipe.run_dir, recipe.to_yaml(), axes)
 
     @property
     def script(self) -> Path:
-        return self.run_dir / "slurm" / f"{self.command}.sbatch"
+        """Called by its command, or where the file has a name of its own, by that."""
+        name = self.command if self.file == "recipe.yaml" else Path(self.file).stem
+        return self.run_dir / "slurm" / f"{name}.sbatch"
 
 
 @dataclass(frozen=True)
@@ -247,7 +249,7 @@ def _script(job: Job, options: Sequence[str], tasks_per_node: str | None) -> str
     own = [f"--job-name={job.name}-{command}", f"--output={run_dir}/logs/%x-%j.log"]
     if command == "cache" and tasks_per_node:
         own.append(f"--ntasks-per-node={tasks_per_node}")
-    again = f"sbatch {run_dir}/slurm/{path.name}"
+    again = f"sbatch {job.script}"
     made = f"# {command} of {job.name}, made by softcot-ds submit; to submit it again: {again}"
     text = with_options(path.read_text(), [*own, *options], made)
     arguments = shlex.join([str(run_dir / job.file), *job.axes])

@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see softcot-ds COMMAND --help")
     args = parser.parse_args(argv)
     first = args.arguments[0] if args.arguments else "-"
-    if not first.startswith("-") and not os.path.exists(first):
+    if args.command != "study" and not first.startswith("-") and not os.path.exists(first):
         return run_command(lambda: load_recipe(first))  # which says so, without the wait for what comes next
     # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
     return importlib.import_module(f"softcot_ds.{args.command}").main(args.arguments)

@@ -27,7 +27,11 @@ from softcot_ds.study_config import Study, load_study
 
 def run_study(study: Study) -> None:
     """Build, train, evaluate and report whatever is left to do. All ranks call it."""
+    from softcot_ds.experiment import Experiment  # brings torch and transformers, which take seconds
+
     trainings = study.trainings
+    for cell in trainings:
+        Experiment(cell.recipe).require_training()  # said before the first one has taken its hours
     for cell in _caches(study):
         run_apart("cache", cell)
     for number, cell in enumerate(trainings, 1):
@@ -46,7 +50,8 @@ def run_study(study: Study) -> None:
     from softcot_ds.evaluation.study import make_study_report, write_study_report
     from softcot_ds.evaluation.words import study_table
 
-    report = make_study_report(study, list(zip(cells, evaluate_all(chosen), strict=True)))
+    found = list(zip(cells, evaluate_all(chosen), strict=True))
+    report = on_main(lambda: make_study_report(study, found))  # which reads what it has written; others may not see it
     path = on_main(lambda: write_study_report(study.run_dir, report))
     page = on_main(lambda: write_page(study.run_dir, report))
     say(f"\n{study_table(report)}\nresults: {path}; to look at: {page}")
@@ -62,8 +67,11 @@ def submit_study(study: Study, submission: Submission) -> None:
     from softcot_ds.experiment import Experiment
     from softcot_ds.planning.lengths import data_of
 
-    caches = [cell.recipe for cell in _caches(study) if not caches_complete([cell.recipe])]
-    jobs = [Job.of("cache", recipe, file="recipe-cache.yaml") for recipe in caches]
+    caches = [cell.recipe.to_yaml() for cell in _caches(study) if not caches_complete([cell.recipe])]
+    jobs = [
+        Job("cache", study.name, study.run_dir, settings, file=f"cache-{number}.yaml")
+        for number, settings in enumerate(caches, 1)
+    ]
     warned = set()
     for cell in study.trainings:
         experiment = Experiment(cell.recipe)

@@ -13,7 +13,9 @@ import pytest
 import torch
 from forked import exit_code, fork
 from launch import environment
+from torch import distributed as dist
 
+from softcot_ds.launchers import MEETING
 from softcot_ds.thoughts import manifest as tm
 from softcot_ds.thoughts import store as ts
 from softcot_ds.thoughts.ranks import join_ranks
@@ -136,3 +138,14 @@ def test_alone_no_mpi_is_started(monkeypatch):
     ranks = join_ranks()
     assert (ranks.rank, ranks.size) == (0, 1)
     assert ("mpi4py.MPI" in sys.modules) == before
+
+
+def test_builds_that_share_the_store_of_torchruns_agent_count_apart(monkeypatch):
+    agent = dist.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    place = {"RANK": 0, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": agent.port}
+    for name, value in (place | {"TORCHELASTIC_USE_AGENT_STORE": True}).items():
+        monkeypatch.setenv(name, str(value))
+    assert join_ranks().count("here", 1) == 1
+    for name in ("cache-first", "cache-second"):
+        monkeypatch.setenv(MEETING, name)
+        assert join_ranks().count("here", 1) == 1

@@ -248,7 +248,7 @@ def told(cell, folder):
         name: {
             "accuracy": sum(right) / 6,
             "ci95": (0.1, 0.9),
-            "loss": {"per_token": sum(losses[name]) / sum(TOKENS)},
+            "loss": {"per_token": sum(losses[name]) / sum(TOKENS), "tokens": sum(TOKENS)},
             "tokens_per_problem": 10.0 * (1 + len(cell.strategy) + (name == "none")),
             "seconds_per_problem": 0.5,
         }
@@ -356,7 +356,7 @@ def test_what_is_left_to_do_is_submitted_and_the_study_waits_for_it(written, tmp
     make_checkpoint(done, step=1)
     assert command.main([path, "--submit", "--nodes=2"]) == 0
     runs = tmp_path / "runs"
-    wanted = [("", "study-own-softcot-seed5/slurm/cache")]
+    wanted = [("", "study/slurm/cache-1")]
     wanted += [("1", f"study-own-{name}/slurm/train") for name in ("softcot-seed6", "tuned-seed5", "tuned-seed6")]
     wanted += [("2:3:4", "study/slurm/study")]
     asked = [

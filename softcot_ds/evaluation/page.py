@@ -113,7 +113,8 @@ _OF_DIFFERENCES = (
 )
 _OF_LOSSES = (
     "How many nats the base needs for the tokens of the reference solutions when something else stands for the "
-    "thoughts: where another question's thoughts (shuffled) do as well as its own (learned), they carry nothing of it."
+    "thoughts: where another question's thoughts (shuffled) do as well as its own (learned), they carry nothing of it. "
+    "Losses of other tokens, as of solutions whose steps a method does not write, are left out."
 )
 _OF_TOKENS = "Tokens, thoughts among them, that the base reads and writes for one problem; intervals as above."
 _OF_CURVES = "Training losses, each point the mean of a stretch of steps; a line for each seed."

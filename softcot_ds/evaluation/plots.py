@@ -7,6 +7,7 @@ says the same a second time. Figures depend on nothing but the report: the same 
 import io
 import itertools
 import re
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
@@ -148,11 +149,13 @@ class Plots:
 
 def _losses_by_condition(report: Record, task: str) -> list[tuple[str, str, float]]:
     """Condition, method and the mean over the seeds of its loss, by condition and method: of the first strategy, as it
-    decides nothing of a loss. A condition that has nothing to do with the method stands there once, as a baseline."""
+    decides nothing of a loss. A condition that has nothing to do with the method stands there once, as a baseline; and
+    losses of other tokens than those of most cells, as of solutions whose steps are not written, not at all."""
     found: dict[tuple[str, str], list[float]] = {}
     cells = [cell for cell in report["cells"] if (cell["task"], cell["strategy"]) == (task, report["strategies"][0])]
     baselines = {cell["method"] for cell in cells if "run" not in cell}
-    for cell in cells:
+    tokens = Counter(cell["solution_tokens"] for cell in cells).most_common(1)
+    for cell in (cell for cell in cells if cell["solution_tokens"] == tokens[0][0]):
         told = {"learned" if "run" in cell else cell["method"]: cell["loss"]}
         told |= {name: one["loss"] for name, one in cell.get("controls", {}).items() if name not in baselines}
         for condition, loss in told.items():

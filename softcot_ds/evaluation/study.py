@@ -128,6 +128,7 @@ def _row(cell: StudyCell, one: Evaluated, condition: str) -> Record:
         "accuracy": of.get("accuracy"),
         "ci95": of.get("ci95"),
         "loss": of["loss"]["per_token"] if "loss" in of else None,
+        "solution_tokens": of["loss"]["tokens"] if "loss" in of else None,
         **{key: of.get(key) for key in _COST},
         "unparsed": of.get("unparsed"),
         "report": str(one.folder / "report.json"),
