@@ -1,5 +1,6 @@
 """Several sets of thoughts for a question, from the recipe to the report: settings, cache, files, evaluation."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -15,6 +16,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.initial import initial_embeddings
 from softcot_ds.models.assistant import compute_thoughts
+from softcot_ds.models.decoding import Output
 from softcot_ds.recipe import load_recipe
 from softcot_ds.run_dir import load_for_evaluation
 from softcot_ds.thoughts.reader import ThoughtReader, cache_identity
@@ -182,3 +184,34 @@ def test_each_chain_answers_alone_under_every_condition_and_their_majority_count
     assert (report["samples"], report["votes"]) == (2, True)
     assert scribe.num_prompts == 24 * 3  # two chains, and once without thoughts
     assert all(len(row["samples"]) == 2 for row in records(greedy, "none"))
+
+
+def test_an_adapter_gives_each_chains_thoughts_and_the_answer_that_most_chains_have(tmp_path):
+    recipe = make_recipe(tmp_path, *TOKENS)
+    adapter = Adapter(recipe, make_adapter(tmp_path / "adapter", recipe))
+    asked = ["tom has 8 pens . how many pens now ?", "lily has 2 pens . first lily buys 3 . how many pens now ?"]
+    thoughts = adapter.thoughts(asked)
+    assert thoughts.shape == (2, 2, 4, D)
+    for question, chains in zip(asked, thoughts, strict=True):
+        item = adapter.question(question).assistant
+        for token, found in zip((5, 36), chains, strict=True):
+            states = compute_thoughts(
+                adapter.assistant, [replace(item, token_ids=[*item.token_ids[:-4], *[token] * 4])]
+            )
+            torch.testing.assert_close(found, adapter.projection(states)[0], rtol=1e-4, atol=1e-5)
+    embedded = adapter.prompt_embeddings(asked)
+    assert len(embedded) == 4
+    for prompt, row in zip(embedded, thoughts.flatten(0, 1), strict=True):
+        assert torch.equal(prompt.embeddings[prompt.is_thought], row)
+    assert embedded[0].token_ids.tolist() == embedded[1].token_ids.tolist() != embedded[2].token_ids.tolist()
+
+    def written(*texts):
+        return [Output(adapter.experiment.base_tokenizer.encode(text), cut=False) for text in texts]
+
+    for texts, chosen in (
+        (["answer 7", "answer 8", "so", "x answer 8"], 1),
+        (["so", "answer 8", "answer 7"], 1),
+        (["so", "it"], 0),
+    ):
+        outputs = written(*texts)
+        assert adapter._agreed(outputs) is outputs[chosen]

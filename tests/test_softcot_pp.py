@@ -16,6 +16,7 @@ from softcot_ds.methods.initial import InitialEmbeddings, Thinker
 from softcot_ds.methods.softcot import SoftCoT
 from softcot_ds.methods.softcot_pp import SoftCoTPlusPlus
 from softcot_ds.models.assistant import compute_thoughts
+from softcot_ds.training.validation import _mean_cosine
 
 T = 3
 LENGTHS = [(9, 3, 5), (0, 2, 4), (1, 0, 1), (12, 0, 7)]
@@ -196,3 +197,10 @@ def test_vectors_stand_at_placeholders_as_they_are_and_those_of_a_seed_are_as_lo
             torch.testing.assert_close(found[number, chain], states, rtol=1e-4, atol=1e-5)
     digests = {each.identity for each in (of_file, drawn, InitialEmbeddings(2, rows_KP=rows + 1))}
     assert len(digests | {InitialEmbeddings(2, token_ids=(3, 4)).identity, InitialEmbeddings(2, seed=5).identity}) == 5
+
+
+def test_chains_are_as_alike_as_the_mean_cosine_of_two_of_them():
+    chains = torch.randn(4, 3, 10)
+    pairs = [(0, 1), (0, 2), (1, 2)]
+    cosines = [torch.cosine_similarity(question[i], question[j], dim=0) for question in chains for i, j in pairs]
+    assert _mean_cosine(chains) == pytest.approx(torch.stack(cosines).mean().item(), abs=1e-6)
