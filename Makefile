@@ -38,7 +38,7 @@ REAL = recipes/smollm2_gsm8k.yaml assistant.model=$(MODEL) base.model=$(MODEL) \
   $(join $(patsubst %,task.%=,train test),$(GSM8K)) cache.path=runs/real/cache $(SET)
 PLAIN = name=real-plain projection.condition=none projection.init_scale=0.1
 
-.PHONY: demo study real real-needs check test gpu clean
+.PHONY: demo study real real-needs check quick-a-to-i quick-j-to-z test gpu clean
 
 demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
@@ -67,7 +67,18 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu and not slow"
+	$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-a-to-i quick-j-to-z
+
+# Each runs on one core.
+QUICK := $(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu and not slow"
+TESTS := $(wildcard tests/test_*.py)
+TO_I := $(wildcard tests/test_[a-i]*.py)
+
+quick-a-to-i:
+	$(QUICK) $(TO_I)
+
+quick-j-to-z:
+	$(QUICK) $(filter-out $(TO_I),$(TESTS))
 
 test: $(VENV)/.installed-test
 	$(BIN)/python -m pytest
