@@ -34,6 +34,7 @@ setup(
         "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",
         "transformers>=5.23,<6",
+        "peft>=0.21.2,<0.22",  # method: lora
         "accelerate>=1.15",  # transformers' HfDeepSpeedConfig refuses to work without it
         "triton>=3.7,<3.10; platform_system == 'Linux'",  # torch's CUDA build pins its own, its CPU build none
         "datasets>=5.2,<6",

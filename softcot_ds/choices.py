@@ -15,6 +15,8 @@ METHODS = {
     "softcot": "softcot_ds.methods.softcot:SoftCoT",
     "softcot_pp": "softcot_ds.methods.softcot_pp:SoftCoTPlusPlus",
     "prompt_tuning": "softcot_ds.methods.prompt_tuning:PromptTuning",
+    "lora": "softcot_ds.methods.lora:Lora",
+    "full": "softcot_ds.methods.full:Full",
 }
 """``method``: a ``methods.base.Method``."""
 METHOD_OF_KIND = {"linear": "softcot", "static": "prompt_tuning"}

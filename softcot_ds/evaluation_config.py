@@ -8,13 +8,14 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import STRATEGIES, one_of
 from softcot_ds.section import Section
-from softcot_ds.values import AnyPath, Count, Folder
+from softcot_ds.values import AnyPath, Count, ExistingFile, Folder
 
 Condition = Literal["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
-    *("draft", "thoughts", "samples", "read", "partition", "placeholder", "static_adapter", "outputs"),
+    *("draft", "thoughts", "samples", "read", "partition", "plain_text", "placeholder", "static_adapter"),
+    "outputs",
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
@@ -56,6 +57,9 @@ class EvaluationConfig(Section):
     """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
     partition: Partition | None = None
     """How the base is held while decoding. Default: backbone.partition."""
+    plain_text: ExistingFile | None = None
+    """A file of text, of which it is told too how likely the base finds it, as it was and as it was trained: whether a
+    method that changes it has it forget."""
     placeholder: str | None = None
     """The base's token at a thought's position, for the condition placeholder. Default: its unknown token, else pad,
     else end-of-sequence."""

@@ -3,6 +3,7 @@
 B questions, T thoughts, S positions of a prompt, P assistant width, D base width.
 """
 
+import hashlib
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -20,10 +21,10 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import method_class
 from softcot_ds.methods.initial import Thinker
-from softcot_ds.methods.projection import Projection
+from softcot_ds.methods.projection import Projection, load_projection
 from softcot_ds.methods.trial import load_assistant
 from softcot_ds.models.assistant import states_layer
-from softcot_ds.models.backbone import context_length, partition_that_fits
+from softcot_ds.models.backbone import Change, context_length, partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.drafting import Drafter
 from softcot_ds.models.embedding import whole_embedding
@@ -37,7 +38,8 @@ class Question:
     """What the models read for one question."""
 
     prompt: BasePrompt
-    has_thoughts: bool
+    with_method: bool
+    """Whether it is put to what was trained, and not to the recipe's base alone."""
     assistant: AssistantInput | None
     """None where the thoughts do not come from it, or there are none."""
 
@@ -52,6 +54,11 @@ class PromptEmbeddings:
     """(S,) int64 on the CPU; 0 at a thought."""
     is_thought: torch.Tensor
     """(S,) bool on the CPU: the positions where the thoughts stand."""
+
+
+def _digest(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 class Adapter:
@@ -82,14 +89,28 @@ class Adapter:
                 f"evaluation.thoughts={count} for so many in evaluation"
             )
         self.recipe = recipe = recipe.in_evaluation
-        self._needs_states = method_class(self.config.method).needs_states
+        self.method = method_class(self.config.method)
+        self.method.check_held(recipe, self._partition)
+        self._needs_states = self.method.needs_states
         self.experiment = Experiment(recipe)
         self.config.check_models(self.experiment, assistant=self._needs_states)
 
     @cached_property
     def projection(self) -> Projection:
-        """The trained weights, float32. Raises SoftCoTError when they are damaged or do not fit the recipe."""
+        """The trained weights, float32. Raises SoftCoTError when they are damaged or do not fit the recipe; or the
+        method has no projection."""
         return load_adapter(self.folder, self.experiment)
+
+    @cached_property
+    def change(self) -> Change | None:
+        """What the method has made of the base; None where that is as it was. Raises SoftCoTError when it is
+        damaged."""
+        if not self.method.changes_base:
+            return None
+        weights = load_projection(self.folder / self.method.weights_file)
+        files = (self.method.weights_file, *self.method.other_files)
+        made_from = {"method": self.config.method, **{name: _digest(self.folder / name) for name in files}}
+        return Change(partial(self.method.apply_adapter, folder=self.folder, weights=weights), made_from)
 
     @cached_property
     def assistant(self) -> PreTrainedModel:
@@ -98,11 +119,20 @@ class Adapter:
 
     @cached_property
     def base(self) -> PreTrainedModel:
-        """Raises SoftCoTError when it cannot be loaded, or cannot decode with thoughts in its prompt."""
+        """As the method has changed it, if it does. Raises SoftCoTError when it cannot be loaded, or cannot decode with
+        thoughts in its prompt."""
+        return self._load_base(self.change)
+
+    @cached_property
+    def own_base(self) -> PreTrainedModel:
+        """The recipe's own; likewise."""
+        return self.base if self.change is None else self._load_base(None)
+
+    def _load_base(self, change: Change | None) -> PreTrainedModel:
         backbone = self.recipe.backbone
         partition = partition_that_fits(self.recipe.base, self._partition, backbone.group_size, backbone.bits)
         spare_of = partial(spare_to_decode, self.recipe, partition)
-        return load_to_decode(self.recipe.base, self.recipe, partition, spare_of)
+        return load_to_decode(self.recipe.base, self.recipe, partition, spare_of, change)
 
     @cached_property
     def drafter(self) -> Drafter | None:
@@ -113,7 +143,7 @@ class Adapter:
         """The base's answer to each question, decoded as the recipe's ``evaluation`` says.
 
         Args:
-            with_thoughts: False for what the base says without them.
+            with_thoughts: False for what the recipe's base says alone, without thoughts or whatever else was trained.
 
         Raises:
             SoftCoTError: a question is no text, or too long for a model; said before anything is answered.
@@ -126,8 +156,10 @@ class Adapter:
         chains (B, C, T, D), each to be read alone.
 
         Raises:
-            SoftCoTError: see ``answer``.
+            SoftCoTError: see ``answer``; or the method has no thoughts.
         """
+        if not self.method.has_thoughts:
+            raise SoftCoTError(f"{self.folder} is of method={self.config.method}, which has no thoughts")
         return self._thoughts([self.question(text) for text in questions])
 
     @torch.no_grad()
@@ -156,13 +188,13 @@ class Adapter:
     def question(self, text: str, with_thoughts: bool = True) -> Question:
         """A question as the models read it. Raises SoftCoTError when it is no text, or too long for a model."""
         check_question(text)
-        prompts = self.experiment.base_prompts
-        prompt = prompts.with_thoughts(text) if with_thoughts else prompts.without_thoughts(text)
-        length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (self.recipe.thoughts.count if with_thoughts else 0)
+        prompts, has_room = self.experiment.base_prompts, with_thoughts and self.method.has_thoughts
+        prompt = prompts.with_thoughts(text) if has_room else prompts.without_thoughts(text)
+        length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (self.recipe.thoughts.count if has_room else 0)
         context = context_length(self.experiment.base_config)
         if length >= context:
             raise SoftCoTError(f"the question makes {length} tokens, which leaves no room in the base's {context}")
-        if not with_thoughts or not self._needs_states:
+        if not has_room or not self._needs_states:
             return Question(prompt, with_thoughts, None)
         asked = self.experiment.assistant_prompts.thoughts_input("question", text)
         context = context_length(self.experiment.assistant_config)
@@ -181,30 +213,31 @@ class Adapter:
                 f"evaluation.strategy={strategy['strategy']} is for evaluations; for the one reply to each question, "
                 "set evaluation.strategy=single"
             )
-        if with_thoughts:
+        if with_thoughts and self.method.has_thoughts:
             _ = self.projection
             if self._needs_states:
                 _ = self.assistant
-        _ = self.base
+        _ = self.base if with_thoughts else self.own_base
         if self.drafter:
-            if with_thoughts and self._needs_states and states_layer(self.recipe) is None:
+            if with_thoughts and self.method.has_thoughts and self._needs_states and states_layer(self.recipe) is None:
                 self.drafter.model = self.assistant  # all of its layers are there already
             _ = self.drafter.model
 
     def outputs(self, questions: Sequence[Question]) -> list[Output]:
-        """What the base writes for each question, all of them with thoughts or all without. Of several chains the first
-        one with the answer that most of them have."""
+        """What the base writes for each question, all of them with what was trained or all without. Of several chains
+        the first one with the answer that most of them have."""
         if not questions:
             return []
-        has_thoughts = questions[0].has_thoughts
-        self.load_models(has_thoughts)
+        with_method = questions[0].with_method
+        self.load_models(with_method)
+        base, has_thoughts = self.base if with_method else self.own_base, with_method and self.method.has_thoughts
         thoughts = self._thoughts(questions).flatten(0, -3) if has_thoughts else None
         prompts = [question.prompt for question in questions]
         rows = self._rows(prompts) if has_thoughts else prompts
         settings = self.recipe.evaluation
         stop_ids = self.experiment.base_prompts.stop_ids
         outputs = decode(
-            self.base,
+            base,
             rows,
             thoughts,
             stop_ids,

@@ -23,6 +23,7 @@ from softcot_ds.chains_config import ChainsConfig
 from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
 from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.files import dump_yaml
+from softcot_ds.lora_config import LoraConfig
 from softcot_ds.section import FREE, Section
 from softcot_ds.settings import flattened, read_settings, validated
 from softcot_ds.task_config import TargetsConfig, TaskConfig
@@ -106,7 +107,8 @@ class TrainingConfig(Section):
     """Optimizer steps; default: 1000, unless there are epochs. A run that has begun takes another number only with the
     constant schedule: with others, its learning rates would have been others from the first step on."""
     step: Annotated[Literal["fast", "full"], FREE] = "fast"
-    """fast: only the work that the gradient needs. full: the naive step, an oracle. Both give the same gradient."""
+    """fast: only the work that the gradient needs. full: the naive step, an oracle. Both give the same gradient.
+    Methods that change the base run the full one in any case."""
     global_batch_size: Count = 32
     """Examples per optimizer step, over all ranks."""
     micro_batch_size: Annotated[Count, FREE] = 4
@@ -196,7 +198,8 @@ class Recipe(Section):
     method: Annotated[str, AfterValidator(one_of(METHODS))] = "softcot"
     """What is trained. softcot: W h + b, a projection of the assistant's states. softcot_pp: the same of several sets
     of states, with a loss that keeps their thoughts apart. prompt_tuning: T free vectors, the same for every question,
-    a baseline."""
+    a baseline. lora: low-rank matrices beside weights of the base, full: all its weights; as baselines, without
+    thoughts."""
     task: TaskConfig
     assistant: ModelConfig
     base: ModelConfig
@@ -207,6 +210,7 @@ class Recipe(Section):
     # Validated with the rest, also where it is the default.
     backbone: BackboneConfig = Field({}, validate_default=True)  # type: ignore[assignment]
     projection: ProjectionConfig = ProjectionConfig()
+    lora: LoraConfig = LoraConfig()
     training: TrainingConfig = TrainingConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
     targets: Annotated[TargetsConfig, FREE] = TargetsConfig()

@@ -2,7 +2,8 @@
 
 The gradient is the one that DeepSpeed has summed over micro-batches and ranks. Of the first micro-batch, also the bytes
 that its forward pass holds on the first rank. A variant is overrides of the recipe and words: ``apart`` for tokens and
-thoughts one by one, ``lookup`` for tokens that the base's own module embeds as well.
+thoughts one by one, ``lookup`` for tokens that the base's own module embeds as well, ``from:FILE`` for weights to start
+from.
 """
 
 import sys
@@ -13,7 +14,7 @@ import torch
 import triton
 from deepspeed.utils import safe_get_full_grad
 from kept import Kept
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from softcot_kernels import reference
 
 from softcot_ds.distributed import init_distributed, is_main, shut_down, sum_over_ranks, world_size
@@ -23,6 +24,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader
 from softcot_ds.training.batches import read_batch, training_batches
 from softcot_ds.training.engine import build_engine, build_model
+from softcot_ds.training.start import Start
 
 recipe_path, output, *variants = (argument for argument in sys.argv[1:] if not argument.startswith("--local_rank"))
 init_distributed(5)
@@ -36,7 +38,8 @@ for variant in variants:
     examples = experiment.splits.train
     reader = ThoughtReader.open(recipe, examples)
     ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
-    model = build_model(recipe, experiment, None)
+    files = [text.removeprefix("from:") for text in overrides if text.startswith("from:")]
+    model = build_model(recipe, experiment, Start(load_file(files[0])) if files else None)
     if "apart" in overrides:
         model.embed = None
     if "lookup" in overrides:
@@ -63,7 +66,7 @@ for variant in variants:
         micro_batch_counts.append(len(batch.micro_batches))
     if engine.module.prefixed is not None:
         results[f"{variant}/fuses_loss"] = torch.tensor(engine.module.prefixed.fuses_loss)
-    results[f"{variant}/fuses_embedding"] = torch.tensor(engine.module.embed is not None)
+    results[f"{variant}/fuses_embedding"] = torch.tensor(getattr(engine.module, "embed", None) is not None)
     results[f"{variant}/micro_batches"] = torch.tensor(micro_batch_counts)
     results[f"{variant}/losses"] = sum_over_ranks(torch.stack(losses))
 if is_main():

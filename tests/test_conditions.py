@@ -105,7 +105,7 @@ def test_static_prompt_is_a_condition_of_its_own(tmp_path):
     assert [r["output"] for r in records(alone, "learned")] == [r["output"] for r in records(recipe, "static")]
 
     wrong = make_recipe(tmp_path, f"evaluation.static_adapter={adapter}", "evaluation.conditions=[static]")
-    with pytest.raises(SoftCoTError, match="is a linear projection, not static"):
+    with pytest.raises(SoftCoTError, match="is of method=softcot, whose thoughts differ by question"):
         evaluate(wrong, adapter)
 
 
@@ -124,7 +124,7 @@ def test_an_adapter_makes_other_numbers_of_thoughts_than_it_was_trained_with(tmp
         assert condition == "none" or "[2 thoughts]" in records(fewer, condition)[0]["prompt"]
 
     static = make_recipe(tmp_path, "method=prompt_tuning", "name=static", "evaluation.thoughts=2")
-    with pytest.raises(SoftCoTError, match="and a static projection makes just as many, not 2"):
+    with pytest.raises(SoftCoTError, match="and method=prompt_tuning makes just as many, not 2"):
         evaluate(static, make_adapter(tmp_path / "static-adapter", static))
 
 

@@ -108,7 +108,7 @@ def forbid_models(monkeypatch):
         (
             [],
             lambda f: shutil.copytree(f / "adapter", f / "static", dirs_exist_ok=True),
-            "is a linear projection, not s",
+            "is of method=softcot, whose thoughts differ",
         ),
         (
             [],

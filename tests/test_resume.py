@@ -12,8 +12,9 @@ from runs import losses, scalars
 from safetensors.torch import load_file
 from test_thought_store import write
 
-from softcot_ds.adapter import load_adapter
+from softcot_ds.adapter import AdapterConfig, load_adapter
 from softcot_ds.experiment import Experiment
+from softcot_ds.methods.base import method_class
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader, cache_identity, input_key
 from softcot_ds.training.batches import read_batch
@@ -41,6 +42,9 @@ CONFIGURATIONS = {
         ("float32", "zero3", f"backbone.partition=zero3 {VALIDATED}"),
         ("bfloat16", "zero3, whitened", f"backbone.partition=zero3 {BUDGET} {CACHED} projection.condition=whiten"),
         ("float32", "tensor, centred", f"backbone.partition=tensor {CACHED} projection.condition=center"),
+        # What is drawn for a micro-batch depends on no rank, and both numbers of ranks cut the same of one example.
+        ("float32", "zero3, lora", "backbone.partition=zero3 method=lora lora.dropout=0.2 training.micro_batch_size=1"),
+        ("bfloat16", "zero3, full", f"backbone.partition=zero3 method=full training.learning_rate=1e-5 {VALIDATED}"),
         (
             "float32",
             "offloaded",
@@ -86,10 +90,11 @@ def folder_of(trained: Path, name: str) -> Path:
 def state(run_dir: Path, step: int) -> dict[str, torch.Tensor]:
     """Weights and moments, by name, with the optimizer's count of steps."""
     folder = run_dir / f"checkpoints/step-{step}"
+    method = method_class(AdapterConfig.load(folder).method)
     count = json.loads((folder / "trainer.json").read_text())["optimizer_steps"]
     return {
         "optimizer_steps": torch.tensor(count),
-        **load_file(folder / "projection.safetensors"),
+        **load_file(folder / method.weights_file),
         **load_file(folder / "optimizer.safetensors"),
     }
 

@@ -15,6 +15,7 @@ from launch import ROOT, deepspeed_command, run
 from runs import losses, scalars
 from safetensors.torch import load_file, save_file
 from test_softcot_pp import true_contrast
+from torch.func import functional_call
 from toy_models import make_random_pair
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -23,6 +24,7 @@ from softcot_ds.data.batches import global_batches
 from softcot_ds.data.examples import Example
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import method_class
+from softcot_ds.methods.lora import Lora
 from softcot_ds.methods.soft_thoughts import new_projection
 from softcot_ds.models.quantized import pack, unpack
 from softcot_ds.recipe import load_recipe
@@ -278,6 +280,58 @@ def test_two_ranks_give_the_gradient_of_one_big_batch_in_float64(tmp_path, rando
     assert found[f"{split}/micro_batches"].tolist() == [2] * 20
     assert found[f"{budget}/micro_batches"].tolist() == [2, 1, 1, 1, 2]
     torch.testing.assert_close(curve[:5], found[f"{budget}/losses"], rtol=1e-6, atol=0)
+
+
+def true_of_base(naive: Naive, weights: dict[str, torch.Tensor]) -> tuple[float, dict[str, torch.Tensor]]:
+    """The first global batch's loss, and its gradient with respect to weights of the base, or of what is added to it:
+    2 B A, as PEFT names them."""
+    weights = {name: value.double().requires_grad_() for name, value in weights.items()}
+    parameters = dict(naive.base.named_parameters()) | {k: v for k, v in weights.items() if ".lora_" not in k}
+    for name in weights:
+        layer, is_first, _ = name.removeprefix("base_model.model.").partition(".lora_A.weight")
+        if is_first:
+            product = weights[name.replace("lora_A", "lora_B")] @ weights[name]
+            parameters[f"{layer}.weight"] = parameters[f"{layer}.weight"] + 2 * product
+    total, count = 0.0, 0
+    for index in next(naive.batches()):
+        problem = naive.examples[index].problem
+        asked = [{"role": "user", "content": problem.question}]
+        prompt = naive.tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        texts = prompt, f"{problem.reasoning} answer {problem.answer}"
+        ids, target = (naive.tokenizer(text, add_special_tokens=False).input_ids for text in texts)
+        target = [*target, naive.tokenizer.eos_token_id]
+        logits = functional_call(naive.base, parameters, (torch.tensor([ids + target]),)).logits[0]
+        total = total - logits[-len(target) - 1 : -1].log_softmax(-1)[torch.arange(len(target)), target].sum()
+        count += len(target)
+    (total / count).backward()
+    return (total / count).item(), {name: value.grad for name, value in weights.items()}
+
+
+def test_two_ranks_give_the_gradient_of_a_base_that_is_trained_in_float64(tmp_path, random_pair):
+    batch = ["training.global_batch_size=10", "training.micro_batch_size=3"]
+    common = [*SMALL, *random_pair, *batch, "training.steps=1", "training.warmup_steps=0"]
+    recipe = load_recipe(RECIPE, [*common, "method=lora"])
+    model = Lora(AutoModelForCausalLM.from_pretrained(recipe.base.model), recipe, False)
+    generator = torch.Generator().manual_seed(0)
+    started = {name: torch.randn(p.shape, generator=generator) * 0.1 for name, p in model.trained().items()}
+    save_file(started, tmp_path / "start.safetensors")
+    variants = {
+        f"{' '.join(common)} {settings}": weights
+        for settings, weights in (
+            (f"method=lora backbone.partition=zero3 from:{tmp_path}/start.safetensors", started),
+            (f"method=lora backbone.partition=node backbone.group_size=1 from:{tmp_path}/start.safetensors", started),
+            ("method=full backbone.partition=zero3 training.activation_checkpointing=true", None),
+            ("method=full backbone.partition=none", None),
+        )
+    }
+    run_worker(tmp_path / "gradients.safetensors", list(variants))
+    found, naive = load_file(tmp_path / "gradients.safetensors"), Naive(recipe)
+    for variant, weights in variants.items():
+        loss, gradient = true_of_base(naive, weights or {n: p.detach() for n, p in naive.base.named_parameters()})
+        assert found[f"{variant}/losses"][0].item() == pytest.approx(loss, rel=1e-6), variant
+        for name, truth in gradient.items():
+            error = (found[f"{variant}/{name}"] - truth).norm() / truth.norm()
+            assert error < 1e-5, f"{variant}: {name} differs by {error:.1e}"
 
 
 def test_training_from_the_cache_gives_the_curve_of_training_online(tmp_path):

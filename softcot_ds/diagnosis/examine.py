@@ -294,9 +294,10 @@ def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
     widths = models["assistant"].width, models["base"].width
     if not all(widths):
         return 0  # a model cannot be read, which is said
+    method = method_class(recipe.method)
     with torch.device("meta"):
-        conditioning = Conditioning.shaped(recipe.projection.condition, widths[0])
-    weights = method_class(recipe.method).num_trained(recipe, widths, backbone.shapes_of(recipe.base))
+        conditioning = Conditioning.shaped(recipe.projection.condition if method.needs_states else "none", widths[0])
+    weights = method.num_trained(recipe, widths, backbone.shapes_of(recipe.base))
     size = 4 * weights * 4 + conditioning.nbytes if conditioning else 3 * weights * 4
     return size * (recipe.training.keep_checkpoints + 1)
 

@@ -6,6 +6,7 @@ strategies.py  how an answer is reached
 jobs.py        work over the ranks, kept on disk batch by batch
 decoder.py     what is decoded
 losses.py      the losses of texts: of the reference solutions
+forgetting.py  what a method that changes the base has it forget
 options.py     answers read from the probabilities of the options
 spent.py       what answers cost: tokens and seconds
 votes.py       several samples of a problem: majority and pass@k

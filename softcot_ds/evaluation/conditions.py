@@ -1,6 +1,6 @@
 """The conditions of an evaluation: what stands for the thoughts.
 
-learned      the projected thoughts of the question
+learned      the projected thoughts of the question; of a method without thoughts, the base as it was trained
 shuffled     the projected thoughts of another question
 mean         the average of the projected thoughts of all problems
 zero         zero vectors
@@ -23,7 +23,7 @@ from softcot_ds.data.examples import Example, others
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import device
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.evaluation.jobs import Thoughts
+from softcot_ds.evaluation.jobs import Thoughts, Worker
 from softcot_ds.evaluation.report import Record
 from softcot_ds.evaluation_config import Condition
 from softcot_ds.files import content_digest
@@ -34,6 +34,10 @@ from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
+_WITHOUT = {"learned", "none"}
+"""What methods without thoughts are compared by."""
+_WITHOUT_METHOD = {"none", "text"}
+"""What the recipe's own base is asked, whatever is made of it."""
 _Given = tuple[list[BasePrompt], list[Thoughts]]
 """What the base is given under a condition: its prompts, and what stands for the thoughts, of each chain; nothing where
 prompts have no room for any."""
@@ -52,6 +56,8 @@ class Posed:
     """The options of each problem, of A, B, and so on; none where it has none."""
     other_chains: tuple[Thoughts, ...] = ()
     """Where a problem has several sets of thoughts, those beside ``thoughts``: each is put to the base alone."""
+    asked_of: Worker | None = None
+    """Who puts them to the base as the method has changed it; None for the recipe's own base."""
 
     @property
     def chains(self) -> list["Posed"]:
@@ -63,22 +69,41 @@ class Conditions:
     """Prompts and thoughts of each condition."""
 
     def __init__(
-        self, adapter: Adapter, examples: Sequence[Example], make_room: Callable[[], object] = lambda: None
+        self,
+        adapter: Adapter,
+        examples: Sequence[Example],
+        make_room: Callable[[], object] = lambda: None,
+        changed: Worker | None = None,
     ) -> None:
-        """``make_room`` is called before the assistant is loaded. Raises SoftCoTError when the adapter is damaged."""
+        """
+        Args:
+            make_room: is called before the assistant is loaded.
+            changed: asks the base as the method has changed it; None where it has not.
+
+        Raises:
+            SoftCoTError: the adapter is damaged; or the method has no thoughts that something could stand for.
+        """
+        self._method = adapter.method
+        self._changed = changed
+        if not self._method.has_thoughts and (others := sorted({*adapter.recipe.evaluation.conditions} - _WITHOUT)):
+            raise SoftCoTError(
+                f"evaluation.conditions: {', '.join(others)}: method={adapter.recipe.method} has no thoughts that "
+                "something could stand for; take learned, and none for the base as it was: [learned,none]"
+            )
         self._recipe = adapter.recipe
         self._experiment = adapter.experiment
         self._examples = examples
-        self._projection = adapter.projection
+        self._projection = adapter.projection if self._method.projection_class else None
         self._make_room = make_room
         self.words: list[str] = []
 
     def of(self, condition: Condition) -> Posed:
         """Raises SoftCoTError when the condition cannot be met. No model is loaded for it, nor states read."""
         options = [example.problem.options for example in self._examples]
+        asked_of = None if condition in _WITHOUT_METHOD else self._changed
         prompts, thoughts = CONDITIONS[condition](self)
         first, *others = thoughts or [None]
-        return Posed(condition, prompts, first, options, tuple(others))
+        return Posed(condition, prompts, first, options, tuple(others), asked_of)
 
     def read_states(self) -> torch.Tensor:
         """(problems, T, P) assistant states, or (problems, K, T, P) of K chains, read once; without a cache of them the
@@ -86,6 +111,8 @@ class Conditions:
         return self._hidden
 
     def _learned(self) -> _Given:
+        if not self._method.has_thoughts:
+            return self._room(), []
         return self._room(), self._projected(range(len(self._examples)))
 
     def _shuffled(self) -> _Given:
@@ -131,7 +158,7 @@ class Conditions:
             raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
 
     def _room(self) -> list[BasePrompt]:
-        """The prompts with room for thoughts."""
+        """The prompts with room for thoughts, where the method has any."""
         return [BasePrompt(example.prefix_ids, example.suffix_ids) for example in self._examples]
 
     @cached_property

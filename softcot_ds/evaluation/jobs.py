@@ -28,7 +28,7 @@ from softcot_ds.distributed import from_all_ranks, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
 from softcot_ds.files import cannot_write, content_digest, write_atomically
-from softcot_ds.models.backbone import load_to_run, partition_that_fits
+from softcot_ds.models.backbone import Change, load_to_run, partition_that_fits
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import data_ranks, quantization
 from softcot_ds.models.reading import PADDING
@@ -188,9 +188,19 @@ class Worker:
     """Does jobs with one of the recipe's models, over the ranks. It is loaded when there is something to do."""
 
     def __init__(
-        self, recipe: Recipe, model_config: ModelConfig, fingerprint: str, loaded: Loaded | None = None
+        self,
+        recipe: Recipe,
+        model_config: ModelConfig,
+        fingerprint: str,
+        loaded: Loaded | None = None,
+        change: Change | None = None,
     ) -> None:
-        """``loaded``: what other workers, before or after this one, have loaded or may use."""
+        """
+        Args:
+            loaded: what other workers, before or after this one, have loaded or may use.
+            change: what makes another model of it.
+        """
+        self._change = change
         self.recipe = recipe
         self.model_config = model_config
         self._fingerprint = fingerprint
@@ -267,7 +277,7 @@ class Worker:
             "dtype": self.model_config.dtype,
             "attention": self.model_config.attention,
             "quantized": self._quantized(),
-        }
+        } | ({"changed by": self._change.made_from} if self._change else {})
 
     def _quantized(self) -> Record:
         """How the weights differ from those in the model's files: mostly not at all."""
@@ -279,7 +289,8 @@ class Worker:
         spare_of = partial(spare_to_decode, self.recipe, self._partition)
         held = {"partition": self._partition, "group_size": self.recipe.backbone.group_size}
         return self._loaded.model(
-            self._weights() | held, lambda: load_to_run(self.model_config, self.recipe, self._partition, spare_of)
+            self._weights() | held,
+            lambda: load_to_run(self.model_config, self.recipe, self._partition, spare_of, self._change),
         )
 
     def run(self, job: Job[Result], *others: Job[Result]) -> list[Result]:

@@ -66,10 +66,12 @@ class TextLosses:
         Raises:
             SoftCoTError: on every rank, when one is not finite: no mean could be taken of it, and no JSON holds it.
         """
-        found = {
-            name: [fmean(of_chains) for of_chains in zip(*map(self._worker.run, jobs), strict=True)]
-            for name, jobs in self._jobs.items()
-        }
+        found, asked = {}, self._worker
+        for name, jobs in self._jobs.items():
+            if (worker := self._asked_of(self._posed[name])) is not asked:
+                self._let_go()  # another model takes the place of what it reads with
+            found[name] = [fmean(of_chains) for of_chains in zip(*map(worker.run, jobs), strict=True)]
+            asked = worker
         for name, losses in found.items():
             for (index, _), loss in zip(self._texts, losses, strict=True):
                 if not math.isfinite(loss):
@@ -79,10 +81,16 @@ class TextLosses:
                         f"{loss}. Set base.dtype=float32; if it stays so, weights of the base or of the adapter are "
                         "damaged"
                     )
+        self._let_go()
+        return found
+
+    def _let_go(self) -> None:
         if self._scorer is not None:
             self._scorer.read_whole_rows()  # the base decodes with its own layers
         self._scorer = self._shared = None
-        return found
+
+    def _asked_of(self, problems: Posed) -> Worker:
+        return problems.asked_of or self._worker
 
     def _job(self, problems: Posed, what: str) -> Job[float]:
         name = f"{problems.name} {what}"
@@ -101,7 +109,7 @@ class TextLosses:
             return [self._scorer.losses(asked, thoughts, wanted, self._shared[1], table)]
 
         settings = {"texts": content_digest(texts)}
-        return self._worker.job(name, prompts, problems.thoughts, settings, work, float, texts)
+        return self._asked_of(problems).job(name, prompts, problems.thoughts, settings, work, float, texts)
 
 
 def longest_prompts(posed: Mapping[Condition, Posed], thoughts: int) -> list[int]:

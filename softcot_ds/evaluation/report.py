@@ -334,6 +334,8 @@ def what_it_says_more(old: Any, new: Record) -> list[str]:
     counts = [report.get("num_thoughts") for report in (old, new)]
     if isinstance(counts[0], int) and counts[0] != counts[1]:
         return ["it is of {} thoughts, this one of {}".format(*counts)]
+    if "forgetting" in old and "forgetting" not in new:
+        return ["it tells what the base forgets, and this one does not"]
     missing = [name for name in old["conditions"] if name not in new["conditions"]]
     more = [f"it has conditions that this one lacks ({', '.join(missing)})"] if missing else []
     for key, words in {"accuracy": "accuracies", "loss": "losses"}.items():

@@ -15,6 +15,7 @@ from softcot_ds.distributed import init_distributed, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.conditions import Conditions, Posed
 from softcot_ds.evaluation.decoder import Decoder
+from softcot_ds.evaluation.forgetting import PlainText, forgetting, forgetting_lines, read_plain_text
 from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.options import Options, written_options
@@ -77,10 +78,26 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
 
     records, costs, key = _ask_all(opened, examples, loaded)
     report = make_report(recipe, adapter, config, trained, records, costs)
+    text = _plain_text(opened, loaded)
+    if found := forgetting(report, text, opened.method.changes_base, config.base.fingerprint):
+        report["forgetting"] = found
+    if text is not None:
+        key = content_digest([key, text.key])[:8]
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{key}"
     written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
-    say(f"{table(report)}\n{written}")
+    lines = "\n".join([table(report), *forgetting_lines(found), written])
+    say(lines)
     return Evaluation(report, scores(records, recipe.evaluation.votes), folder)
+
+
+def _plain_text(adapter: Adapter, loaded: Loaded) -> PlainText | None:
+    recipe, experiment = adapter.recipe, adapter.experiment
+    if (path := recipe.evaluation.plain_text) is None:
+        return None
+    asked = recipe, recipe.base, adapter.config.base.fingerprint, loaded
+    changed = Worker(*asked, adapter.change) if adapter.change else None
+    context = context_length(experiment.base_config)
+    return read_plain_text(path, experiment.base_tokenizer, context, Worker(*asked), changed)
 
 
 def _ask_all(
@@ -91,9 +108,10 @@ def _ask_all(
     recipe, experiment = adapter.recipe, adapter.experiment
     settings, context = recipe.evaluation, context_length(experiment.base_config)
     written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
-    conditions = Conditions(adapter, examples, loaded.release)
-    worker = Worker(recipe, recipe.base, adapter.config.base.fingerprint, loaded)
-    decoder = Decoder(worker, experiment.base_prompts.stop_ids, context, adapter.drafter)
+    asked = recipe, recipe.base, adapter.config.base.fingerprint, loaded
+    worker = Worker(*asked)
+    changed = Worker(*asked, adapter.change) if adapter.change else None
+    conditions = Conditions(adapter, examples, loaded.release, changed)
     posed: dict[Condition, Posed] = {}
     inquiries: dict[Condition, _Inquiry] = {}
     words = Spent()
@@ -103,6 +121,8 @@ def _ask_all(
             conditions.words, words = assistant_words(recipe, experiment, examples, loaded)
         posed[name] = conditions.of(name)
         if settings.decode and settings.read == "text":
+            asked_of = posed[name].asked_of or worker
+            decoder = Decoder(asked_of, experiment.base_prompts.stop_ids, context, adapter.drafter)
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
     losses = Losses(worker, posed, examples, context) if settings.loss else None
     options = Options(worker, posed, written, experiment.base_prompts, context) if written else None

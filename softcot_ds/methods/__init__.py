@@ -8,5 +8,9 @@ softcot.py        SoftCoT's linear layer, and the module around the fused kernel
 softcot_pp.py     SoftCoT++: several sets of thoughts for a question, and the loss that keeps them apart
 initial.py        what the assistant reads at placeholders in each of these
 prompt_tuning.py  free vectors, the same for every question: the baseline
+trained_base.py   the step of methods that train the base, or beside its weights, without thoughts
+full_step.py      one pass over whole rows with gradient: what steps share that do no less
+lora.py           low-rank matrices beside frozen weights, as PEFT has them: a baseline
+full.py           all weights of the base: a baseline, and what it forgets
 trial.py          is a model fit for the step, for the assistant: tried on its weights
 """

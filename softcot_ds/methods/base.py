@@ -4,7 +4,7 @@ B batch, T thoughts, K supervised tokens, P assistant width, D base width.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import ClassVar, Literal, Self
@@ -14,6 +14,7 @@ from safetensors.torch import save
 from torch import nn
 from transformers import PreTrainedModel
 
+from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import METHODS, chosen
 from softcot_ds.data.batches import Batch
 from softcot_ds.data.examples import Example, make_example
@@ -23,7 +24,8 @@ from softcot_ds.methods.conditioning import Conditioning, Weights
 from softcot_ds.methods.projection import Projection
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.frozen_prefix import FrozenPrefix
-from softcot_ds.recipe import ProjectionConfig, Recipe
+from softcot_ds.models.partition import whole_shape
+from softcot_ds.recipe import Recipe
 from softcot_ds.tasks import Problem
 
 Rest = Callable[[Problem, int | None], list[int]]
@@ -63,12 +65,16 @@ class Method(nn.Module, ABC):
     changes_base: ClassVar[bool] = False
     """Whether weights of the base are trained, or added to it: then nothing that it reads may be read once for all
     steps, and what evaluation runs is another model than the recipe's."""
+    has_thoughts: ClassVar[bool] = True
+    """Whether prompts have room for thoughts."""
     projection_class: ClassVar[type[Projection] | None] = None
     """What makes its thoughts, and takes the recipe's section ``projection``; None where nothing is projected."""
     losses: ClassVar[dict[str, Literal["tokens", "problems"]]] = {"language_model": "tokens"}
     """What ``forward`` gives, by name, and of what in the global batch each is a mean."""
     weights_file: ClassVar[str] = "projection.safetensors"
     """In an adapter directory, the safetensors file of the trained weights: float32, by the names of ``trained``."""
+    other_files: ClassVar[tuple[str, ...]] = ()
+    """What ``write_adapter`` writes beside it that decides what is computed."""
 
     conditioning: Conditioning | None = None
     """What a projection is given in place of plain states."""
@@ -89,8 +95,31 @@ class Method(nn.Module, ABC):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         """Raises SoftCoTError where the recipe asks for what this method cannot do."""
-        if cls.projection_class is None and recipe.projection != ProjectionConfig():
-            raise SoftCoTError(f"method={recipe.method} projects nothing: leave the section projection out")
+        if cls.projection_class is None and recipe.projection.init_from is not None:
+            raise SoftCoTError(
+                f"projection.init_from={recipe.projection.init_from}: method={recipe.method} has no projection that "
+                "could start from it; leave it out"
+            )
+        cls.check_held(recipe, recipe.backbone.partition)
+        if cls.changes_base and recipe.backbone.resident_gib:
+            raise SoftCoTError(
+                f"backbone.resident_gib={recipe.backbone.resident_gib:g} is for a base that stays as it is, and "
+                f"method={recipe.method} changes it; leave it out"
+            )
+
+    @classmethod
+    def check_held(cls, recipe: Recipe, partition: Partition) -> None:
+        """Raises SoftCoTError where the base cannot be held so, in training or evaluation."""
+        if cls.changes_base and partition == "tensor":
+            raise SoftCoTError(
+                f"the base is to be held by partition=tensor, in slices, and method={recipe.method} changes whole "
+                "layers; set backbone.partition, or evaluation.partition, to none or zero3"
+            )
+        if cls.changes_base and recipe.backbone.bits < 16:
+            raise SoftCoTError(
+                f"backbone.bits={recipe.backbone.bits} is for a base that stays as it is, and method={recipe.method} "
+                "changes it; set it to 16"
+            )
 
     @classmethod
     def make_example(
@@ -175,6 +204,31 @@ class Method(nn.Module, ABC):
     def adapter_weights(self, weights: Weights) -> Weights:
         """What the adapter directory holds, float32 on the CPU, of these values of what is trained."""
         return weights
+
+    @classmethod
+    def apply_adapter(cls, base: PreTrainedModel, folder: Path, weights: Weights) -> None:
+        """Make of a base, loaded and not yet DeepSpeed's, what it was trained to, where ``changes_base``.
+
+        Args:
+            folder: the adapter directory.
+            weights: what it holds.
+
+        Raises:
+            SoftCoTError: they are not of this base.
+        """
+        raise NotImplementedError
+
+    @staticmethod
+    def check_fits(weights: Weights, parameters: Mapping[str, nn.Parameter], folder: Path) -> None:
+        """Raises SoftCoTError when an adapter's weights are not those of ``parameters``, by name or shape."""
+        wanted = {name: tuple(whole_shape(parameter)) for name, parameter in parameters.items()}
+        found = {name: tuple(value.shape) for name, value in weights.items()}
+        if differ := sorted(name for name in wanted.keys() | found.keys() if wanted.get(name) != found.get(name)):
+            there, here = (shapes.get(differ[0], "missing") for shapes in (found, wanted))
+            raise SoftCoTError(
+                f"{folder}: its weights are not those of this base: {len(differ)} differ, {differ[0]!r} first: {there} "
+                f"there, {here} here; set base.model as in its recipe.yaml"
+            )
 
     def write_adapter(self, folder: Path, weights: Weights) -> None:
         """Write ``adapter_weights`` into an adapter directory. On one rank alone: it may not gather anything."""

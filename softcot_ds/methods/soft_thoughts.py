@@ -11,14 +11,11 @@ gradient of both are the same. What a model must do for either is tried on its o
 
 import warnings
 from collections.abc import Iterable, Sequence
-from functools import partial
 from typing import Any, Literal, Self
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import checkpoint
 from transformers import PreTrainedModel
-from transformers.modeling_layers import GradientCheckpointingLayer
 
 from softcot_ds.data.batches import Batch
 from softcot_ds.data.prompts import AssistantInput
@@ -26,6 +23,7 @@ from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import Given, Method
 from softcot_ds.methods.conditioning import Conditioning, Weights, check_conditioning
+from softcot_ds.methods.full_step import checkpoint_layers, full_logits
 from softcot_ds.methods.initial import InitialEmbeddings, Thinker
 from softcot_ds.methods.projection import Projection
 from softcot_ds.models.assistant import check_length
@@ -161,10 +159,7 @@ class SoftThoughts(Method):
         self.prefixed = None
         self._shared_ids = ()
         if self._checkpointing:
-            # transformers' own switch does nothing outside of training mode, which would bring dropout.
-            for layer in self.base.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.forward = partial(checkpoint, layer.forward, use_reentrant=False)
+            checkpoint_layers(self.base)
 
     @property
     def num_shared(self) -> int:
@@ -301,33 +296,6 @@ def new_projection(
             "parameters of these buffers, or register them with persistent=False"
         )
     return projection
-
-
-def full_logits(
-    base: PreTrainedModel,
-    embeds_BSD: torch.Tensor,
-    prefix_mask_BL: torch.Tensor,
-    predict_at_K: torch.Tensor,
-    longest: int,
-) -> torch.Tensor:
-    """(K, V) logits of one pass over whole rows.
-
-    Padding goes behind the end of each row, where no causal model sees it, attention or not: so the model is given
-    nothing but embeddings, no mask that it might ignore and no positions that it might count otherwise.
-
-    Args:
-        embeds_BSD: the prefix padded on the left.
-        prefix_mask_BL: bool, False on padding.
-        predict_at_K: int64 indices into the flattened (B, T+R) thoughts and suffix.
-        longest: X, positions of the longest row.
-    """
-    prefix_length, length = prefix_mask_BL.shape[1], embeds_BSD.shape[1]
-    padding_B = prefix_length - prefix_mask_BL.sum(dim=1)
-    order_BX = (torch.arange(longest, device=embeds_BSD.device) + padding_B[:, None]) % length
-    rows_BXD = embeds_BSD.take_along_dim(order_BX[:, :, None], dim=1)
-    logits_BXV = base(inputs_embeds=rows_BXD, use_cache=False).logits
-    row_K, column_K = predict_at_K // (length - prefix_length), predict_at_K % (length - prefix_length)
-    return logits_BXV[row_K, column_K + prefix_length - padding_B[row_K]]
 
 
 def mask_and_positions(

@@ -23,7 +23,8 @@ from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.distributed import agreed, says_nothing
 from softcot_ds.distributed import device as own_device
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.soft_thoughts import full_logits, mask_and_positions
+from softcot_ds.methods.full_step import full_logits
+from softcot_ds.methods.soft_thoughts import mask_and_positions
 from softcot_ds.models.assistant import compute_thoughts, decoder_of, load_to_think, read_shared, states_layer
 from softcot_ds.models.backbone import layers_in_few_bits, load_config, load_frozen, weight_bytes
 from softcot_ds.models.decoding import try_decoding

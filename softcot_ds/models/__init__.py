@@ -7,6 +7,7 @@ partition.py      how weights are held: whole, split by ZeRO-3, in slices; DeepS
 slices.py         models in slices, tried first on small ones
 limits.py         how far ahead ZeRO-3 gathers, from the sizes of the layers
 quantized.py      linear layers held in 8 or 4 bits
+low_rank.py       low-rank matrices beside linear layers, as PEFT has them
 embedding.py      what tokens look like to a model, asked of its own module; those of the data, kept at hand
 shared_prefix.py  what all rows begin with, read once
 assistant.py      running the assistant: the states at the placeholders

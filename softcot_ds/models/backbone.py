@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -254,22 +255,41 @@ def layers_in_few_bits(config: ModelConfig, bits: int, device: torch.device) -> 
     return layers
 
 
+@dataclass(frozen=True)
+class Change:
+    """What makes another model of one that is loaded, before DeepSpeed has it."""
+
+    apply: Callable[[PreTrainedModel], None]
+    made_from: dict[str, Any]
+    """All that decides it, by content."""
+
+    def __call__(self, model: PreTrainedModel) -> None:
+        self.apply(model)
+
+
 def load_to_run(
-    config: ModelConfig, recipe: Recipe, partition: Partition, spare_of: Callable[[int], float]
+    config: ModelConfig,
+    recipe: Recipe,
+    partition: Partition,
+    spare_of: Callable[[int], float],
+    change: Change | None = None,
 ) -> PreTrainedModel:
     """One of the recipe's frozen models on this rank's device, ready to run, not to be trained through.
 
     Args:
         spare_of: see ``keep_layers``.
+        change: what is to be made of it.
 
     Raises:
-        SoftCoTError: see ``load_frozen``.
+        SoftCoTError: see ``load_frozen``; or it cannot be changed so.
     """
     group_size, bits = recipe.backbone.group_size, recipe.bits_of(config)
-    if partition not in SPLIT:
-        return load_frozen(config, partition, own_device(), None, group_size, bits)
-    settings = decoding_config(recipe)
+    settings = decoding_config(recipe) if partition in SPLIT else None
     model = load_frozen(config, partition, own_device(), settings, group_size, bits)
+    if change is not None:
+        change(model)
+    if partition not in SPLIT:
+        return model
     if config is recipe.base:
         keep_layers(model, recipe.backbone.resident_gib, spare_of)
     hook_partitioned(model, settings)

@@ -24,7 +24,7 @@ from softcot_ds.backbone_config import Partition
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import any_rank, max_over_ranks, says_nothing
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.backbone import context_length, keeps_keys_and_values, load_to_run, vocabulary
+from softcot_ds.models.backbone import Change, context_length, keeps_keys_and_values, load_to_run, vocabulary
 from softcot_ds.models.drafting import Drafter, DraftRows
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import needs_all_ranks
@@ -204,17 +204,22 @@ def _decode_in_batches(
 
 
 def load_to_decode(
-    config: ModelConfig, recipe: Recipe, partition: Partition, spare_of: Callable[[int], float]
+    config: ModelConfig,
+    recipe: Recipe,
+    partition: Partition,
+    spare_of: Callable[[int], float],
+    change: Change | None = None,
 ) -> PreTrainedModel:
     """One of the recipe's models, loaded and tried. All ranks call it together.
 
     Args:
         spare_of: see ``partition.keep_layers``.
+        change: what is to be made of it.
 
     Raises:
         SoftCoTError: it cannot be loaded, or cannot decode with thoughts in its prompt.
     """
-    model = load_to_run(config, recipe, partition, spare_of)
+    model = load_to_run(config, recipe, partition, spare_of, change)
     try_decoding(model)
     return model
 

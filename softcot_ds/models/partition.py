@@ -478,6 +478,15 @@ def gathered(*parameters: nn.Parameter) -> Any:
     return deepspeed.zero.GatheredParameters([parameter for parameter in parameters if is_partitioned(parameter)])
 
 
+@torch.no_grad()
+def set_whole(parameter: nn.Parameter, whole: torch.Tensor) -> None:
+    """Give a weight its whole value, rounded to its dtype, whatever of it lies here: between loading and DeepSpeed."""
+    if is_partitioned(parameter):
+        parameter.ds_tensor.copy_(local_part(parameter, whole))
+    else:
+        parameter.copy_(whole)
+
+
 def local_part(parameter: nn.Parameter, whole: torch.Tensor) -> torch.Tensor:
     """What this rank holds of a partitioned parameter whose whole value is given: flat, padded as ZeRO-3 pads it.
 

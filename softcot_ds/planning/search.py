@@ -104,7 +104,8 @@ class Planner:
         self.needs_states = method.needs_states
         self._trained = method.num_trained(recipe, (self.assistant.width, self.shape.width), model)
         with torch.device("meta"):
-            conditioning = Conditioning.shaped(recipe.projection.condition, self.assistant.width)
+            condition = recipe.projection.condition if method.needs_states else "none"
+            conditioning = Conditioning.shaped(condition, self.assistant.width)
         self._conditioning = conditioning.nbytes if conditioning else 0
         self.itemsize = 4 if recipe.base.dtype == "float32" else 2
         longest = data.longest

@@ -1,10 +1,13 @@
 """The training data as each rank's micro-batches."""
 
+import hashlib
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import islice
 from typing import Literal, Protocol
+
+import torch
 
 from softcot_ds.data.batches import Batch, collate, cut_by_tokens, cut_evenly, global_batches, order_by_prefix
 from softcot_ds.data.examples import Example
@@ -52,6 +55,12 @@ def check_micro_batches(examples: Sequence[Example], config: TrainingConfig, ran
         )
 
 
+def seed_draws(seed: int, step: int, micro_batch: int) -> None:
+    """Have torch's random numbers follow from the run's seed and from which micro-batch of which step comes next, over
+    all ranks: what is drawn depends on neither their number nor what was drawn before."""
+    torch.manual_seed(int.from_bytes(hashlib.sha256(f"{seed}/{step}/{micro_batch}".encode()).digest()[:8]))
+
+
 def accumulation_steps(config: TrainingConfig, ranks: DataRanks) -> int:
     """Micro-batches per rank and optimizer step, where they are cut by number."""
     return -(-config.global_batch_size // (config.micro_batch_size * ranks.count))
@@ -78,7 +87,7 @@ class GlobalBatch:
     sizes: dict[Literal["tokens", "problems"], int]
     """What losses are means over: its supervised tokens and its problems, of all ranks."""
     micro_batches: list[Callable[[], Batch]]
-    """What makes this rank's micro-batches; each rank has as many."""
+    """What makes this rank's micro-batches, each for the pass that follows; each rank has as many."""
 
 
 def training_batches(
@@ -96,8 +105,9 @@ def training_batches(
     """
     on_gpu = device().type == "cuda"
 
-    def make(step: int, read: Sequence[Example]) -> Batch:
+    def make(step: int, read: Sequence[Example], micro_batch: int) -> Batch:
         # Whatever rank makes it, and however often the run was interrupted before.
+        seed_draws(recipe.seed, step, micro_batch)  # of the pass that follows
         made = make_batch(read, draw=f"{recipe.seed}/{step}")
         return made.pin_memory() if on_gpu else made  # a copy to the GPU does not wait then for the work before it
 
@@ -109,5 +119,8 @@ def training_batches(
         yield GlobalBatch(
             indices,
             {"tokens": sum(len(example.target_ids) for example in read), "problems": len(read)},
-            [partial(make, step, [read[place] for place in places]) for places in mine],
+            [
+                partial(make, step, [read[place] for place in places], number * ranks.count + ranks.number)
+                for number, places in enumerate(mine)
+            ],
         )

@@ -46,7 +46,8 @@ FILES = ("optimizer.safetensors", "adapter.json", "trainer.json", "recipe.yaml",
 def files_of(folder: Path) -> tuple[str, ...]:
     """What a checkpoint holds for training, beside its marker. Raises SoftCoTError when it does not say of what
     method it is."""
-    return (_method_of(folder).weights_file, *FILES)
+    method = _method_of(folder)
+    return (method.weights_file, *method.other_files, *FILES)
 
 
 def _method_of(folder: Path) -> type[Method]:
@@ -127,8 +128,8 @@ def _write_folder(folder: Path, fill: Callable[[Path], None]) -> None:
             shutil.rmtree(stale, ignore_errors=True)
         temporary.mkdir()
         fill(temporary)
-        for path in temporary.iterdir():
-            sync_file(path)
+        for path in temporary.rglob("*"):
+            (sync_folder if path.is_dir() else sync_file)(path)
         sync_folder(temporary)
         (temporary / MARKER).touch()
         sync_folder(temporary)

@@ -32,10 +32,12 @@ def build_model(recipe: Recipe, experiment: Experiment, start: Start | None = No
         # Where the base is in slices, the engine is of another stage than weights that are gathered need.
         partition = partition_that_fits(recipe.assistant, partition, group_size, otherwise="none")
         assistant = load_to_think(recipe, partition, device(), config, group_size)
-    if kept := keep_layers(base, recipe.backbone.resident_gib, partial(spare_to_train, recipe, experiment.splits)):
-        say(f"{count(kept, 'layer')} of the base held whole on each rank")
-    if recipe.backbone.use_liger_kernel and (line := fuse_layers(base)):
-        say(line)
+    if not method.changes_base:  # what comes here is chosen for weights that stay as they are
+        spare_of = partial(spare_to_train, recipe, experiment.splits)
+        if kept := keep_layers(base, recipe.backbone.resident_gib, spare_of):
+            say(f"{count(kept, 'layer')} of the base held whole on each rank")
+        if recipe.backbone.use_liger_kernel and (line := fuse_layers(base)):
+            say(line)
     examples = [*experiment.splits.train, *experiment.splits.validation]
     model = method.build(
         Given(
@@ -69,10 +71,12 @@ def build_engine(model: Method, recipe: Recipe) -> Any:
         betas=config.betas,
         weight_decay=config.weight_decay,
     )
-    frozen = [part for part in (model.base, model.assistant) if part is not None]
-    for part in frozen:
-        make_layers_leaves(part)
-    settings = with_limits(engine_config(recipe), *frozen)
+    models = [part for part in (model.base, model.assistant) if part is not None]
+    for part in models:
+        # DeepSpeed reduces the gradients in a leaf when its backward hook runs, which for a first layer is too early.
+        if not any(parameter.requires_grad for parameter in part.parameters()):
+            make_layers_leaves(part)
+    settings = with_limits(engine_config(recipe), *models)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     check_model(model.base, "base", recipe.base.model)
     if model.assistant is not None:

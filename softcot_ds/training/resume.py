@@ -13,6 +13,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import cannot_write, parse_yaml, write_atomically
 from softcot_ds.lock import sole_owner
+from softcot_ds.methods.base import method_class
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.recipe import Recipe, fixed_settings, in_todays_words
 from softcot_ds.run_dir import latest_checkpoint
@@ -98,10 +99,13 @@ def _other_settings(recipe: Recipe, saved: Path) -> list[str]:
         differ.discard("training.steps")  # the curve is the same, only its end is another
     texts = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in sorted(differ)]
     if differ == {"training.steps"}:
-        texts[0] += (
-            f", and the {recipe.training.schedule} schedule depends on it from the first step on; to go on from these "
-            f"weights, start a run of another name with projection.init_from={saved.parent / 'projection.safetensors'}"
-        )
+        texts[0] += f", and the {recipe.training.schedule} schedule depends on it from the first step on"
+        method = method_class(recipe.method)
+        if method.projection_class:
+            weights = saved.parent / method.weights_file
+            texts[0] += (
+                f"; to go on from these weights, start a run of another name with projection.init_from={weights}"
+            )
     return texts
 
 

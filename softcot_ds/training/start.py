@@ -15,6 +15,7 @@ from softcot_ds.methods.initial import projection_weights
 from softcot_ds.methods.projection import check_fits
 from softcot_ds.models.backbone import vocabulary
 from softcot_ds.models.embedding import token_rms
+from softcot_ds.models.partition import set_whole
 from softcot_ds.thoughts.moments import Moments
 from softcot_ds.thoughts.reader import ThoughtReader
 from softcot_ds.training.checkpoint import read_training_state
@@ -43,6 +44,8 @@ class Start:
         """
         recipe = experiment.recipe
         settings, kind = recipe.projection, method_class(recipe.method).projection_class
+        if kind is None:
+            return cls()
         moments = reader.moments(examples) if needs_moments(recipe, kind) else None
         if moments is not None and not moments.varies:
             raise SoftCoTError(
@@ -75,7 +78,7 @@ class Start:
             weights = self._sized(model, rms)
         if weights is not None:
             for name, parameter in model.trained().items():
-                parameter.data.copy_(weights[name])
+                set_whole(parameter, weights[name])
 
     def _sized(self, model: Method, rms: float) -> Weights:
         moments, centred = self.sized_by, _conditioning(self.sized_by, whiten=False)

@@ -127,6 +127,8 @@ class Validator:
     def _thought_statistics(self) -> dict[str, float]:
         """How the projected thoughts lie among the token embeddings, and what of them varies with the question."""
         model = self._engine.module
+        if not model.has_thoughts:
+            return {}
         found: dict[str, float] = {}
         if model.needs_states:
             found = self._parts()
@@ -163,10 +165,12 @@ class Validator:
         experiment = self._experiment
         examples = self._examples[:_NUM_SAMPLES]
         thoughts = self._engine.module.thoughts(self._make_batch(examples).to(device()))
+        if thoughts is not None and thoughts.ndim == 4:
+            thoughts = thoughts[:, 0]  # those of the first chain
         outputs = decode(
             self._engine.module.base,
             [BasePrompt(example.prefix_ids, example.suffix_ids) for example in examples],
-            thoughts if thoughts.ndim == 3 else thoughts[:, 0],  # those of the first chain
+            thoughts,
             experiment.base_prompts.stop_ids,
             Sampling(min(_SAMPLE_TOKENS, experiment.recipe.evaluation.max_new_tokens)),
             self._engine.module.table,
