@@ -17,6 +17,8 @@ METHODS = {
     "prompt_tuning": "softcot_ds.methods.prompt_tuning:PromptTuning",
     "lora": "softcot_ds.methods.lora:Lora",
     "full": "softcot_ds.methods.full:Full",
+    "coconut": "softcot_ds.methods.coconut:Coconut",
+    "coconut_full": "softcot_ds.methods.coconut:CoconutFull",
 }
 """``method``: a ``methods.base.Method``."""
 METHOD_OF_KIND = {"linear": "softcot", "static": "prompt_tuning"}

@@ -10,7 +10,7 @@ from softcot_ds.choices import STRATEGIES, one_of
 from softcot_ds.section import Section
 from softcot_ds.values import AnyPath, Count, ExistingFile, Folder
 
-Condition = Literal["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
+Condition = Literal["learned", "shuffled", "mean", "zero", "empty", "placeholder", "none", "text", "static"]
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),

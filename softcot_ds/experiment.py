@@ -102,6 +102,12 @@ class Experiment:
         splits = load_splits(self.task, recipe.task, recipe.targets, *prompts, limits, make)
         validation, test = ([self.example_at(one, None) for one in part] for part in (splits.validation, splits.test))
         splits = replace(splits, validation=validation, test=test)
+        if method.leaves_out_steps and not any(self.task.steps(one.problem) for one in splits.train) and splits.train:
+            raise SoftCoTError(
+                f"method={recipe.method} leaves out steps of solutions, and those of all {len(splits.train)} training "
+                f"problems of {recipe.task.name} are the answer alone: take data with worked solutions, whose steps "
+                "are lines (task.fields.reasoning of task.name=custom), or another method"
+            )
         for example in (*splits.train, *splits.validation, *splits.test):
             self._check_tokens("base", [*example.prefix_ids, *example.suffix_ids, *example.target_ids])
             self._check_tokens("assistant", example.assistant.token_ids)

@@ -20,6 +20,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.launchers import launched_ranks
 from softcot_ds.methods.base import method_class
+from softcot_ds.methods.conditioning import Weights
 from softcot_ds.methods.initial import Thinker
 from softcot_ds.methods.projection import Projection, load_projection
 from softcot_ds.methods.trial import load_assistant
@@ -102,15 +103,19 @@ class Adapter:
         return load_adapter(self.folder, self.experiment)
 
     @cached_property
+    def weights(self) -> Weights:
+        """The trained weights, float32 on the CPU. Raises SoftCoTError when they are damaged."""
+        return load_projection(self.folder / self.method.weights_file)
+
+    @cached_property
     def change(self) -> Change | None:
         """What the method has made of the base; None where that is as it was. Raises SoftCoTError when it is
         damaged."""
         if not self.method.changes_base:
             return None
-        weights = load_projection(self.folder / self.method.weights_file)
         files = (self.method.weights_file, *self.method.other_files)
         made_from = {"method": self.config.method, **{name: _digest(self.folder / name) for name in files}}
-        return Change(partial(self.method.apply_adapter, folder=self.folder, weights=weights), made_from)
+        return Change(partial(self.method.apply_adapter, folder=self.folder, weights=self.weights), made_from)
 
     @cached_property
     def assistant(self) -> PreTrainedModel:
@@ -189,7 +194,7 @@ class Adapter:
         """A question as the models read it. Raises SoftCoTError when it is no text, or too long for a model."""
         check_question(text)
         prompts, has_room = self.experiment.base_prompts, with_thoughts and self.method.has_thoughts
-        prompt = prompts.with_thoughts(text) if has_room else prompts.without_thoughts(text)
+        prompt = self.method.prompt(prompts, text) if has_room else prompts.without_thoughts(text)
         length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (self.recipe.thoughts.count if has_room else 0)
         context = context_length(self.experiment.base_config)
         if length >= context:
@@ -213,7 +218,7 @@ class Adapter:
                 f"evaluation.strategy={strategy['strategy']} is for evaluations; for the one reply to each question, "
                 "set evaluation.strategy=single"
             )
-        if with_thoughts and self.method.has_thoughts:
+        if with_thoughts and self.method.projection_class is not None:
             _ = self.projection
             if self._needs_states:
                 _ = self.assistant
@@ -272,6 +277,9 @@ class Adapter:
         return torch.cat([none, *parts])
 
     def _some_thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
+        if self.method.projection_class is None:
+            prompts, latents = [question.prompt for question in questions], self.recipe.thoughts.count - 2
+            return self.method.think(self.base, self.weights, prompts, latents, len(prompts)).float()
         projection = self.projection
         inputs = [question.assistant for question in questions if question.assistant is not None]
         states = self._thinker(inputs).float() if projection.needs_states else None

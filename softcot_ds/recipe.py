@@ -21,6 +21,7 @@ from pydantic_core import to_jsonable_python
 from softcot_ds.backbone_config import BackboneConfig
 from softcot_ds.chains_config import ChainsConfig
 from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
+from softcot_ds.coconut_config import CoconutConfig
 from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.files import dump_yaml
 from softcot_ds.lora_config import LoraConfig
@@ -199,7 +200,7 @@ class Recipe(Section):
     """What is trained. softcot: W h + b, a projection of the assistant's states. softcot_pp: the same of several sets
     of states, with a loss that keeps their thoughts apart. prompt_tuning: T free vectors, the same for every question,
     a baseline. lora: low-rank matrices beside weights of the base, full: all its weights; as baselines, without
-    thoughts."""
+    thoughts. coconut, coconut_full: the same two, that the base thinks steps instead of writing them."""
     task: TaskConfig
     assistant: ModelConfig
     base: ModelConfig
@@ -211,6 +212,8 @@ class Recipe(Section):
     backbone: BackboneConfig = Field({}, validate_default=True)  # type: ignore[assignment]
     projection: ProjectionConfig = ProjectionConfig()
     lora: LoraConfig = LoraConfig()
+    coconut: CoconutConfig | None = Field(None, validate_default=True)
+    """coconut and coconut_full: how many latents, and the curriculum."""
     training: TrainingConfig = TrainingConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
     targets: Annotated[TargetsConfig, FREE] = TargetsConfig()
@@ -233,6 +236,20 @@ class Recipe(Section):
                 "strategy=self_consistency is a vote of several, and evaluation.samples is 1; set it to how many, such "
                 "as 10, and evaluation.temperature to what they are to be drawn at, such as 0.7"
             )
+        return value
+
+    @field_validator("coconut")
+    @classmethod
+    def _who_thinks_has_a_curriculum(cls, value: CoconutConfig | None, info: ValidationInfo) -> CoconutConfig | None:
+        method = info.data.get("method")
+        if method in ("coconut", "coconut_full"):
+            if value is None:
+                raise ValueError(
+                    "missing; say how many latents a step has, and how many optimizer steps each stage, such as "
+                    "coconut={latents_per_step: 2, stage_steps: [300, 100, 100]}"
+                )
+        elif value is not None and method is not None:
+            raise ValueError(f"a section of method=coconut and coconut_full, and method is {method}; leave it out")
         return value
 
     @field_validator("base")

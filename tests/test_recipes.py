@@ -64,7 +64,9 @@ def test_recipe_says_what_it_needs(path):
     assert load_recipe(path).to_yaml() == recipe.to_yaml()
     assert recipe.base.model != recipe.assistant.model
     assert recipe.evaluation.conditions[0] == "learned"
-    controls = {"shuffled", "mean", "zero", "none"} if method_class(recipe.method).has_thoughts else {"none"}
+    controls = {"shuffled", "mean", "zero", "none"}
+    if known := method_class(recipe.method).conditions:
+        controls &= {*known}
     assert controls <= set(recipe.evaluation.conditions), "accuracy never comes alone"
 
 

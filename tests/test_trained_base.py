@@ -201,7 +201,7 @@ def test_an_evaluation_compares_the_base_as_it_was_trained_with_the_recipes_own(
     assert adapter.answer([question], with_thoughts=False) == [records(recipe, "none")[0]["output"]]
     with pytest.raises(SoftCoTError, match=f"is of method={name}, which has no thoughts"):
         adapter.thoughts([question])
-    with pytest.raises(SoftCoTError, match=rf"conditions: mean, zero: method={name} has no thoughts that something"):
+    with pytest.raises(SoftCoTError, match=rf"conditions: mean, zero: method={name} makes no thoughts that this could"):
         evaluate(make_recipe(tmp_path, *settings[:2], "evaluation.conditions=[learned,mean,zero]"), folder)
 
 

@@ -4,6 +4,7 @@ learned      the projected thoughts of the question; of a method without thought
 shuffled     the projected thoughts of another question
 mean         the average of the projected thoughts of all problems
 zero         zero vectors
+empty        nothing, in the prompt with room for thoughts; of a base that thinks, its markers without latents
 placeholder  a token of the base that says nothing (the paper's CoT-Unk)
 none         nothing: the prompt without thoughts
 text         the assistant's words in the prompt (the paper's Assist-CoT)
@@ -34,8 +35,6 @@ from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
-_WITHOUT = {"learned", "none"}
-"""What methods without thoughts are compared by."""
 _WITHOUT_METHOD = {"none", "text"}
 """What the recipe's own base is asked, whatever is made of it."""
 _Given = tuple[list[BasePrompt], list[Thoughts]]
@@ -85,14 +84,16 @@ class Conditions:
         """
         self._method = adapter.method
         self._changed = changed
-        if not self._method.has_thoughts and (others := sorted({*adapter.recipe.evaluation.conditions} - _WITHOUT)):
+        known = self._method.conditions or CONDITIONS
+        if unknown := sorted({*adapter.recipe.evaluation.conditions} - {*known}):
             raise SoftCoTError(
-                f"evaluation.conditions: {', '.join(others)}: method={adapter.recipe.method} has no thoughts that "
-                "something could stand for; take learned, and none for the base as it was: [learned,none]"
+                f"evaluation.conditions: {', '.join(unknown)}: method={adapter.recipe.method} makes no thoughts that "
+                f"this could stand for; take some of [{', '.join(known)}], where none is the base as it was"
             )
         self._recipe = adapter.recipe
         self._experiment = adapter.experiment
         self._examples = examples
+        self._adapter = adapter
         self._projection = adapter.projection if self._method.projection_class else None
         self._make_room = make_room
         self.words: list[str] = []
@@ -117,7 +118,10 @@ class Conditions:
 
     def _shuffled(self) -> _Given:
         try:
-            whose = others([example.assistant for example in self._examples], self._recipe.seed)
+            read = [example.assistant for example in self._examples]
+            if self._projection is None:  # no assistant reads the question, but the base
+                read = [replace(example.assistant, token_ids=example.prefix_ids) for example in self._examples]
+            whose = others(read, self._recipe.seed)
         except SoftCoTError as error:
             raise SoftCoTError(
                 f"shuffled: {error}; raise task.test_problems, or leave shuffled out of evaluation.conditions"
@@ -131,6 +135,9 @@ class Conditions:
         shape = self._recipe.thoughts.count, self._experiment.widths[1]
         zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
         return self._room(), [zeros]
+
+    def _empty(self) -> _Given:
+        return self._room(), [] if self._projection else self._thought_by_base(range(len(self._examples)), latents=0)
 
     def _placeholder(self) -> _Given:
         """As tokens, so that the base reads them as it reads any other."""
@@ -177,6 +184,8 @@ class Conditions:
     def _projected(self, whose: Sequence[int]) -> list[Thoughts]:
         """For problem i the thoughts of problem ``whose[i]``, of each chain the same chain's."""
         projection = self._projection
+        if projection is None:
+            return self._thought_by_base(whose, self._recipe.thoughts.count - 2)
         if not projection.needs_states:
             return _repeated(projection)
 
@@ -188,6 +197,21 @@ class Conditions:
         return [
             Thoughts(partial(of, chain), self._projection_of(whose, chain), need_states=True) for chain in self._chains
         ]
+
+    def _thought_by_base(self, whose: Sequence[int], latents: int) -> list[Thoughts]:
+        """Likewise, by the base as the method has changed it: so many latents."""
+        prompts = [self._room()[index] for index in whose]
+        adapter, size = self._adapter, self._recipe.evaluation.batch_size
+
+        def of(indices: list[int]) -> torch.Tensor:
+            # The worker that asks has loaded the base before.
+            asked = [prompts[index] for index in indices]
+            return self._method.think(self._changed.model, adapter.weights, asked, latents, size)
+
+        read = content_digest([prompt.prefix_ids for prompt in prompts])
+        made_from = {"thought by": adapter.change.made_from, "latents": latents, "prompts": read}
+        tokens = sum(len(prompt.prefix_ids) + latents for prompt in prompts if latents)
+        return [Thoughts(of, made_from, reads=tokens)]
 
     def _mean_thoughts(self) -> list[Thoughts]:
         projection = self._projection
@@ -245,6 +269,7 @@ CONDITIONS: dict[Condition, Callable[[Conditions], _Given]] = {
     "shuffled": Conditions._shuffled,
     "mean": Conditions._mean,
     "zero": Conditions._zero,
+    "empty": Conditions._empty,
     "placeholder": Conditions._placeholder,
     "none": Conditions._none,
     "text": Conditions._text,

@@ -62,6 +62,8 @@ class Thoughts:
     """All that decides them, by content."""
     need_states: bool = False
     """Whether they come from the assistant's states."""
+    reads: int = 0
+    """Tokens and latents of all problems that the base reads for them, before it reads the prompts with them."""
 
     def __call__(self, indices: list[int]) -> torch.Tensor:
         return self.of(indices)
@@ -285,7 +287,8 @@ class Worker:
         return (quantization(self.recipe) if self._wanted in SPLIT else {}) | ({} if bits == 16 else {"bits": bits})
 
     @property
-    def _model(self) -> PreTrainedModel:
+    def model(self) -> PreTrainedModel:
+        """It, loaded. All ranks call it together. Raises SoftCoTError when it cannot be."""
         spare_of = partial(spare_to_decode, self.recipe, self._partition)
         held = {"partition": self._partition, "group_size": self.recipe.backbone.group_size}
         return self._loaded.model(
@@ -330,7 +333,7 @@ class Worker:
         ranks = data_ranks(self._partition, self.recipe.backbone.group_size)
         table = None
         if self._partition != "none":  # ranks that hold the model together load it together, also without a batch
-            table = CompactTable.of(self._model.get_input_embeddings(), first.tokens)
+            table = CompactTable.of(self.model.get_input_embeddings(), first.tokens)
         name = first.name if len(jobs) == 1 else f"{first.name} and {len(jobs) - 1} draws more"
         progress = Progress(len(todo), "batches")
         for start in range(0, len(todo), ranks.count):
@@ -339,7 +342,7 @@ class Worker:
             if mine or self._partition in SPLIT:
                 number = todo[start + ranks.number if mine else start]
                 wanted = [job for job in jobs if number in job.todo]
-                model = self._model
+                model = self.model
                 first.prepare(model)
                 started = time.perf_counter()
                 of_draws = first.work(model, table, first.batches[number], [job.draw for job in wanted])

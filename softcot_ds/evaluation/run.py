@@ -152,9 +152,9 @@ def _ask_all(
 
 
 def _thinking(problems: Posed, examples: Sequence[Example]) -> Spent:
-    """What the assistant reads for its states, where the thoughts are made of these."""
+    """What is read for the thoughts: by the assistant, where they are made of its states, or by the base."""
     if problems.thoughts is None or not problems.thoughts.need_states:
-        return Spent()
+        return Spent(problems.thoughts.reads if problems.thoughts else 0)
     return Spent(sum(len(example.assistant.token_ids) for example in examples))
 
 

@@ -18,8 +18,9 @@ from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import METHODS, chosen
 from softcot_ds.data.batches import Batch
 from softcot_ds.data.examples import Example, make_example
-from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompts
+from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompt, BasePrompts
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation_config import Condition
 from softcot_ds.methods.conditioning import Conditioning, Weights
 from softcot_ds.methods.projection import Projection
 from softcot_ds.models.embedding import CompactTable
@@ -67,6 +68,10 @@ class Method(nn.Module, ABC):
     steps, and what evaluation runs is another model than the recipe's."""
     has_thoughts: ClassVar[bool] = True
     """Whether prompts have room for thoughts."""
+    leaves_out_steps: ClassVar[bool] = False
+    """Whether it trains on solutions without some of their steps: some problems must have any."""
+    conditions: ClassVar[tuple[Condition, ...]] = ()
+    """Those of an evaluation that say something of it; empty for all."""
     projection_class: ClassVar[type[Projection] | None] = None
     """What makes its thoughts, and takes the recipe's section ``projection``; None where nothing is projected."""
     losses: ClassVar[dict[str, Literal["tokens", "problems"]]] = {"language_model": "tokens"}
@@ -120,6 +125,11 @@ class Method(nn.Module, ABC):
                 f"backbone.bits={recipe.backbone.bits} is for a base that stays as it is, and method={recipe.method} "
                 "changes it; set it to 16"
             )
+
+    @classmethod
+    def prompt(cls, prompts: BasePrompts, question: str) -> BasePrompt:
+        """What the base reads of a question, with room for thoughts where the method has any."""
+        return prompts.with_thoughts(question)
 
     @classmethod
     def make_example(
@@ -215,6 +225,21 @@ class Method(nn.Module, ABC):
 
         Raises:
             SoftCoTError: they are not of this base.
+        """
+        raise NotImplementedError
+
+    @classmethod
+    def think(
+        cls, base: PreTrainedModel, weights: Weights, prompts: Sequence[BasePrompt], latents: int, batch_size: int
+    ) -> torch.Tensor:
+        """(B, T, D) what stands for the thoughts where the base that ``apply_adapter`` has changed makes them itself:
+        where there are thoughts and no ``projection_class``. All ranks call it together where the base is partitioned.
+
+        Args:
+            weights: what the adapter directory holds.
+            prompts: B of them; not empty.
+            latents: how many of its own states it is given back.
+            batch_size: prompts that are read together.
         """
         raise NotImplementedError
 

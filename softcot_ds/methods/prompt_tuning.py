@@ -28,7 +28,7 @@ class StaticThoughts(Projection):
 
     @classmethod
     def create(cls, recipe: Recipe, assistant_width: int, base: PreTrainedModel, base_width: int) -> Self:
-        return cls(_random_token_embeddings(base, recipe.thoughts.count))
+        return cls(random_token_embeddings(base, recipe.thoughts.count))
 
     @classmethod
     def empty(cls, recipe: Recipe, assistant_width: int, base_width: int) -> Self:
@@ -44,7 +44,7 @@ class PromptTuning(SoftThoughts):
     projection_class = StaticThoughts
 
 
-def _random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:
+def random_token_embeddings(base: PreTrainedModel, count: int) -> torch.Tensor:
     """(count, D) float32 embeddings of random tokens, a start for free vectors (arXiv:2104.08691, section 3.2)."""
     with whole_embedding(base.get_input_embeddings()) as embed:
         rows = torch.randint(0, base.config.get_text_config().vocab_size, (count,))

@@ -27,6 +27,7 @@ class TrainedBase(Method):
 
     changes_base = True
     has_thoughts = False
+    conditions = ("learned", "none")
 
     def __init__(self, base: PreTrainedModel, decoder: Decoder | None, activation_checkpointing: bool = False) -> None:
         """

@@ -11,6 +11,7 @@ low_rank.py       low-rank matrices beside linear layers, as PEFT has them
 embedding.py      what tokens look like to a model, asked of its own module; those of the data, kept at hand
 shared_prefix.py  what all rows begin with, read once
 assistant.py      running the assistant: the states at the placeholders
+chain.py          passes over rows that grow, with gradient through what was read before
 frozen_prefix.py  the base's prefix without gradient, layer by layer
 fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head

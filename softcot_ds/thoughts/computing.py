@@ -15,6 +15,7 @@ from transformers import PreTrainedModel
 from softcot_ds import distributed
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.methods.base import method_class
 from softcot_ds.methods.initial import Thinker, initial_embeddings
 from softcot_ds.methods.trial import check_ahead, check_model
 from softcot_ds.models.assistant import decoder_of, load_to_think, states_layer
@@ -43,8 +44,13 @@ def build(recipe: Recipe | Sequence[Recipe], ranks: Ranks | None = None) -> None
         SoftCoTError: see ``fill``; or the base, for which all this is, cannot be one.
     """
     ranks = ranks or join_ranks()
+    recipes = [recipe] if isinstance(recipe, Recipe) else recipe
+    if idle := {one.method for one in recipes if not method_class(one.method).needs_states}:
+        if ranks.rank == 0:
+            say(f"nothing is cached for method={', '.join(sorted(idle))}, which reads no states of the assistant")
+        recipes = [one for one in recipes if one.method not in idle]
     wanted: dict[int, tuple[Recipe, list[AssistantInput]]] = {}
-    for pair in (pair for one in ([recipe] if isinstance(recipe, Recipe) else recipe) for pair in cached(one)):
+    for pair in (pair for one in recipes for pair in cached(one)):
         count = pair[0].thoughts.count
         wanted[count] = max(wanted.get(count, pair), pair, key=lambda pair: len(pair[1]))  # with the test's, or without
     for of, inputs in wanted.values():

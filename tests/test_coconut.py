@@ -1,0 +1,222 @@
+"""Coconut against a naive float64 version, written here from the paper's description.
+
+The truth takes one example at a time and keeps nothing: for each latent the whole row is run again, without cache, mask
+or padding, and its last state after the final norm is put behind it.
+"""
+
+import copy
+import json
+import shutil
+from itertools import islice
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+from forked import run_forked
+from launch import ROOT
+from safetensors.torch import load_file
+from test_step import SHAPE, make_model
+from torch import nn
+
+from softcot_ds.coconut_config import CoconutConfig
+from softcot_ds.data.batches import collate, global_batches
+from softcot_ds.data.examples import Example
+from softcot_ds.data.prompts import AssistantInput
+from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation.run import evaluate
+from softcot_ds.experiment import Experiment
+from softcot_ds.files import parse_yaml
+from softcot_ds.inference import Adapter
+from softcot_ds.methods.base import Given
+from softcot_ds.methods.coconut import Coconut, CoconutFull, stage_at
+from softcot_ds.models.backbone import load_frozen
+from softcot_ds.recipe import load_recipe, parse_recipe
+from softcot_ds.run_dir import recipe_and_adapter
+from softcot_ds.tasks import Problem
+
+RECIPE = ROOT / "recipes" / "word_problems.yaml"
+ROWS = [([5, 6, 7, 8, 9], [11, 12, 2]), ([15], [13, 14, 16, 17, 18, 2]), ([19, 20, 21], [22, 2])]
+"""Prompt and what is to be written."""
+
+
+def true_loss(model, rows, num_latents: int) -> torch.Tensor:
+    """Of what stands behind the prompts, in whatever dtype the model has."""
+    embed, decoder = model.base.get_input_embeddings(), model.base.get_decoder()
+    loss = 0.0
+    for prompt, written in rows:
+        row = torch.cat([embed(torch.tensor(prompt)), model.markers[:1]])
+        for _ in range(num_latents):
+            state = decoder(inputs_embeds=row[None], use_cache=False).last_hidden_state[0, -1]
+            row = torch.cat([row, state[None]])
+        row = torch.cat([row, model.markers[1:], embed(torch.tensor(written))])
+        log_p = model.base(inputs_embeds=row[None], use_cache=False).logits[0].log_softmax(dim=-1)
+        first = len(row) - len(written)
+        loss -= sum(log_p[first + place - 1, token] for place, token in enumerate(written))
+    return loss
+
+
+def true_loss_and_gradient(model, rows, num_latents: int) -> tuple[float, dict[str, torch.Tensor]]:
+    model = copy.deepcopy(model).double()
+    loss = true_loss(model, rows, num_latents)
+    loss.backward()
+    return loss.item(), {name: parameter.grad for name, parameter in model.trained().items()}
+
+
+def batch_of(rows, num_latents: int):
+    thoughts = AssistantInput("id", [], list(range(num_latents + 2)))
+    examples = [Example(Problem("q", "r", "1"), thoughts, prompt, [], written) for prompt, written in rows]
+    return collate(examples, pad_id=3)
+
+
+@pytest.mark.parametrize("num_latents", [0, 1, 4])
+@pytest.mark.parametrize(
+    ("family", "dtype", "tolerance"),
+    [
+        ("llama", torch.float64, 1e-6),  # rotary angles are float32 in any dtype
+        ("mistral with a sliding window", torch.float64, 1e-6),
+        ("gemma3", torch.float64, 1e-6),
+        ("llama eager", torch.float32, 1e-4),  # in float64 transformers' own eager masks make NaN of padding
+        ("gemma2", torch.float32, 1e-4),
+    ],
+)
+def test_loss_and_gradient_are_those_of_a_naive_float64_version(family, dtype, tolerance, num_latents):
+    base = make_model(family).requires_grad_(True)
+    model = CoconutFull(base, None, False)
+    model.markers = nn.Parameter(torch.randn(2, SHAPE["hidden_size"], generator=torch.Generator().manual_seed(1)))
+    loss, gradient = true_loss_and_gradient(model, ROWS, num_latents)
+    found = model.to(dtype)(batch_of(ROWS, num_latents))
+    found.backward()
+    assert found.item() == pytest.approx(loss, rel=tolerance)
+    for name, parameter in model.trained().items():
+        error = (parameter.grad - gradient[name]).norm() / gradient[name].norm()
+        assert error < tolerance, f"{name}: {error:.1e}"
+
+
+def test_the_stage_of_a_step_depends_on_the_step_alone():
+    settings = CoconutConfig(latents_per_step=2, stage_steps=[3, 1, 2])
+    stages = [(0, 0), (0, 0), (0, 0), (1, 2), (2, 4), (2, 4), (None, 4), (None, 4)]
+    assert [stage_at(step, settings) for step in range(1, 9)] == stages
+    assert stage_at(None, settings) == (None, 4)
+
+
+@pytest.mark.distributed
+def test_gradient_of_two_ranks_is_that_of_the_naive_float64_version(tmp_path):
+    """Of the first global batch of the embedded base under ZeRO-3, in stage 1, with micro-batches of unequal sizes."""
+    settings = [
+        *("method=coconut_full", "coconut.latents_per_step=2", "coconut.stage_steps=[0,1,1]", "thoughts.count=6"),
+        *("task.train_problems=12", "task.validation_problems=2", "task.test_problems=2", "training.steps=1"),
+        *("training.warmup_steps=0", "training.global_batch_size=5", "training.micro_batch_size=2"),
+    ]
+    output = tmp_path / "found.safetensors"
+    run_forked(2, "gradient_worker", RECIPE, output, " ".join(settings))
+    found = {name.rpartition("/")[2]: value for name, value in load_file(output).items()}
+    recipe = load_recipe(RECIPE, settings)
+    experiment = Experiment(recipe)
+    examples = experiment.splits.train
+    (batch,) = islice(global_batches([example.length for example in examples], 5, recipe.seed), 1)
+    tokenizer = experiment.base_tokenizer
+    rows = []
+    for problem in (examples[index].problem for index in batch):
+        chat = [{"role": "user", "content": problem.question}]
+        prompt = tokenizer.apply_chat_template(chat, tokenize=False, add_generation_prompt=True)
+        left = f"{problem.reasoning[problem.reasoning.index('second') :]} answer {problem.answer}"
+        ids = [tokenizer(text, add_special_tokens=False).input_ids for text in (prompt, left)]
+        rows.append((ids[0], [*ids[1], tokenizer.eos_token_id]))
+    base = load_frozen(recipe.base, "none", torch.device("cpu"))
+    model = CoconutFull.build(Given(recipe, base, None, experiment.widths, examples, [], []))
+    loss, gradient = true_loss_and_gradient(model, rows, 2)
+    count = sum(len(written) for _, written in rows)
+    assert found["losses"].item() == pytest.approx(loss / count, rel=1e-5)
+    for name, truth in gradient.items():
+        error = (found[name] - truth / count).norm() / (truth / count).norm()
+        assert error < 1e-3, f"{name}: {error:.1e}"
+
+
+SMALL = [
+    *("task.train_problems=40", "task.validation_problems=4", "task.test_problems=10", "coconut.stage_steps=[1,1,1]"),
+    *("coconut.latents_per_step=2", "thoughts.count=6", "training.steps=4", "training.warmup_steps=0"),
+    *("training.global_batch_size=6", "training.micro_batch_size=4", "training.save_every=2", "training.log_every=2"),
+    *("training.validate_every=4", "evaluation.batch_size=3", "evaluation.max_new_tokens=6", "lora.targets=[q_proj]"),
+]
+
+
+def written(run: Path, condition: str) -> list[dict]:
+    """What the only evaluation of a run says of each problem."""
+    (folder,) = run.glob("evaluation/*")
+    return [json.loads(line) for line in (folder / f"{condition}.jsonl").read_text().splitlines()]
+
+
+@pytest.mark.distributed
+def test_a_training_goes_on_bit_for_bit_and_its_adapter_thinks_in_evaluation_as_in_training(tmp_path):
+    path = ROOT / "recipes/word_problems_coconut.yaml"
+    whole, again = (["method=coconut", *SMALL, f"output_dir={tmp_path}/{name}"] for name in ("whole", "again"))
+    run_forked(1, "train_worker", path, " ".join(whole))
+    run = load_recipe(path, whole).run_dir
+    resumed = load_recipe(path, again).run_dir
+    shutil.copytree(run / "checkpoints/step-2", resumed / "checkpoints/step-2")
+    run_forked(1, "train_worker", path, " ".join(again))
+    for name in (Coconut.weights_file, "optimizer.safetensors"):
+        saved, found = (load_file(folder / "checkpoints/step-4" / name) for folder in (run, resumed))
+        assert saved.keys() == found.keys()
+        assert all(torch.equal(value, found[key]) for key, value in saved.items())
+
+    conditions = ["learned", "shuffled", "zero", "empty", "none"]
+    chosen = f"evaluation.conditions=[{','.join(conditions)}]"
+    checkpoint = str(run / "checkpoints/step-4")
+    recipe, adapter = recipe_and_adapter(checkpoint, [chosen])
+    evaluate(recipe, adapter)
+    rows = {name: written(run, name) for name in conditions}
+    two = f"output_dir={tmp_path}/two"
+    run_forked(2, "softcot_ds.evaluate", checkpoint, chosen, "evaluation.partition=zero3", two)
+    for name in conditions:  # the ranks have unequal shares, and hold the base between them
+        of_two = written(load_recipe(path, [*whole, two]).run_dir, name)
+        assert [row["loss"] for row in of_two] == pytest.approx([row["loss"] for row in rows[name]], rel=1e-4)
+        assert [row["output"] for row in of_two] == [row["output"] for row in rows[name]]
+
+    opened = Adapter(recipe, adapter)
+    model = SimpleNamespace(base=opened.base, markers=opened.weights["markers"])
+    examples = opened.experiment.splits.test
+    answers = opened.answer([example.problem.question for example in examples])
+    for example, answer, learned, empty in zip(examples, answers, rows["learned"], rows["empty"], strict=True):
+        target = opened.experiment.base_prompts.target_ids(f"answer {example.problem.answer}")
+        for row, num_latents in ((learned, 4), (empty, 0)):
+            loss = true_loss(model, [(example.prefix_ids, target)], num_latents).item()
+            assert row["loss"] == pytest.approx(loss, rel=1e-3)
+        assert learned["output"] == answer
+    own = opened.answer([example.problem.question for example in examples], with_thoughts=False)
+    assert [row["output"] for row in rows["none"]] == own
+    assert len({tuple(row["loss"] for row in of_condition) for of_condition in rows.values()}) == len(conditions)
+
+
+CURRICULUM = ["method=coconut", "coconut.latents_per_step=2", "coconut.stage_steps=[1,1,1]", "thoughts.count=6"]
+
+
+@pytest.mark.parametrize(
+    ("settings", "message"),
+    [
+        (["method=coconut"], "coconut: missing; say how many latents a step has"),
+        (["coconut.stage_steps=[1,1]"], "a section of method=coconut and coconut_full, and method is softcot"),
+        ([*CURRICULUM, "thoughts.count=4"], r"thoughts.count=4: .* come to 4 latents, .* set it to 6"),
+        ([*CURRICULUM, "training.activation_checkpointing=true"], "read each latent .* a second time; set it to false"),
+        ([*CURRICULUM, "task.targets=own.jsonl"], "task.targets=own.jsonl: .* set task.targets=gold"),
+        ([*CURRICULUM, "backbone.bits=8"], "backbone.bits=8 is for a base that stays as it is"),
+    ],
+)
+def test_what_the_curriculum_cannot_do_is_said_before_work_starts(settings, message):
+    with pytest.raises(SoftCoTError, match=message):
+        Experiment(load_recipe(RECIPE, settings)).require_training()
+
+
+def test_a_task_without_steps_is_refused(tmp_path):
+    data = tmp_path / "data.jsonl"
+    data.write_text("".join(f'{{"q": "What is {n} + 1?", "a": {n + 1}}}\n' for n in range(9)))
+    values = parse_yaml(RECIPE.read_text()) | {
+        "task": {
+            **{"name": "custom", "train": str(data), "test_from_train": "order", "validation_problems": 1},
+            **{"fields": {"question": "q", "answer": "a"}, "answer": "number"},
+            "prompts": str(ROOT / "softcot_ds/tasks/word_problems.yaml"),
+        }
+    }
+    with pytest.raises(SoftCoTError, match="those of all 6 training problems of custom are the answer alone"):
+        _ = Experiment(parse_recipe(values, CURRICULUM, "recipe")).splits
