@@ -37,7 +37,7 @@ class EvaluationConfig(Section):
     strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
     """How an answer is reached, under every condition. single: it is what is written after the prompt.
     self_consistency: it is the majority of the samples, each of which is reached so. speculative: short for single with
-    draft: 4."""
+    draft: 4, where that is 0."""
     draft: int = Field(0, ge=0, le=64)
     """Tokens that the assistant writes ahead for each pass of the base, which decides what becomes of them: greedily
     the outputs stay the same, sampled ones have the same distribution. Both models need the same tokens. 0 for none."""
@@ -87,9 +87,7 @@ class EvaluationConfig(Section):
         """It changes how tokens are made and not which, whatever the strategy."""
         if not isinstance(values, dict) or values.get("strategy") != "speculative":
             return values
-        if values.get("draft") == 0:
-            raise ValueError("strategy: speculative, and draft is 0; set draft to some tokens, such as 4")
-        return {"draft": DRAFT} | values | {"strategy": "single"}
+        return values | {"strategy": "single", "draft": values.get("draft") or DRAFT}
 
     @field_validator("conditions")
     @classmethod

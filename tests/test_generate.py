@@ -16,7 +16,7 @@ from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main
 from softcot_ds.models import assistant as assistant_module
-from softcot_ds.models import backbone
+from softcot_ds.models import backbone, drafting
 from softcot_ds.models.backbone import load_frozen
 from softcot_ds.recipe import load_recipe
 from softcot_ds.values import resolve_location
@@ -46,7 +46,7 @@ def loaded(monkeypatch):
         loaded.append(config.model.rpartition("/")[2])
         return load_frozen(config, *rest)
 
-    for module in (assistant_module, backbone):  # where the assistant is loaded, and the base
+    for module in (assistant_module, backbone, drafting):  # where the assistant is loaded, the base, who drafts
         monkeypatch.setattr(module, "load_frozen", load)
     return loaded
 
@@ -56,6 +56,8 @@ def loaded(monkeypatch):
     [
         ("adapter", "learned", [], ["assistant", "base"]),
         ("adapter", "none", ["--no-thoughts"], ["base"]),
+        ("adapter", "learned", ["evaluation.strategy=speculative"], ["assistant", "base"]),
+        ("adapter", "none", ["--no-thoughts", "evaluation.draft=1"], ["base", "assistant"]),
         ("static", "learned", [], ["base"]),
     ],
 )

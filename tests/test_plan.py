@@ -461,6 +461,20 @@ def test_slices_have_their_16_bits_while_they_are_loaded():
     assert sum(planner.memory(packed, 8).values()) < planner.held("node", 8, 16)
 
 
+def test_an_assistant_that_drafts_is_whole_beside_the_base():
+    """Llama 3.2 1B in bfloat16, with 16 layers of 8 heads of 64; 128,256 tokens; a batch of 16."""
+    rows, tokens = 16, 128_256
+    found = {}
+    for draft in (0, 1, 5):
+        planner = gsm8k("gsm8k_llama_8b", "evaluation.max_new_tokens=256", f"evaluation.draft={draft}")
+        found[draft] = decoding_memory(planner, Way("tensor", 8, 16, False, 0, rows, 1))
+    per_token = 2 * 2 * 16 * 8 * 64 * rows
+    texts = per_token * (256 + planner.prompt)
+    one = found[1] - found[0]
+    assert 0 < one - 2 * 1_235_814_400 - texts < 2 * per_token * planner.prompt + 10 * 4 * rows * tokens
+    assert (found[5] - found[1]) / 4 == 5 * 4 * rows * tokens, "logits of a draft, and what it was drawn from"
+
+
 def test_a_task_without_training_data_is_evaluated_with_layers_that_stay():
     changes = ["task.name=date_understanding", "task.train=null", "task.validation_problems=0", "task.test=a/b"]
     recipe = load_recipe(RECIPES / "gsm8k_llama_8b.yaml", changes)
