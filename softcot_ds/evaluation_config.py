@@ -125,7 +125,7 @@ class EvaluationConfig(Section):
     @field_validator("read")
     @classmethod
     def _options_are_not_decoded(cls, value: str, info: ValidationInfo) -> str:
-        for key, default in {"samples": 1, "strategy": "single"}.items():
+        for key, default in {"samples": 1, "strategy": "single", "draft": 0}.items():
             if value == "options" and info.data.get(key, default) != default:
                 raise ValueError(
                     f"options, and evaluation.{key} is {info.data[key]}: nothing is decoded for options; set read to "

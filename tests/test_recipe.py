@@ -245,6 +245,11 @@ def test_all_mistakes_are_reported_together(write):
             ["evaluation.read=options", "evaluation.temperature=1", "evaluation.samples=2"],
             "evaluation.read: options, and evaluation.samples is 2: nothing is decoded for options",
         ),
+        (
+            ["evaluation.read=options", "evaluation.strategy=speculative"],
+            "evaluation.read: options, and evaluation.draft is 4: nothing is decoded for options",
+        ),
+        (["evaluation.draft=65"], "evaluation.draft: input should be less than or equal to 64, found 65"),
         (["evaluation.temperature=1e-300"], "evaluation.temperature: 1e-300 is too small: logits are divided by it"),
         (["evaluation.conditions=[]"], "evaluation.conditions: empty; name what is to stand in for the thoughts"),
         (["evaluation.conditions=[none,zero,none]"], "evaluation.conditions: none stands there more than once"),
