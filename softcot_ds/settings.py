@@ -115,6 +115,8 @@ def _explain(detail: Any, section: type[BaseModel]) -> list[str]:
             return [prefix + line for line in message.splitlines()]
         case "model_type":
             return [f"{location}: a section of keys and values, found {found}"]
+        case "dict_type":
+            return [f"{location}: a mapping of keys to values, found {found}"]
         case "path_type":
             return [f"{location}: a path, found {found}"]
         case "tuple_type":

@@ -195,7 +195,7 @@ def test_all_mistakes_are_reported_together(write):
         (["training="], "training: a section of keys and values, found None"),
         (["training.betas=0.9"], "training.betas: a list of two numbers, found 0.9"),
         (["base.revision=1234567"], "base.revision: a text, found 1234567; put it in quotes"),
-        (["base.template_kwargs=[1]"], "base.template_kwargs: input should be a valid dictionary, found [1]"),
+        (["base.template_kwargs=[1]"], "base.template_kwargs: a mapping of keys to values, found [1]"),
         (["output_dir="], "output_dir: a path, found None"),
         (["output_dir=~/runs"], "output_dir: '~/runs': ~ stands for a home folder in a shell only"),
         (["base.revision=''"], "base.revision: string should match pattern"),

@@ -98,6 +98,7 @@ def test_a_task_that_nothing_is_trained_on_takes_adapters_of_another(written):
     [
         ({"methds": {}}, ["methds: unknown key; did you mean methods?"]),
         ({"methods": {}}, ["methods: dictionary should have at least 1 item"]),
+        ({"methods": ["softcot"]}, ["methods: a mapping of keys to values, found ['softcot']"]),
         ({"methods": {"a-b": {}}}, ["methods.a-b"]),
         ({"methods": {"none": {}}}, ["methods.none: a condition of evaluations is called so"]),
         ({"methods": {"a": {"seed": 3}}}, ["methods.a: seed is decided by the study; leave it out"]),
@@ -322,9 +323,17 @@ def test_the_page_needs_nothing_but_itself_and_leaves_out_plots_without_numbers(
     assert page.count("<svg") == 5
     for text in ("Accuracy against tokens", "Learning curves", "tuned", "CoT-Unk", "81.0% (SoftCoT, arXiv:2502.12134)"):
         assert text in page
+    for cell, one in found:
+        if cell.method == "tuned":
+            one.report["forgetting"] = {"plain_text": {"file": "x.txt", "tokens": 9, "before": 2.0, "after": 2.5}}
+    report = make_study_report(study, found)
+    page = write_page(tmp_path, report).read_text()
+    assert page.count("<svg") == 6
+    assert "Forgetting" in page
     for one in (*report["summaries"], *report["cells"]):
         one |= {"tokens_per_problem": None, "seconds_per_problem": None, "loss": None}
         one.pop("controls", None)
+        one.pop("forgetting", None)
     (tmp_path / "run/losses.jsonl").unlink()
     page = write_page(tmp_path, report).read_text()
     assert page.count("<svg") == 2, "accuracies and differences"

@@ -75,6 +75,7 @@ def page(report: Record, curves: Mapping[str, Sequence[tuple[str, Curve]]]) -> s
         ("Differences", _OF_DIFFERENCES, plots.differences),
         ("Loss by what stands for the thoughts", _OF_LOSSES, plots.losses),
         ("Accuracy against tokens spent", _OF_TOKENS, plots.tokens),
+        ("Forgetting", _OF_FORGETTING, plots.forgetting),
         ("Learning curves", _OF_CURVES, lambda task: plots.curves(curves.get(task, []))),
     ]
     sections = []
@@ -117,7 +118,14 @@ _OF_LOSSES = (
     "Losses of other tokens, as of solutions whose steps a method does not write, are left out."
 )
 _OF_TOKENS = "Tokens, thoughts among them, that the base reads and writes for one problem; intervals as above."
-_OF_CURVES = "Training losses, each point the mean of a stretch of steps; a line for each seed."
+_OF_FORGETTING = (
+    "What training did to losses of what was not trained on: right of the line the base has become worse at it. "
+    "Methods that leave the base as it is stand on the line."
+)
+_OF_CURVES = (
+    "What each method minimises, each point the mean of a stretch of steps; a line for each seed. Where a method adds "
+    "a term of its own, as SoftCoT++ does, its height says nothing beside others'."
+)
 _OF_COMPARISONS = (
     "The first less the second: points of accuracy, or nats per token. p is two-sided: of one seed that of McNemar's "
     "exact test of verdicts on the same problems, of the permutation test of shares and losses; of several seeds that "

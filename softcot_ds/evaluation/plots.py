@@ -74,6 +74,11 @@ class Plots:
         rows = [one for one in self._of(task) if one["accuracy"] is not None and one["tokens_per_problem"]]
         return rows and _figure(14, lambda axes: self._draw_tokens(axes, rows))
 
+    def forgetting(self, task: str) -> str | None:
+        """What became of losses that a method was not trained on, by method: of a plain text, and of another task."""
+        rows = _forgotten(self._report, task)
+        return rows and _figure(len(rows), lambda axes: self._draw_forgetting(axes, rows))
+
     def curves(self, curves: Sequence[tuple[str, Curve]]) -> str | None:
         """Training losses by step, each the mean of a stretch of steps.
 
@@ -130,6 +135,17 @@ class Plots:
         strategies = self._markers([row["strategy"] for row in rows])
         _legend(axes, [*methods, *strategies])
 
+    def _draw_forgetting(self, axes: Axes, rows: Sequence[tuple[str, str, float]]) -> None:
+        places = list(_places([method for method, *_ in rows]))
+        markers = dict(zip(dict.fromkeys(what for _, what, _ in rows), _MARKERS, strict=False))
+        for (method, what, change), place in zip(rows, places, strict=True):
+            axes.plot(change, place, markers[what], color=self._colour[method])
+        _name_groups(axes, [method for method, *_ in rows], places)
+        axes.axvline(0, color="black", linewidth=1)
+        axes.set_xlabel("loss after training less before, nats per token")
+        settings: dict[str, Any] = {"color": "black", "fillstyle": "none", "linestyle": ""}
+        _legend(axes, [Line2D([], [], marker=marker, label=what, **settings) for what, marker in markers.items()])
+
     def _draw_curves(self, axes: Axes, curves: Sequence[tuple[str, Curve]]) -> None:
         for method, (steps, losses) in curves:
             axes.plot(steps, losses, color=self._colour[method], linestyle=self._dash[method], linewidth=1.4)
@@ -164,6 +180,19 @@ def _losses_by_condition(report: Record, task: str) -> list[tuple[str, str, floa
     conditions = list(dict.fromkeys(condition for condition, _ in found))
     ordered = sorted(found, key=lambda pair: (conditions.index(pair[0]), report["methods"].index(pair[1])))
     return [(*pair, sum(found[pair]) / len(found[pair])) for pair in ordered]
+
+
+def _forgotten(report: Record, task: str) -> list[tuple[str, str, float]]:
+    """Method, what is not to be forgotten, and the mean over the seeds of the change of its loss, by method."""
+    found: dict[tuple[str, str], list[float]] = {}
+    for cell in report["cells"]:
+        if (cell["task"], cell["strategy"]) == (task, report["strategies"][0]):
+            told = cell.get("forgetting", {})
+            pairs = {"a plain text": told.get("plain_text"), "this task": told.get("other_task", {}).get("loss")}
+            for what, pair in pairs.items():
+                if pair:
+                    found.setdefault((cell["method"], what), []).append(pair["after"] - pair["before"])
+    return [(*key, sum(changes) / len(changes)) for key, changes in found.items()]
 
 
 def _figure(num_rows: int, draw: Callable[[Axes], None]) -> str:

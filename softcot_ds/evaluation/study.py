@@ -136,12 +136,9 @@ def _row(cell: StudyCell, one: Evaluated, condition: str) -> Record:
     if condition != "learned":
         return row
     others = {name: _control(told) for name, told in report["conditions"].items() if name != "learned"}
-    trained = report["train"]
-    return (
-        row
-        | {"run": one.run, "adapter": report["adapter"], "step": report["step"], "train": trained}
-        | ({"controls": others} if others else {})
-    )
+    row |= {"run": one.run, "adapter": report["adapter"], "step": report["step"], "train": report["train"]}
+    row |= {"controls": others} if others else {}
+    return row | ({"forgetting": report["forgetting"]} if report.get("forgetting") else {})
 
 
 def _control(told: Record) -> Record:
