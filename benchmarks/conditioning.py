@@ -51,13 +51,15 @@ class Run:
     def of(cls, variant: str, seed: int, choice: int = 0) -> "Run":
         """With the value of that index where a setting has several."""
         condition, *others = variant.split()
-        first = "method=prompt_tuning" if condition == STATIC else f"projection.condition={condition}"
+        first = [f"projection.condition={condition}"]
+        if condition == STATIC:
+            first = ["method=prompt_tuning", "projection.condition=none", "projection.init_scale=1.0"]
         chosen = []
         for text in others:
             key, _, values = text.partition("=")
             several = values.split("|")
             chosen.append(f"{key}={several[choice % len(several)]}")
-        return cls(variant, seed, (first, *chosen))
+        return cls(variant, seed, (*first, *chosen))
 
     @property
     def name(self) -> str:

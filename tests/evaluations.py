@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 from adapters import make_adapter
-from launch import ROOT
+from launch import ONLINE, ROOT
 from scribe import Scribe, replace_decoding
 
 from softcot_ds.evaluation.run import evaluate
@@ -15,7 +15,7 @@ from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", "thoughts.source=online"]
+SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", *ONLINE]
 DECODE = ["evaluation.batch_size=5", "evaluation.max_new_tokens=12", "evaluation.text_max_tokens=6"]
 EVERY = ["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
 WITHOUT_STATIC = "evaluation.conditions=[learned,shuffled,mean,zero,placeholder,none,text]"
@@ -44,7 +44,7 @@ def recipe_in(folder: Path, *overrides: str) -> Recipe:
         "task.validation_problems=0",
         f"base.model={folder}/base",
         f"assistant.model={folder}/assistant",
-        "thoughts.source=online",
+        *ONLINE,
         f"evaluation.conditions=[{','.join(EVERY)}]",
         f"evaluation.static_adapter={folder}/static",
     ]

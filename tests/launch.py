@@ -10,6 +10,9 @@ from pathlib import Path
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
+ONLINE = ("thoughts.source=online", "projection.condition=none", "projection.init_scale=0.27")
+"""Overrides of recipes/word_problems.yaml: the assistant runs along, so its states are not known before, and are taken
+as they are. Thoughts start about as long as tokens."""
 
 
 def environment() -> dict[str, str]:

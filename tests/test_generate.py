@@ -7,7 +7,7 @@ import sys
 
 import pytest
 from adapters import make_adapter
-from launch import ROOT
+from launch import ONLINE, ROOT
 
 import softcot_ds
 from softcot_ds import inference
@@ -21,7 +21,7 @@ from softcot_ds.models.backbone import load_frozen
 from softcot_ds.recipe import load_recipe
 from softcot_ds.values import resolve_location
 
-SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=3", "thoughts.source=online"]
+SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=3", *ONLINE]
 DECODE = ["evaluation.batch_size=1", "evaluation.max_new_tokens=12", "evaluation.conditions=[learned,none]"]
 
 

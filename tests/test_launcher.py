@@ -8,11 +8,11 @@ import time
 from pathlib import Path
 
 import pytest
-from launch import BIN, ROOT, deepspeed_command, environment, run
+from launch import BIN, ONLINE, ROOT, deepspeed_command, environment, run
 from slurm_cluster import SEARCH, Cluster
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SHORT = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", "thoughts.source=online"]
+SHORT = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", *ONLINE]
 SHORT += ["training.steps=4", "training.warmup_steps=2", "training.log_every=1", "evaluation.max_new_tokens=1"]
 
 pytestmark = [pytest.mark.slurm, pytest.mark.distributed]

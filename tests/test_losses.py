@@ -9,7 +9,7 @@ import pytest
 import torch
 from adapters import make_adapter
 from evaluations import EVERY, records
-from launch import ROOT
+from launch import ONLINE, ROOT
 from toy_models import VOCABULARY, make_toy
 from transformers import AutoModelForCausalLM
 
@@ -30,7 +30,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=11", "thoughts.source=online"]
+SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=11", *ONLINE]
 LOSS_ALONE = ["evaluation.decode=false", "evaluation.batch_size=4", "evaluation.text_max_tokens=6"]
 
 

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_forked
-from launch import ROOT
+from launch import ONLINE, ROOT
 from runs import losses, scalars
 from safetensors.torch import load_file
 from test_thought_store import write
@@ -23,7 +23,7 @@ from softcot_ds.training.start import Start
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 TOY = (
-    "task.train_problems=24 task.validation_problems=0 task.test_problems=4 thoughts.source=online training.steps=6 "
+    f"task.train_problems=24 task.validation_problems=0 task.test_problems=4 {' '.join(ONLINE)} training.steps=6 "
     "training.save_every=3 training.keep_checkpoints=9 training.warmup_steps=2 training.log_every=1 "
     "training.global_batch_size=6 training.micro_batch_size=2 training.weight_decay=0.1"
 )

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 from adapters import make_adapter
-from launch import ROOT
+from launch import ONLINE, ROOT
 from torch import distributed as dist
 
 from softcot_ds import apart, evaluate
@@ -22,7 +22,7 @@ from softcot_ds.launchers import MEETING
 from softcot_ds.models.scoring import Scorer
 
 RECIPE = str(ROOT / "recipes" / "word_problems.yaml")
-SMALL = ["task.train_problems=8", "task.validation_problems=0", "task.test_problems=24", "thoughts.source=online"]
+SMALL = ["task.train_problems=8", "task.validation_problems=0", "task.test_problems=24", *ONLINE]
 SMALL += ["training.steps=1", "training.warmup_steps=0", "training.global_batch_size=8", "training.micro_batch_size=8"]
 SMALL += ["evaluation.conditions=[learned,none,zero]", "evaluation.max_new_tokens=4"]
 

@@ -5,7 +5,7 @@ import re
 
 import pytest
 from forked import run_forked
-from launch import ROOT
+from launch import ONLINE, ROOT
 from runs import losses
 from safetensors.torch import load_file
 from toy_models import make_random_pair
@@ -16,7 +16,7 @@ SETTINGS = [
     "task.train_problems=24",
     "task.validation_problems=5",
     "task.test_problems=5",
-    "thoughts.source=online",
+    *ONLINE,
     f"training.steps={STEPS}",
     "training.warmup_steps=0",
     "training.learning_rate=1e-4",  # Adam's first steps amplify rounding

@@ -11,7 +11,7 @@ from types import SimpleNamespace
 
 import pytest
 from adapters import make_adapter
-from launch import ROOT
+from launch import ONLINE, ROOT
 from scribe import Scribe, replace_decoding
 from test_votes import by_enumeration
 
@@ -33,7 +33,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.tasks import Task
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", "thoughts.source=online"]
+SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=12", *ONLINE]
 DECODE = ["evaluation.batch_size=2", "evaluation.temperature=0.8", "evaluation.conditions=[learned,none]"]
 DRAWS = 3
 

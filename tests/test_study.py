@@ -26,6 +26,7 @@ from softcot_ds.study_config import load_study
 
 SMALL = {
     "thoughts.source": "online",
+    "projection": {"condition": "none", "init_scale": 0.27},
     "task": {"train_problems": 8, "validation_problems": 0, "test_problems": 12},
     "training": {"steps": 1, "warmup_steps": 0, "global_batch_size": 8, "micro_batch_size": 8},
     "evaluation": {"conditions": ["learned", "shuffled", "none"], "max_new_tokens": 4},

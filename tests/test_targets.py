@@ -7,7 +7,7 @@ from itertools import cycle
 
 import pytest
 from forked import run_forked
-from launch import ROOT
+from launch import ONLINE, ROOT
 
 from softcot_ds.adapter import adapter_config
 from softcot_ds.data.targets import OwnTargets, Solved
@@ -24,7 +24,7 @@ from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.submit import submit
 from softcot_ds.training.resume import agreed_start
 
-SIZES = ["task.train_problems=16", "task.validation_problems=4", "task.test_problems=4", "thoughts.source=online"]
+SIZES = ["task.train_problems=16", "task.validation_problems=4", "task.test_problems=4", *ONLINE]
 DECODE = ["evaluation.batch_size=1", "evaluation.max_new_tokens=40", "evaluation.text_max_tokens=6"]
 
 

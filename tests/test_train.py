@@ -10,7 +10,7 @@ from functools import partial
 import pytest
 import torch
 from forked import kill_forked, run_forked
-from launch import ROOT, deepspeed_command, run_and_signal
+from launch import ONLINE, ROOT, deepspeed_command, run_and_signal
 from runs import losses, read_events, scalars
 from safetensors.torch import load_file
 from small_disk import small_disk
@@ -28,7 +28,7 @@ from softcot_ds.training.schedule import learning_rate_at
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", "thoughts.source=online"]
+SMALL = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", *ONLINE]
 LONG = [
     *SMALL,
     "training.steps=12",

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 import torch
 from forked import run_forked
-from launch import ROOT, deepspeed_command, run
+from launch import ONLINE, ROOT, deepspeed_command, run
 from runs import losses, scalars
 from safetensors.torch import load_file, save_file
 from test_softcot_pp import true_contrast
@@ -31,7 +31,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
-SMALL = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", "thoughts.source=online"]
+SMALL = ["task.train_problems=96", "task.validation_problems=9", "task.test_problems=8", *ONLINE]
 pytestmark = pytest.mark.distributed
 
 
@@ -39,7 +39,7 @@ TRAINING = [
     "task.train_problems=24",  # an epoch is two batches and a rest
     "task.validation_problems=3",
     "task.test_problems=4",
-    "thoughts.source=online",
+    *ONLINE,
     "training.global_batch_size=10",  # micro-batches of 2, 3, 2 and 3 examples, on two ranks
     "training.micro_batch_size=3",
     "training.steps=4",

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import scipy.stats
 import torch
-from launch import ROOT
+from launch import ONLINE, ROOT
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from softcot_ds.distributed import DataRanks
@@ -21,7 +21,7 @@ from softcot_ds.training.engine import build_model
 from softcot_ds.training.gap import Gap
 from softcot_ds.training.validation import Validator, compare_with_tokens
 
-SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_problems=3", "thoughts.source=online"]
+SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_problems=3", *ONLINE]
 
 
 class Engine:
