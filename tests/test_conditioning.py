@@ -202,7 +202,7 @@ def test_where_slots_do_not_differ_first_weights_are_those_that_were_drawn_but_f
 )
 def test_what_cannot_be_conditioned_is_refused_with_what_to_do(monkeypatch, overrides, said):
     monkeypatch.setitem(choices.METHODS, "deep", f"{__name__}:ByDeep")
-    recipe = load_recipe(RECIPE, overrides)
+    recipe = load_recipe(RECIPE, ["projection.condition=none", "projection.init_scale=1.0", *overrides])
     if not said:
         method_class(recipe.method).check(recipe)
         return

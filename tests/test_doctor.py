@@ -335,7 +335,7 @@ def test_the_kernel_and_the_product_are_compared_with_float64():
 
 
 def test_room_for_checkpoints_is_what_they_take(tmp_path):
-    recipe = load_recipe(RECIPE, ["training.keep_checkpoints=2"])
+    recipe = load_recipe(RECIPE, ["training.keep_checkpoints=2", "projection.condition=none"])
     D, P = load_config(recipe.base).hidden_size, load_config(recipe.assistant).hidden_size
     layer = torch.nn.Linear(P, D)
     tensors = {f"{part}.{name}": value.data.clone() for part in "wmv" for name, value in layer.named_parameters()}
@@ -436,7 +436,7 @@ def test_states_that_are_not_finite_are_a_problem():
 
 @pytest.mark.parametrize(("size", "level"), [(0.2, "ok"), (0.05, "warning")])
 def test_states_of_the_cache_that_hardly_differ_are_a_warning(tmp_path, size, level):
-    recipe = load_recipe(RECIPE, [f"cache.path={tmp_path}"])
+    recipe = load_recipe(RECIPE, [f"cache.path={tmp_path}", "projection.condition=none"])
     assert examine._states(recipe) is None, "no cache yet"
     identity, shards = cache_identity(recipe), []
     folder = tmp_path / identity.folder_name
