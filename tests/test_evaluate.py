@@ -345,7 +345,7 @@ def test_an_adapter_of_one_task_is_evaluated_on_another(recipe, adapter, tmp_pat
     [("none", 0.7, ["learned", "shuffled", "mean", "zero", "none", "text"]), ("zero3", 0, ["learned", "none", "text"])],
 )
 def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition, temperature, conditions):
-    """Drafts among them, where these decide what is sampled."""
+    """The two have the assistant draft, and the one has too where drafts decide what is sampled."""
     samples, draft = (2, 2) if temperature else (1, 0)
     chosen = {"temperature": temperature, "conditions": conditions, "samples": samples, "draft": draft}
     recipe = recipe.model_copy(update={"evaluation": recipe.evaluation.model_copy(update=chosen)})
@@ -356,7 +356,7 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition
         f"evaluation.partition={partition}",
         f"evaluation.temperature={temperature}",
         f"evaluation.samples={samples}",
-        f"evaluation.draft={draft}",
+        "evaluation.draft=2",
         f"evaluation.conditions=[{','.join(conditions)}]",
     ]
     if partition == "none":
