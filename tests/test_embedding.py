@@ -10,7 +10,7 @@ from torch import nn
 from toy_models import WIDTH, make_toy
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.methods.prompt_tuning import StaticThoughts, _random_token_embeddings
+from softcot_ds.methods.prompt_tuning import StaticThoughts, random_token_embeddings
 from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.models import embedding
@@ -137,7 +137,7 @@ def test_the_whole_embedding_is_the_module_s_own():
 def test_free_vectors_start_as_embeddings_of_tokens_as_the_model_sees_them():
     model = make_toy("gemma3_text")
     torch.manual_seed(4)
-    vectors = _random_token_embeddings(model, 5)
+    vectors = random_token_embeddings(model, 5)
     torch.manual_seed(4)
     ids = torch.randint(0, 96, (5,))
     torch.testing.assert_close(vectors, model.get_input_embeddings().weight[ids] * math.sqrt(WIDTH))
