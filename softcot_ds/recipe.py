@@ -238,6 +238,17 @@ class Recipe(Section):
             )
         return value
 
+    @field_validator("lora")
+    @classmethod
+    def _matrices_are_trained(cls, value: LoraConfig, info: ValidationInfo) -> LoraConfig:
+        method = info.data.get("method")
+        if value != LoraConfig() and method not in (None, "lora", "coconut"):
+            raise ValueError(
+                f"a section of method=lora and coconut, and method is {method}; leave it out, or write lora={{}} "
+                "beside a recipe that has it"
+            )
+        return value
+
     @field_validator("coconut")
     @classmethod
     def _who_thinks_has_a_curriculum(cls, value: CoconutConfig | None, info: ValidationInfo) -> CoconutConfig | None:

@@ -27,7 +27,8 @@ from softcot_ds.study_config import Study, load_study
 
 def run_study(study: Study) -> None:
     """Build, train, evaluate and report whatever is left to do. All ranks call it."""
-    from softcot_ds.experiment import Experiment  # brings torch and transformers, which take seconds
+    _check_evaluations(study)
+    from softcot_ds.experiment import Experiment
 
     trainings = study.trainings
     for cell in trainings:
@@ -64,6 +65,7 @@ def submit_study(study: Study, submission: Submission) -> None:
     Raises:
         SoftCoTError: something is wrong with a cell's data or run, or see ``submit_chain``.
     """
+    _check_evaluations(study)
     from softcot_ds.experiment import Experiment
     from softcot_ds.planning.lengths import data_of
 
@@ -87,6 +89,14 @@ def submit_study(study: Study, submission: Submission) -> None:
             warned.add(kind)
     settings = dump_yaml(study.model_dump(mode="json"))
     submit_chain([*jobs, Job("study", study.name, study.run_dir, settings, file="study.yaml")], submission)
+
+
+def _check_evaluations(study: Study) -> None:
+    """Raises SoftCoTError where a method cannot be evaluated as a cell asks: said before anything is trained for it."""
+    from softcot_ds.methods.base import method_class  # brings torch and transformers, which take seconds
+
+    for cell in study.cells:
+        method_class(cell.recipe.method).check_evaluation(cell.recipe)
 
 
 def _caches(study: Study) -> list[Cell]:

@@ -40,6 +40,9 @@ def _left_to_do(recipe: Recipe, grid: Grid) -> tuple[Recipe, list[Job], Any]:
 
     experiment = planned(recipe)
     experiment.require_training()
+    method = method_class(recipe.method)
+    for one in grid.counts(recipe):
+        method.check_evaluation(one)  # the last job of the chain
     jobs = []
     pending = experiment.recipe != recipe  # own targets are yet to be made: nor is it known how many there will be
     if pending:
@@ -52,7 +55,7 @@ def _left_to_do(recipe: Recipe, grid: Grid) -> tuple[Recipe, list[Job], Any]:
     for run in grid.runs(recipe):
         of_run = None if pending else experiment if run == recipe else Experiment(run)
         trainings.append(training_left(run, of_run))
-    reads = recipe.thoughts.source == "cache" and method_class(recipe.method).needs_states
+    reads = recipe.thoughts.source == "cache" and method.needs_states
     if reads and not caches_complete(grid.counts(recipe)):
         jobs.append(Job.of("cache", recipe, grid.of_thoughts.axes))
     jobs += [job for job in trainings if job is not None]

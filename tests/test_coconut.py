@@ -200,12 +200,21 @@ CURRICULUM = ["method=coconut", "coconut.latents_per_step=2", "coconut.stage_ste
         ([*CURRICULUM, "thoughts.count=4"], r"thoughts.count=4: .* come to 4 latents, .* set it to 6"),
         ([*CURRICULUM, "training.activation_checkpointing=true"], "read each latent .* a second time; set it to false"),
         ([*CURRICULUM, "task.targets=own.jsonl"], "task.targets=own.jsonl: .* set task.targets=gold"),
+        (["lora.r=8"], "lora: a section of method=lora and coconut, and method is softcot; leave it out"),
         ([*CURRICULUM, "backbone.bits=8"], "backbone.bits=8 is for a base that stays as it is"),
     ],
 )
 def test_what_the_curriculum_cannot_do_is_said_before_work_starts(settings, message):
     with pytest.raises(SoftCoTError, match=message):
         Experiment(load_recipe(RECIPE, settings)).require_training()
+
+
+def test_an_evaluation_has_room_for_what_stands_around_latents():
+    recipe = load_recipe(RECIPE, [*CURRICULUM, "evaluation.conditions=[learned,empty]", "evaluation.thoughts=2"])
+    Coconut.check_evaluation(recipe)
+    evaluation = recipe.evaluation.model_copy(update={"thoughts": 1})
+    with pytest.raises(SoftCoTError, match=r"evaluation.thoughts=1: two vectors stand around the latents"):
+        Coconut.check_evaluation(recipe.model_copy(update={"evaluation": evaluation}))
 
 
 def test_a_task_without_steps_is_refused(tmp_path):

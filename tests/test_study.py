@@ -146,6 +146,10 @@ def test_the_command_says_what_is_wrong_before_any_work(written, tmp_path, capfd
     assert "1 mistake in the study:\n  - training.stepz: unknown key" in capfd.readouterr().err
     assert command.main([str(tmp_path / "none.yaml")]) == 2
     assert "no such study" in capfd.readouterr().err
+    lora = {"methods": {"softcot": {}, "low": {"method": "lora"}}, "seeds": [5]}
+    for options in ([], ["--submit", "--nodes=2"]):
+        assert command.main([written(**lora), *options]) == 2
+        assert "conditions: shuffled: method=lora makes no thoughts" in capfd.readouterr().err
     assert not (tmp_path / "runs").exists()
 
 

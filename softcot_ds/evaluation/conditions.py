@@ -84,12 +84,7 @@ class Conditions:
         """
         self._method = adapter.method
         self._changed = changed
-        known = self._method.conditions or CONDITIONS
-        if unknown := sorted({*adapter.recipe.evaluation.conditions} - {*known}):
-            raise SoftCoTError(
-                f"evaluation.conditions: {', '.join(unknown)}: method={adapter.recipe.method} makes no thoughts that "
-                f"this could stand for; take some of [{', '.join(known)}], where none is the base as it was"
-            )
+        self._method.check_evaluation(adapter.recipe)
         self._recipe = adapter.recipe
         self._experiment = adapter.experiment
         self._examples = examples

@@ -113,6 +113,16 @@ class Method(nn.Module, ABC):
             )
 
     @classmethod
+    def check_evaluation(cls, recipe: Recipe) -> None:
+        """Raises SoftCoTError where an evaluation by the recipe asks for what this method cannot do."""
+        if cls.conditions and (unknown := sorted({*recipe.evaluation.conditions} - {*cls.conditions})):
+            raise SoftCoTError(
+                f"evaluation.conditions: {', '.join(unknown)}: method={recipe.method} makes no thoughts that "
+                f"this could stand for; take some of [{', '.join(cls.conditions)}], where none is the base as it was"
+            )
+        cls.check_held(recipe, recipe.evaluation.partition or recipe.backbone.partition)
+
+    @classmethod
     def check_held(cls, recipe: Recipe, partition: Partition) -> None:
         """Raises SoftCoTError where the base cannot be held so, in training or evaluation."""
         if cls.changes_base and partition == "tensor":

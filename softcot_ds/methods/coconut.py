@@ -132,6 +132,15 @@ class _Coconut(TrainedBase):
             )
 
     @classmethod
+    def check_evaluation(cls, recipe: Recipe) -> None:
+        super().check_evaluation(recipe)
+        if (count := recipe.evaluation.thoughts) == 1:
+            raise SoftCoTError(
+                f"evaluation.thoughts={count}: two vectors stand around the latents of method={recipe.method}; set it "
+                "to 2 for these alone, or to two more than the latents"
+            )
+
+    @classmethod
     def prompt(cls, prompts: BasePrompts, question: str) -> BasePrompt:
         return prompts.without_thoughts(question)
 
