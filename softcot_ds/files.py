@@ -64,6 +64,17 @@ sync_folder = sync_file
 """Make the names in a folder, new or renamed, survive a crash of the machine."""
 
 
+def write_in_folder(path: Path, text: str) -> Path:
+    """``write_atomically``, of a file whose folder may not be there yet; gives its path. Raises SoftCoTError when it
+    cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_atomically(path, text)
+    except OSError as error:
+        raise cannot_write(path, error) from error
+    return path
+
+
 def cannot_write(path: Path, error: Exception, kept: str = "", otherwise: str = "") -> SoftCoTError:
     """What to tell the user when ``path`` could not be written; when its disk is full, also how much room it has.
 

@@ -12,7 +12,7 @@ from softcot_ds.evaluation.jobs import Loaded
 from softcot_ds.evaluation.report import Record, Scores
 from softcot_ds.evaluation.run import evaluated
 from softcot_ds.evaluation.statistics import over_seeds, per_token, wilson_interval
-from softcot_ds.files import cannot_write, write_atomically
+from softcot_ds.files import write_in_folder
 from softcot_ds.recipe import Recipe
 
 _METRICS = ("accuracy", "majority", "loss")
@@ -228,10 +228,4 @@ def _difference(pair: Record, metric: str) -> str:
 def write_grid_report(run_dir: Path, report: Record) -> Path:
     """Write it as the newest of the runs of this name; every cell has its own besides. Raises SoftCoTError when it
     cannot be written."""
-    path = run_dir / "grid.json"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return path
+    return write_in_folder(run_dir / "grid.json", json.dumps(report, indent=2) + "\n")

@@ -10,7 +10,7 @@ from statistics import fmean
 from softcot_ds.evaluation.plots import Curve, Plots
 from softcot_ds.evaluation.report import Record
 from softcot_ds.evaluation.words import findings, shown, shown_interval, what_it_is
-from softcot_ds.files import cannot_write, parse_json, write_atomically
+from softcot_ds.files import parse_json, write_in_folder
 
 _POINTS = 60
 """Of a learning curve: each is the mean of a stretch of steps."""
@@ -33,18 +33,13 @@ def write_page(run_dir: Path, report: Record) -> Path:
     Raises:
         SoftCoTError: it cannot be written.
     """
-    path = run_dir / "study.html"
     curves: dict[str, list[tuple[str, Curve]]] = {}
     for cell in report["cells"]:
         task = report["tasks"][cell["task"]]
         if "run" in cell and cell["strategy"] == report["strategies"][0] and task["task"] == task["trained_on"]:
             curve = learning_curve(Path(cell["run"]) / "losses.jsonl")
             curves.setdefault(cell["task"], []).extend([(cell["method"], curve)] if curve[0] else [])
-    try:
-        write_atomically(path, page(report, curves))
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return path
+    return write_in_folder(run_dir / "study.html", page(report, curves))
 
 
 def learning_curve(path: Path) -> Curve:

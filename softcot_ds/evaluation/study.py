@@ -13,7 +13,7 @@ import numpy as np
 from softcot_ds.evaluation.grid import Evaluated, by_metric, over_cells
 from softcot_ds.evaluation.report import Record, Scores
 from softcot_ds.evaluation.statistics import compare, compare_losses, compare_scores, holm, mean_interval
-from softcot_ds.files import cannot_write, parse_json, read_yaml, write_atomically
+from softcot_ds.files import parse_json, read_yaml, write_in_folder
 from softcot_ds.study_config import Study, StudyCell
 
 METRICS = ("accuracy", "loss")
@@ -230,10 +230,4 @@ def _difference(scores: Sequence[Sequence[Scores]], metric: str, seed: int) -> R
 
 def write_study_report(run_dir: Path, report: Record) -> Path:
     """Write ``study.json``. Raises SoftCoTError when it cannot be written."""
-    path = run_dir / "study.json"
-    try:
-        run_dir.mkdir(parents=True, exist_ok=True)
-        write_atomically(path, json.dumps(report, indent=2) + "\n")
-    except OSError as error:
-        raise cannot_write(path, error) from error
-    return path
+    return write_in_folder(run_dir / "study.json", json.dumps(report, indent=2) + "\n")
