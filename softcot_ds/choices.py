@@ -38,6 +38,8 @@ TASKS = {
 STRATEGIES = {
     "single": "softcot_ds.evaluation.strategies:single",
     "self_consistency": "softcot_ds.evaluation.strategies:single",
+    "tree": "softcot_ds.evaluation.tree:tree",
+    "graph": "softcot_ds.evaluation.graph:graph",
 }
 """``evaluation.strategy``: a function like ``strategies.single``."""
 

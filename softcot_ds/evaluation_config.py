@@ -8,6 +8,7 @@ from pydantic import AfterValidator, Field, ValidationInfo, field_validator, mod
 from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import STRATEGIES, one_of
 from softcot_ds.section import Section
+from softcot_ds.strategy_config import GraphConfig, TreeConfig
 from softcot_ds.values import AnyPath, Count, ExistingFile, Folder
 
 Condition = Literal["learned", "shuffled", "mean", "zero", "empty", "placeholder", "none", "text", "static"]
@@ -36,8 +37,8 @@ class EvaluationConfig(Section):
     """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
     strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
     """How an answer is reached, under every condition. single: it is what is written after the prompt.
-    self_consistency: it is the majority of the samples, each of which is reached so. speculative: short for single with
-    draft: 4, where that is 0."""
+    self_consistency: it is the majority of the samples, each of which is reached so. tree, graph: it is searched for,
+    see the sections of these names. speculative: short for single with draft: 4, where that is 0."""
     draft: int = Field(0, ge=0, le=64)
     """Tokens that the assistant writes ahead for each pass of the base, which decides what becomes of them: greedily
     the outputs stay the same, sampled ones have the same distribution. Both models need the same tokens. 0 for none."""
@@ -65,6 +66,10 @@ class EvaluationConfig(Section):
     else end-of-sequence."""
     static_adapter: AnyPath | None = None
     """Adapter directory of a run with method=prompt_tuning, for the condition static."""
+    tree: TreeConfig = TreeConfig()
+    """What strategy=tree does."""
+    graph: GraphConfig = GraphConfig()
+    """What strategy=graph does."""
     outputs: Folder | None = None
     """Where what is decoded is kept, by content; runs that name the same folder share what is the same for them.
     Default: outputs/ in the run's directory."""
@@ -79,7 +84,9 @@ class EvaluationConfig(Section):
         """A strategy that is not the default, and its own settings: reports of the default have neither."""
         if self.strategy == "single":
             return {}
-        return self.model_dump(mode="json", exclude=_NOT_A_STRATEGYS)
+        # A section is its strategy's alone. The wording of one decides what is asked, and is told apart by that.
+        others = _NOT_A_STRATEGYS | (STRATEGIES.keys() - {self.strategy})
+        return self.model_dump(mode="json", exclude={**dict.fromkeys(others, True), self.strategy: {"wording"}})
 
     @model_validator(mode="before")
     @classmethod
@@ -131,6 +138,16 @@ class EvaluationConfig(Section):
                     f"options, and evaluation.{key} is {info.data[key]}: nothing is decoded for options; set read to "
                     f"text, or {key} to {default}"
                 )
+        return value
+
+    @field_validator("tree", "graph")
+    @classmethod
+    def _what_is_drawn_differs(cls, value: TreeConfig | GraphConfig, info: ValidationInfo) -> TreeConfig | GraphConfig:
+        if info.data.get("strategy") == info.field_name and info.data.get("temperature") == 0 and value.samples:
+            raise ValueError(
+                f"{'; '.join(value.samples)}, and evaluation.temperature is 0, at which all of them would be the same; "
+                "set it to what they are to be drawn at, such as 0.7"
+            )
         return value
 
     @field_validator("static_adapter")

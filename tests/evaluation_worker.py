@@ -8,6 +8,7 @@ import json
 import sys
 from pathlib import Path
 
+from evaluations import SEARCH
 from safetensors.torch import save_file
 
 import softcot_ds
@@ -26,6 +27,8 @@ folder, output, *overrides = sys.argv[1:]
 scoring._LOGITS_BYTES = 60 * 768 * 4  # a batch of solutions takes several passes, of each rank another number
 make_targets(load_recipe(f"{folder}/recipe.yaml", [*overrides, *OWN, f"task.targets={output}.targets"]))
 evaluate(*recipe_and_adapter(folder, overrides))
+for strategy in ("tree", "graph"):
+    evaluate(*recipe_and_adapter(folder, [*overrides, *SEARCH, f"evaluation.strategy={strategy}", f"name={strategy}"]))
 adapter = softcot_ds.load(
     folder, *overrides, "evaluation.partition=null", "backbone.partition=node"
 )  # then as in training

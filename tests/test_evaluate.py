@@ -9,7 +9,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from adapters import make_adapter
-from evaluations import EVERY, RECIPE, SMALL, WITHOUT_STATIC, edit, make_recipe, recipe_in, records
+from evaluations import EVERY, RECIPE, SEARCH, SMALL, WITHOUT_STATIC, edit, make_recipe, recipe_in, records
 from forked import run_forked
 from launch import ROOT
 from safetensors.torch import load_file
@@ -365,6 +365,7 @@ def test_two_ranks_write_the_outputs_of_one(recipe, adapter, tmp_path, partition
         done = run_forked(2, "evaluation_worker", adapter, tmp_path / "door", *overrides)
         check_what_ranks_are_given(recipe, adapter, tmp_path, done.stdout)
         check_their_targets(recipe, tmp_path)
+        check_their_search(recipe, adapter)
     two = recipe.model_copy(update={"name": name})
     for condition in conditions:
         found, want = records(two, condition), records(recipe, condition)
@@ -380,6 +381,17 @@ def check_their_targets(recipe, folder):
     make_targets(load_recipe(folder / "recipe.yaml", [*own, "targets.samples=2", "evaluation.partition=none"]))
     assert (folder / "door.targets").read_text() == (folder / "one.targets").read_text()
     assert 0 < OwnTargets.read(folder / "one.targets").solved < 4
+
+
+def check_their_search(recipe, adapter):
+    """Two portions of each round, on two ranks or on one after the other."""
+    for strategy in ("tree", "graph"):
+        chosen = [*SEARCH, f"output_dir={recipe.output_dir}", f"evaluation.strategy={strategy}"]
+        alone = recipe_and_adapter(str(adapter), [*chosen, f"name={strategy}-alone"])[0]
+        evaluate(alone, adapter)
+        found, want = (records(alone.model_copy(update={"name": name}), "learned") for name in (strategy, alone.name))
+        assert found == want
+        assert all(record["judgements"] for record in found)
 
 
 def check_what_ranks_are_given(recipe, adapter, folder, printed):

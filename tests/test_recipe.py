@@ -240,6 +240,62 @@ def test_all_mistakes_are_reported_together(write):
             ["evaluation.strategy=self_consistency", "evaluation.temperature=0.7"],
             "evaluation: strategy=self_consistency is a vote of several, and evaluation.samples is 1; set it to how",
         ),
+        (
+            ["evaluation.strategy=tree"],
+            "evaluation.tree: candidates=5; judgements=5, and evaluation.temperature is 0, at which all of them would",
+        ),
+        (["evaluation.tree={generate: propose, depth: 1}"], "evaluation.tree.generate: propose, and depth is 1: the l"),
+        (["evaluation.tree.values={not sure: 1, sure: 2}"], "evaluation.tree.values: 'not sure' is no single word; a"),
+        (["evaluation.tree.values={Sure: 1, sure: 2}"], "evaluation.tree.values: {'Sure': 1.0, 'sure': 2.0}: two diff"),
+        (["evaluation.tree.wording=README.md"], "evaluation.tree.wording: "),
+        (
+            [
+                "evaluation.strategy=graph",
+                "evaluation.graph.operations=[{do: generate}, {do: generate}, {do: aggregate, of: [1, 2]}]",
+            ],
+            "evaluation.graph: operation 2 (generate), which is not the first, and evaluation.temperature is 0",
+        ),
+        (["evaluation.graph.operations=[]"], "evaluation.graph.operations: empty; begin with {do: generate, count: 5}"),
+        (
+            ["evaluation.graph.operations=[{do: vote}]"],
+            "evaluation.graph.operations.0.do: input should be 'generate', ",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: score}]"],
+            "evaluation.graph.operations: operation 1 (score) has nothing to work on; t",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate, count: 3}]"],
+            "evaluation.graph.operations: 3 answers come out of the last operation, and it is to be one; end with {do",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate, count: 3}, {do: keep}]"],
+            "evaluation.graph.operations: operation 2 (keep) chooses among answers without a score; let score come be",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate, count: 2}, {do: score}, {do: keep, count: 3}]"],
+            "evaluation.graph.operations: operation 3 (keep) keeps 3 of 2",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate}, {do: generate}, {do: improve, of: [2]}]"],
+            "evaluation.graph.operations: nothing works on what comes out of operation 1",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate}, {do: improve, of: [2]}]"],
+            "evaluation.graph.operations: operation 2 (improve) works on operation 2, which is not before it",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate}, {do: improve, of: [1, 1]}]"],
+            "evaluation.graph.operations: operation 2 (improve) works on the same operation twice: of=[1, 1]",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate}, {do: generate, of: [1]}]"],
+            "evaluation.graph.operations: operation 2 (generate) works on the problem alone; leave `of` out",
+        ),
+        (
+            ["evaluation.graph.operations=[{do: generate}, {do: aggregate}]"],
+            "evaluation.graph.operations: operation 2 (aggregate) has a single answer to work on; that is improve",
+        ),
         (["evaluation.samples=8"], "evaluation.samples: 8, and evaluation.temperature is 0, at which all samples are"),
         (
             ["evaluation.read=options", "evaluation.temperature=1", "evaluation.samples=2"],

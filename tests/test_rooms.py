@@ -14,7 +14,7 @@ PACKAGE = ROOT / "softcot_ds"
 FLOORS = (
     ("errors", "launchers", "differences", "progress", "values"),
     ("choices", "files", "section"),
-    ("settings", "task_config", "backbone_config", "chains_config", "coconut_config", "lora_config"),
+    ("settings", "task_config", "backbone_config", "chains_config", "coconut_config", "lora_config", "strategy_config"),
     ("evaluation_config",),
     ("recipe", "lock", "distributed"),
     ("run_dir",),

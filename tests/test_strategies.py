@@ -121,13 +121,14 @@ def each_portion_takes_a_second(monkeypatch):
     monkeypatch.setattr(jobs, "time", SimpleNamespace(perf_counter=itertools.count().__next__))
 
 
+@pytest.mark.parametrize("strategy", ["vote", "tree", "graph"])
 def test_rounds_go_on_where_they_were_interrupted(
-    tmp_path, guesser, with_vote, monkeypatch, each_portion_takes_a_second
+    tmp_path, guesser, with_vote, monkeypatch, each_portion_takes_a_second, strategy
 ):
-    recipe = recipe_in(tmp_path / "once", "vote")
+    recipe = recipe_in(tmp_path / "once", strategy)
     adapter = make_adapter(tmp_path / "adapter", recipe)
     undisturbed = evaluate(recipe, adapter)
-    again = recipe_in(tmp_path / "again", "vote")
+    again = recipe_in(tmp_path / "again", strategy)
     for patience in (3, 4, None):  # killed in the second round of learned, and in the first of none
         killed = Guesser(guesser.tokenizer, patience)
         replace_decoding(monkeypatch, killed)
@@ -139,7 +140,15 @@ def test_rounds_go_on_where_they_were_interrupted(
     assert len(killed.batches) == len(guesser.batches) - 3 - 4
     assert records(again) == records(recipe)
     assert report["conditions"] == undisturbed["conditions"], "seconds too"
-    assert [row["seconds_per_problem"] for row in report["conditions"].values()] == [DRAWS * 2 / 12] * 2
+    portions = [sum(bool(batch[0].suffix_ids) == has for batch in guesser.batches) for has in (True, False)]
+    seconds = [row["seconds_per_problem"] for row in report["conditions"].values()]
+    assert seconds == pytest.approx([number / 12 for number in portions])
+    if strategy != "vote":
+        judged = [row["judgements"] for row in report["conditions"].values()]
+        # 0 is no number of a beginning, and is a score.
+        assert all((0 < one["unread"] < one["asked"]) == (strategy == "tree") for one in judged)
+        assert all(one["unread_share"] == one["unread"] / one["asked"] for one in judged)
+        assert max(map(len, table(report).splitlines()[1:])) <= 100
 
 
 def read_by(batches, thoughts):

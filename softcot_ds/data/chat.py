@@ -46,6 +46,18 @@ def fill(messages: Messages, fields: dict[str, str]) -> Messages:
     ]
 
 
+def joined(messages: Messages, more: Messages) -> Messages:
+    """Messages and those that follow. One of the same role as the one before it goes on with this: an answer where it
+    stops, and what somebody else says after an empty line. So roles take turns, as many templates want it."""
+    found = list(messages)
+    for message in more:
+        if found and found[-1]["role"] == message["role"]:
+            between = "" if message["role"] == "assistant" else "\n\n"
+            message = {**message, "content": found.pop()["content"] + between + message["content"]}
+        found.append(message)
+    return found
+
+
 class ChatFormat:
     """Renders messages with one tokenizer's chat template, as tokens."""
 
@@ -138,13 +150,17 @@ class ChatFormat:
             )
         return ids[0]
 
-    def prompt_ids(self, messages: Messages, **fields: str) -> list[int]:
-        """What the model reads, up to where it starts to write."""
-        return self.encode(self.prompt(fill(messages, self._plain(fields))))
+    def prompt_ids(self, messages: Messages, more: Messages = (), **fields: str) -> list[int]:
+        """What the model reads, up to where it starts to write.
 
-    def split_prompt_ids(self, messages: Messages, **fields: str) -> tuple[list[int], list[int]]:
+        Args:
+            more: messages of plain text, without fields, which follow; see ``joined``.
+        """
+        return self.encode(self.prompt(self._filled(messages, more, self._plain(fields))))
+
+    def split_prompt_ids(self, messages: Messages, more: Messages = (), **fields: str) -> tuple[list[int], list[int]]:
         """The same, left and right of ``{thoughts}``."""
-        text = self.prompt(fill(messages, self._plain(fields) | {"thoughts": _THOUGHTS}))
+        text = self.prompt(self._filled(messages, more, self._plain(fields) | {"thoughts": _THOUGHTS}))
         self._check_place_of_thoughts(text)
         left, right = text.split(_THOUGHTS)
         return self.encode(left), self.encode(right, continued=True)
@@ -183,6 +199,10 @@ class ChatFormat:
     def plain(self, text: str) -> str:
         """Text to fill in, cut inside whatever would become a control token: no question ends its own turn."""
         return self._control.sub(lambda match: match.group() + _CUT, text)
+
+    def _filled(self, messages: Messages, more: Messages, fields: dict[str, str]) -> Messages:
+        plain = [{"role": message["role"], "content": self.plain(message["content"])} for message in more]
+        return joined(fill(messages, fields), plain)
 
     def _plain(self, fields: dict[str, str]) -> dict[str, str]:
         return {name: self.plain(text) for name, text in fields.items()}
@@ -327,12 +347,7 @@ class Turn:
         return ids
 
     def _conversation(self, answer: str) -> Messages:
-        *before, last = self._messages
-        if last["role"] == "assistant":  # the answer continues what was begun
-            answered = [*before, {"role": "assistant", "content": last["content"] + answer}]
-        else:
-            answered = [*self._messages, {"role": "assistant", "content": answer}]
-        return answered + self._reply
+        return joined(self._messages, [{"role": "assistant", "content": answer}]) + self._reply
 
     def _look_around_answer(self) -> list[int]:
         """Note the text before and after an answer that is shown, and once; returns the tokens after it."""

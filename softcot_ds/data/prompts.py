@@ -108,15 +108,16 @@ class BasePrompts:
         """Tokens that end an answer, the template's own first."""
         return self.chat.stop_ids(self.end_of_turn_id)
 
-    def with_thoughts(self, question: str) -> BasePrompt:
-        return BasePrompt(*self.chat.split_prompt_ids(self.prompts.base, question=question))
+    def with_thoughts(self, question: str, more: Messages = ()) -> BasePrompt:
+        """``more``: messages that follow, such as an answer that has been begun; see ``ChatFormat.prompt_ids``."""
+        return BasePrompt(*self.chat.split_prompt_ids(self.prompts.base, more, question=question))
 
-    def with_words(self, question: str, words: str) -> BasePrompt:
+    def with_words(self, question: str, words: str, more: Messages = ()) -> BasePrompt:
         """The assistant's words stand where the thoughts would (condition ``text``)."""
-        return BasePrompt(self.chat.prompt_ids(self.prompts.base, question=question, thoughts=words), [])
+        return BasePrompt(self.chat.prompt_ids(self.prompts.base, more, question=question, thoughts=words), [])
 
-    def without_thoughts(self, question: str) -> BasePrompt:
-        return BasePrompt(self.chat.prompt_ids(self.prompts.base_without_thoughts, question=question), [])
+    def without_thoughts(self, question: str, more: Messages = ()) -> BasePrompt:
+        return BasePrompt(self.chat.prompt_ids(self.prompts.base_without_thoughts, more, question=question), [])
 
     def target_ids(self, target: str) -> list[int]:
         """The reasoning and answer that the base is trained to write after its prompt with thoughts.

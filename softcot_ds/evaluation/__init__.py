@@ -3,6 +3,9 @@
 run.py         the story of an evaluation
 conditions.py  what stands for the thoughts
 strategies.py  how an answer is reached
+tree.py        of answers begun in several ways the best are gone on with
+graph.py       whole answers written, scored, chosen from, merged and improved
+judging.py     what these two share: drafts, rounds, the base's judgements of them
 jobs.py        work over the ranks, kept on disk batch by batch
 decoder.py     what is decoded
 losses.py      the losses of texts: of the reference solutions

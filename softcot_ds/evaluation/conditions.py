@@ -20,6 +20,7 @@ import torch
 from torch import nn
 
 from softcot_ds.adapter import AdapterConfig, load_adapter
+from softcot_ds.data.chat import Messages
 from softcot_ds.data.examples import Example, others
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.distributed import device
@@ -32,12 +33,14 @@ from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import method_class
 from softcot_ds.methods.projection import Projection
 from softcot_ds.models.assistant import states_layer
-from softcot_ds.models.backbone import weights_fingerprint
+from softcot_ds.models.backbone import context_length, weights_fingerprint
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
 _WITHOUT_METHOD = {"none", "text"}
 """What the recipe's own base is asked, whatever is made of it."""
-_Given = tuple[list[BasePrompt], list[Thoughts]]
+_Pose = Callable[[int, Messages], BasePrompt]
+"""From the number of a problem, and messages that follow, to what the base reads."""
+_Given = tuple[_Pose, list[Thoughts]]
 """What the base is given under a condition: its prompts, and what stands for the thoughts, of each chain; nothing where
 prompts have no room for any."""
 
@@ -53,10 +56,30 @@ class Posed:
     """None where the prompts have no room for any."""
     options: list[tuple[str, ...]]
     """The options of each problem, of A, B, and so on; none where it has none."""
+    pose: _Pose | None = None
+    """None where nothing is asked of the base but losses."""
+    num_thoughts: int = 0
+    """In each prompt."""
+    context: int = 0
+    """The longest sequence that the base takes, tokens."""
     other_chains: tuple[Thoughts, ...] = ()
     """Where a problem has several sets of thoughts, those beside ``thoughts``: each is put to the base alone."""
     asked_of: Worker | None = None
     """Who puts them to the base as the method has changed it; None for the recipe's own base."""
+
+    def again(self, problem: int, begun: str = "", then: str = "") -> BasePrompt:
+        """The prompt of a problem, thoughts in their place, as it stands when more has been said.
+
+        Args:
+            begun: the base's answer so far, with which it is to go on; or of which something is said.
+            then: what is said to it: of the answer that was begun, or at the end of the problem.
+        """
+        said = {"assistant": begun, "user": then}
+        return self.pose(problem, [{"role": role, "content": text} for role, text in said.items() if text])
+
+    def room(self, prompt: BasePrompt) -> int:
+        """How many tokens the base can write behind it, 0 or less where there is no room."""
+        return self.context - len(prompt.prefix_ids) - self.num_thoughts - len(prompt.suffix_ids)
 
     @property
     def chains(self) -> list["Posed"]:
@@ -95,11 +118,14 @@ class Conditions:
 
     def of(self, condition: Condition) -> Posed:
         """Raises SoftCoTError when the condition cannot be met. No model is loaded for it, nor states read."""
+        pose, thoughts = CONDITIONS[condition](self)
+        prompts = [pose(number, []) for number in range(len(self._examples))]
         options = [example.problem.options for example in self._examples]
         asked_of = None if condition in _WITHOUT_METHOD else self._changed
-        prompts, thoughts = CONDITIONS[condition](self)
         first, *others = thoughts or [None]
-        return Posed(condition, prompts, first, options, tuple(others), asked_of)
+        num_thoughts = self._recipe.thoughts.count if thoughts else 0
+        context = context_length(self._experiment.base_config)
+        return Posed(condition, prompts, first, options, pose, num_thoughts, context, tuple(others), asked_of)
 
     def read_states(self) -> torch.Tensor:
         """(problems, T, P) assistant states, or (problems, K, T, P) of K chains, read once; without a cache of them the
@@ -108,8 +134,8 @@ class Conditions:
 
     def _learned(self) -> _Given:
         if not self._method.has_thoughts:
-            return self._room(), []
-        return self._room(), self._projected(range(len(self._examples)))
+            return self._in_room, []
+        return self._in_room, self._projected(range(len(self._examples)))
 
     def _shuffled(self) -> _Given:
         try:
@@ -121,15 +147,15 @@ class Conditions:
             raise SoftCoTError(
                 f"shuffled: {error}; raise task.test_problems, or leave shuffled out of evaluation.conditions"
             ) from error
-        return self._room(), self._projected(whose)
+        return self._in_room, self._projected(whose)
 
     def _mean(self) -> _Given:
-        return self._room(), self._mean_thoughts()
+        return self._in_room, self._mean_thoughts()
 
     def _zero(self) -> _Given:
         shape = self._recipe.thoughts.count, self._experiment.widths[1]
         zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
-        return self._room(), [zeros]
+        return self._in_room, [zeros]
 
     def _empty(self) -> _Given:
         return self._room(), [] if self._projection else self._thought_by_base(range(len(self._examples)), latents=0)
@@ -137,16 +163,20 @@ class Conditions:
     def _placeholder(self) -> _Given:
         """As tokens, so that the base reads them as it reads any other."""
         ids = [self._experiment.base_placeholder_id] * self._recipe.thoughts.count
-        return [BasePrompt([*prompt.prefix_ids, *ids, *prompt.suffix_ids], []) for prompt in self._room()], []
+
+        def pose(number: int, more: Messages) -> BasePrompt:
+            prompt = self._in_room(number, more)
+            return BasePrompt([*prompt.prefix_ids, *ids, *prompt.suffix_ids], [])
+
+        return pose, []
 
     def _none(self) -> _Given:
         prompts = self._experiment.base_prompts
-        return [prompts.without_thoughts(example.problem.question) for example in self._examples], []
+        return lambda number, more: prompts.without_thoughts(self._question(number), more), []
 
     def _text(self) -> _Given:
-        pairs = zip(self._examples, self.words, strict=True)
-        prompts = self._experiment.base_prompts
-        return [prompts.with_words(example.problem.question, words) for example, words in pairs], []
+        prompts, words = self._experiment.base_prompts, self.words
+        return lambda number, more: prompts.with_words(self._question(number), words[number], more), []
 
     def _static(self) -> _Given:
         folder = self._recipe.evaluation.static_adapter
@@ -155,13 +185,22 @@ class Conditions:
             config.check_models(self._experiment, assistant=False)
             if method_class(config.method).needs_states:
                 raise SoftCoTError(f"{folder} is of method={config.method}, whose thoughts differ by question")
-            return self._room(), _repeated(load_adapter(folder, self._experiment))
+            return self._in_room, _repeated(load_adapter(folder, self._experiment))
         except SoftCoTError as error:
             raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
 
-    def _room(self) -> list[BasePrompt]:
-        """The prompts with room for thoughts, where the method has any."""
-        return [BasePrompt(example.prefix_ids, example.suffix_ids) for example in self._examples]
+    def _question(self, number: int) -> str:
+        return self._examples[number].problem.question
+
+    def _in_room(self, number: int, more: Messages) -> BasePrompt:
+        """The prompt with room for thoughts, where the method has any."""
+        prompts = self._experiment.base_prompts
+        if more and not self._method.has_thoughts:
+            return prompts.without_thoughts(self._question(number), more)
+        if more:
+            return prompts.with_thoughts(self._question(number), more)
+        example = self._examples[number]
+        return BasePrompt(example.prefix_ids, example.suffix_ids)
 
     @cached_property
     def _hidden(self) -> torch.Tensor:

@@ -10,7 +10,7 @@ import time
 import uuid
 from array import array
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cached_property, partial
 from math import fsum
 from pathlib import Path
@@ -67,6 +67,11 @@ class Thoughts:
 
     def __call__(self, indices: list[int]) -> torch.Tensor:
         return self.of(indices)
+
+    def picked(self, problems: Sequence[int]) -> "Thoughts":
+        """For prompts of these problems, in this order, of which one may have several or none."""
+        made_from = {"of problems": content_digest(list(problems)), "among": self.made_from}
+        return replace(self, of=lambda indices: self.of([problems[index] for index in indices]), made_from=made_from)
 
 
 class Job(Generic[Result]):

@@ -108,7 +108,7 @@ def _likeliest(losses: Mapping[str, float], written: Written) -> Answer:
     # What stands before the options is the same, so its loss cancels out.
     weights = {option: math.exp(losses[best] - loss) for option, loss in losses.items()}
     shares = {option: weights[option] / sum(weights.values()) for option in sorted(weights)}
-    return Answer(best, Reply(written[best], cut=False), shares)
+    return Answer(best, Reply(written[best], cut=False), {"options": shares})
 
 
 def without_common_end(texts: Sequence[list[int]]) -> list[list[int]]:

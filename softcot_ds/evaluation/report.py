@@ -146,7 +146,11 @@ def _of_problems(rows: list[Record], votes: bool) -> list[float]:
 
 def _accuracy(rows: list[Record], rule: str, seed: int, votes: bool) -> Record:
     by_rule = {name: _by_rule(name, rows, votes) for name in _samples(rows[0])[0]["by_rule"]}
-    found = by_rule[rule] | {"cut": sum(sample["cut"] for record in rows for sample in _samples(record))}
+    samples = [sample for record in rows for sample in _samples(record)]
+    found = by_rule[rule] | {"cut": sum(sample["cut"] for sample in samples)}
+    if "judgements" in samples[0]:
+        asked, unread = (sum(sample[key] for sample in samples) for key in ("judgements", "unread_judgements"))
+        found["judgements"] = {"asked": asked, "unread": unread, "unread_share": unread / asked if asked else 0.0}
     if "samples" in rows[0]:
         found["ci95"] = mean_interval(_of_problems(rows, votes), seed)
         found["majority_ci95"] = mean_interval(_of_problems(rows, votes=True), seed)
@@ -224,14 +228,18 @@ def _spent_lines(report: Record) -> list[str]:
         "",
         "tokens and seconds are what the base spends on an answer; of them, and beside them:",
         f"{'condition':<12}{'read':>9}{'written':>9}{'assistant reads':>17}{'writes':>9}{'seconds':>9}"
-        + "".join(f"{f'by {rule}':>14}" for rule in others),
+        + "".join(f"{f'by {rule}':>14}" for rule in others)
+        + (f"{'judged':>9}{'unread':>8}" if "judgements" in first else ""),
     ]
     for name, row in report["conditions"].items():
         spent = row["spent_per_problem"]
         line = f"{name:<12}{spent['read']:>9.1f}{spent['written']:>9.1f}"
         line += f"{spent['assistant_read']:>17.1f}{spent['assistant_written']:>9.1f}"
         line += f"{spent['assistant_seconds']:>9.2g}" if "assistant_seconds" in spent else f"{'-':>9}"
-        lines.append(line + "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others))
+        line += "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others)
+        if judged := row.get("judgements"):
+            line += f"{judged['asked'] / report['num_problems']:>9.1f}{judged['unread_share']:>8.1%}"
+        lines.append(line)
     return lines
 
 

@@ -240,12 +240,12 @@ class _Inquiry:
         """See ``strategies.Ask``. Each sample draws anew, and what is decoded greedily is the same in all."""
         if not prompts:
             return []
-        recipe, along = self._experiment.recipe, not self._told
+        recipe, is_first = self._experiment.recipe, not self._told
         samples, chains = recipe.answers, len(self.problems.chains)
         jobs = [
             self._decoder.job(name, prompts, thoughts, sampling, number + which * samples)
             # Before anything is told, all samples of a chain ask the same, which is then read once for all.
-            for number in (range(sample, samples, chains) if along else [sample])
+            for number in (range(sample, samples, chains) if is_first else [sample])
             for which in range(draw, draw + count)
         ]
         wanted = jobs[:count]
@@ -261,7 +261,7 @@ class _Inquiry:
         num_thoughts = 0 if thoughts is None else recipe.thoughts.count
         for number, job in enumerate(wanted):
             spent = Spent.on(job, [] if number else prompts, num_thoughts)
-            self._told[job.key] = Round(job.key, spent, along)
+            self._told[job.key] = Round(job.key, spent, along=is_first and sample >= chains)
         decode = self._experiment.base_tokenizer.decode
         return [Reply(decode(one.token_ids), one.cut) for of_prompt in zip(*outputs, strict=True) for one in of_prompt]
 
@@ -322,8 +322,8 @@ def _graded(answers: Mapping[str, Answer], task: Task, problem: Problem) -> Reco
         for rule, answer in answers.items()
     }
     answer = answers[task.rule]
-    record = {"output": answer.reply.text, "cut": answer.reply.cut, **by_rule[task.rule], "by_rule": by_rule}
-    return record if answer.options is None else record | {"options": answer.options}
+    reply = {"output": answer.reply.text, "cut": answer.reply.cut}
+    return {**reply, **by_rule[task.rule], "by_rule": by_rule, **answer.details}
 
 
 def _evaluation_hash(recipe: Recipe, keys: Mapping[str, str], examples: Sequence[Example]) -> str:

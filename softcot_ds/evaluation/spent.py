@@ -68,15 +68,14 @@ class Round:
     """The job's."""
     spent: Spent
     along: bool
-    """Its prompts were read along with those of another sample, which asked the same at first."""
+    """Its prompts were read along with those of an earlier sample, which asked the same at first."""
 
 
 def together(samples: Sequence[Sequence[Round]]) -> Spent:
     """What all samples cost: work that serves several is counted once."""
     rounds: dict[str, Spent] = {}
-    for number, sample in enumerate(samples):
-        for one in sample:
-            rounds.setdefault(one.key, replace(one.spent, read=0) if one.along and number else one.spent)
+    for one in (one for sample in samples for one in sample):
+        rounds.setdefault(one.key, replace(one.spent, read=0) if one.along else one.spent)
     return reduce(add, rounds.values(), Spent())
 
 

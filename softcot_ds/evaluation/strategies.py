@@ -7,9 +7,9 @@ than once, for each rule by which answers are found. To add one: a function here
 in choices.py.
 """
 
-from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import Protocol
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, Protocol
 
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.evaluation.conditions import Posed
@@ -36,8 +36,10 @@ class Answer:
     """In the task's canonical form, to be graded; None when no reply gives one."""
     reply: Reply
     """The one that it stands in, for the records."""
-    options: dict[str, float] | None = None
-    """The probability of each option among all, where the answer was read from these."""
+    details: Mapping[str, Any] = field(default_factory=dict)
+    """How it was reached, for the records: JSON values. ``judgements`` and ``unread_judgements``, where the base judges
+    itself, are how many of its words were asked for, and how many of them were none of those that can be read: a report
+    has their sums."""
 
 
 class Ask(Protocol):
