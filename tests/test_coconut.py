@@ -24,6 +24,7 @@ from softcot_ds.data.batches import collate, global_batches
 from softcot_ds.data.examples import Example
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.evaluation.conditions import Conditions
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_yaml
@@ -184,6 +185,8 @@ def test_a_training_goes_on_bit_for_bit_and_its_adapter_thinks_in_evaluation_as_
             loss = true_loss(model, [(example.prefix_ids, target)], num_latents).item()
             assert row["loss"] == pytest.approx(loss, rel=1e-3)
         assert learned["output"] == answer
+    with pytest.raises(SoftCoTError, match="nothing else can follow their prompt"):
+        Conditions(opened, examples).of("learned").again(0, begun="answer")
     own = opened.answer([example.problem.question for example in examples], with_thoughts=False)
     assert [row["output"] for row in rows["none"]] == own
     assert len({tuple(row["loss"] for row in of_condition) for of_condition in rows.values()}) == len(conditions)
@@ -215,6 +218,13 @@ def test_an_evaluation_has_room_for_what_stands_around_latents():
     evaluation = recipe.evaluation.model_copy(update={"thoughts": 1})
     with pytest.raises(SoftCoTError, match=r"evaluation.thoughts=1: two vectors stand around the latents"):
         Coconut.check_evaluation(recipe.model_copy(update={"evaluation": evaluation}))
+
+
+@pytest.mark.parametrize("strategy", ["tree", "graph"])
+def test_a_search_is_refused_which_has_no_place_for_latents(strategy):
+    chosen = [f"evaluation.strategy={strategy}", "evaluation.temperature=0.7", "evaluation.conditions=[learned]"]
+    with pytest.raises(SoftCoTError, match=f"evaluation.strategy={strategy} puts answers .* set it to single or"):
+        Coconut.check_evaluation(load_recipe(RECIPE, [*CURRICULUM, *chosen]))
 
 
 def test_a_task_without_steps_is_refused(tmp_path):

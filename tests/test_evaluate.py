@@ -384,14 +384,14 @@ def check_their_targets(recipe, folder):
 
 
 def check_their_search(recipe, adapter):
-    """Two portions of each round, on two ranks or on one after the other."""
+    """The portions of each round, drafts in them, on two ranks or on one after the other."""
     for strategy in ("tree", "graph"):
         chosen = [*SEARCH, f"output_dir={recipe.output_dir}", f"evaluation.strategy={strategy}"]
         alone = recipe_and_adapter(str(adapter), [*chosen, f"name={strategy}-alone"])[0]
         evaluate(alone, adapter)
         found, want = (records(alone.model_copy(update={"name": name}), "learned") for name in (strategy, alone.name))
         assert found == want
-        assert all(record["judgements"] for record in found)
+        assert any(record["judgements"] for record in found)  # where all beginnings are the same, there are none
 
 
 def check_what_ranks_are_given(recipe, adapter, folder, printed):

@@ -158,7 +158,7 @@ class Conditions:
         return self._in_room, [zeros]
 
     def _empty(self) -> _Given:
-        return self._room(), [] if self._projection else self._thought_by_base(range(len(self._examples)), latents=0)
+        return self._in_room, [] if self._projection else self._thought_by_base(range(len(self._examples)), latents=0)
 
     def _placeholder(self) -> _Given:
         """As tokens, so that the base reads them as it reads any other."""
@@ -194,11 +194,11 @@ class Conditions:
 
     def _in_room(self, number: int, more: Messages) -> BasePrompt:
         """The prompt with room for thoughts, where the method has any."""
-        prompts = self._experiment.base_prompts
-        if more and not self._method.has_thoughts:
-            return prompts.without_thoughts(self._question(number), more)
         if more:
-            return prompts.with_thoughts(self._question(number), more)
+            prompts, question = self._experiment.base_prompts, self._question(number)
+            if not self._method.has_thoughts:
+                return prompts.without_thoughts(question, more)
+            return self._method.prompt(prompts, question, more)
         example = self._examples[number]
         return BasePrompt(example.prefix_ids, example.suffix_ids)
 
@@ -234,7 +234,7 @@ class Conditions:
 
     def _thought_by_base(self, whose: Sequence[int], latents: int) -> list[Thoughts]:
         """Likewise, by the base as the method has changed it: so many latents."""
-        prompts = [self._room()[index] for index in whose]
+        prompts = [self._in_room(index, []) for index in whose]
         adapter, size = self._adapter, self._recipe.evaluation.batch_size
 
         def of(indices: list[int]) -> torch.Tensor:

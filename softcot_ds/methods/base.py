@@ -17,6 +17,7 @@ from transformers import PreTrainedModel
 from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import METHODS, chosen
 from softcot_ds.data.batches import Batch
+from softcot_ds.data.chat import Messages
 from softcot_ds.data.examples import Example, make_example
 from softcot_ds.data.prompts import AssistantInput, AssistantPrompts, BasePrompt, BasePrompts
 from softcot_ds.errors import SoftCoTError
@@ -137,9 +138,16 @@ class Method(nn.Module, ABC):
             )
 
     @classmethod
-    def prompt(cls, prompts: BasePrompts, question: str) -> BasePrompt:
-        """What the base reads of a question, with room for thoughts where the method has any."""
-        return prompts.with_thoughts(question)
+    def prompt(cls, prompts: BasePrompts, question: str, more: Messages = ()) -> BasePrompt:
+        """What the base reads of a question, with room for the method's thoughts.
+
+        Args:
+            more: messages that follow, such as an answer that has been begun; see ``ChatFormat.prompt_ids``.
+
+        Raises:
+            SoftCoTError: the thoughts have no place that they were trained for where more follows.
+        """
+        return prompts.with_thoughts(question, more)
 
     @classmethod
     def make_example(

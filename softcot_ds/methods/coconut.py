@@ -22,6 +22,7 @@ from transformers import PreTrainedModel
 
 from softcot_ds.coconut_config import CoconutConfig
 from softcot_ds.data.batches import Batch, pad
+from softcot_ds.data.chat import Messages
 from softcot_ds.data.examples import Example, example_without_assistant
 from softcot_ds.data.prompts import AssistantPrompts, BasePrompt, BasePrompts
 from softcot_ds.distributed import max_over_ranks
@@ -139,9 +140,19 @@ class _Coconut(TrainedBase):
                 f"evaluation.thoughts={count}: two vectors stand around the latents of method={recipe.method}; set it "
                 "to 2 for these alone, or to two more than the latents"
             )
+        if recipe.evaluation.strategy in ("tree", "graph"):
+            raise SoftCoTError(
+                f"evaluation.strategy={recipe.evaluation.strategy} puts answers to the base again, and method="
+                f"{recipe.method} has thoughts right before an answer alone; set it to single or self_consistency"
+            )
 
     @classmethod
-    def prompt(cls, prompts: BasePrompts, question: str) -> BasePrompt:
+    def prompt(cls, prompts: BasePrompts, question: str, more: Messages = ()) -> BasePrompt:
+        if more:  # of a strategy that check_evaluation does not know
+            raise SoftCoTError(
+                "thoughts that the base makes itself stand right before a whole answer, and nothing else can follow "
+                "their prompt; set evaluation.strategy to single or self_consistency"
+            )
         return prompts.without_thoughts(question)
 
     @classmethod
