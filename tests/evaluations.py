@@ -18,7 +18,7 @@ RECIPE = ROOT / "recipes" / "word_problems.yaml"
 SMALL = ["task.train_problems=8", "task.validation_problems=4", "task.test_problems=24", *ONLINE]
 DECODE = ["evaluation.batch_size=5", "evaluation.max_new_tokens=12", "evaluation.text_max_tokens=6"]
 EVERY = ["learned", "shuffled", "mean", "zero", "placeholder", "none", "text", "static"]
-SEARCH = ["evaluation.partition=none", "evaluation.temperature=0.7", "evaluation.batch_size=1", "task.test_problems=6"]
+SEARCH = ["evaluation.partition=none", "evaluation.temperature=0.7", "evaluation.batch_size=1", "task.test_problems=3"]
 SEARCH += ["evaluation.draft=2", "evaluation.conditions=[learned]"]
 SEARCH += ["evaluation.graph.judge_tokens=4", "evaluation.tree.judge_tokens=4"]
 WITHOUT_STATIC = "evaluation.conditions=[learned,shuffled,mean,zero,placeholder,none,text]"
