@@ -135,6 +135,7 @@ def test_gradient_of_two_ranks_is_that_of_the_naive_float64_version(tmp_path):
 
 
 SMALL = [
+    "backbone.partition=zero3",
     *("task.train_problems=40", "task.validation_problems=4", "task.test_problems=10", "coconut.stage_steps=[1,1,1]"),
     *("coconut.latents_per_step=2", "thoughts.count=6", "training.steps=4", "training.warmup_steps=0"),
     *("training.global_batch_size=6", "training.micro_batch_size=4", "training.save_every=2", "training.log_every=2"),
@@ -166,7 +167,8 @@ def test_a_training_goes_on_bit_for_bit_and_its_adapter_thinks_in_evaluation_as_
     chosen = f"evaluation.conditions=[{','.join(conditions)}]"
     checkpoint = str(run / "checkpoints/step-4")
     recipe, adapter = recipe_and_adapter(checkpoint, [chosen])
-    evaluate(recipe, adapter)
+    told = evaluate(recipe, adapter)["conditions"]
+    spent = {name: told[name]["spent_per_problem"] for name in conditions}
     rows = {name: written(run, name) for name in conditions}
     two = f"output_dir={tmp_path}/two"
     run_forked(2, "softcot_ds.evaluate", checkpoint, chosen, "evaluation.partition=zero3", two)
@@ -178,6 +180,10 @@ def test_a_training_goes_on_bit_for_bit_and_its_adapter_thinks_in_evaluation_as_
     opened = Adapter(recipe, adapter)
     model = SimpleNamespace(base=opened.base, markers=opened.weights["markers"])
     examples = opened.experiment.splits.test
+    thinking = sum(len(example.prefix_ids) + 4 for example in examples) / len(examples)
+    for condition, more in {"learned": 6 + thinking, "shuffled": 6 + thinking, "zero": 6, "empty": 2}.items():
+        assert spent[condition]["read"] - spent["none"]["read"] == pytest.approx(more)
+        assert spent[condition]["assistant_read"] == 0
     answers = opened.answer([example.problem.question for example in examples])
     for example, answer, learned, empty in zip(examples, answers, rows["learned"], rows["empty"], strict=True):
         target = opened.experiment.base_prompts.target_ids(f"answer {example.problem.answer}")

@@ -185,7 +185,7 @@ def test_a_prompt_that_fills_the_context_is_refused(tmp_path):
         SoftCoTError, match="the longest prompt has 6 tokens, which leaves no room for an answer in the 6"
     ):
         decoder.job("none", PROMPTS, None, Sampling(6))
-    thoughts = Thoughts(lambda _: None, {})
+    thoughts = Thoughts(lambda _: None, 4, {})
     with pytest.raises(SoftCoTError, match="the longest prompt has 10 tokens"):
         decoder.job("learned", PROMPTS, thoughts, Sampling(6))
 

@@ -128,9 +128,9 @@ def jobs_of(tmp_path, lengths, context, thoughts=told):
     recipe = make_recipe(tmp_path)
     posed = {
         "learned": Posed(
-            "learned", [BasePrompt([1] * n, []) for n, _, _ in lengths], Thoughts(thoughts, {}), [], None, 4, context
+            "learned", [BasePrompt([1] * n, []) for n, _, _ in lengths], Thoughts(thoughts, 4, {}), [], None, context
         ),
-        "none": Posed("none", [BasePrompt([1] * n, []) for _, n, _ in lengths], None, [], None, 0, context),
+        "none": Posed("none", [BasePrompt([1] * n, []) for _, n, _ in lengths], None, [], None, context),
     }
     examples = [SimpleNamespace(target_ids=[3] * n) for _, _, n in lengths]
     return Losses(Worker(recipe, recipe.base, "weights"), posed, examples, context)

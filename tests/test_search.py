@@ -40,8 +40,10 @@ class Base:
 
     def problems(self):
         prompts = [self.pose(problem, []) for problem in range(len(self.says))]
-        thoughts = Thoughts(lambda indices: torch.tensor(indices, dtype=torch.float32)[:, None, None], {"of": "a test"})
-        posed = Posed("learned", prompts, thoughts, [()] * len(prompts), self.pose, 1, 0)
+        thoughts = Thoughts(
+            lambda indices: torch.tensor(indices, dtype=torch.float32)[:, None, None], 1, {"of": "a test"}
+        )
+        posed = Posed("learned", prompts, thoughts, [()] * len(prompts), self.pose, 0)
         object.__setattr__(posed, "room", lambda prompt: self.rooms(*self.asked[prompt.prefix_ids[0]][1:]))
         return posed
 

@@ -58,8 +58,6 @@ class Posed:
     """The options of each problem, of A, B, and so on; none where it has none."""
     pose: _Pose | None = None
     """None where nothing is asked of the base but losses."""
-    num_thoughts: int = 0
-    """In each prompt."""
     context: int = 0
     """The longest sequence that the base takes, tokens."""
     other_chains: tuple[Thoughts, ...] = ()
@@ -80,6 +78,11 @@ class Posed:
     def room(self, prompt: BasePrompt) -> int:
         """How many tokens the base can write behind it, 0 or less where there is no room."""
         return self.context - len(prompt.prefix_ids) - self.num_thoughts - len(prompt.suffix_ids)
+
+    @property
+    def num_thoughts(self) -> int:
+        """In each prompt."""
+        return self.thoughts.count if self.thoughts else 0
 
     @property
     def chains(self) -> list["Posed"]:
@@ -123,9 +126,8 @@ class Conditions:
         options = [example.problem.options for example in self._examples]
         asked_of = None if condition in _WITHOUT_METHOD else self._changed
         first, *others = thoughts or [None]
-        num_thoughts = self._recipe.thoughts.count if thoughts else 0
         context = context_length(self._experiment.base_config)
-        return Posed(condition, prompts, first, options, pose, num_thoughts, context, tuple(others), asked_of)
+        return Posed(condition, prompts, first, options, pose, context, tuple(others), asked_of)
 
     def read_states(self) -> torch.Tensor:
         """(problems, T, P) assistant states, or (problems, K, T, P) of K chains, read once; without a cache of them the
@@ -154,7 +156,7 @@ class Conditions:
 
     def _zero(self) -> _Given:
         shape = self._recipe.thoughts.count, self._experiment.widths[1]
-        zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), {"zeros": shape})
+        zeros = Thoughts(lambda indices: torch.zeros(len(indices), *shape, device=device()), shape[0], {"zeros": shape})
         return self._in_room, [zeros]
 
     def _empty(self) -> _Given:
@@ -185,7 +187,7 @@ class Conditions:
             config.check_models(self._experiment, assistant=False)
             if method_class(config.method).needs_states:
                 raise SoftCoTError(f"{folder} is of method={config.method}, whose thoughts differ by question")
-            return self._in_room, _repeated(load_adapter(folder, self._experiment))
+            return self._in_room, _repeated(load_adapter(folder, self._experiment), self._recipe.thoughts.count)
         except SoftCoTError as error:
             raise SoftCoTError(f"evaluation.static_adapter: {error}") from error
 
@@ -221,15 +223,17 @@ class Conditions:
         if projection is None:
             return self._thought_by_base(whose, self._recipe.thoughts.count - 2)
         if not projection.needs_states:
-            return _repeated(projection)
+            return _repeated(projection, self._recipe.thoughts.count)
 
         @torch.no_grad()
         def of(chain: int | None, indices: list[int]) -> torch.Tensor:
             states_BTP = self._of_chain(chain)[[whose[index] for index in indices]]
             return projection(states_BTP.float(), len(indices))
 
+        count = self._recipe.thoughts.count
         return [
-            Thoughts(partial(of, chain), self._projection_of(whose, chain), need_states=True) for chain in self._chains
+            Thoughts(partial(of, chain), count, self._projection_of(whose, chain), need_states=True)
+            for chain in self._chains
         ]
 
     def _thought_by_base(self, whose: Sequence[int], latents: int) -> list[Thoughts]:
@@ -245,12 +249,12 @@ class Conditions:
         read = content_digest([prompt.prefix_ids for prompt in prompts])
         made_from = {"thought by": adapter.change.made_from, "latents": latents, "prompts": read}
         tokens = sum(len(prompt.prefix_ids) + latents for prompt in prompts if latents)
-        return [Thoughts(of, made_from, reads=tokens)]
+        return [Thoughts(of, latents + 2, made_from, reads=tokens)]
 
     def _mean_thoughts(self) -> list[Thoughts]:
         projection = self._projection
         if not projection.needs_states:
-            return _repeated(projection)
+            return _repeated(projection, self._recipe.thoughts.count)
 
         @cache
         @torch.no_grad()
@@ -264,9 +268,9 @@ class Conditions:
         def of(chain: int | None, indices: list[int]) -> torch.Tensor:
             return mean(chain).expand(len(indices), -1, -1)
 
-        everyone = range(len(self._examples))
+        everyone, count = range(len(self._examples)), self._recipe.thoughts.count
         return [
-            Thoughts(partial(of, chain), {"mean of": self._projection_of(everyone, chain)}, need_states=True)
+            Thoughts(partial(of, chain), count, {"mean of": self._projection_of(everyone, chain)}, need_states=True)
             for chain in self._chains
         ]
 
@@ -311,10 +315,10 @@ CONDITIONS: dict[Condition, Callable[[Conditions], _Given]] = {
 }
 
 
-def _repeated(projection: Projection) -> list[Thoughts]:
+def _repeated(projection: Projection, count: int) -> list[Thoughts]:
     """The same for every problem: ``learned``, ``shuffled`` and ``mean`` of free vectors are decoded once."""
     made_from = {"free vectors": _weights_digest(projection)}
-    return [Thoughts(lambda indices: projection(None, len(indices)).detach(), made_from)]
+    return [Thoughts(lambda indices: projection(None, len(indices)).detach(), count, made_from)]
 
 
 def _weights_digest(module: nn.Module) -> str:

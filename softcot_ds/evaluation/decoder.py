@@ -93,7 +93,7 @@ class Decoder:
         self, name: str, prompts: Sequence[BasePrompt], thoughts: Thoughts | None, max_new_tokens: int
     ) -> None:
         longest = max(len(prompt.prefix_ids) + len(prompt.suffix_ids) for prompt in prompts)
-        longest += self.worker.recipe.thoughts.count if thoughts is not None else 0
+        longest += thoughts.count if thoughts is not None else 0
         room = self._context - longest
         if room < 1:
             raise SoftCoTError(

@@ -58,6 +58,8 @@ class Thoughts:
 
     of: Callable[[list[int]], torch.Tensor]
     """From indices of B problems to their (B, T, D) thoughts."""
+    count: int
+    """T."""
     made_from: Record
     """All that decides them, by content."""
     need_states: bool = False

@@ -112,13 +112,10 @@ class TextLosses:
         return self._asked_of(problems).job(name, prompts, problems.thoughts, settings, work, float, texts)
 
 
-def longest_prompts(posed: Mapping[Condition, Posed], thoughts: int) -> list[int]:
-    """Tokens of each problem's prompt under the condition that makes it longest, its ``thoughts`` among them."""
+def longest_prompts(posed: Mapping[Condition, Posed]) -> list[int]:
+    """Tokens of each problem's prompt under the condition that makes it longest, its thoughts among them."""
     of_conditions = [
-        [
-            len(prompt.prefix_ids) + (problems.thoughts is not None) * thoughts + len(prompt.suffix_ids)
-            for prompt in problems.prompts
-        ]
+        [len(prompt.prefix_ids) + problems.num_thoughts + len(prompt.suffix_ids) for prompt in problems.prompts]
         for problems in posed.values()
     ]
     return [max(lengths) for lengths in zip(*of_conditions, strict=True)]
@@ -137,7 +134,7 @@ class Losses(TextLosses):
         Raises:
             SoftCoTError: no prompt with its solution fits the context, or see ``Worker.job``.
         """
-        lengths = longest_prompts(posed, worker.recipe.thoughts.count)
+        lengths = longest_prompts(posed)
         fitting = [
             (index, example.target_ids)
             for index, example in enumerate(examples)

@@ -77,7 +77,7 @@ class Options(TextLosses):
                     f"{', '.join(sorted(options))} apart; set evaluation.read=text"
                 )
             texts += [(index, text) for text in ids]
-        lengths = longest_prompts(posed, worker.recipe.thoughts.count)
+        lengths = longest_prompts(posed)
         longest = max(lengths[index] + len(text) for index, text in texts)
         if longest > context:
             raise SoftCoTError(
@@ -90,8 +90,7 @@ class Options(TextLosses):
         """What the answers cost: each option is read behind its prompt."""
         problems = self._posed[condition]
         prompts = [problems.prompts[index] for index, _ in self._texts]
-        num_thoughts = 0 if problems.thoughts is None else self._worker.recipe.thoughts.count
-        read = tokens_read(prompts, num_thoughts, [range(len(prompts))])
+        read = tokens_read(prompts, problems.num_thoughts, [range(len(prompts))])
         return Spent(read + sum(len(text) for _, text in self._texts), 0, self._jobs[condition].seconds)
 
     def run(self) -> dict[Condition, list[Answer]]:

@@ -139,10 +139,10 @@ def _ask_all(
     }
     spent = {name: inquiry.spent for name, inquiry in inquiries.items()}
     spent |= {name: options.spent(name) for name in posed} if options else {}
-    costs = {
-        name: per_problem(of_base, words if name == "text" else _thinking(posed[name], examples), len(examples))
-        for name, of_base in spent.items()
-    }
+    costs = {}
+    for name, of_base in spent.items():
+        of_assistant = words if name == "text" else _read_for_states(posed[name], examples)
+        costs[name] = per_problem(of_base + _thinking(posed[name]), of_assistant, len(examples))
     for name, inquiry in inquiries.items():
         costs[name] |= inquiry.drafts
     keys = {name: inquiry.key for name, inquiry in inquiries.items()}
@@ -151,10 +151,15 @@ def _ask_all(
     return records, costs, _evaluation_hash(recipe, keys, examples)
 
 
-def _thinking(problems: Posed, examples: Sequence[Example]) -> Spent:
-    """What is read for the thoughts: by the assistant, where they are made of its states, or by the base."""
+def _thinking(problems: Posed) -> Spent:
+    """What the base reads for thoughts of its own: once for all samples. Its seconds are those of what is decoded."""
+    return Spent(0 if problems.thoughts is None else problems.thoughts.reads)
+
+
+def _read_for_states(problems: Posed, examples: Sequence[Example]) -> Spent:
+    """What the assistant reads for thoughts that are made of its states."""
     if problems.thoughts is None or not problems.thoughts.need_states:
-        return Spent(problems.thoughts.reads if problems.thoughts else 0)
+        return Spent()
     return Spent(sum(len(example.assistant.token_ids) for example in examples))
 
 
@@ -258,7 +263,7 @@ class _Inquiry:
         if any(job.todo for job in wanted) and not self._decoding:
             raise _Undecoded
         outputs = [self._decoder.worker.run(*jobs[number:]) for number in range(count)]
-        num_thoughts = 0 if thoughts is None else recipe.thoughts.count
+        num_thoughts = thoughts.count if thoughts else 0
         for number, job in enumerate(wanted):
             spent = Spent.on(job, [] if number else prompts, num_thoughts)
             self._told[job.key] = Round(job.key, spent, along=is_first and sample >= chains)
@@ -295,7 +300,7 @@ def _records(
         losses: of the solutions; None where none were asked for.
     """
     decode, task = experiment.base_tokenizer.decode, experiment.task
-    marker = "" if problems.thoughts is None else f"[{experiment.recipe.thoughts.count} thoughts]"
+    marker = "" if problems.thoughts is None else f"[{problems.num_thoughts} thoughts]"
     records: list[Record] = []
     for index, (example, prompt) in enumerate(zip(examples, problems.prompts, strict=True)):
         record = {

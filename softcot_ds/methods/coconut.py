@@ -38,7 +38,7 @@ from softcot_ds.models.backbone import keeps_keys_and_values
 from softcot_ds.models.chain import Chain
 from softcot_ds.models.embedding import device_of
 from softcot_ds.models.loss import cross_entropy, token_losses
-from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.partition import gathered, needs_all_ranks
 from softcot_ds.models.reading import PADDING
 from softcot_ds.recipe import Recipe
 from softcot_ds.tasks import Problem
@@ -235,7 +235,9 @@ class _Coconut(TrainedBase):
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         prompt_BLD = self.base.get_input_embeddings()(batch.prefix_ids)
-        return roll_out(self.base, self.markers, prompt_BLD, batch.prefix_mask, len(batch.assistant[0].positions) - 2)
+        count = len(batch.assistant[0].positions) - 2
+        with gathered(self.markers):  # as DeepSpeed does where this module is called
+            return roll_out(self.base, self.markers, prompt_BLD, batch.prefix_mask, count)
 
 
 class Coconut(_Coconut, Lora):

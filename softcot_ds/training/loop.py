@@ -14,7 +14,7 @@ from softcot_ds.distributed import DataRanks, barrier, device, init_distributed,
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.backbone import settled
-from softcot_ds.models.partition import data_ranks
+from softcot_ds.models.partition import data_ranks, whole_shape
 from softcot_ds.progress import count
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import Journal, checkpoint_step
@@ -120,7 +120,7 @@ def _prepare_engine(
     # Before the models are there: to sum up the states takes memory, too.
     start = Start.again(resume_from) if resume_from else Start.anew(experiment, reader, splits.train)
     model = build_model(recipe, experiment, start)
-    num_trained = sum(p.numel() for p in model.trained().values())
+    num_trained = sum(whole_shape(parameter).numel() for parameter in model.trained().values())
     engine = build_engine(model, recipe)
     if resume_from:
         load_checkpoint(engine, resume_from)
@@ -131,7 +131,8 @@ def _prepare_engine(
         f"{engine.zero_optimization_stage()}, global batch {recipe.training.global_batch_size}"
     )
     read_once = engine.module.num_shared
-    tokens = sum(example.length - recipe.thoughts.count - read_once for example in splits.train) / len(splits.train)
+    lengths = [example.length - len(example.assistant.positions) - read_once for example in splits.train]
+    tokens = sum(lengths) / len(lengths)
     per_rank = tokens * recipe.training.global_batch_size / ranks.count
     micro_batches = count(accumulation_steps(recipe.training, ranks), "micro-batch", "micro-batches")
     if recipe.training.micro_batch_tokens:
