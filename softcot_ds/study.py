@@ -104,12 +104,12 @@ def _caches(study: Study) -> list[Cell]:
     from softcot_ds.methods.base import method_class
     from softcot_ds.thoughts.reader import cache_identity, cached, input_key
 
-    evaluated = {(cell.recipe.name, cell.recipe.evaluation.thoughts): cell for cell in study.cells}
+    # Of a task on which nothing is trained, each evaluation computes the few thoughts that it needs.
+    own = [cell for cell in study.cells if study.tasks[cell.task].trained_on is None]
+    evaluated = {(cell.recipe.name, cell.recipe.evaluation.thoughts): cell for cell in own}
     found: dict[tuple, Cell] = {}
     for cell in evaluated.values():
-        reads = method_class(cell.recipe.method).needs_states and cell.recipe.thoughts.source == "cache"
-        # Of a task on which nothing is trained, each evaluation computes the few thoughts that it needs.
-        if reads and study.tasks[cell.task].trained_on is None:
+        if method_class(cell.recipe.method).needs_states and cell.recipe.thoughts.source == "cache":
             for of, inputs in cached(cell.recipe):
                 held = frozenset(map(input_key, inputs))
                 found.setdefault((of.cache.path, cache_identity(of).folder_name, held), cell)

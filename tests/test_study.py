@@ -231,7 +231,9 @@ def test_what_several_runs_have_in_common_of_a_cache_is_built_once(written, runn
         "method": "prompt_tuning"}}  # fmt: skip
     monkeypatch.setattr(runner, "interrupted_at", 3)
     overrides = {**SMALL, "thoughts.source": "cache", "cache.path": str(tmp_path / "cache")}
-    assert command.main([written(methods=methods, overrides=overrides)]) == 143
+    # The runs of a task that is evaluated alone are those of another, and the cache is that one's.
+    tasks = {"own": {}, "other": {"trained_on": "own", "overrides": {"task.test_problems": 5}}}
+    assert command.main([written(methods=methods, overrides=overrides, tasks=tasks)]) == 143
     built = [("cache", "study-own-softcot-seed5"), ("cache", "study-own-few-seed5")]
     assert runner.ran == [*built, ("train", "study-own-softcot-seed5")]
 
