@@ -302,6 +302,19 @@ def test_over_the_seeds_means_and_differences_are_those_of_the_problems_own_numb
         assert [one["p_adjusted"] for one in family] == holm([one["p_value"] for one in family])
 
 
+def test_a_baseline_is_of_a_method_that_is_asked_once_where_there_is_one(written, tmp_path):
+    methods = {"softcot": {"method": "softcot_pp"}, "tuned": {}}
+    study = load_study(written(seeds=[5], strategies={"greedy": {}}, methods=methods))
+    for name in methods:
+        (tmp_path / name).mkdir()
+    report = make_study_report(study, [(cell, told(cell, tmp_path / cell.method)) for cell in study.cells])
+    reports = {cell["method"]: cell["report"] for cell in report["cells"]}
+    assert reports == {
+        name: str(tmp_path / of / "report.json")
+        for name, of in (("softcot", "softcot"), ("tuned", "tuned"), ("none", "tuned"))
+    }
+
+
 def test_of_one_seed_verdicts_are_compared_by_mcnemars_test(written, tmp_path):
     study = load_study(written(seeds=[5], strategies={"greedy": {}}))
     report = make_study_report(study, [(cell, told(cell, tmp_path)) for cell in study.cells])

@@ -90,14 +90,16 @@ def _is_one_chain(cell: StudyCell) -> bool:
 
 def _told(study: Study, found: Sequence[tuple[StudyCell, Evaluated]]) -> Iterator[tuple[_Group, _Told]]:
     """Every cell's method; behind those of a task the baselines, which have nothing to do with it: each from the first
-    method that was evaluated beside it."""
+    method that was evaluated beside it. Those come last that answer by several chains, as then it does so too, or leave
+    out steps of solutions, whose losses are others."""
     for task in study.tasks:
         of_task = [(cell, one) for cell, one in found if cell.task == task]
         for cell, one in of_task:
             yield (task, cell.method, cell.strategy), _Told(_row(cell, one, "learned"), one.scores["learned"])
+        beside = sorted(of_task, key=lambda pair: bool(pair[0].recipe.chains or pair[0].recipe.coconut))
         for baseline in study.baselines:
             seen = set()
-            for cell, one in of_task:
+            for cell, one in beside:
                 if baseline in one.scores and (cell.strategy, cell.seed) not in seen:
                     seen.add((cell.strategy, cell.seed))
                     yield (task, baseline, cell.strategy), _Told(_row(cell, one, baseline), one.scores[baseline])
