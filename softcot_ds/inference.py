@@ -13,7 +13,7 @@ from pathlib import Path
 import torch
 from transformers import PreTrainedModel
 
-from softcot_ds.adapter import AdapterConfig, load_adapter
+from softcot_ds.adapter import AdapterConfig, damaged, load_adapter
 from softcot_ds.data.prompts import AssistantInput, BasePrompt
 from softcot_ds.distributed import device, init_distributed
 from softcot_ds.errors import SoftCoTError
@@ -58,8 +58,11 @@ class PromptEmbeddings:
 
 
 def _digest(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
+    try:
+        with path.open("rb") as file:
+            return hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise damaged(path, error.strerror or str(error)) from error
 
 
 class Adapter:

@@ -19,6 +19,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.forgetting import PlainText, forgetting, forgetting_lines
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
+from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import method_class
 from softcot_ds.methods.full import Full
 from softcot_ds.methods.lora import Lora
@@ -111,6 +112,14 @@ def saved(name: str, folder):
     method = trained(name, model)
     method.write_adapter(folder, {key: value.detach().clone() for key, value in method.trained().items()})
     return method, kind
+
+
+def test_a_missing_file_of_an_adapter_is_named(tmp_path):
+    recipe = recipe_of("method=lora", f"output_dir={tmp_path}", "evaluation.partition=none")
+    folder = make_adapter(tmp_path / "adapter", recipe)
+    (folder / "adapter_config.json").unlink()
+    with pytest.raises(SoftCoTError, match=r"adapter_config.json is damaged: No such file"):
+        _ = Adapter(recipe, folder).change
 
 
 IDS = torch.arange(5, 45)[None]
