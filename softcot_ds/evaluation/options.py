@@ -87,11 +87,12 @@ class Options(TextLosses):
         super().__init__(worker, posed, texts, "options")
 
     def spent(self, condition: Condition) -> Spent:
-        """What the answers cost: each option is read behind its prompt."""
-        problems = self._posed[condition]
+        """What the answers cost: each option is read behind its prompt, in every chain."""
+        problems, jobs = self._posed[condition], self._jobs[condition]
         prompts = [problems.prompts[index] for index, _ in self._texts]
         read = tokens_read(prompts, problems.num_thoughts, [range(len(prompts))])
-        return Spent(read + sum(len(text) for _, text in self._texts), 0, self._jobs[condition].seconds)
+        read += sum(len(text) for _, text in self._texts)
+        return Spent(len(jobs) * read, 0, sum(job.seconds for job in jobs))
 
     def run(self) -> dict[Condition, list[Answer]]:
         """The likeliest option of each problem (of equal ones the first). All ranks call it together."""
