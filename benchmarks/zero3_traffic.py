@@ -208,7 +208,7 @@ def gathered_ahead(config: Path) -> dict[str, float]:
 
 def two_passes(model: SoftThoughts, batch: Batch) -> torch.Tensor:
     """The step with a whole pass over the prefix, without gradient, before the pass over the rest."""
-    embeds, length = model._embeds(batch), batch.prefix_ids.shape[1]
+    embeds, length = model._embeds(batch, model._given(batch)), batch.prefix_ids.shape[1]
     num_thoughts = embeds.shape[1] - length - batch.suffix_ids.shape[1]
     mask, positions = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, model.num_shared)
     decoder = model.base.get_decoder()

@@ -10,6 +10,7 @@ from forked import run_forked
 from launch import ONLINE, ROOT
 
 from softcot_ds.adapter import adapter_config
+from softcot_ds.chain import Submission
 from softcot_ds.data.targets import OwnTargets, Solved
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import decoder
@@ -278,12 +279,12 @@ def test_submit_makes_them_first_where_they_are_missing(tmp_path, capsys):
     recipe = make_recipe(
         tmp_path, "thoughts.source=cache", f"cache.path={tmp_path}/cache", "training.warmup_steps=0", *epochs
     )
-    submit(recipe, ["--nodes=1"], dry_run=True)
+    submit(recipe, Submission(["--nodes=1"], dry_run=True))
     shown = capsys.readouterr().out
     assert re.findall(r"job-name=demo-(\w+)", shown) == ["targets", "cache", "train", "evaluate"]
     assert shown.endswith(recipe.to_yaml()), "nobody knows yet how many targets an epoch has"
     write_for(recipe)
-    submit(recipe, ["--nodes=1"], dry_run=True)
+    submit(recipe, Submission(["--nodes=1"], dry_run=True))
     shown = capsys.readouterr().out
     assert re.findall(r"job-name=demo-(\w+)", shown) == ["cache", "train", "evaluate"]
     assert "for 6 of 12 training problems, the data's own for the others: no job" in shown
