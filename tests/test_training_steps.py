@@ -553,9 +553,7 @@ def test_validation_gathers_ahead_and_does_not_keep_the_next_step_from_it(traini
     _, _, output = trainings
     counts = json.loads(re.search(r"clipped-zero3: rank 0 exits with 0; ahead: (.*)", output)[1])
     shares = {kind: [there / (there + away) for k, there, away in counts if k == kind] for kind, *_ in counts}
-    # The second begins like the first, with the assistant, until the base goes another way: it has read a prefix once.
-    assert shares["train"][0] == shares["train"][2] == 0
-    assert shares["train"][1] < 0.2
+    assert shares["train"][:3] == [0, 0, 0]
     # But for what the pass asks for first, where the one before it has left none of that.
     assert min(shares["train"][3:5]) > 0.8
     assert shares["train"][5:] == [1, 1, 1]

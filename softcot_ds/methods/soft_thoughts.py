@@ -190,7 +190,20 @@ class SoftThoughts(Method):
         Raises:
             SoftCoTError: an example is longer than the base's context.
         """
+        self._read_shared(batch)
         return self._language_loss(batch, self._embeds(batch, self._given(batch)), per_token)
+
+    def _read_shared(self, batch: Batch) -> None:
+        """What is read once, in the first pass: not earlier, as weights of a partitioned model can be gathered then; and
+        before all else, so that later passes go the way that this one goes on.
+
+        Raises:
+            SoftCoTError: an example is longer than the base's context.
+        """
+        check_length(batch.longest, self.base)
+        if self._shared is None and self._shared_ids:
+            ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
+            self._shared = self.prefixed.read_shared(ids)
 
     def _language_loss(self, batch: Batch, embeds_BSD: torch.Tensor, per_token: bool, chains: int = 1) -> torch.Tensor:
         """See ``forward``.
@@ -199,11 +212,6 @@ class SoftThoughts(Method):
             embeds_BSD: of ``_embeds``.
             chains: how many rows, one after another, have their prefix in common.
         """
-        check_length(batch.longest, self.base)
-        if self._shared is None and self._shared_ids:
-            # In the first pass, and not earlier, the weights of a partitioned model can be gathered.
-            ids = torch.tensor(self._shared_ids, device=batch.suffix_ids.device)
-            self._shared = self.prefixed.read_shared(ids)
         prefix_length = batch.prefix_ids.shape[1]
         loss_of = token_losses if per_token else cross_entropy
         if self.prefixed is None:

@@ -62,6 +62,7 @@ class SoftCoTPlusPlus(SoftCoT):
         Args:
             per_token: give (N,) float64, the cross entropy of each supervised token, a mean over the chains, instead.
         """
+        self._read_shared(batch)
         given_BKTP = self._given(batch)
         rows = batch.repeated(self.chains)
         embeds_RSD = self._embeds(rows, given_BKTP.flatten(0, 1))
