@@ -194,7 +194,7 @@ class SoftThoughts(Method):
         return self._language_loss(batch, self._embeds(batch, self._given(batch)), per_token)
 
     def _read_shared(self, batch: Batch) -> None:
-        """What is read once, in the first pass: not earlier, as those of a partitioned model can be gathered then;
+        """What is read once, in the first pass: not earlier, as then a model's split weights can be gathered;
         and before all else, so that later passes go the way that this one goes on.
 
         Raises:
