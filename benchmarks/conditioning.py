@@ -5,9 +5,10 @@
 
 A variant is a ``projection.condition`` and, after it, settings of the recipe; ``static`` is a tuned prompt, the bar to
 beat. Where it has several values of one setting, the first seed is trained with each, and the value with the least
-validation loss is taken for all seeds. What is compared is the loss of the reference solutions, nats a token, with a
-question's own thoughts and with those of others, no thoughts, and the tuned prompt of the same seed; and with
-evaluation.decode=true accuracy. All intervals are of 95%. An ordinary run each: what is done is not done again.
+validation loss is taken for all seeds. What is compared is the loss of the reference solutions, nats a token, in the
+recipe's evaluation.conditions, a question's own thoughts and those of others among them, and with the tuned prompt of
+the same seed; and with evaluation.decode=true accuracy. All intervals are of 95%. An ordinary run each: what is done is
+not done again.
 """
 
 import argparse
@@ -25,7 +26,6 @@ from typing import Any
 
 from environment import describe, keep, write_result
 
-CONDITIONS = ["learned", "shuffled", "mean", "none"]
 STATIC = "static"
 VALIDATED = {
     "loss": "loss/validation",
@@ -145,7 +145,9 @@ class Study:
         from softcot_ds.recipe import load_recipe
 
         self.args = args
-        self.folder = load_recipe(args.recipe, args.overrides).run_dir
+        recipe = load_recipe(args.recipe, args.overrides)
+        self.folder = recipe.run_dir
+        self.compared = [name for name in recipe.evaluation.conditions if name != STATIC]
         self.result: dict[str, Any] = {
             "benchmark": "conditioning",
             **describe(),
@@ -237,9 +239,10 @@ class Study:
         from softcot_ds.run_dir import recipe_and_adapter
 
         if static is None or static.name not in self.result["evaluated"]:
-            return [f"evaluation.conditions=[{','.join(CONDITIONS)}]"]
+            return []
         _, adapter = recipe_and_adapter(self.args.recipe, self.overrides(static))
-        return [f"evaluation.conditions=[{','.join([*CONDITIONS, STATIC])}]", f"evaluation.static_adapter={adapter}"]
+        beside = ",".join([*self.compared, STATIC])
+        return [f"evaluation.conditions=[{beside}]", f"evaluation.static_adapter={adapter}"]
 
     def keep_evaluations(self, jobs: dict[Run, list[str]]) -> None:
         from softcot_ds.evaluation.grid import Evaluated, make_grid_report
