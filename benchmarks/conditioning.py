@@ -169,6 +169,7 @@ class Study:
             f"output_dir={self.folder}",
             f"name={run.name}",
             f"seed={run.seed}",
+            f"evaluation.outputs={self.folder / 'outputs'}",  # what does not depend on the weights is computed once
             *run.settings,
         ]
 
