@@ -6,7 +6,7 @@ are trained, each in processes of its own, then all are evaluated. What is done 
 goes on after an interruption; ``--submit`` puts what is left on SLURM. In the study's directory, output_dir/name:
 
     study.json     every cell, their means with intervals, paired tests (evaluation/study.py)
-    study.html     the same as one page that opens offline (evaluation/page.py)
+    study.html     the same as one page that opens offline (evaluation/study_page.py)
     outputs/       what was decoded, or losses, by content: of all cells
 """
 
@@ -47,8 +47,8 @@ def run_study(study: Study) -> None:
 
     from softcot_ds.distributed import on_main, say
     from softcot_ds.evaluation.grid import evaluate_all
-    from softcot_ds.evaluation.page import write_page
     from softcot_ds.evaluation.study import make_study_report, write_study_report
+    from softcot_ds.evaluation.study_page import write_page
     from softcot_ds.evaluation.words import study_table
 
     found = list(zip(cells, evaluate_all(chosen), strict=True))

@@ -5,5 +5,6 @@ import deepspeed.runtime.zero.muon.original_muon  # which an engine imports, and
 import torch.utils.tensorboard
 import transformers.models.llama.modeling_llama
 
+import softcot_ds.evaluation.report_page
 import softcot_ds.inference
 import softcot_ds.training.loop

@@ -81,6 +81,8 @@ def test_each_condition_has_the_loss_of_whole_passes_of_each_problem_alone(tmp_p
         assert [record["solution_tokens"] for record in found] == [len(ids) for ids in solutions]
         assert not {"output", "answer", "correct"} & set(found[0]), "nothing is decoded"
         said = report["conditions"][condition]["loss"]
+        low, high = said.pop("ci95")
+        assert low < said["per_token"] < high
         assert said == {
             "per_token": pytest.approx(sum(truth) / tokens, rel=1e-6),
             "per_problem": pytest.approx(sum(truth) / 11, rel=1e-6),

@@ -16,10 +16,10 @@ from softcot_ds import study as command
 from softcot_ds.errors import Interrupted, SoftCoTError
 from softcot_ds.evaluation import grid, jobs
 from softcot_ds.evaluation.grid import Evaluated
-from softcot_ds.evaluation.page import learning_curve, write_page
 from softcot_ds.evaluation.report import Scores
 from softcot_ds.evaluation.statistics import holm, over_seeds
 from softcot_ds.evaluation.study import make_study_report
+from softcot_ds.evaluation.study_page import learning_curve, write_page
 from softcot_ds.files import dump_yaml
 from softcot_ds.recipe import load_recipe
 from softcot_ds.study_config import load_study

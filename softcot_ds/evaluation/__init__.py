@@ -18,7 +18,10 @@ report.py      from what was found to the table, and which report is the run's
 grid.py        one report of several evaluations: over seeds, by number of thoughts
 study.py       the report of a study: every cell, over the seeds, paired tests
 words.py       the same in words, and as a table
-page.py        the same as one page
+study_page.py  the same as one page
 plots.py       the page's plots
+report_page.py an evaluation's report as one page, with what the base wrote to each problem
+document.py    what the pages have in common
+drawing.py     what their plots have in common
 statistics.py  intervals and paired tests
 """

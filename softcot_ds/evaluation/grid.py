@@ -138,7 +138,11 @@ def _alone(report: Record) -> Record:
     conditions, comparisons = {}, {}
     for name, row in report["conditions"].items():
         values = _values(row, report)
-        ends = {"accuracy": row.get("ci95"), "majority": row.get("majority_ci95")}
+        ends = {
+            "accuracy": row.get("ci95"),
+            "majority": row.get("majority_ci95"),
+            "loss": row.get("loss", {}).get("ci95"),
+        }
         conditions[name] = {key: {"mean": value, "ci95": ends.get(key)} for key, value in values.items()}
     for pair, found in report["comparisons"].items():
         compared = {"accuracy": found, "majority": found.get("majority"), "loss": found.get("loss")}

@@ -6,9 +6,18 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from softcot_ds.adapter import AdapterConfig
 from softcot_ds.data.targets import OwnShare
-from softcot_ds.evaluation.statistics import compare, compare_losses, compare_scores, mean_interval, wilson_interval
+from softcot_ds.evaluation.statistics import (
+    compare,
+    compare_losses,
+    compare_scores,
+    mean_interval,
+    per_token,
+    wilson_interval,
+)
 from softcot_ds.evaluation.votes import over_problems
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.recipe import Recipe
@@ -24,9 +33,9 @@ def make_report(
     records: Mapping[str, list[Record]],
     costs: Mapping[str, Record],
 ) -> Record:
-    """Accuracies with 95% Wilson intervals and what they cost, losses, and learned against each control on the same
-    problems: McNemar's exact test of the accuracies, a permutation test and a bootstrap interval of the losses, and so
-    of accuracies and majorities where each problem has several samples.
+    """Accuracies with 95% Wilson intervals and what they cost, losses with bootstrap intervals, and learned against
+    each control on the same problems: McNemar's exact test of the accuracies, a permutation test and a bootstrap
+    interval of the losses, and so of accuracies and majorities where each problem has several samples.
 
     Args:
         trained: how the adapter was trained, as its checkpoint says.
@@ -47,6 +56,7 @@ def make_report(
         for name, values in losses.items():
             conditions[name]["loss"] = {
                 "per_token": sum(values) / sum(tokens),
+                "ci95": mean_interval(per_token(np.array([values]), tokens)[0], recipe.seed),
                 "per_problem": sum(values) / len(tokens),
                 "tokens": sum(tokens),
                 "num_problems": len(tokens),
@@ -120,7 +130,7 @@ def scores(records: Mapping[Any, list[Record]], votes: bool = False) -> dict[Any
 
 
 def _by_rule(rule: str, rows: list[Record], votes: bool) -> Record:
-    problems = [[sample["by_rule"][rule] for sample in _samples(record)] for record in rows]
+    problems = [[sample["by_rule"][rule] for sample in samples_of(record)] for record in rows]
     found = [one for problem in problems for one in problem]
     correct = sum(one["correct"] for one in found)
     unparsed = sum(one["answer"] is None for one in found)
@@ -131,7 +141,7 @@ def _by_rule(rule: str, rows: list[Record], votes: bool) -> Record:
     return counted | ({"accuracy": counted["majority"][str(len(problems[0]))]} if votes else {})
 
 
-def _samples(record: Record) -> list[Record]:
+def samples_of(record: Record) -> list[Record]:
     """What was decoded for a problem: one sample, or several."""
     return record.get("samples", [record])
 
@@ -141,12 +151,12 @@ def _of_problems(rows: list[Record], votes: bool) -> list[float]:
     majority."""
     if votes:
         return [record["majority"] for record in rows]
-    return [sum(sample["correct"] for sample in _samples(record)) / len(_samples(record)) for record in rows]
+    return [sum(sample["correct"] for sample in samples_of(record)) / len(samples_of(record)) for record in rows]
 
 
 def _accuracy(rows: list[Record], rule: str, seed: int, votes: bool) -> Record:
-    by_rule = {name: _by_rule(name, rows, votes) for name in _samples(rows[0])[0]["by_rule"]}
-    samples = [sample for record in rows for sample in _samples(record)]
+    by_rule = {name: _by_rule(name, rows, votes) for name in samples_of(rows[0])[0]["by_rule"]}
+    samples = [sample for record in rows for sample in samples_of(record)]
     found = by_rule[rule] | {"cut": sum(sample["cut"] for sample in samples)}
     if "judgements" in samples[0]:
         asked, unread = (sum(sample[key] for sample in samples) for key in ("judgements", "unread_judgements"))
@@ -299,9 +309,10 @@ def _loss_lines(report: Record) -> list[str]:
     return lines
 
 
-def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record]], report: Record) -> str:
-    """Write records and report into the evaluation's own ``folder``; the report also as the run's, unless that one says
-    more (a quick check does not replace it) or this one is of another task. Returns a sentence about where they are.
+def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record]], report: Record, page: str) -> str:
+    """Write records and report, which also comes as a page, into the evaluation's own ``folder``; the report also as
+    the run's, unless that one says more (a quick check does not replace it) or this one is of another task. Returns a
+    sentence about where they are.
 
     Raises:
         SoftCoTError: they cannot be written.
@@ -312,11 +323,13 @@ def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record
         folder.mkdir(parents=True, exist_ok=True)
         for name, rows in records.items():
             write_atomically(folder / f"{name}.jsonl", "".join(json.dumps(row) + "\n" for row in rows))
+        write_atomically(folder / "report.html", page)
         write_atomically(folder / "report.json", text)
         if report["task"] != report["trained_on"]:
             return f"results: {folder}; {of_the_run} is for the run's own task, {report['trained_on']}"
         more = what_it_says_more(_read_report(of_the_run), report)
         if not more:
+            write_atomically(of_the_run.with_suffix(".html"), page)
             write_atomically(of_the_run, text)
     except OSError as error:
         raise cannot_write(folder, error) from error
@@ -325,7 +338,7 @@ def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record
             f"results: {folder}. {of_the_run} stays as it is: {'; '.join(more)}. Remove it to let the next evaluation "
             "take its place"
         )
-    return f"results: {folder}, and {of_the_run}"
+    return f"results: {folder}, and {of_the_run}; to look at: {of_the_run.with_suffix('.html')}"
 
 
 def what_it_says_more(old: Any, new: Record) -> list[str]:

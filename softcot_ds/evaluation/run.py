@@ -20,6 +20,7 @@ from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
 from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
+from softcot_ds.evaluation.report_page import report_page
 from softcot_ds.evaluation.spent import Round, Spent, alone, of_drafts, per_problem, together
 from softcot_ds.evaluation.strategies import Answer, Reply
 from softcot_ds.evaluation.votes import voted
@@ -84,7 +85,10 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
     if text is not None:
         key = content_digest([key, text.key])[:8]
     folder = recipe.run_dir / "evaluation" / f"step-{config.step}-{key}"
-    written = on_main(lambda: write_results(recipe.run_dir, folder, records, report))
+    questions = [example.problem.question for example in examples]
+    written = on_main(
+        lambda: write_results(recipe.run_dir, folder, records, report, report_page(report, records, questions))
+    )
     lines = "\n".join([table(report), *forgetting_lines(found), written])
     say(lines)
     return Evaluation(report, scores(records, recipe.evaluation.votes), folder)

@@ -7,6 +7,7 @@ from html import escape
 from pathlib import Path
 from statistics import fmean
 
+from softcot_ds.evaluation.document import document, figure, table
 from softcot_ds.evaluation.plots import Curve, Plots
 from softcot_ds.evaluation.report import Record
 from softcot_ds.evaluation.words import findings, shown, shown_interval, what_it_is
@@ -14,17 +15,6 @@ from softcot_ds.files import parse_json, write_in_folder
 
 _POINTS = 60
 """Of a learning curve: each is the mean of a stretch of steps."""
-_CSS = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1a1a1a; background: #fff; margin: 0 auto; padding: 1rem;
-       max-width: 76rem; }
-h1 { font-size: 1.6rem; margin-bottom: 0; } h2 { font-size: 1.2rem; margin: 2.2rem 0 .2rem; } p { max-width: 46rem; }
-.plots { display: grid; grid-template-columns: repeat(auto-fill, minmax(min(100%, 27rem), 1fr)); gap: 1rem; }
-figure { margin: 0; } figure svg { width: 100%; max-width: 32rem; height: auto; display: block; }
-figcaption { font-weight: 600; font-size: .95rem; }
-.wide { overflow-x: auto; } table { border-collapse: collapse; font-size: .88rem; font-variant-numeric: tabular-nums; }
-th, td { padding: .2rem .7rem; text-align: right; white-space: nowrap; border-bottom: 1px solid #e3e3e3; }
-th { background: #f4f4f4; } th.text, td.text { text-align: left; }
-"""
 
 
 def write_page(run_dir: Path, report: Record) -> Path:
@@ -77,25 +67,18 @@ def page(report: Record, curves: Mapping[str, Sequence[tuple[str, Curve]]]) -> s
     for title, words, draw in drawn:
         figures = [(task, svg) for task in report["tasks"] if (svg := draw(task))]
         if figures:  # what there are no numbers for is left out
-            shown = "".join(_figure(task, title, svg) for task, svg in figures)
+            shown = "".join(figure(task, title, svg) for task, svg in figures)
             sections.append(f'<h2>{title}</h2>\n<p>{words}</p>\n<div class="plots">{shown}</div>')
     body = [
-        f"<h1>{escape(report['study'])}</h1>",
         *(f"<p>{escape(line)}</p>" for line in (*what_it_is(report), *findings(report))),
         *sections,
         "<h2>All means</h2>",
-        _table(_MEANS, [_mean_cells(one) for one in report["summaries"]]),
+        table(_MEANS, _TEXTS, [_mean_cells(one) for one in report["summaries"]]),
         "<h2>All comparisons</h2>",
         f"<p>{_OF_COMPARISONS}</p>",
-        _table(_PAIRS, [_pair_cells(one) for one in report["comparisons"]]),
+        table(_PAIRS, _TEXTS, [_pair_cells(one) for one in report["comparisons"]]),
     ]
-    return (
-        '<!doctype html>\n<html lang="en"><head><meta charset="utf-8">'
-        '<meta name="viewport" content="width=device-width, initial-scale=1">'
-        f"<title>{escape(report['study'])}</title><style>{_CSS}</style></head>\n<body>\n"
-        + "\n".join(body)
-        + "\n</body></html>\n"
-    )
+    return document(report["study"], body)
 
 
 _OF_ACCURACY = (
@@ -129,11 +112,6 @@ _OF_COMPARISONS = (
 )
 
 
-def _figure(task: str, title: str, svg: str) -> str:
-    label = escape(f"{title}, {task}", quote=True)
-    return f'<figure role="img" aria-label="{label}"><figcaption>{escape(task)}</figcaption>{svg}</figure>'
-
-
 _MEANS = ("task", "method", "strategy", "seeds", "accuracy", "95%", "loss", "95%", "tokens", "seconds", "published")
 _PAIRS = ("of", "task", "first", "second", "with", "metric", "difference", "95%", "p", "adjusted p", "of how many")
 _TEXTS = {"task", "method", "strategy", "of", "first", "second", "with", "metric"}
@@ -160,10 +138,3 @@ def _pair_cells(one: Record) -> list[str]:
         *(shown_interval(ends, form), shown(one["p_value"], ".2g"), shown(one.get("p_adjusted"), ".2g")),
         str(one.get("adjusted_for", "")),
     ]
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    kinds = [' class="text"' if head in _TEXTS else "" for head in heads]
-    lines = ["".join(f"<th{kind}>{escape(head)}</th>" for head, kind in zip(heads, kinds, strict=True))]
-    lines += ["".join(f"<td{kind}>{escape(text)}</td>" for text, kind in zip(row, kinds, strict=True)) for row in rows]
-    return '<div class="wide"><table>' + "".join(f"<tr>{line}</tr>\n" for line in lines) + "</table></div>"
