@@ -3,6 +3,8 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 here = Path(__file__).parent
+# They lie beside the package, and in a wheel inside of it: softcot_ds/shipped.py finds them in either place.
+shipped = {f"softcot_ds.share.{folder}": folder for folder in ("recipes", "studies", "ds_configs", "slurm")}
 version = next(
     line.split('"')[1]
     for line in (here / "softcot_ds/__init__.py").read_text().splitlines()
@@ -16,19 +18,29 @@ setup(
     long_description=(here / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
     python_requires=">=3.11,<3.13",
-    packages=[*find_packages(include=["softcot_ds*"]), "softcot_kernels"],
+    packages=[*find_packages(include=["softcot_ds*"]), *shipped, "softcot_kernels"],
     # kernels/ itself is no package: transformers imports a PyPI package of that name, which it would shadow.
-    package_dir={"softcot_kernels": "kernels/softcot_kernels"},
+    package_dir={"softcot_kernels": "kernels/softcot_kernels", **shipped},
     package_data={
+        **{package: ["**/*"] for package in shipped},
         "softcot_ds": [
+            "py.typed",
             "tasks/*.yaml",
             "planning/*.yaml",
             "evaluation/*.yaml",
             "pair/*/*.json",
             "pair/*/*.jinja",
             "pair/*/*.safetensors",
-        ]
+        ],
     },
     install_requires=[
         "torch>=2.13,<2.14",
@@ -60,6 +72,7 @@ setup(
             "pytest>=9",
             "pytest-timeout>=2.4",
             "hypothesis>=6.170",
+            "jsonschema>=4.26",
             "ruff>=0.17",
             "pyrefly>=1.4",
         ],

@@ -8,6 +8,7 @@ from pydantic import Field, model_validator
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_json
 from softcot_ds.section import FREE, Section
+from softcot_ds.shipped import found
 from softcot_ds.values import Count, ExistingFile
 
 Partition = Literal["none", "zero3", "node", "tensor"]
@@ -65,12 +66,11 @@ class BackboneConfig(Section):
         return self
 
     def deepspeed_path(self) -> Path:
-        """The configured file, or the default of the partition: below the current directory or this checkout."""
+        """The configured file, or the default of the partition: the current directory's own, or the one shipped."""
         if self.deepspeed is not None:
             return self.deepspeed
         name = "zero3.json" if self.partition in SPLIT else "replicated.json"
-        default = Path("ds_configs", name)
-        return default if default.exists() else Path(__file__).parent.parent / default
+        return found(Path("ds_configs", name))
 
     def deepspeed_config(self) -> dict[str, Any]:
         """The DeepSpeed configuration as read from its file."""

@@ -19,12 +19,12 @@ from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import latest_checkpoint, saved_step
+from softcot_ds.shipped import found
 
 # It brings torch and transformers, which take seconds: not before a recipe's own mistakes have been reported.
 if TYPE_CHECKING:
     from softcot_ds.experiment import Experiment
 
-CHECKOUT = Path(__file__).parent.parent
 _HOME_LINE = "SOFTCOT_HOME=${SOFTCOT_HOME:-$SLURM_SUBMIT_DIR}\n"
 """Of the scripts in slurm/: where they find the others. A generated script knows."""
 
@@ -241,21 +241,24 @@ def _refuse_second_chain(folder: Path) -> None:
 
 
 def _script(job: Job, options: Sequence[str], tasks_per_node: str | None) -> str:
-    """The script of slurm/ for one job, with its options and its recipe in it."""
+    """The script for one job, with its options and its recipe in it: of slurm/ in the current directory, where a site
+    may have changed it, else the one shipped."""
     command, run_dir = job.command, job.run_dir
-    path = CHECKOUT / "slurm" / f"{command}.sbatch"
-    if not path.is_file():
-        raise SoftCoTError(f"no such script: {path}; install softcot-ds from a checkout, with pip install -e")
+    path = found(Path("slurm/environment.sh")).absolute().with_name(f"{command}.sbatch")
     own = [f"--job-name={job.name}-{command}", f"--output={run_dir}/logs/%x-%j.log"]
     if command == "cache" and tasks_per_node:
         own.append(f"--ntasks-per-node={tasks_per_node}")
     again = f"sbatch {job.script}"
     made = f"# {command} of {job.name}, made by softcot-ds submit; to submit it again: {again}"
-    text = with_options(path.read_text(), [*own, *options], made)
+    script = path.read_text() if path.is_file() else ""
+    if _HOME_LINE not in script:
+        raise SoftCoTError(
+            f"{path} is missing, or has no line {_HOME_LINE.strip()!r}; the scripts as they are shipped: "
+            "softcot-ds init slurm FOLDER"
+        )
+    text = with_options(script, [*own, *options], made)
     arguments = shlex.join([str(run_dir / job.file), *job.axes])
-    home = f"SOFTCOT_HOME={shlex.quote(str(CHECKOUT))}\nset -- {arguments}\n"
-    if _HOME_LINE not in text:
-        raise SoftCoTError(f"{path} has no line {_HOME_LINE.strip()!r}; take the script of the checkout again")
+    home = f"SOFTCOT_HOME={shlex.quote(str(path.parent.parent))}\nset -- {arguments}\n"
     return text.replace(_HOME_LINE, home)
 
 

@@ -5,10 +5,12 @@ import importlib
 import os
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 
 from softcot_ds import __version__
 from softcot_ds.command import run_command
 from softcot_ds.recipe import load_recipe
+from softcot_ds.shipped import found
 
 COMMANDS = {
     "targets": "let the base solve the training problems itself, to be trained on",
@@ -20,7 +22,12 @@ COMMANDS = {
     "plan": "what each way to hold the weights needs, before a GPU is there",
     "doctor": "check whether this environment is fit for training",
     "submit": "targets, cache, train and evaluate as a chain of SLURM jobs",
+    "recipes": "list the recipes and studies that come with softcot-ds",
+    "init": "copy a recipe, or another file that comes with it, to change it",
+    "schema": "the JSON schema of a recipe, for editors",
 }
+_NO_RECIPE = ("study", "recipes", "init", "schema")
+"""Commands whose first argument is none."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,7 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see softcot-ds COMMAND --help")
     args = parser.parse_args(argv)
     first = args.arguments[0] if args.arguments else "-"
-    if args.command != "study" and not first.startswith("-") and not os.path.exists(first):
+    if args.command not in _NO_RECIPE and not first.startswith("-") and not os.path.exists(found(Path(first))):
         return run_command(lambda: load_recipe(first))  # which says so, without the wait for what comes next
     # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
     return importlib.import_module(f"softcot_ds.{args.command}").main(args.arguments)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator, model_validator
+from pydantic import AfterValidator, Field, ValidationInfo, WithJsonSchema, field_validator, model_validator
 
 from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import STRATEGIES, one_of
@@ -35,7 +35,9 @@ class EvaluationConfig(Section):
     """Decode answers and grade them: accuracy."""
     loss: bool = True
     """Compare how likely the base finds the reference solutions: one pass, nothing is decoded for it."""
-    strategy: Annotated[str, AfterValidator(one_of(STRATEGIES))] = "single"
+    strategy: Annotated[
+        str, AfterValidator(one_of(STRATEGIES)), WithJsonSchema({"enum": [*STRATEGIES, "speculative"]})
+    ] = "single"
     """How an answer is reached, under every condition. single: it is what is written after the prompt.
     self_consistency: it is the majority of the samples, each of which is reached so. tree, graph: it is searched for,
     see the sections of these names. speculative: short for single with draft: 4, where that is 0."""

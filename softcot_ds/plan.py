@@ -24,7 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds plan", description="Memory, traffic and time of each way to hold the weights."
     )
-    parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
+    parser.add_argument("recipe", help="a YAML file; softcot-ds recipes lists some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--nodes", type=_positive, default=1)
     parser.add_argument("--gpus-per-node", type=_positive, default=8, help="a rank for each; default: 8")

@@ -14,6 +14,7 @@ from pydantic import (
     BaseModel,
     Field,
     ValidationInfo,
+    WithJsonSchema,
     field_validator,
 )
 from pydantic_core import to_jsonable_python
@@ -196,7 +197,7 @@ class Recipe(Section):
     output_dir: Annotated[Folder, FREE] = Path("runs")
     seed: int = Field(0, ge=0, le=2**64 - 1)
     """Seeds the initialization of what is trained, the order of the data and sampled decoding."""
-    method: Annotated[str, AfterValidator(one_of(METHODS))] = "softcot"
+    method: Annotated[str, AfterValidator(one_of(METHODS)), WithJsonSchema({"enum": [*METHODS]})] = "softcot"
     """What is trained. softcot: W h + b, a projection of the assistant's states. softcot_pp: the same of several sets
     of states, with a loss that keeps their thoughts apart. prompt_tuning: T free vectors, the same for every question,
     a baseline. lora: low-rank matrices beside weights of the base, full: all its weights; as baselines, without
@@ -315,7 +316,7 @@ def load_recipe(
     Raises:
         SoftCoTError: the file is missing or no YAML mapping, or the recipe is wrong; lists every mistake.
     """
-    values = read_settings(Path(path), "recipe", "recipes/ holds some")
+    values = read_settings(Path(path), "recipe")
     values.pop(without, None)
     if is_saved:
         values = in_todays_words(values)

@@ -15,6 +15,7 @@ from typing import Any
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, parse_json, read_yaml
 from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.shipped import found
 
 MARKER = "COMPLETE"
 """File of a checkpoint that is written last."""
@@ -64,14 +65,14 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     Raises:
         SoftCoTError: the recipe is wrong, or the directory holds no complete adapter.
     """
-    path, another = _recipe_file(source), names_another_task(source, overrides)
-    if path != Path(source):
+    is_saved, another = Path(source).is_dir(), names_another_task(source, overrides)
+    if is_saved:
         require_complete(adapter := Path(source))
     own = [f"task.prompts={adapter / 'prompts.yaml'}", "task.targets=gold"] if adapter and not another else []
     if adapter and (weights := adapter / "projection.safetensors").is_file():
         # What it began with may be gone: all that still counts of it is in the adapter.
         own.append(f"projection.init_from={weights}")
-    return load_recipe(path, [*own, *overrides], "task" if another else None, is_saved=path != Path(source))
+    return load_recipe(_recipe_file(source), [*own, *overrides], "task" if another else None, is_saved)
 
 
 def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
@@ -102,7 +103,7 @@ def names_another_task(source: str, overrides: Sequence[str]) -> bool:
 
 
 def _recipe_file(source: str) -> Path:
-    return Path(source) / "recipe.yaml" if Path(source).is_dir() else Path(source)
+    return Path(source) / "recipe.yaml" if Path(source).is_dir() else found(Path(source))
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -16,5 +16,10 @@ class Section(BaseModel):
     """
 
     model_config = ConfigDict(
-        strict=True, extra="forbid", validate_default=True, allow_inf_nan=False, protected_namespaces=()
+        strict=True,
+        extra="forbid",
+        validate_default=True,
+        allow_inf_nan=False,
+        protected_namespaces=(),
+        use_attribute_docstrings=True,  # softcot-ds schema: an editor shows them
     )

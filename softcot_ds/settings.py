@@ -13,6 +13,7 @@ from pydantic import BaseModel, ValidationError
 from softcot_ds.choices import METHOD_OF_KIND
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_yaml, read_yaml
+from softcot_ds.shipped import found
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -31,22 +32,25 @@ class WrongSettings(SoftCoTError):
         self.mistakes = tuple(mistakes)
 
 
-def read_settings(path: Path, kind: str, others: str) -> dict[str, Any]:
-    """What stands in a file of settings.
+_OTHERS = "softcot-ds recipes lists some to start from"
+
+
+def read_settings(path: Path, kind: str) -> dict[str, Any]:
+    """What stands in a file of settings, the current directory's own or one that is shipped.
 
     Args:
         kind: what the file is to be, such as a recipe.
-        others: where there are some to start from, in words.
 
     Raises:
         SoftCoTError: the file is missing, or no YAML mapping.
     """
+    path = found(path)
     if not os.path.isfile(path):
         folder = ", which is a folder" if os.path.isdir(path) else ""
-        raise SoftCoTError(f"no such {kind}: {path.absolute()}{folder}; {others} to start from")
+        raise SoftCoTError(f"no such {kind}: {path.absolute()}{folder}; {_OTHERS}")
     values = read_yaml(path)
     if values is None:
-        raise SoftCoTError(f"{path}: empty; {others} to start from")
+        raise SoftCoTError(f"{path}: empty; {_OTHERS}")
     if not isinstance(values, dict):
         raise SoftCoTError(f"{path}: a {kind} is a mapping of keys to values, found {type(values).__name__}")
     return values

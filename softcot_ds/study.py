@@ -127,7 +127,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds study", description="Methods by tasks by strategies by seeds, trained, evaluated and compared."
     )
-    parser.add_argument("study", help="a YAML file; studies/ holds one")
+    parser.add_argument("study", help="a YAML file; softcot-ds recipes lists one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of it, such as seeds=41..45")
     parser.add_argument("--submit", action="store_true", help="put what is left to do on SLURM, as these say:")
     Submission.add_arguments(parser, required=False)

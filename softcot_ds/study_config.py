@@ -37,6 +37,7 @@ from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.run_dir import load_for_evaluation
 from softcot_ds.section import Section
 from softcot_ds.settings import WrongSettings, flattened, read_settings, validated
+from softcot_ds.shipped import found
 from softcot_ds.values import ExistingFile, Folder
 
 _DECIDED = ("name", "seed", "seeds", "output_dir", "evaluation.outputs")
@@ -268,7 +269,7 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         SoftCoTError: the file is missing or no YAML mapping, or something in it is wrong; lists every mistake.
     """
-    values = read_settings(Path(path), "study", "studies/ holds one")
+    values = read_settings(Path(path), "study")
     study = validated(Study, values, overrides, str(path), "study")
     try:
         _ = study.cells
@@ -279,7 +280,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
 
 def is_study(path: str | Path) -> bool:
     """Whether a file is a study's: no recipe has ``methods``."""
-    values = read_yaml(Path(path)) if Path(path).is_file() else None
+    path = found(Path(path))
+    values = read_yaml(path) if path.is_file() else None
     return isinstance(values, dict) and "methods" in values
 
 

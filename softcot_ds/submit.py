@@ -67,7 +67,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds submit", description="Targets, cache, train and evaluate as a chain of SLURM jobs."
     )
-    parser.add_argument("recipe", help="a YAML file; recipes/ holds some")
+    parser.add_argument("recipe", help="a YAML file; softcot-ds recipes lists some")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     Submission.add_arguments(parser, required=True)
     args = parser.parse_intermixed_args(argv)

@@ -3,7 +3,7 @@
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from pydantic import AfterValidator, Field, ValidationInfo, field_validator
+from pydantic import AfterValidator, Field, ValidationInfo, WithJsonSchema, field_validator
 
 from softcot_ds.choices import TASKS, chosen, one_of
 from softcot_ds.section import FREE, Section
@@ -35,7 +35,7 @@ class FieldsConfig(Section):
 class TaskConfig(Section):
     """What the models are asked, and from which data."""
 
-    name: Annotated[str, AfterValidator(one_of(TASKS))]
+    name: Annotated[str, AfterValidator(one_of(TASKS)), WithJsonSchema({"enum": [*TASKS]})]
     """Which task class reads and grades the problems. custom: data of one's own, as fields and answer describe it."""
     test_from_train: Literal["order", "content"] | None = None
     """Where there is no test data: a fifth of the training data, which is then not trained on. order: the last one, as
@@ -190,6 +190,6 @@ class TargetsConfig(Section):
 _DESCRIBED = {
     "fields": "say what the keys of a record are called: task.fields={question: ..., answer: ...}",
     "answer": "say what an answer is: number, option, yes_no or text",
-    "prompts": "write a prompt file; softcot_ds/tasks/gsm8k.yaml is one to start from",
+    "prompts": "write a prompt file; softcot-ds init softcot_ds/tasks/gsm8k.yaml copies one to start from",
 }
 """What a task of one's own wants of a recipe."""

@@ -8,6 +8,8 @@ from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, Field, PlainValidator
 
+from softcot_ds.shipped import found
+
 PACKAGE_SCHEME = "package:"
 """``package:pair/base`` names a folder that is shipped inside the installed package."""
 
@@ -97,13 +99,14 @@ Key = Annotated[str, Field(min_length=1)]
 """Of a record of the data."""
 TargetsName = Annotated[str, Field(min_length=1), AfterValidator(_check_targets)]
 """``gold``, or a file that exists or can be made."""
-TextOrTexts = Annotated[str | list[str], PlainValidator(_check_texts)]
+TextOrTexts = Annotated[str | list[str], PlainValidator(_check_texts, json_schema_input_type=str | list[str])]
 AnyPath = Annotated[Path, Field(strict=False), AfterValidator(_check_path)]
-ExistingFile = Annotated[AnyPath, AfterValidator(_check_file)]
+ExistingFile = Annotated[AnyPath, AfterValidator(found), AfterValidator(_check_file)]
+"""Of the current directory, or one that is shipped."""
 Folder = Annotated[AnyPath, AfterValidator(_check_folder)]
 """Exists, or can be made."""
 _Bounded = Annotated[int, Field(le=2**31 - 1)]  # what PyTorch, DeepSpeed and SLURM take everywhere
 Count = Annotated[_Bounded, Field(ge=1)]
 CountOrZero = Annotated[_Bounded, Field(ge=0)]
-Scale = Annotated[float | Literal["auto"], PlainValidator(_check_scale)]
+Scale = Annotated[float | Literal["auto"], PlainValidator(_check_scale, json_schema_input_type=float | Literal["auto"])]
 Beta = Annotated[float, Field(ge=0, lt=1)]

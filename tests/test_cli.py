@@ -55,7 +55,7 @@ def test_an_unknown_command_is_told_the_known_ones():
 def test_a_missing_recipe_is_said_before_the_command_is_imported(command, capsys, monkeypatch):
     monkeypatch.setattr(cli.importlib, "import_module", lambda name: pytest.fail(f"{name} takes seconds"))
     assert cli.main([command, "no/such.yaml", "seed=1"]) == EXIT_MISTAKE
-    assert "no/such.yaml; recipes/ holds some to start from" in capsys.readouterr().err
+    assert "no/such.yaml; softcot-ds recipes lists some to start from" in capsys.readouterr().err
 
 
 def test_no_command_is_an_error(capsys):

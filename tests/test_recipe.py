@@ -377,8 +377,8 @@ def test_generated_problems_must_be_counted(write):
 @pytest.mark.parametrize(
     ("text", "message"),
     [
-        ("", "empty; recipes/ holds some to start from"),
-        ("# name: a\n", "empty; recipes/ holds some to start from"),
+        ("", "empty; softcot-ds recipes lists some to start from"),
+        ("# name: a\n", "empty; softcot-ds recipes lists some to start from"),
         ("- a\n- b", "a recipe is a mapping of keys to values, found list"),
         ("name: [", "not YAML: line 1, column 8: while parsing a flow node, expected the node content"),
         ("name: a\nbase: {model: a/b}\nname: b", "not YAML: line 3, column 1: the key 'name' stands twice"),
@@ -422,7 +422,9 @@ def test_binary_and_missing_files_are_refused(write, tmp_path):
     path.write_bytes(b"PK\x03\x04\xff\xfe")
     with pytest.raises(SoftCoTError, match="byte 4: not UTF-8 text, so not YAML"):
         load_recipe(path)
-    with pytest.raises(SoftCoTError, match=r"no such recipe: .*nothing.yaml; recipes/ holds some to start from"):
+    with pytest.raises(
+        SoftCoTError, match=r"no such recipe: .*nothing.yaml; softcot-ds recipes lists some to start from"
+    ):
         load_recipe("nothing.yaml")
     with pytest.raises(SoftCoTError, match=r"no such recipe: .*, which is a folder"):
         load_recipe(tmp_path)

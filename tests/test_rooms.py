@@ -12,8 +12,8 @@ from softcot_ds.choices import METHODS, STRATEGIES, TASKS
 
 PACKAGE = ROOT / "softcot_ds"
 FLOORS = (
-    ("errors", "launchers", "differences", "progress", "values"),
-    ("choices", "files", "section"),
+    ("errors", "launchers", "differences", "progress", "shipped"),
+    ("choices", "files", "section", "values"),
     ("settings", "task_config", "backbone_config", "chains_config", "coconut_config", "lora_config", "strategy_config"),
     ("evaluation_config",),
     ("recipe", "lock", "distributed"),
@@ -34,6 +34,7 @@ FLOORS = (
     ("training", "evaluation", "diagnosis"),
     ("command", "chain"),
     ("targets", "cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan", "study"),
+    ("recipes", "init", "schema"),
     ("cli",),
 )
 """From the ground up. A room knows what lies below it; rooms of one floor do not know each other."""

@@ -2,6 +2,7 @@
 
 import re
 import shlex
+import shutil
 import subprocess
 from pathlib import Path
 
@@ -60,6 +61,23 @@ def test_dry_run_shows_all_and_leaves_nothing(recipe, capsys, tmp_path):
     assert f"set -- '{tmp_path}/with a space/demo/recipe.yaml'\n" in shown
     assert shown.endswith(recipe.to_yaml())
     assert list(tmp_path.iterdir()) == []
+
+
+def test_scripts_of_the_current_folder_win_over_those_shipped(recipe, monkeypatch, tmp_path, capsys):
+    def home() -> str:
+        submit.submit(recipe, Submission(["--nodes=2"], dry_run=True))
+        (home,) = set(re.findall(r"^SOFTCOT_HOME=(.*)$", capsys.readouterr().out, flags=re.MULTILINE))
+        return home
+
+    monkeypatch.chdir(tmp_path)
+    assert home() == str(ROOT)
+    (tmp_path / "slurm").mkdir()
+    assert home() == str(ROOT), "a folder of that name, but none of scripts"
+    shutil.copytree(ROOT / "slurm", tmp_path / "slurm", dirs_exist_ok=True)
+    assert home() == str(tmp_path)
+    (tmp_path / "slurm/train.sbatch").unlink()
+    with pytest.raises(SoftCoTError, match=rf"{tmp_path}/slurm/train.sbatch is missing"):
+        home()
 
 
 def test_jobs_are_given_the_steps_that_epochs_come_to(recipe, capsys):
