@@ -15,7 +15,7 @@ def load(adapter: str | Path, *overrides: str) -> Adapter:
     """Open an adapter, to ask it questions.
 
     Args:
-        adapter: an adapter directory, or the recipe of a run, whose newest checkpoint is meant.
+        adapter: an adapter directory, or the directory or the recipe of a run, whose newest checkpoint is meant.
         overrides: values that win over the recipe's, as on the command line: ``"evaluation.max_new_tokens=64"``.
 
     Raises:

@@ -37,7 +37,9 @@ def recipe_command(
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
-        source = "a YAML file; softcot-ds recipes lists some" + ("" if load is None else "; or an adapter directory")
+        source = "a YAML file; softcot-ds recipes lists some" + (
+            "" if load is None else "; or a run's or an adapter's directory"
+        )
         parser.add_argument("recipe", nargs=None if needs_recipe else "?", help=source)
         parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.

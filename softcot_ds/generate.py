@@ -70,7 +70,7 @@ def _lines() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="softcot-ds generate", description="Answer questions with an adapter.")
-    parser.add_argument("adapter", help="an adapter directory, or the recipe of a trained run")
+    parser.add_argument("adapter", help="the directory of a run or an adapter, or the recipe of a trained run")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
     parser.add_argument("--question", help="the question; without it, one per line is read from standard input")
     parser.add_argument("--no-thoughts", action="store_true", help="the base alone, for comparison")

@@ -26,9 +26,14 @@ def count(number: int, what: str, several: str = "") -> str:
 class Progress:
     """Progress lines with rate and time left, for terminals and log files alike."""
 
-    def __init__(self, total: int, unit: str, every_seconds: float = 5.0) -> None:
+    def __init__(self, total: int, unit: str, every_seconds: float = 5.0, several: str = "") -> None:
+        """
+        Args:
+            unit: what one is called; ``several``, more than one, where an s is not enough.
+        """
         self._total = total
         self._unit = unit
+        self._units = several or unit + "s"
         self._every = every_seconds
         self._done = 0
         self._began = self._last = time.monotonic()
@@ -41,4 +46,5 @@ class Progress:
         self._last = now
         rate = done / max(now - self._began, 1e-9)
         left = (self._total - done) / rate if rate else 0.0
-        return f"{done}/{self._total} {self._unit} ({rate:.1f}/s, {duration(left)} left)"
+        pace = f"{1 / rate:.1f} s/{self._unit}" if 0 < rate < 1 else f"{rate:.1f}/s"
+        return f"{done}/{self._total} {self._units} ({pace}, {duration(left)} left)"

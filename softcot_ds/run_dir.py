@@ -53,7 +53,7 @@ def require_complete(folder: Path) -> None:
 
 
 def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None = None) -> Recipe:
-    """The recipe by which runs of a recipe, or an adapter directory, are evaluated.
+    """The recipe by which runs of a recipe, a run's directory or an adapter directory are evaluated.
 
     Where the overrides name another task, its settings are those of the overrides alone: data and wording of the one
     that the adapter was trained on are none of its. Else its own copy of the wording counts: the file that it was
@@ -65,25 +65,26 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     Raises:
         SoftCoTError: the recipe is wrong, or the directory holds no complete adapter.
     """
-    is_saved, another = Path(source).is_dir(), names_another_task(source, overrides)
-    if is_saved:
-        require_complete(adapter := Path(source))
+    folder, another = _adapter_folder(source), names_another_task(source, overrides)
+    if folder is not None:
+        require_complete(adapter := folder)
     own = [f"task.prompts={adapter / 'prompts.yaml'}", "task.targets=gold"] if adapter and not another else []
     if adapter and (weights := adapter / "projection.safetensors").is_file():
         # What it began with may be gone: all that still counts of it is in the adapter.
         own.append(f"projection.init_from={weights}")
-    return load_recipe(_recipe_file(source), [*own, *overrides], "task" if another else None, is_saved)
+    return load_recipe(_recipe_file(source), [*own, *overrides], "task" if another else None, folder is not None)
 
 
 def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
-    """What to evaluate: ``source`` is an adapter directory, or a recipe whose run's newest checkpoint is meant.
+    """What to evaluate: ``source`` is an adapter directory, or the directory or the recipe of a run, whose newest
+    checkpoint is meant.
 
     Raises:
         SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
     """
-    recipe, folder = load_for_evaluation(source, overrides), Path(source)
-    if folder.is_dir():
-        return recipe, folder
+    if (folder := _adapter_folder(source)) is not None:
+        return load_for_evaluation(str(folder), overrides), folder
+    recipe = load_for_evaluation(source, overrides)
     folder = latest_checkpoint(recipe.run_dir)
     if folder is None:
         own = "".join(f" {text}" for text in overrides if text.startswith(("name=", "seed=", "output_dir=")))
@@ -103,7 +104,14 @@ def names_another_task(source: str, overrides: Sequence[str]) -> bool:
 
 
 def _recipe_file(source: str) -> Path:
-    return Path(source) / "recipe.yaml" if Path(source).is_dir() else found(Path(source))
+    folder = _adapter_folder(source)
+    return found(Path(source)) if folder is None else folder / "recipe.yaml"
+
+
+def _adapter_folder(source: str) -> Path | None:
+    """The directory that is named, or where it is a run's, its newest checkpoint; None where none is named."""
+    folder = Path(source)
+    return (latest_checkpoint(folder) or folder) if folder.is_dir() else None
 
 
 def checkpoint_step(folder: Path) -> int:

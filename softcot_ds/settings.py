@@ -134,12 +134,31 @@ _REPR = reprlib.Repr()  # cuts what was found where it is long
 _REPR.maxstring = _REPR.maxother = 200
 
 
+_ELSEWHERE = {
+    "lr": "learning_rate",
+    "num_train_epochs": "epochs",
+    "num_epochs": "epochs",
+    "max_steps": "steps",
+    "lr_scheduler_type": "schedule",
+    "max_grad_norm": "gradient_clipping",
+    "gradient_checkpointing": "activation_checkpointing",
+    "per_device_train_batch_size": "micro_batch_size",
+    "train_batch_size": "global_batch_size",
+    "logging_steps": "log_every",
+    "eval_steps": "validate_every",
+    "save_steps": "save_every",
+    "save_total_limit": "keep_checkpoints",
+}
+"""What other libraries call a setting, and a recipe calls so."""
+
+
 def _suggest(location: tuple[Any, ...], section: type[BaseModel]) -> str:
     """Name the known key nearest to an unknown one: one that is called so elsewhere, else one in its own section, else
     anywhere in the file."""
     known = _known_keys(section)
     *parents, unknown = (str(part) for part in location)
     prefix = "".join(f"{parent}." for parent in parents)
+    unknown = _ELSEWHERE.get(unknown, unknown)
     siblings = {key.removeprefix(prefix): key for key in known if key.startswith(prefix)}
     siblings = {name: key for name, key in siblings.items() if "." not in name}
     leaves = {key.rpartition(".")[2]: key for key in known}

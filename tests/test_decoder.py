@@ -42,7 +42,7 @@ def written_job(folder):
     first = job(folder)
     for number, outputs in OUTPUTS.items():
         first.write(number, outputs, 0.25 + number)
-    (part,) = folder.glob("*/*.part")
+    (part,) = folder.glob("*/*.batches")
     return part
 
 

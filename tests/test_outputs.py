@@ -113,7 +113,7 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     adapter = make_adapter(tmp_path / "adapter", recipe)
     evaluate(recipe, adapter)
     whole = records(recipe, "learned")
-    parts = list(recipe.run_dir.glob("outputs/*/*.part"))
+    parts = list(recipe.run_dir.glob("outputs/*/*.batches"))
     assert len(parts) == 2, "what is decoded, and losses"
     for part in parts:
         lines = part.read_text().splitlines(keepends=True)

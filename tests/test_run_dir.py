@@ -1,5 +1,6 @@
 """The journal of a run's attempts, and what it says about a restart."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -7,7 +8,18 @@ import pytest
 from softcot_ds import slurm
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe, parse_recipe
-from softcot_ds.run_dir import MARKER, Attempt, Journal, checkpoints, latest_checkpoint, saved_step, stuck_at
+from softcot_ds.run_dir import (
+    MARKER,
+    Attempt,
+    Journal,
+    checkpoints,
+    latest_checkpoint,
+    load_for_evaluation,
+    names_another_task,
+    recipe_and_adapter,
+    saved_step,
+    stuck_at,
+)
 from softcot_ds.slurm import REQUEUE
 
 ROOT = Path(__file__).parents[1]
@@ -54,6 +66,26 @@ def test_checkpoints_that_cannot_be_listed_are_not_none(recipe):
     (recipe.run_dir / "checkpoints").touch()
     with pytest.raises(SoftCoTError, match=r"cannot read .*checkpoints"):
         latest_checkpoint(recipe.run_dir)
+
+
+def test_directory_of_a_run_stands_for_its_newest_checkpoint(recipe):
+    run = str(recipe.run_dir)
+    recipe.run_dir.mkdir()
+    with pytest.raises(SoftCoTError, match=f"{run} is no complete checkpoint"):
+        recipe_and_adapter(run, [])
+    for step in (100, 20):
+        save(recipe, step)
+        folder = recipe.run_dir / f"checkpoints/step-{step}"
+        (folder / "recipe.yaml").write_text(recipe.to_yaml())
+        shutil.copy(ROOT / "softcot_ds/tasks/word_problems.yaml", folder / "prompts.yaml")
+    (recipe.run_dir / "checkpoints/step-20/recipe.yaml").write_text("not this one")
+    newest = recipe.run_dir / "checkpoints/step-100"
+    found, adapter = recipe_and_adapter(run, ["evaluation.batch_size=3"])
+    assert (found, adapter) == recipe_and_adapter(str(newest), ["evaluation.batch_size=3"])
+    assert adapter == newest
+    assert (found.evaluation.batch_size, found.task.prompts) == (3, newest / "prompts.yaml")
+    assert load_for_evaluation(run, []).task.prompts == newest / "prompts.yaml"
+    assert names_another_task(run, ["task.name=gsm8k"])
 
 
 @pytest.mark.parametrize(

@@ -128,5 +128,5 @@ def test_evaluation_in_slices_writes_the_outputs_of_whole_models(done):
         losses = [[record.pop("loss") for record in records] for records in (found, want)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), condition
         assert found == want, condition
-    parts = [path.read_text().splitlines() for path in (folder / "runs/tensor/outputs").glob("*/*.part")]
+    parts = [path.read_text().splitlines() for path in (folder / "runs/tensor/outputs").glob("*/*.batches")]
     assert sum(map(len, parts)) == 2 * (1 + 3), "each portion and each batch of losses is written once"

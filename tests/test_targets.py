@@ -164,7 +164,7 @@ def test_interrupted_it_goes_on_and_writes_what_it_would_have_written(tmp_path, 
     whole = recipe.task.targets_file.read_bytes()
     batches = len(solver.asked)
     recipe.task.targets_file.unlink()
-    parts = sorted(recipe.run_dir.glob("outputs/*/*.part"))
+    parts = sorted(recipe.run_dir.glob("outputs/*/*.batches"))
     text = parts[-1].read_text()
     parts[-1].write_text(text[: len(text) // 3])  # killed within a round
     make_targets(recipe)

@@ -79,8 +79,8 @@ class Thoughts:
 class Job(Generic[Result]):
     """What is to be done with some prompts, cut into batches; on disk, what has been.
 
-    A batch is one line of a ``*.part`` file, behind a checksum over it and all that decides the results. So what was
-    damaged, cut short or written for something else is found, and done again.
+    A batch is one line of the ``*.batches`` file of the process that did it, behind a checksum over it and all that
+    decides the results. So what was damaged, cut short or written for something else is found, and done again.
     """
 
     results: list[Result] | None = None
@@ -119,7 +119,7 @@ class Job(Generic[Result]):
         self.key = content_digest(settings)
         self._read = read
         self._folder = folder / self.key[:16]
-        self._part = self._folder / f"{uuid.uuid4().hex}.part"
+        self._file = self._folder / f"{uuid.uuid4().hex}.batches"
         self.done: dict[int, list[Result]] = {}
         self.took: dict[int, float] = {}
         """Seconds of each batch that is done: of a rank, or of all that worked on it together."""
@@ -140,10 +140,10 @@ class Job(Generic[Result]):
         """Add a batch to the files in one write. Raises SoftCoTError when the disk is full."""
         line = json.dumps({"batch": number, "seconds": seconds, "outputs": list(results)}, default=_as_json).encode()
         try:
-            with self._part.open("ab") as file:
+            with self._file.open("ab") as file:
                 file.write(self._checksum(line) + b" " + line + b"\n")
         except OSError as error:
-            raise cannot_write(self._part, error, kept="finished batches are kept") from error
+            raise cannot_write(self._file, error, kept="finished batches are kept") from error
 
     def _open(self, settings: Record) -> list[tuple[int, list[Result], float]]:
         """Batches with their results and seconds, from every process that ever worked on this."""
@@ -151,7 +151,7 @@ class Job(Generic[Result]):
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             write_atomically(self._folder / "settings.json", json.dumps(settings, indent=2) + "\n")
-            for path in sorted(self._folder.glob("*.part")):
+            for path in sorted([*self._folder.glob("*.batches"), *self._folder.glob("*.part")]):  # of older versions
                 for line in path.read_bytes().split(b"\n"):
                     checksum, _, content = line.partition(b" ")
                     if checksum == self._checksum(content):
@@ -342,7 +342,7 @@ class Worker:
         if self._partition != "none":  # ranks that hold the model together load it together, also without a batch
             table = CompactTable.of(self.model.get_input_embeddings(), first.tokens)
         name = first.name if len(jobs) == 1 else f"{first.name} and {len(jobs) - 1} draws more"
-        progress = Progress(len(todo), "batches")
+        progress = Progress(len(todo), "batch", several="batches")
         for start in range(0, len(todo), ranks.count):
             mine = start + ranks.number < len(todo)
             # Partitioned, a rank without work still takes part: each forward pass needs other ranks.

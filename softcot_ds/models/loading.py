@@ -20,13 +20,13 @@ class LoadingLines:
         self._model = model
         # Asked now, and not through ``say``: while weights are read, the first rank of each group takes itself for 0.
         self._speaks = is_main()
-        self._progress = Progress(0, "weights")
+        self._progress = Progress(0, "weight")
         self._all = self._there = 0
 
     def expect(self, weights: int) -> None:
         """So many are to be loaded, from now on."""
         self._all, self._there = weights, 0
-        self._progress = Progress(weights, "weights")
+        self._progress = Progress(weights, "weight")
 
     def add(self, weights: int) -> None:
         """So many more are there."""

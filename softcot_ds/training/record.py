@@ -42,7 +42,7 @@ class Record:
         self.timer = PhaseTimer(device())
         on_gpu = device().type == "cuda"
         self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
-        self._progress = Progress(recipe.training.num_steps - start, "steps")
+        self._progress = Progress(recipe.training.num_steps - start, "step")
         self._gap: tuple[int, Gap] | None = None
         """The newest of this process, and its step."""
 
