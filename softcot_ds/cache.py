@@ -13,7 +13,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from softcot_ds.cells import Grid
-from softcot_ds.command import exit_code_of, interrupted_by_signals
+from softcot_ds.command import add_recipe, exit_code_of, interrupted_by_signals, parsed
 from softcot_ds.errors import Interrupted, OtherRankFailed, SoftCoTError
 from softcot_ds.recipe import load_recipe
 
@@ -24,8 +24,7 @@ if TYPE_CHECKING:
 def main(argv: list[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="softcot-ds cache", description="Compute the assistant's thoughts, once.")
-    parser.add_argument("recipe", help="a recipe (YAML); with one of the options below also a folder of caches")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help="values that win over the recipe's")
+    add_recipe(parser, "a recipe (YAML); with one of the options below also a folder of caches")
     for option, help_text in (
         ("verify", "check every byte; given a recipe, also compute some rows again"),
         ("info", "say what the cache is, how large, who made it and what of its states varies with the question"),
@@ -33,7 +32,7 @@ def main(argv: list[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{option}", dest="inspect", action="store_const", const=option, help=help_text)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args = parser.parse_intermixed_args(argv)
+    args = parsed(parser, argv)
     ranks: Ranks | None = None
     try:
         with interrupted_by_signals():

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from softcot_ds import __version__
-from softcot_ds.command import run_command
+from softcot_ds.command import complete, run_command
 from softcot_ds.recipe import load_recipe
 from softcot_ds.shipped import found
 
@@ -41,12 +41,26 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--version", action="version", version=f"softcot-ds {__version__}")
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see softcot-ds COMMAND --help")
+    if command := _command_to_complete():
+        return importlib.import_module(f"softcot_ds.{command}").main([])
+    complete(parser)
     args = parser.parse_args(argv)
     first = args.arguments[0] if args.arguments else "-"
     if args.command not in _NO_RECIPE and not first.startswith("-") and not os.path.exists(found(Path(first))):
         return run_command(lambda: load_recipe(first))  # which says so, without the wait for what comes next
     # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
     return importlib.import_module(f"softcot_ds.{args.command}").main(args.arguments)
+
+
+def _command_to_complete() -> str | None:
+    """The command whose arguments a shell wants completed: its own parser knows them. See argcomplete."""
+    if "_ARGCOMPLETE" not in os.environ:
+        return None
+    _, *words = os.environ["COMP_LINE"][: int(os.environ["COMP_POINT"])].split(" ")
+    if len(words) < 2 or words[0] not in COMMANDS:
+        return None
+    os.environ["_ARGCOMPLETE"] = "2"  # the first two words are the program, as of: python script.py
+    return words[0]
 
 
 if __name__ == "__main__":

@@ -11,13 +11,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from softcot_ds.errors import STOP_SIGNALS, Interrupted, LostRank, SoftCoTError, Stopped
-from softcot_ds.recipe import load_recipe
+from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.settings import known_keys
+from softcot_ds.shipped import settings_files
 
 EXIT_MISTAKE = 2
 """Exit code after something that the user can mend."""
 EXIT_LOST_RANK = 3
 """Exit code when another rank has died or does not answer."""
-OVERRIDES_HELP = "replace a value of the recipe, such as training.steps=200"
 
 
 def recipe_command(
@@ -37,15 +38,13 @@ def recipe_command(
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
-        source = "a YAML file; softcot-ds recipes lists some" + (
-            "" if load is None else "; or a run's or an adapter's directory"
+        otherwise = "" if load is None else "; or a run's or an adapter's directory"
+        add_recipe(
+            parser, f"a YAML file; softcot-ds recipes lists some{otherwise}", nargs=None if needs_recipe else "?"
         )
-        parser.add_argument("recipe", nargs=None if needs_recipe else "?", help=source)
-        parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
         parser.add_argument("--local_rank", help=argparse.SUPPRESS)
-        # That argument comes first: parsed otherwise, an optional recipe behind it would not be found.
-        args = parser.parse_intermixed_args(argv)
+        args = parsed(parser, argv)
 
         def run() -> None:
             if args.recipe is None:
@@ -58,6 +57,51 @@ def recipe_command(
         return run_command(run)
 
     return main
+
+
+def add_recipe(parser: argparse.ArgumentParser, help: str, name: str = "recipe", nargs: str | None = None) -> None:
+    """The arguments of a command that works on a recipe: the recipe, and overrides of it.
+
+    Args:
+        name: of the first one.
+    """
+    add_settings(parser, name, help, nargs)
+    overrides = parser.add_argument(
+        "overrides", nargs="*", metavar="key=value", help="replace a value of the recipe, such as training.steps=200"
+    )
+    overrides.completer = _keys  # type: ignore[attr-defined]  # argcomplete's
+
+
+def add_settings(parser: argparse.ArgumentParser, name: str, help: str, nargs: str | None = None) -> None:
+    """An argument that is a recipe or a study."""
+    argument = parser.add_argument(name, nargs=nargs, help=help)
+    argument.completer = _settings_files  # type: ignore[attr-defined]
+
+
+def parsed(parser: argparse.ArgumentParser, argv: Sequence[str] | None) -> argparse.Namespace:
+    """The arguments of a command. A shell that asks what may come next is told, and the process ends."""
+    complete(parser)
+    # The deepspeed launcher's argument comes first: parsed otherwise, an optional recipe behind it would not be found.
+    return parser.parse_intermixed_args(argv)
+
+
+def complete(parser: argparse.ArgumentParser) -> None:
+    """Where a shell wants a command line completed, do that, and end the process."""
+    if "_ARGCOMPLETE" in os.environ:
+        import argcomplete  # type: ignore[import-not-found]  # an extra: of no use without a shell that asks
+
+        argcomplete.autocomplete(parser)
+
+
+def _settings_files(prefix: str, **_: Any) -> list[str]:
+    from argcomplete.completers import FilesCompleter  # type: ignore[import-not-found]
+
+    return [*FilesCompleter()(prefix), *map(str, settings_files())]
+
+
+def _keys(**_: Any) -> list[str]:
+    keys = known_keys(Recipe)
+    return [f"{key}=" for key in keys if not any(other.startswith(f"{key}.") for other in keys)]
 
 
 def run_command(work: Callable[[], None]) -> int:

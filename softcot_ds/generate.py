@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from itertools import chain
 from pathlib import Path
 
-from softcot_ds.command import OVERRIDES_HELP, run_command
+from softcot_ds.command import add_recipe, parsed, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import recipe_and_adapter
@@ -70,12 +70,11 @@ def _lines() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="softcot-ds generate", description="Answer questions with an adapter.")
-    parser.add_argument("adapter", help="the directory of a run or an adapter, or the recipe of a trained run")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    add_recipe(parser, "the directory of a run or an adapter, or the recipe of a trained run", "adapter")
     parser.add_argument("--question", help="the question; without it, one per line is read from standard input")
     parser.add_argument("--no-thoughts", action="store_true", help="the base alone, for comparison")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args = parser.parse_intermixed_args(argv)
+    args = parsed(parser, argv)
 
     def run() -> None:
         if args.question is not None:

@@ -12,7 +12,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from softcot_ds.command import run_command
+from softcot_ds.command import add_settings, parsed, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write
 from softcot_ds.shipped import FOLDERS, HOME, PACKAGE
@@ -66,11 +66,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds init", description="Copy what comes with softcot-ds, to change it. Nothing is overwritten."
     )
-    parser.add_argument(
-        "name", help="as softcot-ds recipes lists it; or slurm, ds_configs/zero3.json, softcot_ds/tasks/gsm8k.yaml, ..."
+    add_settings(
+        parser,
+        "name",
+        "as softcot-ds recipes lists it; or slurm, ds_configs/zero3.json, softcot_ds/tasks/gsm8k.yaml, ...",
     )
     parser.add_argument("folder", nargs="?", type=Path, default=Path(), help="default: the current one")
-    args = parser.parse_args(argv)
+    args = parsed(parser, argv)
     return run_command(lambda: print(copy_shipped(args.name, args.folder)))
 
 

@@ -11,7 +11,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from softcot_ds.command import OVERRIDES_HELP, run_command
+from softcot_ds.command import add_recipe, parsed, run_command
 from softcot_ds.planning.hardware import Cluster, load_hardware
 from softcot_ds.recipe import Recipe, load_recipe
 
@@ -24,8 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds plan", description="Memory, traffic and time of each way to hold the weights."
     )
-    parser.add_argument("recipe", help="a YAML file; softcot-ds recipes lists some")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    add_recipe(parser, "a YAML file; softcot-ds recipes lists some")
     parser.add_argument("--nodes", type=_positive, default=1)
     parser.add_argument("--gpus-per-node", type=_positive, default=8, help="a rank for each; default: 8")
     parser.add_argument("--gpu", default="h100", help="a name of the hardware table; default: h100")
@@ -33,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--hardware", type=Path, metavar="FILE", help="YAML that adds to the hardware table")
     parser.add_argument("--scaling", action="store_true", help="the best choice on one node to 1,024 GPUs too")
     parser.add_argument("--json", action="store_true", help="for scripts")
-    args = parser.parse_intermixed_args(argv)
+    args = parsed(parser, argv)
     return run_command(lambda: _plan(load_recipe(args.recipe, args.overrides), args))
 
 

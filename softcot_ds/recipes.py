@@ -10,6 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
+from softcot_ds.command import parsed
 from softcot_ds.shipped import HOME, settings_files
 
 
@@ -18,7 +19,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds recipes", description="The recipes and studies that come with softcot-ds."
     )
-    parser.parse_args(argv)
+    parsed(parser, argv)
     names = settings_files()
     width = max(len(str(name)) for name in names)
     for name in names:

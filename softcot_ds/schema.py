@@ -8,6 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from softcot_ds.command import parsed
 from softcot_ds.recipe import Recipe
 
 
@@ -19,7 +20,7 @@ def recipe_schema() -> dict[str, Any]:
 def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="softcot-ds schema", description="The JSON schema of a recipe, for editors.")
-    parser.parse_args(argv)
+    parsed(parser, argv)
     print(json.dumps(recipe_schema(), indent=2))
     return 0
 

@@ -155,7 +155,7 @@ _ELSEWHERE = {
 def _suggest(location: tuple[Any, ...], section: type[BaseModel]) -> str:
     """Name the known key nearest to an unknown one: one that is called so elsewhere, else one in its own section, else
     anywhere in the file."""
-    known = _known_keys(section)
+    known = known_keys(section)
     *parents, unknown = (str(part) for part in location)
     prefix = "".join(f"{parent}." for parent in parents)
     unknown = _ELSEWHERE.get(unknown, unknown)
@@ -179,11 +179,12 @@ def flattened(values: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     return flat
 
 
-def _known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+def known_keys(section: type[BaseModel], prefix: str = "") -> list[str]:
+    """Every key of a file of settings, dotted; sections too."""
     keys = []
     for name, field in section.model_fields.items():
         keys.append(prefix + name)
         for kind in get_args(field.annotation) or (field.annotation,):  # some sections may be left out
             if isinstance(kind, type) and issubclass(kind, BaseModel):
-                keys += _known_keys(kind, f"{prefix}{name}.")
+                keys += known_keys(kind, f"{prefix}{name}.")
     return keys

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from softcot_ds.apart import run_apart
 from softcot_ds.cells import Cell
 from softcot_ds.chain import Job, Submission, caches_complete, submit_chain, training_left, warn_if_too_large
-from softcot_ds.command import run_command
+from softcot_ds.command import add_settings, parsed, run_command
 from softcot_ds.files import dump_yaml
 from softcot_ds.progress import count
 from softcot_ds.run_dir import recipe_and_adapter, refuse_other_steps
@@ -127,12 +127,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds study", description="Methods by tasks by strategies by seeds, trained, evaluated and compared."
     )
-    parser.add_argument("study", help="a YAML file; softcot-ds recipes lists one")
+    add_settings(parser, "study", "a YAML file; softcot-ds recipes lists one")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="replace a value of it, such as seeds=41..45")
     parser.add_argument("--submit", action="store_true", help="put what is left to do on SLURM, as these say:")
     Submission.add_arguments(parser, required=False)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args = parser.parse_intermixed_args(argv)
+    args = parsed(parser, argv)
     if args.submit and args.nodes is None:
         parser.error("--submit wants --nodes")
     if not args.submit and (args.nodes or args.dry_run):

@@ -12,7 +12,7 @@ from typing import Any
 
 from softcot_ds.cells import NO_GRID, Grid
 from softcot_ds.chain import Job, Submission, caches_complete, submit_chain, training_left, warn_if_too_large
-from softcot_ds.command import OVERRIDES_HELP, run_command
+from softcot_ds.command import add_recipe, parsed, run_command
 from softcot_ds.recipe import Recipe, load_recipe
 
 
@@ -67,10 +67,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(
         prog="softcot-ds submit", description="Targets, cache, train and evaluate as a chain of SLURM jobs."
     )
-    parser.add_argument("recipe", help="a YAML file; softcot-ds recipes lists some")
-    parser.add_argument("overrides", nargs="*", metavar="key=value", help=OVERRIDES_HELP)
+    add_recipe(parser, "a YAML file; softcot-ds recipes lists some")
     Submission.add_arguments(parser, required=True)
-    args = parser.parse_intermixed_args(argv)
+    args = parsed(parser, argv)
 
     def work() -> None:
         grid = Grid.of(args.overrides)

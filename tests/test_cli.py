@@ -15,8 +15,10 @@ from softcot_ds.errors import STOP_SIGNALS, SoftCoTError
 ROOT = Path(__file__).parents[1]
 
 
-def shell(*arguments: str) -> subprocess.CompletedProcess:
-    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])}
+def shell(*arguments: str, **variables: str) -> subprocess.CompletedProcess:
+    environment = (
+        os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), os.environ.get("PYTHONPATH", "")])} | variables
+    )
     return subprocess.run(
         [sys.executable, "-X", "importtime", "-m", "softcot_ds.cli", *arguments],
         capture_output=True,
@@ -39,6 +41,24 @@ def test_help_does_not_wait_for_torch(command):
     assert command or all(f"  {name} " in result.stdout for name in cli.COMMANDS)
     imported = {line.rpartition("|")[2].strip() for line in result.stderr.splitlines() if "|" in line}
     assert not {"torch", "transformers", "deepspeed"} & imported
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("line", "completed"),
+    [
+        ("softcot-ds ev", ["evaluate"]),
+        ("softcot-ds train recipes/word_c", ["recipes/word_choices.yaml", "recipes/word_claims.yaml"]),
+        ("softcot-ds plan recipes/word_claims.yaml training.lo", ["training.log_every="]),
+    ],
+)
+def test_a_shell_is_told_what_may_come_next(line, completed, tmp_path):
+    pytest.importorskip("argcomplete")
+    told = tmp_path / "told"
+    asked = {"_ARGCOMPLETE": "1", "COMP_LINE": line, "COMP_POINT": str(len(line)), "_ARGCOMPLETE_IFS": "\n"}
+    result = shell(**asked, _ARGCOMPLETE_STDOUT_FILENAME=str(told))  # as argcomplete's own script in a shell does
+    assert result.returncode == 0
+    assert sorted(word.strip() for word in told.read_text().splitlines()) == completed
 
 
 @pytest.mark.distributed
