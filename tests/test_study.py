@@ -20,6 +20,7 @@ from softcot_ds.evaluation.report import Scores
 from softcot_ds.evaluation.statistics import holm, over_seeds
 from softcot_ds.evaluation.study import make_study_report
 from softcot_ds.evaluation.study_page import learning_curve, write_page
+from softcot_ds.evaluation.words import study_table
 from softcot_ds.files import dump_yaml
 from softcot_ds.recipe import load_recipe
 from softcot_ds.study_config import load_study
@@ -313,6 +314,23 @@ def test_a_baseline_is_of_a_method_that_is_asked_once_where_there_is_one(written
         name: str(tmp_path / of / "report.json")
         for name, of in (("softcot", "softcot"), ("tuned", "tuned"), ("none", "tuned"))
     }
+
+
+@pytest.mark.slow
+def test_a_loss_of_other_tokens_is_marked_where_losses_stand_side_by_side(written, tmp_path):
+    """One of answers alone is small whatever the method can do."""
+    methods = {"softcot": {}, "tuned": {"method": "lora", "evaluation.conditions": ["learned", "none"]}}
+    study = load_study(written(seeds=[5], strategies={"greedy": {}}, methods=methods))
+    found = [(cell, told(cell, tmp_path)) for cell in study.cells]
+    assert "*" not in study_table(make_study_report(study, found))
+    found[1][1].report["conditions"]["learned"]["loss"] |= {"per_token": 0.1234, "tokens": 7}
+    report = make_study_report(study, found)
+    lines = study_table(report).splitlines()
+    assert [line.split()[0] for line in lines if "*" in line] == ["tuned", "*"]
+    assert "0.1234* " in next(line for line in lines if line.startswith("tuned"))
+    shown = write_page(tmp_path, report).read_text()
+    assert "<td>0.1234*</td>" in shown
+    assert "<p>* a mean over other tokens" in shown
 
 
 def test_of_one_seed_verdicts_are_compared_by_mcnemars_test(written, tmp_path):

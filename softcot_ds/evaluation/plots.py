@@ -1,7 +1,6 @@
 """The plots of a study's page: one small figure of each task. They depend on nothing but the report."""
 
 import itertools
-from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -147,8 +146,8 @@ def _losses_by_condition(report: Record, task: str) -> list[tuple[str, str, floa
     found: dict[tuple[str, str], list[float]] = {}
     cells = [cell for cell in report["cells"] if (cell["task"], cell["strategy"]) == (task, report["strategies"][0])]
     baselines = {cell["method"] for cell in cells if "run" not in cell}
-    tokens = Counter(cell["solution_tokens"] for cell in cells).most_common(1)
-    for cell in (cell for cell in cells if cell["solution_tokens"] == tokens[0][0]):
+    tokens = report["tasks"][task]["solution_tokens"]
+    for cell in (cell for cell in cells if cell["solution_tokens"] == tokens):
         told = {"learned" if "run" in cell else cell["method"]: cell["loss"]}
         told |= {name: one["loss"] for name, one in cell.get("controls", {}).items() if name not in baselines}
         for condition, loss in told.items():

@@ -49,10 +49,14 @@ def make_study_report(study: Study, found: Sequence[tuple[StudyCell, Evaluated]]
     for cell, one in found:
         if cell.task not in tasks:
             tasks[cell.task] = _task(cell, one)
+    for name, task in tasks.items():
+        task["solution_tokens"] = _of_most([one.row for of, some in groups.items() for one in some if of[0] == name])
     kinds = {cell.method: cell.recipe.method for cell, _ in found}
     plain = {cell.strategy for cell, _ in found if _is_one_chain(cell)}
     summaries = [_summary(group, told) for group, told in groups.items()]
-    for one in summaries:  # the papers' numbers are of single chains
+    for one in summaries:
+        one["loss_is_comparable"] = one["solution_tokens"] in (None, tasks[one["task"]]["solution_tokens"])
+        # The papers' numbers are of single chains.
         papers = _published(tasks[one["task"]], kinds.get(one["method"], one["method"]))
         one |= {"published": papers} if papers and one["strategy"] in plain else {}
     return {
@@ -119,6 +123,12 @@ def _task(cell: StudyCell, one: Evaluated) -> Record:
     }
 
 
+def _of_most(rows: Sequence[Record]) -> int | None:
+    """How many tokens the losses of most rows are means over; None without any."""
+    counted = Counter(row["solution_tokens"] for row in rows if row["solution_tokens"] is not None)
+    return counted.most_common(1)[0][0] if counted else None
+
+
 def _row(cell: StudyCell, one: Evaluated, condition: str) -> Record:
     """One cell: under ``learned``, which is the method, or another condition, which is a baseline."""
     report, of = one.report, one.report["conditions"][condition]
@@ -151,6 +161,7 @@ def _summary(group: _Group, told: Sequence[_Told]) -> Record:
     task, method, strategy = group
     tables = by_metric([one.scores for one in told])
     summary: Record = {"task": task, "method": method, "strategy": strategy, "num_seeds": len(told)}
+    summary["solution_tokens"] = _of_most([one.row for one in told])
     for metric in METRICS:
         if metric not in tables:
             summary[metric] = None

@@ -10,7 +10,7 @@ from statistics import fmean
 from softcot_ds.evaluation.document import document, figure, table
 from softcot_ds.evaluation.plots import Curve, Plots
 from softcot_ds.evaluation.report import Record
-from softcot_ds.evaluation.words import findings, shown, shown_interval, what_it_is
+from softcot_ds.evaluation.words import OTHER_TOKENS, findings, shown, shown_interval, shown_loss, what_it_is
 from softcot_ds.files import parse_json, write_in_folder
 
 _POINTS = 60
@@ -69,11 +69,13 @@ def page(report: Record, curves: Mapping[str, Sequence[tuple[str, Curve]]]) -> s
         if figures:  # what there are no numbers for is left out
             shown = "".join(figure(task, title, svg) for task, svg in figures)
             sections.append(f'<h2>{title}</h2>\n<p>{words}</p>\n<div class="plots">{shown}</div>')
+    comparable = all(one["loss_is_comparable"] for one in report["summaries"])
     body = [
         *(f"<p>{escape(line)}</p>" for line in (*what_it_is(report), *findings(report))),
         *sections,
         "<h2>All means</h2>",
         table(_MEANS, _TEXTS, [_mean_cells(one) for one in report["summaries"]]),
+        *([] if comparable else [f"<p>{escape(OTHER_TOKENS)}.</p>"]),
         "<h2>All comparisons</h2>",
         f"<p>{_OF_COMPARISONS}</p>",
         table(_PAIRS, _TEXTS, [_pair_cells(one) for one in report["comparisons"]]),
@@ -123,7 +125,7 @@ def _mean_cells(one: Record) -> list[str]:
     return [
         *(one["task"], one["method"], one["strategy"], str(one["num_seeds"])),
         *(shown(accuracy.get("mean"), ".1%"), shown_interval(accuracy.get("ci95"), ".1%")),
-        *(shown(loss.get("mean"), ".4f"), shown_interval(loss.get("ci95"), ".4f")),
+        *(shown_loss(one), shown_interval(loss.get("ci95"), ".4f")),
         *(shown(one["tokens_per_problem"], ",.1f"), shown(one["seconds_per_problem"], ",.3f"), papers),
     ]
 

@@ -17,16 +17,18 @@ def study_table(report: Record) -> str:
             f"{'method':<16}{'strategy':<17}{'accuracy':>9}{'95% interval':>16}{'loss':>9}{'tokens':>8}{'seconds':>9}"
             f"{lead:>16}{'p (Holm)':>10}",
         ]
-        lines += [_line(report, one) for one in report["summaries"] if one["task"] == task]
+        of_task = [one for one in report["summaries"] if one["task"] == task]
+        lines += [_line(report, one) for one in of_task]
+        lines += [] if all(one["loss_is_comparable"] for one in of_task) else [OTHER_TOKENS]
         lines.append("")
     return "\n".join([*lines, *findings(report)])
 
 
 def _line(report: Record, one: Record) -> str:
-    accuracy, loss = one["accuracy"] or {}, one["loss"] or {}
+    accuracy = one["accuracy"] or {}
     ends = accuracy.get("ci95")
     line = f"{one['method']:<16}{one['strategy']:<17}{shown(accuracy.get('mean'), '.1%'):>9}"
-    line += f"{'-' if ends is None else '{:.1%}-{:.1%}'.format(*ends):>16}{shown(loss.get('mean'), '.4f'):>9}"
+    line += f"{'-' if ends is None else '{:.1%}-{:.1%}'.format(*ends):>16}{shown_loss(one):>9}"
     line += f"{shown(one['tokens_per_problem'], ',.0f'):>8}{shown(one['seconds_per_problem'], ',.3f'):>9}"
     for pair in report["comparisons"]:
         place = pair["of"], pair["metric"], pair["task"], pair["second"], pair.get("strategy")
@@ -95,6 +97,20 @@ def _named(one: Record, key: str) -> str:
 def shown(value: float | None, form: str) -> str:
     """A number, or a dash where there is none."""
     return "-" if value is None else f"{value:{form}}"
+
+
+OTHER_TOKENS = (
+    "* a mean over other tokens than the task's other losses, as of solutions whose steps are not written: not to be "
+    "compared with these"
+)
+"""What a star at a loss says."""
+
+
+def shown_loss(one: Record) -> str:
+    """Of a summary, with a star where ``OTHER_TOKENS`` is to be said of it."""
+    if one["loss"] is None:
+        return "-"
+    return shown(one["loss"]["mean"], ".4f") + ("" if one["loss_is_comparable"] else "*")
 
 
 def shown_interval(ends: Sequence[float] | None, form: str) -> str:
