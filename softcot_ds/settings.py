@@ -154,7 +154,7 @@ _ELSEWHERE = {
 
 def _suggest(location: tuple[Any, ...], section: type[BaseModel]) -> str:
     """Name the known key nearest to an unknown one: one that is called so elsewhere, else one in its own section, else
-    anywhere in the file."""
+    one elsewhere that is nearly called so; what merely has letters in common with it would mislead."""
     known = known_keys(section)
     *parents, unknown = (str(part) for part in location)
     prefix = "".join(f"{parent}." for parent in parents)
@@ -165,7 +165,7 @@ def _suggest(location: tuple[Any, ...], section: type[BaseModel]) -> str:
     near = [] if unknown in leaves else difflib.get_close_matches(unknown, siblings, n=1, cutoff=0.5)
     if near:
         return f"; did you mean {siblings[near[0]]}?"
-    near = difflib.get_close_matches(unknown, leaves, n=1, cutoff=0.6)
+    near = difflib.get_close_matches(unknown, leaves, n=1, cutoff=0.8)
     if near:
         return f"; did you mean {leaves[near[0]]}?"
     return f"; known here: {', '.join(siblings)}"

@@ -19,7 +19,7 @@ from softcot_ds.run_dir import MARKER
 def make_checkpoint(recipe: Recipe, step: int) -> Path:
     """The checkpoint of a step in the recipe's run directory, with random weights and moments, to be resumed from."""
     folder = make_adapter(recipe.run_dir / f"checkpoints/step-{step}", recipe, step)
-    weights = load_file(folder / "projection.safetensors")
+    weights = load_file(folder / method_class(recipe.method).weights_file)
     moments = {f"{moment}.{name}": value**2 for name, value in weights.items() for moment in ("exp_avg", "exp_avg_sq")}
     save_file(moments, folder / "optimizer.safetensors")
     return folder

@@ -219,6 +219,14 @@ def test_run_goes_on_with_its_own_settings(saved, overrides, said):
     assert bool(said) == bool(found)
 
 
+def test_what_a_method_takes_no_notice_of_may_change(tmp_path):
+    overrides = [*SMALL, f"output_dir={tmp_path}", "method=lora"]
+    folder = make_checkpoint(load_recipe(RECIPE, overrides), 50)
+    other = ["projection={condition: whiten, init_scale: 0.5}"]
+    assert not refusal(load_recipe(RECIPE, [*overrides, *other]), folder)
+    assert "lora.r is 16 there and 4 here" in refusal(load_recipe(RECIPE, [*overrides, *other, "lora.r=4"]), folder)
+
+
 def test_constant_schedule_takes_more_steps(tmp_path):
     overrides = [*SMALL, f"output_dir={tmp_path}", "training.schedule=constant"]
     folder = make_checkpoint(load_recipe(RECIPE, overrides), 50)

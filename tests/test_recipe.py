@@ -125,9 +125,16 @@ def test_unknown_key_names_the_nearest_one(write, override, nearest):
     assert f"{override.partition('=')[0]}: unknown key; did you mean {nearest}?" in mistakes_in(write(), override)
 
 
-def test_unknown_key_without_a_near_one_lists_what_is_known_there(write):
-    (mistake,) = mistakes_in(write(), "cache.zzzz=1")
-    assert mistake == "cache.zzzz: unknown key; known here: path, dtype, shard_mib, tokens_per_batch, partition"
+@pytest.mark.parametrize(
+    ("override", "known"),
+    [
+        ("cache.zzzz=1", "path, dtype, shard_mib, tokens_per_batch, partition"),
+        ("lora.rank=8", "r, alpha, dropout, targets"),  # and not task.train, which has letters in common with it
+    ],
+)
+def test_unknown_key_without_a_near_one_lists_what_is_known_there(write, override, known):
+    (mistake,) = mistakes_in(write(), override)
+    assert mistake == f"{override.partition('=')[0]}: unknown key; known here: {known}"
 
 
 @pytest.mark.parametrize("value", ["5", "[]", "[x, 1]", "{a: b}"])

@@ -94,13 +94,15 @@ def _other_settings(recipe: Recipe, saved: Path) -> list[str]:
     except ValueError as error:
         raise damaged(saved, str(error)) from error
     ours = fixed_settings(recipe.model_dump(mode="json"))
+    method = method_class(recipe.method)
     differ = {key for key in theirs.keys() | ours.keys() if theirs.get(key) != ours.get(key)}
+    if not method.projection_class:  # which takes no notice of the section
+        differ = {key for key in differ if not key.startswith("projection.")}
     if recipe.training.schedule == "constant":
         differ.discard("training.steps")  # the curve is the same, only its end is another
     texts = [f"{key} is {theirs.get(key)!r} there and {ours.get(key)!r} here" for key in sorted(differ)]
     if differ == {"training.steps"}:
         texts[0] += f", and the {recipe.training.schedule} schedule depends on it from the first step on"
-        method = method_class(recipe.method)
         if method.projection_class:
             weights = saved.parent / method.weights_file
             texts[0] += (
