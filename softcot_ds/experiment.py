@@ -115,7 +115,7 @@ class Experiment:
 
     def example_at(self, example: Example, step: int | None) -> Example:
         """An example of the splits as the method reads it in an optimizer step, from 1 on; with None, in validation and
-        evaluation."""
+        evaluation, of what the recipe's last step leaves."""
         return method_class(self.recipe.method).example_at(example, step, self.recipe, self._rest_ids)
 
     def _rest_ids(self, problem: Problem, skipped: int | None) -> list[int]:

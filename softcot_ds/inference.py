@@ -92,7 +92,7 @@ class Adapter:
                 f"{folder} was trained with {trained} thoughts, thoughts.count is {count}; set it to {trained}, and "
                 f"evaluation.thoughts={count} for so many in evaluation"
             )
-        self.recipe = recipe = recipe.in_evaluation
+        self.recipe = recipe = recipe.trained_to(self.config.step).in_evaluation
         self.method = method_class(self.config.method)
         self.method.check_held(recipe, self._partition)
         self._needs_states = self.method.needs_states

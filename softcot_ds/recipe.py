@@ -86,7 +86,8 @@ class CacheConfig(Section):
 
 
 class ProjectionConfig(Section):
-    """What makes the thoughts, of methods that train nothing else: softcot and prompt_tuning."""
+    """What makes the thoughts, of methods that train nothing else: softcot, softcot_pp and prompt_tuning. Others take
+    no notice of it."""
 
     condition: Literal["none", "center", "whiten"] = "none"
     """softcot: what is trained is an affine map of states whose mean over the training problems is as small as what
@@ -264,6 +265,16 @@ class Recipe(Section):
             raise ValueError(f"a section of method=coconut and coconut_full, and method is {method}; leave it out")
         return value
 
+    @field_validator("training")
+    @classmethod
+    def _curriculum_is_of_steps(cls, value: TrainingConfig, info: ValidationInfo) -> TrainingConfig:
+        if value.epochs is not None and info.data.get("coconut") is not None:
+            raise ValueError(
+                f"epochs is {value.epochs}, and coconut.stage_steps are steps: how far an epoch gets is known with the "
+                "data only; set steps in its place"
+            )
+        return value
+
     @field_validator("base")
     @classmethod
     def _base_needs_no_loss_scaling(cls, value: ModelConfig) -> ModelConfig:
@@ -288,6 +299,15 @@ class Recipe(Section):
         """The recipe as evaluation and answers see it: ``thoughts.count`` is ``evaluation.thoughts``."""
         count = self.evaluation.thoughts or self.thoughts.count
         return self.model_copy(update={"thoughts": self.thoughts.model_copy(update={"count": count})})
+
+    def trained_to(self, step: int) -> "Recipe":
+        """The recipe of a training that has got to this step, the last or an earlier one, as evaluation sees it: where
+        there is a curriculum, its stage and the thoughts of that count."""
+        changed: dict[str, Any] = {"training": self.training.model_copy(update={"steps": step, "epochs": None})}
+        if self.coconut is not None:  # two vectors stand around its latents
+            count = self.coconut.stage(step).latents + 2
+            changed["thoughts"] = self.thoughts.model_copy(update={"count": count})
+        return self.model_copy(update=changed)
 
     @property
     def answers(self) -> int:

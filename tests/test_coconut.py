@@ -30,7 +30,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.files import parse_yaml
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Given
-from softcot_ds.methods.coconut import Coconut, CoconutFull, stage_at
+from softcot_ds.methods.coconut import Coconut, CoconutFull
 from softcot_ds.models.backbone import load_frozen
 from softcot_ds.recipe import load_recipe, parse_recipe
 from softcot_ds.run_dir import recipe_and_adapter
@@ -97,15 +97,14 @@ def test_loss_and_gradient_are_those_of_a_naive_float64_version(family, dtype, t
 def test_the_stage_of_a_step_depends_on_the_step_alone():
     settings = CoconutConfig(latents_per_step=2, stage_steps=[3, 1, 2])
     stages = [(0, 0), (0, 0), (0, 0), (1, 2), (2, 4), (2, 4), (None, 4), (None, 4)]
-    assert [stage_at(step, settings) for step in range(1, 9)] == stages
-    assert stage_at(None, settings) == (None, 4)
+    assert [settings.stage(step) for step in range(1, 9)] == stages
 
 
 @pytest.mark.distributed
 def test_gradient_of_two_ranks_is_that_of_the_naive_float64_version(tmp_path):
     """Of the first global batch of the embedded base under ZeRO-3, in stage 1, with micro-batches of unequal sizes."""
     settings = [
-        *("method=coconut_full", "coconut.latents_per_step=2", "coconut.stage_steps=[0,1,1]", "thoughts.count=6"),
+        *("method=coconut_full", "coconut.latents_per_step=2", "coconut.stage_steps=[0,1,1]", "thoughts.count=4"),
         *("task.train_problems=12", "task.validation_problems=2", "task.test_problems=2", "training.steps=1"),
         *("training.warmup_steps=0", "training.global_batch_size=5", "training.micro_batch_size=2"),
     ]
@@ -197,6 +196,18 @@ def test_a_training_goes_on_bit_for_bit_and_its_adapter_thinks_in_evaluation_as_
     assert [row["output"] for row in rows["none"]] == own
     assert len({tuple(row["loss"] for row in of_condition) for of_condition in rows.values()}) == len(conditions)
 
+    # The earlier checkpoint has met stage 1 alone: it is asked what it was trained to write, with as many latents.
+    losses_alone = ["evaluation.conditions=[learned]", "evaluation.decode=false", f"output_dir={tmp_path}/early"]
+    recipe, adapter = recipe_and_adapter(str(run / "checkpoints/step-2"), losses_alone)
+    assert evaluate(recipe, adapter)["num_thoughts"] == 4
+    opened = Adapter(recipe, adapter)
+    model = SimpleNamespace(base=opened.base, markers=opened.weights["markers"])
+    for example, row in zip(opened.experiment.splits.test, written(recipe.run_dir, "learned"), strict=True):
+        problem = example.problem
+        left = f"{problem.reasoning[problem.reasoning.index('second') :]} answer {problem.answer}"
+        asked = (example.prefix_ids, opened.experiment.base_prompts.target_ids(left))
+        assert row["loss"] == pytest.approx(true_loss(model, [asked], 2).item(), rel=1e-3)
+
 
 CURRICULUM = ["method=coconut", "coconut.latents_per_step=2", "coconut.stage_steps=[1,1,1]", "thoughts.count=6"]
 
@@ -206,7 +217,12 @@ CURRICULUM = ["method=coconut", "coconut.latents_per_step=2", "coconut.stage_ste
     [
         (["method=coconut"], "coconut: missing; say how many latents a step has"),
         (["coconut.stage_steps=[1,1]"], "a section of method=coconut and coconut_full, and method is softcot"),
-        ([*CURRICULUM, "thoughts.count=4"], r"thoughts.count=4: .* come to 4 latents, .* set it to 6"),
+        ([*CURRICULUM, "thoughts.count=4"], r"thoughts.count=4: .* come to 4 latents in step 400, .* set it to 6"),
+        (
+            [*CURRICULUM, "coconut.stage_steps=[1,399,9]"],
+            r"thoughts.count=6: .* to 2 latents in step 400, .* set it to 4",
+        ),
+        ([*CURRICULUM, "training={epochs: 2}"], "epochs is 2, and coconut.stage_steps are steps: .* set steps in"),
         ([*CURRICULUM, "training.activation_checkpointing=true"], "read each latent .* a second time; set it to false"),
         ([*CURRICULUM, "task.targets=own.jsonl"], "task.targets=own.jsonl: .* set task.targets=gold"),
         (["lora.r=8"], "lora: a section of method=lora and coconut, and method is softcot; leave it out"),

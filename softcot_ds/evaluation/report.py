@@ -72,7 +72,7 @@ def make_report(
         "seeds": [recipe.seed],
         "assistant": recipe.assistant.model,
         "base": recipe.base.model,
-        "num_thoughts": recipe.in_evaluation.thoughts.count,
+        "num_thoughts": recipe.trained_to(config.step).in_evaluation.thoughts.count,
         "trained_num_thoughts": config.num_thoughts,
         "adapter": str(adapter),
         "step": config.step,

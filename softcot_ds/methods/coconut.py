@@ -14,13 +14,12 @@ supervised ones, D base width.
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
-from typing import NamedTuple, Self
+from typing import Self
 
 import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softcot_ds.coconut_config import CoconutConfig
 from softcot_ds.data.batches import Batch, pad
 from softcot_ds.data.chat import Messages
 from softcot_ds.data.examples import Example, example_without_assistant
@@ -44,28 +43,6 @@ from softcot_ds.recipe import Recipe
 from softcot_ds.tasks import Problem
 
 _MARKERS = "markers"
-
-
-class Stage(NamedTuple):
-    """Where the curriculum stands."""
-
-    skipped: int | None
-    """How many of a solution's first steps are left out; None for all."""
-    latents: int
-    """n, the same for all problems, however many steps they have: nobody tells the base how many a question takes."""
-
-
-def stage_at(step: int | None, settings: CoconutConfig) -> Stage:
-    """The stage of an optimizer step, from 1 on; for None the one after all, of validation and evaluation.
-
-    It depends on nothing else: a run that goes on finds it again.
-    """
-    last = 0
-    for number, steps in enumerate(settings.stage_steps if step is not None else ()):
-        last += steps
-        if step <= last:
-            return Stage(number, number * settings.latents_per_step)
-    return Stage(None, settings.most_latents)
 
 
 def roll_out(
@@ -115,11 +92,13 @@ class _Coconut(TrainedBase):
     @classmethod
     def check(cls, recipe: Recipe) -> None:
         super().check(recipe)
-        count = recipe.coconut.most_latents + 2
+        steps = recipe.training.num_steps
+        count = recipe.trained_to(steps).thoughts.count
         if recipe.thoughts.count != count:
             raise SoftCoTError(
                 f"thoughts.count={recipe.thoughts.count}: coconut.stage_steps and latents_per_step come to "
-                f"{recipe.coconut.most_latents} latents, and two vectors stand around them; set it to {count}"
+                f"{count - 2} latents in step {steps}, the last, and two vectors stand around them; "
+                f"set it to {count}"
             )
         if recipe.training.activation_checkpointing:
             raise SoftCoTError(
@@ -163,7 +142,7 @@ class _Coconut(TrainedBase):
 
     @classmethod
     def example_at(cls, example: Example, step: int | None, recipe: Recipe, rest: Rest) -> Example:
-        skipped, latents = stage_at(step, recipe.coconut)
+        skipped, latents = recipe.coconut.stage(recipe.training.num_steps if step is None else step)
         places = replace(example.assistant, positions=list(range(latents + 2)))
         return replace(example, assistant=places, target_ids=rest(example.problem, skipped))
 
