@@ -44,7 +44,7 @@ demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.train $(ARGS)
 	$(DEEPSPEED) --module softcot_ds.evaluate $(ARGS)
-	@echo "TensorBoard logs: runs/$(RUN)/tensorboard; to see them: $(BIN)/tensorboard --logdir runs"
+	@echo "curves: $(BIN)/tensorboard --logdir runs; outputs side by side: runs/$(RUN)/report.html"
 
 study: $(VENV)/.installed
 	$(DEEPSPEED) --module softcot_ds.study studies/embedded_pair.yaml

@@ -117,7 +117,7 @@ def train(recipe: str, overrides: list[str], log: Path) -> dict[str, Any]:
     loaded = load_recipe(recipe, overrides)
     with output_to(log):
         train_recipe(loaded)
-    events = EventAccumulator(str(next(loaded.run_dir.glob("**/events.out.*")).parent)).Reload()
+    events = EventAccumulator(str(loaded.run_dir)).Reload()
     known = events.Tags()["scalars"]
     _, adapter = recipe_and_adapter(recipe, overrides)
     summary = train_summary(adapter) or {}

@@ -59,15 +59,16 @@ def run(command: list[str], timeout: float = 240, check: bool = True, **env: str
 
 
 def run_and_signal(command: list[str], number: signal.Signals, when: Path, timeout: float = 120) -> tuple[int, str]:
-    """Run until the file ``when`` appears, then send the signal to all processes of the command."""
+    """Run until a file appears whose name is the pattern of ``when``, then send the signal to all processes of the
+    command."""
     process = subprocess.Popen(
         command, cwd=ROOT, env=environment(), text=True, stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
         start_new_session=True,
     )  # fmt: skip
     give_up = time.monotonic() + timeout
-    while not when.exists() and process.poll() is None and time.monotonic() < give_up:
+    while not any(when.parent.glob(when.name)) and process.poll() is None and time.monotonic() < give_up:
         time.sleep(0.02)
-    reached = when.exists()
+    reached = any(when.parent.glob(when.name))
     os.killpg(process.pid, number)
     output, _ = process.communicate(timeout=timeout)
     assert reached, f"{when} never appeared:\n{output}"

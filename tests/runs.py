@@ -12,7 +12,7 @@ def losses(run_dir: Path) -> dict[int, float]:
 
 
 def read_events(run_dir: Path):
-    accumulator = EventAccumulator(str(run_dir / "tensorboard"))
+    accumulator = EventAccumulator(str(run_dir))
     accumulator.Reload()
     return accumulator
 

@@ -166,7 +166,7 @@ def curve(run_dir: Path) -> dict[int, list[float]]:
     """The points of TensorBoard's training loss, by step."""
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-    events = EventAccumulator(str(run_dir / "tensorboard"))
+    events = EventAccumulator(str(run_dir))
     events.Reload()
     points: dict[int, list[float]] = {}
     for event in events.Scalars("loss/train"):
@@ -433,7 +433,7 @@ def test_tensorboard_answers_and_says_how_to_reach_it(cluster, undisturbed, tmp_
         while True:
             try:
                 tags = json.loads(urllib.request.urlopen(url, timeout=5).read())
-                assert "loss/train" in tags["demo/tensorboard"]
+                assert "loss/train" in tags["demo"]
                 break
             except (OSError, KeyError):  # it is starting, or reading
                 assert time.monotonic() < give_up, log.read_text()

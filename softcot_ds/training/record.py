@@ -36,7 +36,7 @@ class Record:
         self._examples = examples
         self._start = start
         self._per_epoch = steps_per_epoch(len(examples), recipe.training.global_batch_size)
-        self._board = TensorBoard(recipe.run_dir / "tensorboard", is_main(), resumed_step=start)
+        self._board = TensorBoard(recipe.run_dir, is_main(), resumed_step=start)
         self._board.text("recipe", recipe.to_yaml(), start + 1)
         self._history = History(recipe, start)
         self.timer = PhaseTimer(device())
