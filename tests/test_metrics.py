@@ -1,6 +1,8 @@
 """TensorBoard's files, whenever a run was killed."""
 
+import re
 from collections import Counter
+from html import unescape
 from pathlib import Path
 
 import pytest
@@ -9,7 +11,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
+from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.plugin_util import markdown_to_safe_html
+from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import load_recipe
@@ -17,6 +22,7 @@ from softcot_ds.training import record
 from softcot_ds.training.gap import Gap
 from softcot_ds.training.metrics import TensorBoard
 from softcot_ds.training.record import History, Window, rates
+from softcot_ds.training.tags import DESCRIPTIONS
 from softcot_ds.training.validation import Validation
 
 ROOT = Path(__file__).parents[1]
@@ -32,7 +38,7 @@ def points_in_files(folder: Path) -> Counter:
 def attempt(folder: Path, resumed_step: int, last_step: int) -> TensorBoard:
     """Train from ``resumed_step`` to ``last_step``, and be killed: nothing is closed."""
     board = TensorBoard(folder, True, resumed_step)
-    board.text("recipe", "name: x", resumed_step + 1)
+    board.block("recipe", "name: x", resumed_step + 1)
     for step in range(resumed_step + 1, last_step + 1):
         board.scalars({"loss": last_step + step / 100}, step)
     return board
@@ -79,6 +85,49 @@ def test_board_that_is_open_forgets_what_was_never_saved(tmp_path):
     attempt(tmp_path, 2, 4)
     accumulator.Reload()
     assert [event.step for event in accumulator.Scalars("loss")] == [1, 2, 3, 4]
+
+
+def test_curves_say_what_they_are_and_both_losses_are_on_one_chart(tmp_path):
+    for start in (0, 2):  # an attempt goes on where another has ended: each says it, one is kept
+        board = TensorBoard(tmp_path, True, start)
+        for step in (start + 1, start + 2):
+            board.scalars({"loss/train": 1.0, "loss/validation": 2.0, "loss/validation_gap": 0.5, "own": 3.0}, step)
+    # As TensorBoard reads them.
+    accumulator = PluginEventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    for tag in ("loss/train", "loss/validation", "own"):
+        metadata = accumulator.SummaryMetadata(tag)
+        assert metadata.plugin_data.plugin_name == "scalars"
+        assert metadata.summary_description == DESCRIPTIONS.get(tag, "")
+        assert [event.step for event in accumulator.Tensors(tag)] == [1, 2, 3, 4]
+    layouts = accumulator.Tensors("custom_scalars__config__")
+    layout = Layout.FromString(layouts[-1].tensor_proto.string_val[0])
+    shown = [tag for tag in accumulator.Tags()["tensors"] for wanted in layout.category[0].chart[0].multiline.tag
+             if re.match(wanted, tag)]  # fmt: skip
+    assert shown == ["loss/train", "loss/validation"]
+
+
+@pytest.mark.filterwarnings("ignore:html5lib's sanitizer")
+def test_samples_are_shown_as_they_are_and_wrap(tmp_path):
+    lines = [
+        "1. **5** * 3 = `15`",
+        "    indented | a | b",
+        "- - | -",
+        "# <b>no</b> &amp; [x](http://y) \\\\ _a_",
+        "",
+        "~~ 2 > 1 !",
+    ]
+    board = TensorBoard(tmp_path, True, 0)
+    board.prose("samples", "\n".join(lines), 1)
+    board.flush()
+    accumulator = EventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    (event,) = accumulator.Tensors("samples/text_summary")
+    shown = markdown_to_safe_html(event.tensor_proto.string_val[0])  # as TensorBoard's text tab does
+    assert "<pre" not in shown
+    assert set(re.findall("<(\\w+)", shown)) == {"p", "br"}
+    text = unescape(re.sub("</?p>|<br ?/?>", "", shown)).replace("\xa0", " ")
+    assert [line.rstrip() for line in text.splitlines() if line] == [line for line in lines if line]
 
 
 def test_attempts_that_saved_nothing_leave_nothing(tmp_path):

@@ -25,6 +25,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.progress import size
 from softcot_ds.recipe import TrainingConfig, load_recipe
 from softcot_ds.training.schedule import learning_rate_at
+from softcot_ds.training.tags import DESCRIPTIONS
 from softcot_ds.values import resolve_location
 
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
@@ -117,6 +118,7 @@ def test_tensorboard_shows_what_a_user_watches(straight_run):
         "thoughts/varying_norm",
         "thoughts/question_share",
     }
+    assert tags <= DESCRIPTIONS.keys(), "each says what it is"
     logged = {event.step: event.value for event in events.Scalars("loss/train")}
     for step, loss in losses(run_dir).items():
         assert logged[step] == pytest.approx(loss, rel=1e-6)

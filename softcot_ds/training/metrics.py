@@ -1,26 +1,32 @@
 """What is watched in TensorBoard, and the lines that a log shows."""
 
 import io
+import re
 import resource
 import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
+from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
-from torch.utils.tensorboard.summary import hparams
+from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from softcot_ds.files import write_atomically
+from softcot_ds.training.tags import CHARTS, DESCRIPTIONS
 
 GIB = 1024**3
+_MARKS = re.compile(r"[\\`*_{}\[\]()#+.!-]")
+"""What means something to Markdown but for what HTML escapes, and can be escaped by a backslash."""
 
 
 class PhaseTimer:
@@ -73,21 +79,40 @@ class TensorBoard:
     def __init__(self, folder: Path, enabled: bool, resumed_step: int) -> None:
         """``resumed_step``: points after it, written by an interrupted run, are removed, so that the curve joins."""
         self._writer = None
+        self._described: set[str] = set()
         if enabled:
             _forget_after(resumed_step, folder)
             # A TensorBoard that is open has read them already; this has it forget them too.
             self._writer = SummaryWriter(str(folder), purge_step=resumed_step + 1)
+            self._writer.file_writer.add_summary(custom_scalars(CHARTS), resumed_step + 1)
 
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
             for tag, value in values.items():
-                self._writer.add_scalar(tag, value, step)
+                point = Summary.Value(tag=tag, simple_value=value, metadata=self._described_once(tag))
+                self._writer.file_writer.add_summary(Summary(value=[point]), step)
             self.flush()  # a curve is looked at most when its run has just died
 
-    def text(self, tag: str, text: str, step: int) -> None:
-        """``text`` is shown as it is, in a fixed-width block."""
+    def _described_once(self, tag: str) -> SummaryMetadata | None:
+        """What TensorBoard is told of a tag at its first point: its writers of scalars have no room for that."""
+        if tag in self._described or tag not in DESCRIPTIONS:
+            return None
+        self._described.add(tag)
+        return SummaryMetadata(
+            plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
+            summary_description=DESCRIPTIONS[tag],
+            data_class=DATA_CLASS_SCALAR,
+        )
+
+    def block(self, tag: str, text: str, step: int) -> None:
+        """``text`` is shown as it is, in letters of one width; long lines are to be scrolled."""
         if self._writer is not None:
             self._writer.add_text(tag, "\n".join(f"    {line}" for line in text.splitlines()), step)
+
+    def prose(self, tag: str, text: str, step: int) -> None:
+        """``text`` is shown line by line; long lines are wrapped."""
+        if self._writer is not None:
+            self._writer.add_text(tag, "  \n".join(map(_as_markdown, text.splitlines())), step)
 
     def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """The recipe in the HPARAMS tab, beside the last values of curves that exist, named by their tags."""
@@ -108,6 +133,12 @@ class TensorBoard:
     def close(self) -> None:
         if self._writer is not None:
             self._writer.close()
+
+
+def _as_markdown(line: str) -> str:
+    """What TensorBoard, which takes texts for Markdown, shows as this line."""
+    indent = len(line) - len(line.lstrip(" "))
+    return "&nbsp;" * indent + _MARKS.sub(r"\\\g<0>", escape(line[indent:], quote=False))
 
 
 def _forget_after(step: int, folder: Path) -> None:

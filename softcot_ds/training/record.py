@@ -37,7 +37,7 @@ class Record:
         self._start = start
         self._per_epoch = steps_per_epoch(len(examples), recipe.training.global_batch_size)
         self._board = TensorBoard(recipe.run_dir, is_main(), resumed_step=start)
-        self._board.text("recipe", recipe.to_yaml(), start + 1)
+        self._board.block("recipe", recipe.to_yaml(), start + 1)
         self._history = History(recipe, start)
         self.timer = PhaseTimer(device())
         on_gpu = device().type == "cuda"
@@ -74,7 +74,7 @@ class Record:
 
     def report_validation(self, step: int, found: Validation) -> None:
         self._board.scalars(found.scalars, step)
-        self._board.text("samples", found.samples, step)
+        self._board.prose("samples", found.samples, step)
         self._gap = (step, found.gap) if found.gap else None
         gap = f", {found.gap} with another question's thoughts" if found.gap else ""
         say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")
