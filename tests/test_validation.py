@@ -11,15 +11,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from softcot_ds.distributed import DataRanks
 from softcot_ds.experiment import Experiment
+from softcot_ds.models import embedding
 from softcot_ds.models.assistant import compute_thoughts
 from softcot_ds.models.decoding import Output
+from softcot_ds.models.embedding import Nearest
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.reader import ThoughtReader
 from softcot_ds.training import validation
 from softcot_ds.training.batches import read_batch
 from softcot_ds.training.engine import build_model
 from softcot_ds.training.gap import Gap
-from softcot_ds.training.validation import Validator, compare_with_tokens
+from softcot_ds.training.validation import Validator
 
 SMALL = ["task.train_problems=8", "task.validation_problems=7", "task.test_problems=3", *ONLINE]
 
@@ -175,21 +177,23 @@ def test_problems_that_cannot_have_another_ones_thoughts_are_not_compared(
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("rows_at_once", [1, 7, 40, 1000])
 def test_nearest_tokens_and_lengths_are_those_of_a_naive_float64_search(dtype, rows_at_once, monkeypatch):
-    monkeypatch.setattr(validation, "_ROW_ELEMENTS", rows_at_once * 24 + 5)
+    monkeypatch.setattr(embedding, "_ROW_ELEMENTS", rows_at_once * 24 + 5)
     generator = torch.Generator().manual_seed(0)
     table = (torch.randn(41, 24, generator=generator) * torch.logspace(-3, 3, 41)[:, None]).to(dtype)
     table[[3, 40]] = 0  # rows of padding
     vectors = torch.randn(5, 24, generator=generator)
     vectors[1] = -2 * table[17].float()  # points away from its nearest in distance
     vectors[2] = 1e-3 * table[40 - 1].float()
-    length, nearest = compare_with_tokens(vectors, lambda ids: table[ids], 41)
+    nearest = Nearest.to(vectors, lambda ids: table[ids], 41)
     rows = list(table.double())
-    expected = [
-        max(float(v @ row / (v.norm() * row.norm())) if row.any() else 0.0 for row in rows) for v in vectors.double()
+    cosines = [
+        [float(v @ row / (v.norm() * row.norm())) if row.any() else 0.0 for row in rows] for v in vectors.double()
     ]
-    assert length == pytest.approx(sum(float(row.norm()) for row in rows) / 41, rel=1e-6)
-    assert nearest.tolist() == pytest.approx(expected, rel=1e-5)
-    assert expected[2] == pytest.approx(1.0)
+    assert nearest.token_norm == pytest.approx(sum(float(row.norm()) for row in rows) / 41, rel=1e-6)
+    assert nearest.cosines_N.tolist() == pytest.approx([max(one) for one in cosines], rel=1e-5)
+    assert nearest.ids_N.tolist() == [one.index(max(one)) for one in cosines]
+    assert nearest.ids_N[2] == 39
+    assert nearest.cosines_N[2] == pytest.approx(1.0)
 
 
 def test_the_search_holds_no_copy_of_the_table():
@@ -207,8 +211,23 @@ def test_the_search_holds_no_copy_of_the_table():
     table_at = table.untyped_storage().data_ptr()
     vectors = torch.randn(8, 256)
     with Largest() as largest:
-        compare_with_tokens(vectors, lambda ids: table[ids], len(table))
+        Nearest.to(vectors, lambda ids: table[ids], len(table))
     assert 0 < largest.new_bytes < table.nbytes / 3
+
+
+def test_samples_name_the_tokens_that_their_thoughts_are_nearest_to(experiment, model, make_batch, monkeypatch):
+    table = model.base.get_input_embeddings().weight
+    ids = torch.arange(40, 40 + 2 * 4).view(2, 4)
+    monkeypatch.setattr(model, "thoughts", lambda batch: 3 * table[ids[: len(batch.assistant)]].detach())
+    monkeypatch.setattr(validation, "decode", lambda *_, **__: [Output([5], cut=False)] * 2)
+    validator = Validator(Engine(model), experiment.splits.validation, make_batch, experiment, DataRanks(0, 1))
+    monkeypatch.setattr(validator, "_parts", dict)
+    scalars, norms, nearest = validator._thought_statistics()
+    assert norms.tolist() == pytest.approx((3 * table[ids.flatten()].norm(dim=1)).tolist(), rel=1e-6)
+    assert scalars["thoughts/norm"] == pytest.approx(norms.mean())
+    for text, of_question in zip(validator._samples(nearest).split("-" * 80), ids.tolist(), strict=True):
+        words = [repr(experiment.base_tokenizer.decode([token])) for token in of_question]
+        assert ", ".join(f"{word} 1.00" for word in words) in text
 
 
 def test_a_sample_that_was_cut_is_shown_as_such_and_its_last_number_is_no_answer(

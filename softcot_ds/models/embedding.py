@@ -1,10 +1,11 @@
 """What a model's tokens look like to it: asked of its embedding module, whatever that does with its table.
 
-K tokens, D base width.
+K tokens, N vectors, D base width.
 """
 
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Self
 
 import torch
@@ -16,6 +17,8 @@ from softcot_ds.models.partition import gathered
 
 _ROWS = 4096
 """Tokens that are embedded at a time."""
+_ROW_ELEMENTS = 2**22
+"""Elements of the token table that are compared with vectors together: 16 MiB in float32."""
 
 
 @contextmanager
@@ -41,6 +44,43 @@ def token_rms(embedding: nn.Module, vocabulary: int) -> float:
 def device_of(embedding: nn.Module) -> torch.device:
     """Where token ids must be for this module."""
     return next(embedding.parameters()).device
+
+
+@dataclass(frozen=True)
+class Nearest:
+    """The tokens that vectors are nearest to in direction."""
+
+    ids_N: torch.Tensor
+    """int64, on the vectors' device."""
+    cosines_N: torch.Tensor
+    """float32, of each vector to that token's embedding."""
+    token_norm: float
+    """The mean length of an embedding, over all tokens."""
+
+    @classmethod
+    @torch.no_grad()
+    def to(cls, vectors_ND: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], vocabulary: int) -> Self:
+        """Of all tokens, some at a time: a float32 copy of a large vocabulary's table may not fit beside the model.
+
+        Args:
+            vectors_ND: float32.
+            embed: (1, tokens) ids to (1, tokens, D) embeddings of any floating dtype.
+            vocabulary: number of tokens.
+        """
+        directions = nn.functional.normalize(vectors_ND)
+        cosines_N = torch.full_like(directions[:, 0], -torch.inf)
+        ids_N = torch.zeros_like(cosines_N, dtype=torch.long)
+        total = torch.zeros((), dtype=torch.float64, device=directions.device)
+        ids = torch.arange(vocabulary, device=directions.device)
+        for some in ids.split(max(1, _ROW_ELEMENTS // vectors_ND.shape[1])):
+            rows = embed(some[None])[0].float()
+            norms = rows.norm(dim=1)
+            total += norms.double().sum()
+            # A row of zeros has no direction: cosine 0.
+            found = (directions @ rows.T / norms.clamp(min=1e-12)).max(dim=1)
+            ids_N = torch.where(found.values > cosines_N, some[found.indices], ids_N)
+            cosines_N = torch.maximum(cosines_N, found.values)
+        return cls(ids_N, cosines_N, total.item() / vocabulary)
 
 
 class CompactTable(nn.Module):

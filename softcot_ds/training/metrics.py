@@ -12,6 +12,7 @@ from html import escape
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
@@ -113,6 +114,11 @@ class TensorBoard:
         """``text`` is shown line by line; long lines are wrapped."""
         if self._writer is not None:
             self._writer.add_text(tag, "  \n".join(map(_as_markdown, text.splitlines())), step)
+
+    def histogram(self, tag: str, values: np.ndarray, step: int) -> None:
+        """``values``: of any shape, float."""
+        if self._writer is not None:
+            self._writer.add_histogram(tag, values, step)
 
     def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float], step: int) -> None:
         """The recipe in the HPARAMS tab, beside the last values of curves that exist, named by their tags."""

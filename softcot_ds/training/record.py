@@ -75,6 +75,8 @@ class Record:
     def report_validation(self, step: int, found: Validation) -> None:
         self._board.scalars(found.scalars, step)
         self._board.prose("samples", found.samples, step)
+        if found.thought_norms is not None:
+            self._board.histogram("thoughts/norms", found.thought_norms, step)
         self._gap = (step, found.gap) if found.gap else None
         gap = f", {found.gap} with another question's thoughts" if found.gap else ""
         say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")

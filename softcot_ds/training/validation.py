@@ -1,6 +1,6 @@
 """What is looked at between training steps: validation loss, the thoughts themselves, sample answers."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -14,7 +14,7 @@ from softcot_ds.distributed import DataRanks, device, say, sum_over_ranks
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.models.decoding import Sampling, decode, try_decoding
-from softcot_ds.models.embedding import whole_embedding
+from softcot_ds.models.embedding import Nearest, whole_embedding
 from softcot_ds.models.partition import OwnPasses
 from softcot_ds.thoughts.anatomy import Parts
 from softcot_ds.training.batches import MakeBatch
@@ -22,8 +22,6 @@ from softcot_ds.training.gap import Gap
 
 _NUM_SAMPLES = 2
 _SAMPLE_TOKENS = 128
-_ROW_ELEMENTS = 2**22
-"""Elements of the token table that are looked at together: 16 MiB in float32."""
 
 
 @dataclass(frozen=True)
@@ -36,6 +34,8 @@ class Validation:
     """None where thoughts do not depend on the question, or no problem can have another's."""
     samples: str
     """Answers, as text."""
+    thought_norms: np.ndarray | None = None
+    """Lengths of thoughts of some problems, float32; None where the method has none."""
 
 
 class Validator:
@@ -69,10 +69,10 @@ class Validator:
         with self._passes:
             scalars, gap = self._losses()
         with self._decoding_passes:
-            scalars |= self._thought_statistics()
-            samples = self._samples()
+            statistics, norms, nearest = self._thought_statistics()
+            samples = self._samples(nearest)
         self._engine.train()
-        return Validation(scalars, gap, samples)
+        return Validation(scalars | statistics, gap, samples, norms)
 
     def _with_thoughts_of_another(self) -> list[Example] | None:
         """The same examples, but that the assistant is asked another one's question."""
@@ -124,27 +124,30 @@ class Validator:
             where = parts[first + ranks.number if mine else first]
             yield where, self._make_batch(examples[where]).to(device()), mine and ranks.is_first
 
-    def _thought_statistics(self) -> dict[str, float]:
-        """How the projected thoughts lie among the token embeddings, and what of them varies with the question."""
+    def _thought_statistics(self) -> tuple[dict[str, float], np.ndarray | None, Nearest | None]:
+        """How the projected thoughts lie among the token embeddings, and what of them varies with the question; the
+        lengths of some, and the tokens nearest to those of the first problems."""
         model = self._engine.module
         if not model.has_thoughts:
-            return {}
+            return {}, None, None
         found: dict[str, float] = {}
         if model.needs_states:
             found = self._parts()
-        some = self._examples[: self._batch_size]
+        some = self._examples[: max(self._batch_size, _NUM_SAMPLES)]
         thoughts = model.thoughts(self._make_batch(some).to(device())).float()
         if model.chains > 1:
             found["thoughts/cosine_between_chains"] = _mean_cosine(thoughts.flatten(2))
         thoughts_ND = thoughts.flatten(0, -2)
         with whole_embedding(model.base.get_input_embeddings()) as embed:
             vocabulary = model.base.config.get_text_config().vocab_size
-            token_norm, cosines = compare_with_tokens(thoughts_ND, embed, vocabulary)
-        return found | {
-            "thoughts/norm": thoughts_ND.norm(dim=1).mean().item(),
-            "thoughts/token_embedding_norm": token_norm,
-            "thoughts/cosine_to_nearest_token": cosines.mean().item(),
+            nearest = Nearest.to(thoughts_ND, embed, vocabulary)
+        norms = thoughts_ND.norm(dim=1)
+        found |= {
+            "thoughts/norm": norms.mean().item(),
+            "thoughts/token_embedding_norm": nearest.token_norm,
+            "thoughts/cosine_to_nearest_token": nearest.cosines_N.mean().item(),
         }
+        return found, norms.cpu().numpy(), nearest
 
     def _parts(self) -> dict[str, float]:
         """What of the projected thoughts of all examples is the same for all, and what varies with the question."""
@@ -161,7 +164,7 @@ class Validator:
             "thoughts/question_share": parts.question_share,
         }
 
-    def _samples(self) -> str:
+    def _samples(self, nearest: Nearest | None = None) -> str:
         experiment = self._experiment
         examples = self._examples[:_NUM_SAMPLES]
         thoughts = self._engine.module.thoughts(self._make_batch(examples).to(device()))
@@ -176,16 +179,25 @@ class Validator:
             self._engine.module.table,
         )
         parts = []
-        for example, output in zip(examples, outputs, strict=True):
+        for number, (example, output) in enumerate(zip(examples, outputs, strict=True)):
             text = experiment.base_tokenizer.decode(output.token_ids)
             answer = experiment.task.extract(text, output.cut, example.problem.options)
             cut = " [cut]" if output.cut else ""
             verdict = "right" if experiment.task.is_correct(answer, example.problem) else "wrong"
+            tokens = "" if thoughts is None or nearest is None else self._named(nearest, number, thoughts.shape[1])
             parts.append(
-                f"QUESTION\n{example.problem.question}\n\nOUTPUT\n{text}{cut}\n\n"
+                f"QUESTION\n{example.problem.question}\n\n{tokens}OUTPUT\n{text}{cut}\n\n"
                 f"ANSWER {answer or 'not parsed'} ({verdict}; reference {example.problem.answer})"
             )
         return f"\n\n{'-' * 80}\n\n".join(parts)
+
+    def _named(self, nearest: Nearest, number: int, count: int) -> str:
+        """The tokens nearest to so many thoughts of a problem, those of its first chain."""
+        first = number * count * self._engine.module.chains
+        ids, cosines = (of_all[first : first + count].tolist() for of_all in (nearest.ids_N, nearest.cosines_N))
+        words = [self._experiment.base_tokenizer.decode([token]) for token in ids]
+        named = [f"{word!r} {cosine:.2f}" for word, cosine in zip(words, cosines, strict=True)]
+        return f"NEAREST TOKENS, AND COSINES TO THEM\n{', '.join(named)}\n\n"
 
 
 def _mean_cosine(chains_BCW: torch.Tensor) -> float:
@@ -193,30 +205,3 @@ def _mean_cosine(chains_BCW: torch.Tensor) -> float:
     directions_BCW = torch.nn.functional.normalize(chains_BCW, dim=-1)
     count = chains_BCW.shape[1]
     return ((directions_BCW.sum(dim=1).square().sum(dim=-1) - count) / (count * (count - 1))).mean().item()
-
-
-def compare_with_tokens(
-    vectors_ND: torch.Tensor, embed: Callable[[torch.Tensor], torch.Tensor], vocabulary: int
-) -> tuple[float, torch.Tensor]:
-    """How vectors lie among the embeddings of all tokens, some tokens at a time: a float32 copy of a large vocabulary's
-    table may not fit beside the model.
-
-    Args:
-        vectors_ND: float32.
-        embed: (1, tokens) ids to (1, tokens, D) embeddings of any floating dtype.
-        vocabulary: number of tokens.
-
-    Returns:
-        The mean length of an embedding, and (N,) float32: each vector's cosine to the one nearest to it in direction.
-    """
-    directions = torch.nn.functional.normalize(vectors_ND)
-    nearest = torch.full_like(directions[:, 0], -torch.inf)
-    total = torch.zeros((), dtype=torch.float64, device=directions.device)
-    ids = torch.arange(vocabulary, device=directions.device)
-    for some in ids.split(max(1, _ROW_ELEMENTS // vectors_ND.shape[1])):
-        rows = embed(some[None])[0].float()
-        norms = rows.norm(dim=1)
-        total += norms.double().sum()
-        cosines = directions @ rows.T / norms.clamp(min=1e-12)  # a row of zeros has no direction: cosine 0
-        nearest = torch.maximum(nearest, cosines.amax(dim=1))
-    return total.item() / vocabulary, nearest
