@@ -13,8 +13,9 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.backend.event_processing.plugin_event_accumulator import EventAccumulator as PluginEventAccumulator
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.plugin_util import markdown_to_safe_html
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
+from tensorboard.plugins.hparams.backend_context import _sort_and_reduce_to_hparams_limit
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import load_recipe
@@ -107,8 +108,36 @@ def test_curves_say_what_they_are_and_both_losses_are_on_one_chart(tmp_path):
     assert shown == ["loss/train", "loss/validation"]
 
 
+def test_columns_of_what_runs_differ_in_come_first_and_accuracy_is_what_they_are_compared_by(tmp_path):
+    board = TensorBoard(tmp_path, True, 0)
+    values = {
+        "name": "x",
+        "base.model": "b",
+        "training.steps": 9,
+        "seed": 4,
+        "training.betas": (0.9, 0.99),
+        "chains": None,
+    }
+    board.hyperparameters(values, {"seed", "training.betas"}, ["accuracy/learned", "loss/train"], 9)
+    board.close()
+    accumulator = PluginEventAccumulator(str(tmp_path))
+    accumulator.Reload()
+    content = accumulator.SummaryMetadata("_hparams_/experiment").plugin_data.content
+    experiment = HParamsPluginData.FromString(content).experiment
+    _sort_and_reduce_to_hparams_limit(experiment)  # TensorBoard's own order
+    assert [info.name for info in experiment.hparam_infos] == [
+        "seed", "training.betas", "base.model", "name", "training.steps"
+    ]  # fmt: skip
+    assert [info.name.tag for info in experiment.metric_infos] == ["accuracy/learned", "loss/train"]
+    content = accumulator.SummaryMetadata("_hparams_/session_start_info").plugin_data.content
+    session = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert (session["seed"].number_value, session["training.betas"].string_value) == (4, "(0.9, 0.99)")
+
+
 @pytest.mark.filterwarnings("ignore:html5lib's sanitizer")
 def test_samples_are_shown_as_they_are_and_wrap(tmp_path):
+    from tensorboard.plugin_util import markdown_to_safe_html  # which warns
+
     lines = [
         "1. **5** * 3 = `15`",
         "    indented | a | b",

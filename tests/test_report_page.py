@@ -11,6 +11,7 @@ from pathlib import Path
 import pytest
 from evaluations import EVERY, recipe_in
 from scribe import no_figure
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from softcot_ds.evaluation import report_page as report_page_module
 from softcot_ds.evaluation.report import write_results
@@ -191,6 +192,17 @@ def test_page_of_another_task_leaves_the_runs_own(first_evaluation, tmp_path):
     write_results(tmp_path, tmp_path / "two", records, report | {"trained_on": "another"}, "another task's")
     write_results(tmp_path, tmp_path / "three", records, report | {"num_problems": 3}, "quick check's")
     assert (tmp_path / "report.html").read_text() == "own"
+    # TensorBoard has the numbers of the run's own, too, and those of a later evaluation in their place.
+    for learned in (report["conditions"]["learned"]["accuracy"], 0.75):
+        report["conditions"]["learned"]["accuracy"] = learned
+        write_results(tmp_path, tmp_path / "four", records, report, "own")
+        events = EventAccumulator(str(tmp_path))
+        events.Reload()
+        for tag, value in (
+            ("accuracy/learned", learned),
+            ("test_loss/none", report["conditions"]["none"]["loss"]["per_token"]),
+        ):
+            assert [(event.step, event.value) for event in events.Scalars(tag)] == [(0, pytest.approx(value))]
     assert [(tmp_path / name / "report.html").read_text()[:3] for name in ("one", "two", "three")] == [
         "own",
         "ano",

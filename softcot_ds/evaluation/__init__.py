@@ -21,6 +21,7 @@ words.py       the same in words, and as a table
 study_page.py  the same as one page
 plots.py       the page's plots
 report_page.py an evaluation's report as one page, with what the base wrote to each problem
+board.py       an evaluation's numbers in TensorBoard
 document.py    what the pages have in common
 drawing.py     what their plots have in common
 statistics.py  intervals and paired tests

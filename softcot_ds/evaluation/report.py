@@ -10,6 +10,7 @@ import numpy as np
 
 from softcot_ds.adapter import AdapterConfig
 from softcot_ds.data.targets import OwnShare
+from softcot_ds.evaluation.board import write_points
 from softcot_ds.evaluation.statistics import (
     compare,
     compare_losses,
@@ -331,6 +332,7 @@ def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record
         if not more:
             write_atomically(of_the_run.with_suffix(".html"), page)
             write_atomically(of_the_run, text)
+            write_points(run_dir, report)
     except OSError as error:
         raise cannot_write(folder, error) from error
     if more:

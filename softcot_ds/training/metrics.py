@@ -6,7 +6,7 @@ import resource
 import sys
 import time
 from collections import defaultdict
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from html import escape
 from pathlib import Path
@@ -16,13 +16,15 @@ import numpy as np
 import torch
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
-from tensorboard.compat.proto.summary_pb2 import DATA_CLASS_SCALAR, Summary, SummaryMetadata
+from tensorboard.compat.proto.summary_pb2 import Summary
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
 from torch.utils.tensorboard.summary import custom_scalars, hparams
 
 from softcot_ds.files import write_atomically
+from softcot_ds.points import point
 from softcot_ds.training.tags import CHARTS, DESCRIPTIONS
 
 GIB = 1024**3
@@ -80,7 +82,6 @@ class TensorBoard:
     def __init__(self, folder: Path, enabled: bool, resumed_step: int) -> None:
         """``resumed_step``: points after it, written by an interrupted run, are removed, so that the curve joins."""
         self._writer = None
-        self._described: set[str] = set()
         if enabled:
             _forget_after(resumed_step, folder)
             # A TensorBoard that is open has read them already; this has it forget them too.
@@ -90,20 +91,9 @@ class TensorBoard:
     def scalars(self, values: dict[str, float], step: int) -> None:
         if self._writer is not None:
             for tag, value in values.items():
-                point = Summary.Value(tag=tag, simple_value=value, metadata=self._described_once(tag))
-                self._writer.file_writer.add_summary(Summary(value=[point]), step)
+                summary = Summary(value=[point(tag, value, DESCRIPTIONS.get(tag, ""))])
+                self._writer.file_writer.add_summary(summary, step)
             self.flush()  # a curve is looked at most when its run has just died
-
-    def _described_once(self, tag: str) -> SummaryMetadata | None:
-        """What TensorBoard is told of a tag at its first point: its writers of scalars have no room for that."""
-        if tag in self._described or tag not in DESCRIPTIONS:
-            return None
-        self._described.add(tag)
-        return SummaryMetadata(
-            plugin_data=SummaryMetadata.PluginData(plugin_name="scalars"),
-            summary_description=DESCRIPTIONS[tag],
-            data_class=DATA_CLASS_SCALAR,
-        )
 
     def block(self, tag: str, text: str, step: int) -> None:
         """``text`` is shown as it is, in letters of one width; long lines are to be scrolled."""
@@ -120,8 +110,14 @@ class TensorBoard:
         if self._writer is not None:
             self._writer.add_histogram(tag, values, step)
 
-    def hyperparameters(self, values: dict[str, Any], metrics: dict[str, float], step: int) -> None:
-        """The recipe in the HPARAMS tab, beside the last values of curves that exist, named by their tags."""
+    def hyperparameters(
+        self, values: dict[str, Any], first: Collection[str], metrics: Sequence[str], step: int
+    ) -> None:
+        """The recipe in the HPARAMS tab, beside the last values of curves, named by their tags, as far as they exist.
+
+        Args:
+            first: the settings whose columns come first.
+        """
         if self._writer is not None:
             plain = {
                 key: value if isinstance(value, int | float | str | bool) else str(value)
@@ -129,7 +125,8 @@ class TensorBoard:
                 if value is not None
             }
             # add_hparams would start a second run of its own; the summaries belong to this one.
-            for summary in hparams(plain, metrics):
+            experiment, *session = hparams(plain, dict.fromkeys(metrics, 0))
+            for summary in (_with_first(experiment, first), *session):
                 self._writer.file_writer.add_summary(summary, step)
 
     def flush(self) -> None:
@@ -145,6 +142,16 @@ def _as_markdown(line: str) -> str:
     """What TensorBoard, which takes texts for Markdown, shows as this line."""
     indent = len(line) - len(line.lstrip(" "))
     return "&nbsp;" * indent + _MARKS.sub(r"\\\g<0>", escape(line[indent:], quote=False))
+
+
+def _with_first(experiment: Summary, first: Collection[str]) -> Summary:
+    """TensorBoard sorts columns by name, those before that are said to differ between runs."""
+    plugin_data = experiment.value[0].metadata.plugin_data
+    content = HParamsPluginData.FromString(plugin_data.content)
+    for info in content.experiment.hparam_infos:
+        info.differs = info.name in first
+    plugin_data.content = content.SerializeToString()
+    return experiment
 
 
 def _forget_after(step: int, folder: Path) -> None:

@@ -20,6 +20,7 @@ from softcot_ds.progress import Progress
 from softcot_ds.recipe import Recipe
 from softcot_ds.training.gap import Gap
 from softcot_ds.training.metrics import PhaseTimer, TensorBoard, peak_memory_gib
+from softcot_ds.training.tags import METRICS, VARIED
 from softcot_ds.training.validation import Validation
 
 _MAX_SKIPPED = 3
@@ -90,7 +91,7 @@ class Record:
         """Say how the run ended."""
         first, last = summary["first_loss"], summary["last_loss"]
         steps = self._recipe.training.num_steps
-        self._board.hyperparameters(self._recipe.flat(), {"loss/train": last}, steps)
+        self._board.hyperparameters(self._recipe.flat(), VARIED, METRICS, steps)
         self._board.close()
         say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
         if self._gap and (doubt := self._gap[1].doubt):

@@ -40,8 +40,17 @@ CHARTS = {
     "loss": {
         "training and validation": ["Multiline", ["loss/train", "loss/validation$", "loss/validation_shuffled"]],
     },
+    "accuracy": {
+        "by condition": ["Multiline", ["accuracy/"]],
+    },
     "thoughts": {
-        "length, beside token embeddings": ["Multiline", ["thoughts/norm", "thoughts/token_embedding_norm"]],
+        "length, beside token embeddings": ["Multiline", ["thoughts/norm$", "thoughts/token_embedding_norm"]],
     },
 }
 """For the tab of custom scalars, by category: tags, regular expressions, that are drawn into one chart."""
+
+METRICS = ("accuracy/learned", "loss/validation", "loss/train")
+"""What runs are compared by; the first is there once the run is evaluated."""
+
+VARIED = ("method", "projection.condition", "seed", "thoughts.count", "training.learning_rate")
+"""What runs are most likely to differ in: as many settings as TensorBoard shows before it is asked for more."""
