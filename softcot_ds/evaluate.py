@@ -7,7 +7,7 @@ was. In the run's directory:
     outputs/HASH/              what was decoded, or losses; the hash is of all that decides them, by content, not path
     evaluation/step-N-HASH/    an evaluation: its report, and every prompt, output, verdict and loss by condition
     report.json, report.html   the report of the fullest one, as numbers (evaluation/report.py) and as a page to look at
-    grid.json                  the newest report of several evaluations in one command (cells.py, evaluation/grid.py)
+    grid.json, grid.html       the newest report of several evaluations in one command (cells.py, evaluation/grid.py)
 
 ``seeds=41..45`` trains and evaluates a run for each seed, and ``evaluation.thoughts=[1,2,4]`` evaluates each number of
 thoughts. What is done is not done again.

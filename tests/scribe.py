@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from softcot_ds.evaluation import decoder, jobs, losses, report_page
+from softcot_ds.evaluation import decoder, jobs, losses, nearest, report_page
 from softcot_ds.models.decoding import Output
 
 
@@ -52,14 +52,16 @@ class Scribe:
 
 
 def replace_decoding(monkeypatch, scribe):
-    """Losses too, and the figures of the report's page, which take a tenth of a second each."""
+    """Losses too, the tokens that thoughts are nearest to, and the figures of the report's page, which take a tenth of
+    a second each."""
     model = SimpleNamespace(get_input_embeddings=lambda: torch.nn.Embedding(len(scribe.tokenizer), 1))
     monkeypatch.setattr(decoder, "decode", scribe)
     monkeypatch.setattr(decoder, "try_decoding", lambda model: None)
     monkeypatch.setattr(jobs, "load_to_run", lambda *_: model)
     monkeypatch.setattr(losses, "load_scorer", lambda *_: scribe)
     monkeypatch.setattr(report_page, "drawn", no_figure)
+    monkeypatch.setattr(nearest, "nearest_tokens", lambda model, thoughts: [[(7, 0.5)] * len(of) for of in thoughts])
 
 
-def no_figure(num_rows, draw):
+def no_figure(*_):
     return "<svg></svg>"

@@ -2,6 +2,7 @@
 
 import json
 import statistics
+from html import escape
 from pathlib import Path
 
 import numpy as np
@@ -126,6 +127,14 @@ def test_of_one_seed_and_several_counts_there_is_what_each_report_says():
     lines = grid_table(report).splitlines()
     assert sum(line.startswith(("4 learned", "2 learned")) for line in lines) == 4, "accuracy and loss"
     assert not any("se is" in line for line in lines)
+
+
+def test_the_page_has_a_plot_of_each_metric_and_number_of_thoughts(tmp_path):
+    report = make_grid_report([evaluated(seed, count) for count in (4, 2) for seed in (41, 42)])
+    page = write_grid_report(tmp_path, report).with_suffix(".html").read_text()
+    assert page.count("<svg") == 2 * 2
+    assert "runs/demo-seed42/evaluation/step-9-2/report.html" in page
+    assert escape(grid_table(report)) in page
 
 
 def test_seeds_of_other_problems_are_no_grid():

@@ -89,6 +89,13 @@ def test_each_condition_has_the_loss_of_whole_passes_of_each_problem_alone(tmp_p
             "tokens": tokens,
             "num_problems": 11,
         }
+        if condition == "learned":
+            table, decode = base.get_input_embeddings().weight[None], opened.experiment.base_tokenizer.decode
+            best = torch.cosine_similarity(given[3].double()[:, None], table, dim=-1).max(dim=1)
+            assert found[3]["nearest_tokens"] == [
+                [decode([token]), pytest.approx(cosine, rel=1e-5)]
+                for token, cosine in zip(best.indices.tolist(), best.values.tolist(), strict=True)
+            ]
         if condition == "placeholder":  # the base's ordinary pass over token ids
             prompt, target, pad = conditions.of("zero").prompts[3], solutions[3], opened.experiment.base_tokenizer
             ids = [*prompt.prefix_ids, *[pad.pad_token_id] * 4, *prompt.suffix_ids, *target]

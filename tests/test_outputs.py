@@ -114,7 +114,7 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
     evaluate(recipe, adapter)
     whole = records(recipe, "learned")
     parts = list(recipe.run_dir.glob("outputs/*/*.batches"))
-    assert len(parts) == 2, "what is decoded, and losses"
+    assert len(parts) == 3, "what is decoded, losses, and the tokens nearest to thoughts"
     for part in parts:
         lines = part.read_text().splitlines(keepends=True)
         part.write_text("".join(lines[:2]) + lines[2][:80])  # killed while it wrote its third batch

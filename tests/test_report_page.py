@@ -5,8 +5,10 @@ import re
 import shutil
 from collections import Counter
 from dataclasses import dataclass, field
+from html import escape
 from html.parser import HTMLParser
 from pathlib import Path
+from typing import get_args
 
 import pytest
 from evaluations import EVERY, recipe_in
@@ -17,6 +19,7 @@ from softcot_ds.evaluation import report_page as report_page_module
 from softcot_ds.evaluation.report import write_results
 from softcot_ds.evaluation.report_page import report_page
 from softcot_ds.evaluation.run import evaluate
+from softcot_ds.evaluation_config import Condition
 
 SCRIPT = """</pre><script>alert(1)</script><img src=x onerror=alert(2)>'" onload="alert(3) &lt;b>"""
 
@@ -94,6 +97,9 @@ def test_page_has_every_output_and_finds_what_only_learned_gets_right_or_wrong(f
     assert [problem.texts for problem in page.problems] == [
         [question, *(records[name][number]["output"] for name in EVERY)] for number, question in enumerate(questions)
     ]
+    word = records["learned"][0]["nearest_tokens"][0][0]
+    assert text.count(escape(f"tokens nearest to the thoughts, and cosines: {word!r} 0.50, {word!r} 0.50")) == 7
+    assert report_page_module._STANDS_FOR.keys() == set(get_args(Condition))
     kinds = Counter()
     for number, problem in enumerate(page.problems):
         for name, letters, head in zip(EVERY, problem.letters, problem.heads, strict=True):
@@ -112,7 +118,7 @@ def test_figures_are_on_the_page(first_evaluation):
     page = report_page(*read(first_evaluation))
     assert page.count("<svg viewBox") == 2
     assert (
-        re.sub("<svg.*?</svg>\n?", no_figure(0, None), page, flags=re.DOTALL)
+        re.sub("<svg.*?</svg>\n?", no_figure(), page, flags=re.DOTALL)
         == (first_evaluation / "demo/report.html").read_text()
     )
 

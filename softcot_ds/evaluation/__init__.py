@@ -10,6 +10,7 @@ jobs.py        work over the ranks, kept on disk batch by batch
 decoder.py     what is decoded
 losses.py      the losses of texts: of the reference solutions
 forgetting.py  what a method that changes the base has it forget
+nearest.py     the tokens that thoughts are nearest to
 options.py     answers read from the probabilities of the options
 spent.py       what answers cost: tokens and seconds
 votes.py       several samples of a problem: majority and pass@k

@@ -6,7 +6,7 @@ says the same a second time. Figures depend on nothing but their numbers: the sa
 
 import io
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import matplotlib
@@ -47,6 +47,30 @@ def figure(num_rows: int, draw: Callable[[Axes], None]) -> str:
     return re.sub(
         r'^<svg[^>]*?viewBox="([^"]*)"[^>]*>', r'<svg viewBox="\1" xmlns:xlink="http://www.w3.org/1999/xlink">', svg
     )
+
+
+def by_condition(points: Mapping[str, Record], factor: float, label: str, floor: float | None = None) -> str:
+    """The conditions of an evaluation below each other, ``learned`` in colour, from 0 on.
+
+    Args:
+        points: by condition its ``mean`` and ``ci95``.
+        factor: by which both are multiplied: 100 for a share, whose axis ends at 100%.
+        floor: a dotted line, as multiplied.
+    """
+
+    def draw(axes: Axes) -> None:
+        places = list(places_of(list(points)))
+        for (name, found), place in zip(points.items(), places, strict=True):
+            point(axes, found, place, COLOURS[0] if name == "learned" else GREYS[0], "o", factor)
+        name_groups(axes, list(points), places)
+        axes.set_xlim(left=0)
+        if factor == 100:
+            axes.set_xlim(right=100)
+        if floor is not None:
+            axes.axvline(floor, color="black", linestyle=":", linewidth=1)
+        axes.set_xlabel(label)
+
+    return figure(len(points), draw)
 
 
 def point(

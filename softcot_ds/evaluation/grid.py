@@ -3,11 +3,14 @@
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from html import escape
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from softcot_ds.evaluation.document import document, figure
+from softcot_ds.evaluation.drawing import by_condition
 from softcot_ds.evaluation.jobs import Loaded
 from softcot_ds.evaluation.report import Record, Scores
 from softcot_ds.evaluation.run import evaluated
@@ -229,7 +232,33 @@ def _difference(pair: Record, metric: str) -> str:
     return f"{texts[0]}  " + (" to ".join(texts[1:]) if texts[1:] else "-")
 
 
+def grid_page(report: Record) -> str:
+    """The report as a page: for each number of thoughts a plot of each metric, by condition; and the table."""
+    labels = {"accuracy": "accuracy, %", "majority": "accuracy of the majority, %"}
+    figures = []
+    for summary in report["summaries"]:
+        conditions = summary["conditions"]
+        for metric in next(iter(conditions.values())):
+            points = {name: of[metric] for name, of in conditions.items()}
+            label = labels.get(metric, "loss of the solutions, nats per token")
+            svg = by_condition(points, 100 if metric in labels else 1, label)
+            figures.append(figure(f"{metric.capitalize()}, {summary['num_thoughts']} thoughts", "by condition", svg))
+    seeds = ", ".join(map(str, report["seeds"]))
+    told = (
+        f"Base {report['base']}, assistant {report['assistant']}; seeds {seeds}. Each run's own page has its outputs:"
+    )
+    pages = [Path(cell["report"]).with_suffix(".html") for cell in report["cells"]]
+    body = [
+        f"<p>{escape(told)}</p>",
+        "<ul>" + "".join(f"<li>{escape(str(path))}</li>" for path in pages) + "</ul>",
+        f'<div class="plots">{"".join(figures)}</div>',
+        f'<pre class="wide">{escape(grid_table(report))}</pre>',
+    ]
+    return document(f"{report['task']}: {report['num_problems']:,} problems, {len(report['cells'])} runs", body)
+
+
 def write_grid_report(run_dir: Path, report: Record) -> Path:
-    """Write it as the newest of the runs of this name; every cell has its own besides. Raises SoftCoTError when it
-    cannot be written."""
+    """Write it, and its page, as the newest of the runs of this name; every cell has its own besides. Raises
+    SoftCoTError when they cannot be written."""
+    write_in_folder(run_dir / "grid.html", grid_page(report))
     return write_in_folder(run_dir / "grid.json", json.dumps(report, indent=2) + "\n")

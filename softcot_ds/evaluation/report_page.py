@@ -8,11 +8,8 @@ from collections.abc import Mapping, Sequence
 from html import escape
 from statistics import median
 
-from matplotlib.axes import Axes
-
 from softcot_ds.evaluation.document import document, figure, table
-from softcot_ds.evaluation.drawing import COLOURS, GREYS, name_groups, places_of, point
-from softcot_ds.evaluation.drawing import figure as drawn
+from softcot_ds.evaluation.drawing import by_condition as drawn
 from softcot_ds.evaluation.report import Record, samples_of
 from softcot_ds.evaluation.report import table as for_a_terminal
 from softcot_ds.evaluation.words import shown, shown_interval
@@ -137,26 +134,11 @@ def _figures(report: Record, records: Records) -> list[str]:
         floor = max(references.values()) / references.total()
         points = {name: {"mean": row["accuracy"], "ci95": row["ci95"]} for name, row in rows.items()}
         text = f"accuracy, % (dotted: always the most frequent answer, {floor:.0%})"
-        found.append(figure("Accuracy", "by condition", _points(points, 100, text, 100 * floor)))
+        found.append(figure("Accuracy", "by condition", drawn(points, 100, text, 100 * floor)))
     if "loss" in next(iter(rows.values())):
         points = {name: {"mean": row["loss"]["per_token"], "ci95": row["loss"]["ci95"]} for name, row in rows.items()}
-        found.append(figure("Loss", "by condition", _points(points, 1, "loss of the solutions, nats per token")))
+        found.append(figure("Loss", "by condition", drawn(points, 1, "loss of the solutions, nats per token")))
     return found
-
-
-def _points(points: Mapping[str, Record], factor: float, label: str, floor: float | None = None) -> str:
-    def draw(axes: Axes) -> None:
-        places = list(places_of(list(points)))
-        for (name, found), place in zip(points.items(), places, strict=True):
-            point(axes, found, place, COLOURS[0] if name == "learned" else GREYS[0], "o", factor)
-        name_groups(axes, list(points), places)
-        axes.set_xlim(left=0)
-        if floor is not None:
-            axes.axvline(floor, color="black", linestyle=":", linewidth=1)
-            axes.set_xlim(right=100)
-        axes.set_xlabel(label)
-
-    return drawn(len(points), draw)
 
 
 def _accuracies(report: Record, records: Records) -> str:
@@ -214,10 +196,13 @@ def _problem(number: int, question: str, of_conditions: Mapping[str, Record], le
     head = question if len(question) <= _HEAD else question[:_HEAD].rstrip() + " …"
     chips = "".join(map(_chip, of_conditions.items(), letters.split())) if "-" not in letters else ""
     cards = "".join(_card(name, record) for name, record in of_conditions.items())
+    near = [f"{token!r} {cosine:.2f}" for token, cosine in of_conditions.get("learned", {}).get("nearest_tokens", [])]
+    told = f"reference: {some['reference']}"
+    told += f"; tokens nearest to the thoughts, and cosines: {', '.join(near)}" if near else ""
     return (
         f'<details class="problem" data-v="{letters}"><summary>{number}. {escape(head)}{chips}</summary>'
         f"<pre>{_text(question)}</pre>"
-        f'<p class="note">reference: {_text(some["reference"])}</p><div class="outputs">{cards}</div></details>'
+        f'<p class="note">{_text(told)}</p><div class="outputs">{cards}</div></details>'
     )
 
 

@@ -18,6 +18,7 @@ from softcot_ds.evaluation.decoder import Decoder
 from softcot_ds.evaluation.forgetting import PlainText, forgetting, forgetting_lines, read_plain_text
 from softcot_ds.evaluation.jobs import Job, Loaded, Thoughts, Worker
 from softcot_ds.evaluation.losses import Losses
+from softcot_ds.evaluation.nearest import NearestTokens
 from softcot_ds.evaluation.options import Options, written_options
 from softcot_ds.evaluation.report import Record, Scores, make_report, scores, table, write_results
 from softcot_ds.evaluation.report_page import report_page
@@ -130,7 +131,8 @@ def _ask_all(
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
     losses = Losses(worker, posed, examples, context) if settings.loss else None
     options = Options(worker, posed, written, experiment.base_prompts, context) if written else None
-    scored = [one for one in (losses, options) if one]
+    nearest = _nearest(worker, posed)
+    scored = [one for one in (losses, options, nearest) if one]
     if any(inquiry.needs_states for inquiry in inquiries.values()) or any(one.need_states for one in scored):
         conditions.read_states()  # now, as it may load the assistant: not beside the base
     lost = losses.run() if losses else {}
@@ -141,6 +143,9 @@ def _ask_all(
         name: _records(posed[name], examples, experiment, answers.get(name), lost.get(name))
         for name in settings.conditions
     }
+    if nearest:
+        for record, tokens in zip(records["learned"], nearest.run(experiment.base_tokenizer.decode), strict=True):
+            record["nearest_tokens"] = tokens
     spent = {name: inquiry.spent for name, inquiry in inquiries.items()}
     spent |= {name: options.spent(name) for name in posed} if options else {}
     costs = {}
@@ -153,6 +158,12 @@ def _ask_all(
     keys |= {f"{name} loss": losses.key(name) for name in posed} if losses else {}
     keys |= {f"{name} options": options.key(name) for name in posed} if options else {}
     return records, costs, _evaluation_hash(recipe, keys, examples)
+
+
+def _nearest(worker: Worker, posed: Mapping[Condition, Posed]) -> NearestTokens | None:
+    """None where nothing is learned that stands in a prompt, or the base itself has to make it anew for that."""
+    learned = posed.get("learned")
+    return NearestTokens(worker, learned) if learned and learned.thoughts and not learned.thoughts.reads else None
 
 
 def _thinking(problems: Posed) -> Spent:
