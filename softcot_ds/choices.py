@@ -19,6 +19,7 @@ METHODS = {
     "full": "softcot_ds.methods.full:Full",
     "coconut": "softcot_ds.methods.coconut:Coconut",
     "coconut_full": "softcot_ds.methods.coconut:CoconutFull",
+    "compressed_cot": "softcot_ds.methods.compressed_cot:CompressedCoT",
 }
 """``method``: a ``methods.base.Method``."""
 METHOD_OF_KIND = {"linear": "softcot", "static": "prompt_tuning"}

@@ -281,8 +281,8 @@ class Adapter:
 
     def _some_thoughts(self, questions: Sequence[Question]) -> torch.Tensor:
         if self.method.projection_class is None:
-            prompts, latents = [question.prompt for question in questions], self.recipe.thoughts.count - 2
-            return self.method.think(self.base, self.weights, prompts, latents, len(prompts)).float()
+            prompts, count = [question.prompt for question in questions], self.recipe.thoughts.count
+            return self.method.think(self.base, self.weights, prompts, count, len(prompts)).float()
         projection = self.projection
         inputs = [question.assistant for question in questions if question.assistant is not None]
         states = self._thinker(inputs).float() if projection.needs_states else None

@@ -20,6 +20,7 @@ from pydantic import (
 from pydantic_core import to_jsonable_python
 
 from softcot_ds.backbone_config import BackboneConfig
+from softcot_ds.ccot_config import CompressedCoTConfig
 from softcot_ds.chains_config import ChainsConfig
 from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
 from softcot_ds.coconut_config import CoconutConfig
@@ -202,7 +203,8 @@ class Recipe(Section):
     """What is trained. softcot: W h + b, a projection of the assistant's states. softcot_pp: the same of several sets
     of states, with a loss that keeps their thoughts apart. prompt_tuning: T free vectors, the same for every question,
     a baseline. lora: low-rank matrices beside weights of the base, full: all its weights; as baselines, without
-    thoughts. coconut, coconut_full: the same two, that the base thinks steps instead of writing them."""
+    thoughts. coconut, coconut_full: the same two, that the base thinks steps instead of writing them. compressed_cot:
+    two sets of matrices, one that makes few states of a whole chain of thought, one that answers from them."""
     task: TaskConfig
     assistant: ModelConfig
     base: ModelConfig
@@ -216,6 +218,8 @@ class Recipe(Section):
     lora: LoraConfig = LoraConfig()
     coconut: CoconutConfig | None = Field(None, validate_default=True)
     """coconut and coconut_full: how many latents, and the curriculum."""
+    compressed_cot: CompressedCoTConfig | None = Field(None, validate_default=True)
+    """compressed_cot: how short contemplation is, and what is trained for it."""
     training: TrainingConfig = TrainingConfig()
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
     targets: Annotated[TargetsConfig, FREE] = TargetsConfig()
@@ -263,6 +267,21 @@ class Recipe(Section):
                 )
         elif value is not None and method is not None:
             raise ValueError(f"a section of method=coconut and coconut_full, and method is {method}; leave it out")
+        return value
+
+    @field_validator("compressed_cot")
+    @classmethod
+    def _who_contemplates_says_how(
+        cls, value: CompressedCoTConfig | None, info: ValidationInfo
+    ) -> CompressedCoTConfig | None:
+        method = info.data.get("method")
+        if method == "compressed_cot" and value is None:
+            raise ValueError(
+                "missing; say what part of a chain contemplation is as long as, and how many optimizer steps it is "
+                "trained for, such as compressed_cot={ratio: 0.1, ccot_steps: 500}"
+            )
+        if value is not None and method not in ("compressed_cot", None):
+            raise ValueError(f"a section of method=compressed_cot, and method is {method}; leave it out")
         return value
 
     @field_validator("training")

@@ -54,7 +54,9 @@ for variant in variants:
             engine.set_gradient_accumulation_boundary(number == len(batch.micro_batches))
             tensors = make()
             with Kept() as kept:
-                loss = engine(tensors) / (batch.sizes["tokens"] * ranks.alike)
+                sums, kinds = torch.atleast_1d(engine(tensors)), engine.module.losses.values()
+                parts = [part / (batch.sizes[of] * ranks.alike) for part, of in zip(sums, kinds, strict=True)]
+                loss = sum(parts)
             results.setdefault(f"{variant}/kept", torch.tensor(kept.bytes(engine.module)))
             engine.backward(loss * world_size())
             total = total + loss.detach()

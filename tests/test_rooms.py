@@ -15,7 +15,7 @@ FLOORS = (
     ("errors", "launchers", "differences", "points", "progress", "shipped"),
     ("choices", "files", "section", "values"),
     ("settings", "task_config", "backbone_config", "chains_config", "coconut_config", "lora_config", "strategy_config"),
-    ("evaluation_config",),
+    ("evaluation_config", "ccot_config"),
     ("recipe", "lock", "distributed"),
     ("run_dir",),
     ("cells",),

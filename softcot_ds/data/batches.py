@@ -7,7 +7,7 @@ another number of ranks continues the same curve.
 import random
 from bisect import bisect_left
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import pairwise
 
 import torch
@@ -140,6 +140,8 @@ class Batch:
     """(B, T, P) the assistant's states, or (B, C, T, P) in C chains; None where none are read (online, static)."""
     kept: torch.Tensor | None = None
     """(B, C, T, D) bool: what a dropout leaves of copies of the thoughts; None where nothing is drawn."""
+    num_reasoning: list[int] = field(default_factory=list)
+    """Of each example, see ``Example``."""
 
     @property
     def num_tokens(self) -> int:
@@ -216,6 +218,7 @@ def collate(
         torch.tensor([token for example in examples for token in example.target_ids], dtype=torch.int64),
         [example.assistant for example in examples],
         max(example.length for example in examples),
+        num_reasoning=[example.num_reasoning for example in examples],
     )
 
 

@@ -25,6 +25,8 @@ class Example:
     """The rest of the prompt after the thoughts."""
     target_ids: list[int]
     """Reasoning, answer and end of turn."""
+    num_reasoning: int = 0
+    """Tokens of the worked solution before those with which the answer alone ends, too; 0 where no method asks."""
 
     @property
     def length(self) -> int:

@@ -160,7 +160,9 @@ class Conditions:
         return self._in_room, [zeros]
 
     def _empty(self) -> _Given:
-        return self._in_room, [] if self._projection else self._thought_by_base(range(len(self._examples)), latents=0)
+        if self._projection is not None:
+            return self._in_room, []
+        return self._in_room, self._thought_by_base(range(len(self._examples)), self._method.fewest_thoughts)
 
     def _placeholder(self) -> _Given:
         """As tokens, so that the base reads them as it reads any other."""
@@ -221,7 +223,7 @@ class Conditions:
         """For problem i the thoughts of problem ``whose[i]``, of each chain the same chain's."""
         projection = self._projection
         if projection is None:
-            return self._thought_by_base(whose, self._recipe.thoughts.count - 2)
+            return self._thought_by_base(whose, self._recipe.thoughts.count)
         if not projection.needs_states:
             return _repeated(projection, self._recipe.thoughts.count)
 
@@ -236,20 +238,21 @@ class Conditions:
             for chain in self._chains
         ]
 
-    def _thought_by_base(self, whose: Sequence[int], latents: int) -> list[Thoughts]:
-        """Likewise, by the base as the method has changed it: so many latents."""
+    def _thought_by_base(self, whose: Sequence[int], count: int) -> list[Thoughts]:
+        """Likewise, by the base as the method has changed it: so many thoughts."""
         prompts = [self._in_room(index, []) for index in whose]
         adapter, size = self._adapter, self._recipe.evaluation.batch_size
 
         def of(indices: list[int]) -> torch.Tensor:
             # The worker that asks has loaded the base before.
             asked = [prompts[index] for index in indices]
-            return self._method.think(self._changed.model, adapter.weights, asked, latents, size)
+            return self._method.think(self._changed.model, adapter.weights, asked, count, size)
 
         read = content_digest([prompt.prefix_ids for prompt in prompts])
+        latents = count - self._method.fewest_thoughts
         made_from = {"thought by": adapter.change.made_from, "latents": latents, "prompts": read}
         tokens = sum(len(prompt.prefix_ids) + latents for prompt in prompts if latents)
-        return [Thoughts(of, latents + 2, made_from, reads=tokens)]
+        return [Thoughts(of, count, made_from, reads=tokens)]
 
     def _mean_thoughts(self) -> list[Thoughts]:
         projection = self._projection

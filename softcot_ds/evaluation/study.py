@@ -92,6 +92,11 @@ def _is_one_chain(cell: StudyCell) -> bool:
     return cell.recipe.evaluation.strategy == "single" and cell.recipe.evaluation.samples == 1
 
 
+def _answers_otherwise(cell: StudyCell) -> bool:
+    recipe = cell.recipe
+    return bool(recipe.chains or recipe.coconut or recipe.compressed_cot)
+
+
 def _told(study: Study, found: Sequence[tuple[StudyCell, Evaluated]]) -> Iterator[tuple[_Group, _Told]]:
     """Every cell's method; behind those of a task the baselines, which have nothing to do with it: each from the first
     method that was evaluated beside it. Those come last that answer by several chains, as then it does so too, or leave
@@ -100,7 +105,7 @@ def _told(study: Study, found: Sequence[tuple[StudyCell, Evaluated]]) -> Iterato
         of_task = [(cell, one) for cell, one in found if cell.task == task]
         for cell, one in of_task:
             yield (task, cell.method, cell.strategy), _Told(_row(cell, one, "learned"), one.scores["learned"])
-        beside = sorted(of_task, key=lambda pair: bool(pair[0].recipe.chains or pair[0].recipe.coconut))
+        beside = sorted(of_task, key=lambda pair: _answers_otherwise(pair[0]))
         for baseline in study.baselines:
             seen = set()
             for cell, one in beside:

@@ -9,6 +9,7 @@ softcot_pp.py     SoftCoT++: several sets of thoughts for a question, and the lo
 initial.py        what the assistant reads at placeholders in each of these
 prompt_tuning.py  free vectors, the same for every question: the baseline
 trained_base.py   the step of methods that train the base, or beside its weights, without thoughts
+thinking.py       the base's own states as thoughts: what methods share that give them back to it
 full_step.py      one pass over whole rows with gradient: what steps share that do no less
 lora.py           low-rank matrices beside frozen weights, as PEFT has them: a baseline
 full.py           all weights of the base: a baseline, and what it forgets

@@ -71,6 +71,8 @@ class Method(nn.Module, ABC):
     """Whether prompts have room for thoughts."""
     leaves_out_steps: ClassVar[bool] = False
     """Whether it trains on solutions without some of their steps: some problems must have any."""
+    fewest_thoughts: ClassVar[int] = 1
+    """What stands in their place where a base that thinks itself is given back none of its states."""
     conditions: ClassVar[tuple[Condition, ...]] = ()
     """Those of an evaluation that say something of it; empty for all."""
     projection_class: ClassVar[type[Projection] | None] = None
@@ -155,6 +157,12 @@ class Method(nn.Module, ABC):
     ) -> Example:
         """A problem as tokens; ``target`` is what the base is to write, of all steps of the training the longest."""
         return make_example(problem, target, base, assistant)
+
+    @classmethod
+    def begins_anew(cls, step: int, recipe: Recipe) -> bool:
+        """Whether what is trained towards changes with an optimizer step, which then knows nothing of those before:
+        weights that are not trained from there on stay as they are."""
+        return False
 
     @classmethod
     def example_at(cls, example: Example, step: int | None, recipe: Recipe, rest: Rest) -> Example:
@@ -248,7 +256,7 @@ class Method(nn.Module, ABC):
 
     @classmethod
     def think(
-        cls, base: PreTrainedModel, weights: Weights, prompts: Sequence[BasePrompt], latents: int, batch_size: int
+        cls, base: PreTrainedModel, weights: Weights, prompts: Sequence[BasePrompt], count: int, batch_size: int
     ) -> torch.Tensor:
         """(B, T, D) what stands for the thoughts where the base that ``apply_adapter`` has changed makes them itself:
         where there are thoughts and no ``projection_class``. All ranks call it together where the base is partitioned.
@@ -256,7 +264,7 @@ class Method(nn.Module, ABC):
         Args:
             weights: what the adapter directory holds.
             prompts: B of them; not empty.
-            latents: how many of its own states it is given back.
+            count: T, from ``fewest_thoughts`` on.
             batch_size: prompts that are read together.
         """
         raise NotImplementedError

@@ -20,45 +20,23 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from softcot_ds.data.batches import Batch, pad
-from softcot_ds.data.chat import Messages
-from softcot_ds.data.examples import Example, example_without_assistant
-from softcot_ds.data.prompts import AssistantPrompts, BasePrompt, BasePrompts
-from softcot_ds.distributed import max_over_ranks
+from softcot_ds.data.batches import Batch
+from softcot_ds.data.examples import Example
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import Given, Rest
 from softcot_ds.methods.conditioning import Weights
 from softcot_ds.methods.full import Full
 from softcot_ds.methods.lora import Lora
 from softcot_ds.methods.prompt_tuning import random_token_embeddings
-from softcot_ds.methods.trained_base import TrainedBase
+from softcot_ds.methods.thinking import Thinking
 from softcot_ds.models.assistant import check_length
-from softcot_ds.models.backbone import keeps_keys_and_values
 from softcot_ds.models.chain import Chain
 from softcot_ds.models.embedding import device_of
 from softcot_ds.models.loss import cross_entropy, token_losses
-from softcot_ds.models.partition import gathered, needs_all_ranks
-from softcot_ds.models.reading import PADDING
+from softcot_ds.models.partition import gathered
 from softcot_ds.recipe import Recipe
-from softcot_ds.tasks import Problem
 
 _MARKERS = "markers"
-
-
-def roll_out(
-    base: PreTrainedModel, markers_2D: torch.Tensor, prompt_BLD: torch.Tensor, mask_BL: torch.Tensor, count: int
-) -> torch.Tensor:
-    """(B, T, D) ``begin``, so many latents, and ``end``, in the prompts' dtype.
-
-    Args:
-        markers_2D: ``begin`` and ``end``, in any floating dtype.
-        prompt_BLD: embeddings, padded on the left.
-        mask_BL: bool, False on padding.
-        count: n.
-    """
-    begin_B1D, end_B1D = _markers(markers_2D, prompt_BLD)
-    latents, *_ = _think(Chain(base), torch.cat([prompt_BLD, begin_B1D], dim=1), mask_BL, count)
-    return torch.cat([begin_B1D, *latents, end_B1D], dim=1)
 
 
 def _markers(markers_2D: torch.Tensor, like_BSD: torch.Tensor) -> Sequence[torch.Tensor]:
@@ -79,12 +57,11 @@ def _think(
     return latents, next_BSD, mask_BS
 
 
-class _Coconut(TrainedBase):
+class _Coconut(Thinking):
     """The base, trained, and two vectors of their own that it reads around latents."""
 
-    has_thoughts = True
-    leaves_out_steps = True
-    conditions = ("learned", "shuffled", "zero", "empty", "none")
+    fewest_thoughts = 2
+    around = "two vectors stand around"
 
     markers: nn.Parameter
     """(2, D) ``begin`` and ``end``."""
@@ -100,45 +77,6 @@ class _Coconut(TrainedBase):
                 f"{count - 2} latents in step {steps}, the last, and two vectors stand around them; "
                 f"set it to {count}"
             )
-        if recipe.training.activation_checkpointing:
-            raise SoftCoTError(
-                "training.activation_checkpointing would read each latent into the keys and values a second time; set "
-                "it to false, and training.micro_batch_size lower where memory is short"
-            )
-        if recipe.task.targets_file is not None:
-            raise SoftCoTError(
-                f"task.targets={recipe.task.targets}: method={recipe.method} leaves out steps of solutions, and the "
-                "base's own come without any; set task.targets=gold"
-            )
-
-    @classmethod
-    def check_evaluation(cls, recipe: Recipe) -> None:
-        super().check_evaluation(recipe)
-        if (count := recipe.evaluation.thoughts) == 1:
-            raise SoftCoTError(
-                f"evaluation.thoughts={count}: two vectors stand around the latents of method={recipe.method}; set it "
-                "to 2 for these alone, or to two more than the latents"
-            )
-        if recipe.evaluation.strategy in ("tree", "graph"):
-            raise SoftCoTError(
-                f"evaluation.strategy={recipe.evaluation.strategy} puts answers to the base again, and method="
-                f"{recipe.method} has thoughts right before an answer alone; set it to single or self_consistency"
-            )
-
-    @classmethod
-    def prompt(cls, prompts: BasePrompts, question: str, more: Messages = ()) -> BasePrompt:
-        if more:  # of a strategy that check_evaluation does not know
-            raise SoftCoTError(
-                "thoughts that the base makes itself stand right before a whole answer, and nothing else can follow "
-                "their prompt; set evaluation.strategy to single or self_consistency"
-            )
-        return prompts.without_thoughts(question)
-
-    @classmethod
-    def make_example(
-        cls, problem: Problem, target: str, base: BasePrompts, assistant: AssistantPrompts, recipe: Recipe
-    ) -> Example:
-        return example_without_assistant(problem, target, base, recipe.thoughts.count)
 
     @classmethod
     def example_at(cls, example: Example, step: int | None, recipe: Recipe, rest: Rest) -> Example:
@@ -148,11 +86,7 @@ class _Coconut(TrainedBase):
 
     @classmethod
     def build(cls, given: Given) -> Self:
-        if not keeps_keys_and_values(given.base.config):
-            raise SoftCoTError(
-                f"{given.recipe.base.model} keeps other states of what it has read than keys and values, on which its "
-                "latents are to be read one by one; name another model in base.model"
-            )
+        cls.check_keeps(given)
         generator_state = torch.get_rng_state()
         torch.manual_seed(given.recipe.seed)
         markers_2D = random_token_embeddings(given.base, 2)
@@ -179,22 +113,12 @@ class _Coconut(TrainedBase):
         super().apply_adapter(base, folder, own)
 
     @classmethod
-    @torch.no_grad()
-    def think(
-        cls, base: PreTrainedModel, weights: Weights, prompts: Sequence[BasePrompt], latents: int, batch_size: int
+    def roll_out(
+        cls, base: PreTrainedModel, weights: Weights, prompt_BLD: torch.Tensor, mask_BL: torch.Tensor, count: int
     ) -> torch.Tensor:
-        embedding = base.get_input_embeddings()
-        device = device_of(embedding)
-        parts = [prompts[start : start + batch_size] for start in range(0, len(prompts), batch_size)]
-        found = []
-        for number in range(max_over_ranks(len(parts)) if needs_all_ranks(base) else len(parts)):
-            # A rank that is out of prompts runs along: each forward pass needs all ranks.
-            some = parts[min(number, len(parts) - 1)]
-            ids_BL, mask_BL = pad([prompt.prefix_ids for prompt in some], PADDING, side="left")
-            prompt_BLD, mask_BL = embedding(ids_BL.to(device)), mask_BL.to(device)
-            thoughts_BTD = roll_out(base, weights[_MARKERS], prompt_BLD, mask_BL, latents)
-            found += [thoughts_BTD] * (number < len(parts))
-        return torch.cat(found)
+        begin_B1D, end_B1D = _markers(weights[_MARKERS], prompt_BLD)
+        latents, *_ = _think(Chain(base), torch.cat([prompt_BLD, begin_B1D], dim=1), mask_BL, count - 2)
+        return torch.cat([begin_B1D, *latents, end_B1D], dim=1)
 
     def forward(self, batch: Batch, per_token: bool = False) -> torch.Tensor:
         """See ``Method``. Each row has T thoughts, of which all but two are latents."""
@@ -214,9 +138,9 @@ class _Coconut(TrainedBase):
 
     def thoughts(self, batch: Batch) -> torch.Tensor:
         prompt_BLD = self.base.get_input_embeddings()(batch.prefix_ids)
-        count = len(batch.assistant[0].positions) - 2
         with gathered(self.markers):  # as DeepSpeed does where this module is called
-            return roll_out(self.base, self.markers, prompt_BLD, batch.prefix_mask, count)
+            weights, count = {_MARKERS: self.markers}, len(batch.assistant[0].positions)
+            return self.roll_out(self.base, weights, prompt_BLD, batch.prefix_mask, count)
 
 
 class Coconut(_Coconut, Lora):

@@ -33,6 +33,7 @@ from softcot_ds.models.frozen_prefix import FrozenPrefix
 from softcot_ds.models.loss import cross_entropy
 from softcot_ds.models.model_files import is_here
 from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.places import at, places_of
 from softcot_ds.models.scoring import Scorer
 from softcot_ds.models.toy import VOCABULARY, make_toy, toy_config
 from softcot_ds.recipe import ModelConfig, Recipe
@@ -346,7 +347,8 @@ def _try_scorer(scorer: Scorer) -> str | None:
         prompts.append(BasePrompt(row[:prefix], []))
         texts.append(row[rest:])
         thoughts.append(embeds[0, prefix:rest])
-        alone.append(_logits(model, inputs_embeds=embeds)[rest - 1 : -1])
+        with at(model, places_of([prefix], _THOUGHTS, embeds.shape[1])):
+            alone.append(_logits(model, inputs_embeds=embeds)[rest - 1 : -1])
     found = scorer.logits(prompts, torch.stack(thoughts), texts, scorer.read_shared(prompts))
     return "rows in a batch come out other than each row alone" if _differ(model, found, torch.cat(alone)) else None
 

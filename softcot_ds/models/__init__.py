@@ -12,6 +12,8 @@ embedding.py      what tokens look like to a model, asked of its own module; tho
 shared_prefix.py  what all rows begin with, read once
 assistant.py      running the assistant: the states at the placeholders
 chain.py          passes over rows that grow, with gradient through what was read before
+layer_states.py   what each layer hands on, and layers that are trained apart
+places.py         where in its rows a pass is, told to a model with other weights at each place
 frozen_prefix.py  the base's prefix without gradient, layer by layer
 fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head

@@ -41,6 +41,17 @@ class Chain:
         """(B, S, V) logits of what stands next in each row; arguments as of ``states``."""
         return self._read(self._model, embeds_BSD, mask_BS).logits
 
+    @property
+    def length(self) -> int:
+        """N, padding included."""
+        return self._mask_BN.shape[1]
+
+    def back_to(self, length: int) -> None:
+        """Forget what stands behind the first so many positions."""
+        self._mask_BN = self._mask_BN[:, :length]
+        for layer in self._cache.layers:
+            layer.keys, layer.values = layer.keys[:, :, :length], layer.values[:, :, :length]
+
     def _read(self, module: nn.Module, embeds_BSD: torch.Tensor, mask_BS: torch.Tensor | None) -> Any:
         if mask_BS is None:
             mask_BS = torch.ones(embeds_BSD.shape[:2], dtype=torch.bool, device=embeds_BSD.device)

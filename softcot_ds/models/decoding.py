@@ -28,6 +28,7 @@ from softcot_ds.models.backbone import Change, context_length, keeps_keys_and_va
 from softcot_ds.models.drafting import Drafter, DraftRows
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.places import at, places_of
 from softcot_ds.models.reading import PADDING, Prompts, Reading
 from softcot_ds.models.refill import decode_refilled
 from softcot_ds.models.rows import Rows, Writing
@@ -353,7 +354,8 @@ def _logits_alone(
     ids = torch.tensor([[*prompt.prefix_ids, *prompt.suffix_ids, *tokens[:-1]]], device=thoughts_TD.device)
     prefix_1LD, rest_1RD = model.get_input_embeddings()(ids).tensor_split([len(prompt.prefix_ids)], dim=1)
     embeds_1SD = torch.cat([prefix_1LD, thoughts_TD[None].to(prefix_1LD.dtype), rest_1RD], dim=1)
-    return model(inputs_embeds=embeds_1SD, use_cache=False).logits[0, -len(tokens) :]
+    with at(model, places_of([len(prompt.prefix_ids)], len(thoughts_TD), embeds_1SD.shape[1])):
+        return model(inputs_embeds=embeds_1SD, use_cache=False).logits[0, -len(tokens) :]
 
 
 def _error(found: torch.Tensor, true: torch.Tensor) -> float:

@@ -20,6 +20,7 @@ from transformers import PreTrainedModel
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.models.embedding import CompactTable, whole_embedding
 from softcot_ds.models.partition import is_on_its_way
+from softcot_ds.models.places import places_of
 from softcot_ds.models.shared_prefix import common_prefix
 
 PADDING = 0
@@ -68,6 +69,12 @@ class Reading:
         starts_B = skipped_B + torch.tensor([len(prompt.prefix_ids) for prompt in prompts]) - shared
         known_BSD = None if table is None else table(table.number(ids_BS).to(table.rows_KD.device))
         return cls(ids_BS, mask_BN, starts_B, thoughts_BTD, known_BSD)
+
+    @property
+    def places_BS(self) -> torch.Tensor:
+        """int64, see ``places_of``."""
+        count = 0 if self.thoughts_BTD is None else self.thoughts_BTD.shape[1]
+        return places_of(self.starts_B, count, self.ids_BS.shape[1])
 
     def embed(self, ids_BN: torch.Tensor, look_up: LookUp) -> torch.Tensor:
         """(B, N, D) embeddings of the prompts, and of what else comes behind them in ``ids_BN``."""

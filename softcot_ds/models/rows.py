@@ -19,6 +19,7 @@ from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
 from softcot_ds.models.backbone import context_length
+from softcot_ds.models.places import BEHIND, at
 from softcot_ds.models.reading import LookUp, Reading, embedding_by
 
 ROOM = 32
@@ -218,6 +219,7 @@ class Rows:
         with (
             self._model._optimize_model_for_decode(),  # as generate does: experts on a GPU, few tokens of each row
             embedding_by(self._model, lambda ids, look_up: look_up(ids)),
+            at(self._model, BEHIND),
         ):
             return self._run(self._rows.cache, tokens_RN, mask_RS, count)
 
@@ -255,7 +257,7 @@ class Rows:
                 places = places_BI.to(layer.keys.device)
                 moved = [states[0][:, places].transpose(0, 1) for states in (layer.keys, layer.values)]
                 read.cache.update(*moved, number)
-        with embedding_by(self._model, embed):
+        with embedding_by(self._model, embed), at(self._model, reading.places_BS):
             read.logits_RV = self._run(read.cache, reading.ids_BS, reading.mask_BN, 1)[:, -1]
         return read
 

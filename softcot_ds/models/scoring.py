@@ -20,6 +20,7 @@ from softcot_ds.models.embedding import CompactTable, device_of
 from softcot_ds.models.frozen_prefix import FrozenPrefix, why_unsupported
 from softcot_ds.models.loss import token_losses
 from softcot_ds.models.partition import needs_all_ranks
+from softcot_ds.models.places import at, places_of
 from softcot_ds.models.reading import PADDING
 from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
 
@@ -134,10 +135,11 @@ class Scorer:
         if thoughts_BTD is not None:
             slots_BT = torch.tensor(start_B, device=device)[:, None] + torch.arange(count, device=device)
             embeds_BSD[torch.arange(len(rows), device=device)[:, None], slots_BT] = thoughts_BTD.to(embeds_BSD)
-        if self._prefixed is None:
-            # Padding stands behind the end of each row, where no causal model sees it: nothing is said of it.
-            return self.model(inputs_embeds=embeds_BSD, use_cache=False).logits.flatten(0, 1)[at_K]
-        mask_BN = torch.cat([mask_BS.new_ones(len(rows), shared.length), mask_BS], dim=1)
-        positions_BS = (mask_BN.cumsum(dim=1) - 1)[:, shared.length :]
-        given = shared if shared.length else None
-        return self._prefixed.logits(embeds_BSD, mask_BN.long(), positions_BS, 0, at_K, given)
+        with at(self.model, places_of(start_B, count, width)):
+            if self._prefixed is None:
+                # Padding stands behind the end of each row, where no causal model sees it: nothing is said of it.
+                return self.model(inputs_embeds=embeds_BSD, use_cache=False).logits.flatten(0, 1)[at_K]
+            mask_BN = torch.cat([mask_BS.new_ones(len(rows), shared.length), mask_BS], dim=1)
+            positions_BS = (mask_BN.cumsum(dim=1) - 1)[:, shared.length :]
+            given = shared if shared.length else None
+            return self._prefixed.logits(embeds_BSD, mask_BN.long(), positions_BS, 0, at_K, given)

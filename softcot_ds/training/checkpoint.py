@@ -229,6 +229,13 @@ def _create_moments(engine: Any, steps: int) -> None:
         link()
 
 
+def forget_moments(engine: Any) -> None:
+    """Have AdamW go on as if no step had been taken; before the first, nothing is there to be forgotten."""
+    for state in engine.optimizer.optimizer.state.values():
+        for value in state.values():
+            value.zero_()  # in place: DeepSpeed has linked them to the parameters
+
+
 def _set_full(parameter: torch.nn.Parameter, value: torch.Tensor, moment: str | None = None) -> None:
     """Set the float32 master copy, or a moment, of a parameter from its whole value on any number of ranks."""
     value = value.to(parameter.device)

@@ -26,7 +26,7 @@ from softcot_ds.training.batches import (
     read_batch,
     training_batches,
 )
-from softcot_ds.training.checkpoint import load_checkpoint, save_checkpoint
+from softcot_ds.training.checkpoint import forget_moments, load_checkpoint, save_checkpoint
 from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.memory import expected_memory
 from softcot_ds.training.metrics import PhaseTimer
@@ -81,6 +81,8 @@ def _train(recipe: Recipe) -> None:
 
     for step, batch in enumerate(islice(batches, config.num_steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
+        if engine.module.begins_anew(step, recipe):
+            forget_moments(engine)
         with profiler.step(step):
             losses, *work = _take_step(engine, batch, learning_rate, ranks, record.timer)
         record.window.add(step, batch.indices, losses, *work)
