@@ -37,12 +37,9 @@ from softcot_ds.tasks import Problem
 RECIPE = ROOT / "recipes" / "word_problems.yaml"
 CCOT = [
     *("method=compressed_cot", "thoughts.count=5", "compressed_cot.ratio=0.4", "compressed_cot.ccot_steps=1"),
-    *(
-        "compressed_cot.ccot={r: 4, alpha: 8, targets: [q_proj, down_proj]}",
-        "training.steps=2",
-        "training.warmup_steps=0",
-    ),
-    "compressed_cot.decode={r: 3, alpha: 12, targets: [v_proj, q_proj]}",
+    *("compressed_cot.ccot.r=4", "compressed_cot.ccot.alpha=8", "compressed_cot.ccot.targets=[q_proj,down_proj]"),
+    *("compressed_cot.decode.r=3", "compressed_cot.decode.alpha=12", "compressed_cot.decode.targets=[v_proj,q_proj]"),
+    *("training.steps=2", "training.warmup_steps=0"),
 ]
 ROWS = [
     ([5, 6, 7, 8, 9], [21, 22, 23, 24, 25, 26, 27], [11, 12, 2]),
@@ -298,8 +295,8 @@ SMALL = [
     *("thoughts.count=5", "compressed_cot.ratio=0.2", "compressed_cot.ccot_steps=1", "compressed_cot.layer=1"),
     *("training.warmup_steps=0", "training.global_batch_size=6", "training.micro_batch_size=4", "training.log_every=2"),
     *("training.save_every=1", "training.keep_checkpoints=9", "training.validate_every=9", "evaluation.batch_size=4"),
-    *("evaluation.max_new_tokens=6", "compressed_cot.ccot={r: 4, alpha: 8, dropout: 0.1, targets: [q_proj, v_proj]}"),
-    "compressed_cot.decode={r: 4, alpha: 8, targets: [q_proj, up_proj]}",
+    *("evaluation.max_new_tokens=6", "compressed_cot.ccot.r=4", "compressed_cot.ccot.dropout=0.1"),
+    *("compressed_cot.ccot.targets=[q_proj,v_proj]", "compressed_cot.decode.targets=[q_proj,up_proj]"),
 ]
 
 
@@ -402,5 +399,5 @@ def test_a_search_is_refused_which_has_no_place_for_contemplation():
 
 def test_damaged_settings_of_an_adapter_are_named(tmp_path):
     (tmp_path / "compressed_cot.json").write_text(json.dumps({"ratio": 2}))
-    with pytest.raises(SoftCoTError, match=r"compressed_cot.json is damaged: .* use another checkpoint"):
+    with pytest.raises(SoftCoTError, match=r"compressed_cot.json is damaged: ratio: Input .* use another"):
         CompressedCoT.apply_adapter(make_model("llama"), tmp_path, {})

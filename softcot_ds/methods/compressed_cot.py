@@ -279,7 +279,9 @@ class CompressedCoT(Thinking):
         try:
             config = CompressedCoTConfig.model_validate(values)
         except ValidationError as error:
-            raise SoftCoTError(f"{folder / _SETTINGS_FILE} is damaged: {error}; use another checkpoint") from error
+            first = error.errors()[0]
+            why = f"{'.'.join(map(str, first['loc']))}: {first['msg']}"
+            raise SoftCoTError(f"{folder / _SETTINGS_FILE} is damaged: {why}; use another checkpoint") from error
         _Matrices(base, config, seed=0)
         parameters = _parameters(base)
         cls.check_fits({name: weights[name] for name in weights if name not in (_OVER, _STOP)}, parameters, folder)
