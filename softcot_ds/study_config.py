@@ -14,7 +14,7 @@
       single: {}
       voted: {evaluation.samples: 8, evaluation.temperature: 0.7}
     without:                                 # cells that are left out
-      - {method: prompt_tuning, strategy: voted}
+      - {method: prompt_tuning, strategy: voted}  # each a name or a list
 
 A cell is an ordinary recipe with overrides, and an ordinary run: NAME-TASK-METHOD-seed41. What all cells do not depend
 on is done once: they share a folder of outputs. Needs neither torch nor DeepSpeed.
@@ -78,12 +78,21 @@ class StudyTask(Section):
     """What makes the recipe this task's."""
 
 
-class Without(Section):
-    """Cells that are left out: of a method, a task, a strategy, or where several are named, of all of them at once."""
+Names = Annotated[list[Name], BeforeValidator(lambda value: [value] if isinstance(value, str) else value)]
+"""One, or a list."""
 
-    method: Name | None = None
-    task: Name | None = None
-    strategy: Name | None = None
+
+class Without(Section):
+    """Cells that are left out: of these methods, these tasks, these strategies, or where several of the three are
+    named, of all of them at once."""
+
+    method: Names = Field([])
+    task: Names = Field([])
+    strategy: Names = Field([])
+
+    def leaves_out(self, **cell: str) -> bool:
+        """Whether a cell, given as its ``method``, ``task`` and ``strategy``, is one of them."""
+        return all(not (named := getattr(self, axis)) or name in named for axis, name in cell.items())
 
 
 class Study(Section):
@@ -124,9 +133,9 @@ class Study(Section):
         for number, left in enumerate(self.without):
             named = {"method": self.methods, "task": self.tasks, "strategy": self.strategies}
             for axis, known in named.items():
-                value = getattr(left, axis)
-                if value is not None and value not in known:
-                    wrong.append(f"without.{number}.{axis}: no {value!r}; there are {', '.join(known)}")
+                for value in getattr(left, axis):
+                    if value not in known:
+                        wrong.append(f"without.{number}.{axis}: no {value!r}; there are {', '.join(known)}")
             if left == Without():
                 wrong.append(f"without.{number}: leaves all cells out; name a method, a task or a strategy")
         if wrong:
@@ -203,17 +212,11 @@ class Study(Section):
         for task in self.tasks:
             for method in self.methods:
                 for strategy in self.strategies:
-                    if self._is_left_out(method, task, strategy):
+                    if any(left.leaves_out(method=method, task=task, strategy=strategy) for left in self.without):
                         continue
                     for seed in self.seeds:
                         source, overrides = self._evaluation(task, method, strategy, seed)
                         yield StudyCell(source, None, overrides, seed, method, task, strategy)  # type: ignore[arg-type]
-
-    def _is_left_out(self, method: str, task: str, strategy: str) -> bool:
-        return any(
-            left.method in (None, method) and left.task in (None, task) and left.strategy in (None, strategy)
-            for left in self.without
-        )
 
     def _training(self, task: str, method: str, seed: int) -> Cell:
         """Of a task on which methods are trained; unchecked."""

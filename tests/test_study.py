@@ -89,6 +89,8 @@ def test_a_task_that_nothing_is_trained_on_takes_adapters_of_another(written):
     study = load_study(written(tasks=tasks, without=[{"method": "tuned", "task": "second"}]))
     told = {(cell.method, cell.task): cell.recipe for cell in study.cells}
     assert set(told) == {("softcot", "first"), ("tuned", "first"), ("softcot", "second")}
+    some = load_study(written(tasks=tasks, without=[{"task": ["second"], "method": ["tuned", "softcot"]}]))
+    assert {cell.task for cell in some.cells} == {"first"}
     other = told["softcot", "second"]
     assert other.name == "study-first-softcot-seed6"
     assert (other.task.name, other.task.train_problems, other.task.test_problems) == ("word_choices", 8, 5)
