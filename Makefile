@@ -36,7 +36,7 @@ DATA ?= $(firstword $(wildcard $(addsuffix /data,$(MODELS) ../shared)))
 GSM8K = $(wildcard $(addprefix $(DATA)/gsm8k/,train.jsonl test.jsonl))
 REAL = recipes/smollm2_gsm8k.yaml assistant.model=$(MODEL) base.model=$(MODEL) \
   $(join $(patsubst %,task.%=,train test),$(GSM8K)) cache.path=runs/real/cache $(SET)
-PLAIN = name=real-plain projection.condition=none projection.init_scale=0.1
+PLAIN = name=real-plain projection.condition=none projection.init_scale=0.1 training.learning_rate=1.0e-3
 
 .PHONY: demo study real real-needs check quick-a-to-i quick-j-to-z test gpu clean
 
