@@ -37,6 +37,7 @@ setup(
             "tasks/*.yaml",
             "planning/*.yaml",
             "evaluation/*.yaml",
+            "lm_eval_tasks/*.yaml",
             "pair/*/*.json",
             "pair/*/*.jinja",
             "pair/*/*.safetensors",
@@ -67,6 +68,7 @@ setup(
         "gpu": ["liger-kernel>=0.8.5"],  # its loss and layers; the tests run them in Triton's interpreter
         "bits4": ["bitsandbytes>=0.50.2,<0.51"],  # backbone.bits: 4
         "completion": ["argcomplete>=3.6"],  # of the command line, in a shell
+        "lm-eval": ["lm_eval>=0.4.13,<0.5"],  # softcot-ds lm-eval; forty packages, of which we use none else
         "test": [
             "argcomplete>=3.6",
             "bitsandbytes>=0.50.2,<0.51",
@@ -79,5 +81,8 @@ setup(
             "pyrefly>=1.4",
         ],
     },
-    entry_points={"console_scripts": ["softcot-ds = softcot_ds.cli:main"]},
+    entry_points={
+        "console_scripts": ["softcot-ds = softcot_ds.cli:main"],
+        "lm_eval.models": ["softcot = softcot_ds.lm_eval:SoftCoT"],  # found by releases after 0.4.13
+    },
 )

@@ -19,6 +19,7 @@ COMMANDS = {
     "evaluate": "measure accuracy, with controls",
     "study": "methods, tasks, strategies and seeds side by side",
     "generate": "answer a question",
+    "lm-eval": "evaluate an adapter with lm-evaluation-harness",
     "plan": "what each way to hold the weights needs, before a GPU is there",
     "doctor": "check whether this environment is fit for training",
     "submit": "targets, cache, train and evaluate as a chain of SLURM jobs",
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.command not in _NO_RECIPE and not first.startswith("-") and not os.path.exists(found(Path(first))):
         return run_command(lambda: load_recipe(first))  # which says so, without the wait for what comes next
     # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
-    return importlib.import_module(f"softcot_ds.{args.command}").main(args.arguments)
+    return importlib.import_module(f"softcot_ds.{args.command.replace('-', '_')}").main(args.arguments)
 
 
 def _command_to_complete() -> str | None:

@@ -5,16 +5,17 @@ B questions, T thoughts, S positions of a prompt, P assistant width, D base widt
 
 import hashlib
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import cached_property, partial
 from pathlib import Path
+from statistics import fmean
 
 import torch
 from transformers import PreTrainedModel
 
 from softcot_ds.adapter import AdapterConfig, damaged, load_adapter
-from softcot_ds.data.prompts import AssistantInput, BasePrompt
+from softcot_ds.data.prompts import AssistantInput, BasePrompt, BasePrompts
 from softcot_ds.distributed import device, init_distributed
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
@@ -23,12 +24,13 @@ from softcot_ds.methods.base import method_class
 from softcot_ds.methods.conditioning import Weights
 from softcot_ds.methods.initial import Thinker
 from softcot_ds.methods.projection import Projection, load_projection
-from softcot_ds.methods.trial import load_assistant
+from softcot_ds.methods.trial import load_assistant, load_scorer
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import Change, context_length, partition_that_fits
 from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.drafting import Drafter
 from softcot_ds.models.embedding import whole_embedding
+from softcot_ds.models.scoring import Score
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.recipe import Recipe
 from softcot_ds.tasks.base import check_question
@@ -193,10 +195,17 @@ class Adapter:
                 found.append(PromptEmbeddings(embeds_SD, ids_S, is_thought_S))
         return found
 
-    def question(self, text: str, with_thoughts: bool = True) -> Question:
-        """A question as the models read it. Raises SoftCoTError when it is no text, or too long for a model."""
+    def question(self, text: str, with_thoughts: bool = True, prompts: BasePrompts | None = None) -> Question:
+        """A question as the models read it.
+
+        Args:
+            prompts: the base's wording, where it is not the adapter's.
+
+        Raises:
+            SoftCoTError: it is no text, or too long for a model.
+        """
         check_question(text)
-        prompts, has_room = self.experiment.base_prompts, with_thoughts and self.method.has_thoughts
+        prompts, has_room = prompts or self.experiment.base_prompts, with_thoughts and self.method.has_thoughts
         prompt = self.method.prompt(prompts, text) if has_room else prompts.without_thoughts(text)
         length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (self.recipe.thoughts.count if has_room else 0)
         context = context_length(self.experiment.base_config)
@@ -231,30 +240,82 @@ class Adapter:
                 self.drafter.model = self.assistant  # all of its layers are there already
             _ = self.drafter.model
 
-    def outputs(self, questions: Sequence[Question]) -> list[Output]:
+    def outputs(
+        self,
+        questions: Sequence[Question],
+        sampling: Sampling | None = None,
+        progress: Callable[[int], object] = lambda answered: None,
+    ) -> list[Output]:
         """What the base writes for each question, all of them with what was trained or all without. Of several chains
-        the first one with the answer that most of them have."""
+        the first one with the answer that most of them have.
+
+        Args:
+            sampling: how, where it is not as the recipe's ``evaluation`` says.
+            progress: is told how many have their answer, now and then.
+        """
         if not questions:
             return []
-        with_method = questions[0].with_method
-        self.load_models(with_method)
-        base, has_thoughts = self.base if with_method else self.own_base, with_method and self.method.has_thoughts
-        thoughts = self._thoughts(questions).flatten(0, -3) if has_thoughts else None
-        prompts = [question.prompt for question in questions]
-        rows = self._rows(prompts) if has_thoughts else prompts
-        settings = self.recipe.evaluation
+        base, rows, thoughts = self._asked(questions)
+        settings, chains = self.recipe.evaluation, len(rows) // len(questions)
         stop_ids = self.experiment.base_prompts.stop_ids
         outputs = decode(
             base,
             rows,
             thoughts,
             stop_ids,
-            Sampling.of(settings),
+            sampling or Sampling.of(settings),
             batch_size=settings.batch_size,
             drafter=self.drafter,
+            progress=lambda ended: progress(ended // chains),
         )
-        chains = len(rows) // len(prompts)
         return [self._agreed(outputs[first : first + chains]) for first in range(0, len(outputs), chains)]
+
+    def scores(
+        self,
+        questions: Sequence[Question],
+        texts: Sequence[tuple[int, list[int]]],
+        progress: Callable[[int], object] = lambda read: None,
+    ) -> list[Score]:
+        """How likely the base finds each text after a question, all of them with what was trained or all without. Of
+        several chains the mean loss, and whether all find it the likeliest.
+
+        Args:
+            texts: the index of a question, and tokens; several of a question, or none.
+            progress: is told how many have been read, now and then.
+
+        Raises:
+            SoftCoTError: the base cannot tell, or its context has no room for a text.
+        """
+        if not texts:
+            return []
+        base, rows, thoughts = self._asked(questions)
+        chains = len(rows) // len(questions)
+        asked = [(index * chains + chain, text) for index, text in texts for chain in range(chains)]
+        room = context_length(base.config) - (0 if thoughts is None else thoughts.shape[1])
+        longest = max(len(rows[row].prefix_ids) + len(rows[row].suffix_ids) + len(text) for row, text in asked)
+        if longest > room:
+            raise SoftCoTError(f"a prompt with its text has {longest} tokens, and the base has room for {room}")
+        scorer = load_scorer(base, self.recipe.base.model)
+        shared = scorer.read_shared(rows)
+        size, found = self.recipe.evaluation.batch_size, []
+        for start in range(0, len(asked), size):
+            numbers, some = zip(*asked[start : start + size], strict=True)
+            given = None if thoughts is None else thoughts[list(numbers)]
+            found += scorer.scores([rows[number] for number in numbers], given, some, shared)
+            progress(len(found) // chains)
+        scorer.read_whole_rows()  # the base decodes with its own layers
+        of_texts = (found[first : first + chains] for first in range(0, len(found), chains))
+        return [Score(fmean(s.loss for s in scores), all(s.is_likeliest for s in scores)) for scores in of_texts]
+
+    def _asked(self, questions: Sequence[Question]) -> tuple[PreTrainedModel, list[BasePrompt], torch.Tensor | None]:
+        """The base, loaded; what it reads, and (R, T, D) the thoughts there, of each question once for each of its
+        chains; None where there is no room for any."""
+        with_method = questions[0].with_method
+        self.load_models(with_method)
+        base, prompts = self.base if with_method else self.own_base, [question.prompt for question in questions]
+        if not (with_method and self.method.has_thoughts):
+            return base, prompts, None
+        return base, self._rows(prompts), self._thoughts(questions).flatten(0, -3)
 
     def _rows(self, prompts: Sequence[BasePrompt]) -> list[BasePrompt]:
         """Each prompt once for each of its chains."""

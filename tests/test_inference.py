@@ -124,6 +124,28 @@ def test_prompt_embeddings_are_what_the_base_answers(folder, adapter):
         assert tokenizer.decode(written[:end]) == answer
 
 
+@torch.no_grad()
+def test_scores_are_the_probabilities_of_what_follows_the_prompt(folder, adapter):
+    base = AutoModelForCausalLM.from_pretrained(folder / "base", dtype=torch.float32)
+    tokenizer, prompts = AutoTokenizer.from_pretrained(folder / "base"), adapter.prompt_embeddings(QUESTIONS)
+    likeliest = tokenizer(adapter.answer(QUESTIONS[:1])[0], add_special_tokens=False).input_ids[:5]
+    other = tokenizer("answer 23", add_special_tokens=False).input_ids
+    texts = [(0, other), (0, likeliest), (2, other), (0, likeliest[:2])]
+    asked = [adapter.question(question) for question in QUESTIONS]
+    for (index, text), score in zip(texts, adapter.scores(asked, texts), strict=True):
+        embeds = torch.cat([prompts[index].embeddings, base.get_input_embeddings().weight[text]])
+        logits = base(inputs_embeds=embeds[None]).logits[0, -len(text) - 1 : -1].double()
+        # Of logits in float32, some of them 20.
+        assert score.loss == pytest.approx(-logits.log_softmax(-1)[range(len(text)), text].sum().item(), abs=1e-5)
+        assert score.is_likeliest == (logits.argmax(-1).tolist() == text)
+    assert [score.is_likeliest for score in adapter.scores(asked, texts)] == [False, True, False, True]
+    with pytest.raises(SoftCoTError, match=r"has 5\d\d tokens, and the base has room for 508"):
+        adapter.scores(asked, [(0, other * 250)])
+    assert adapter.answer(QUESTIONS[:1])[0].split()[:4] == tokenizer.decode(likeliest).split()[:4], (
+        "it decodes as before"
+    )
+
+
 def test_a_model_is_loaded_when_it_is_needed(folder, loaded, tmp_path):
     names = [str(folder / name) for name in ("assistant", "base")]
     adapter = softcot_ds.load(folder / "word_problems")

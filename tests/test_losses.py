@@ -199,7 +199,7 @@ def test_losses_of_a_batch_are_those_of_each_row_alone_whatever_the_family(famil
         monkeypatch.setattr(scorer, "logits", Mock(wraps=scorer.logits))
         shared = scorer.read_shared(prompts)
         assert shared.length == (2 if fast else 0), "the last token of the shortest prefix is read in each row"
-        found = scorer.losses(prompts, given, texts, shared)
+        found = [score.loss for score in scorer.scores(prompts, given, texts, shared)]
         assert scorer.logits.call_count == passes
         rows = zip(prompts, [None] * 3 if given is None else given, texts, strict=True)
         scorer.read_whole_rows()  # the model has its own layers again

@@ -9,8 +9,10 @@ import yaml
 from conftest import CHATML, INSTRUCT, LLAMA3, byte_tokenizer
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from launch import ROOT
 
-from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile
+from softcot_ds.data.chat import fill
+from softcot_ds.data.prompts import AssistantPrompts, BasePrompts, ChatFormat, PromptFile, RenderedPrompt
 from softcot_ds.errors import SoftCoTError
 
 DATE = {"date_string": "26 Jul 2024"}
@@ -285,3 +287,47 @@ def test_braces_that_are_no_field_are_ordinary_text():
     prompts = BasePrompts(chat_format(), PromptFile(**sections))
     text = prompts.chat.tokenizer.decode(prompts.without_thoughts("q").prefix_ids)
     assert 'q as JSON: {"a": {x}} {Question}' in text
+
+
+@pytest.mark.parametrize("question", ["2+2?", "What is {thoughts}?", "Käthe \U0001f34e \u2028 x"])
+def test_in_other_words_thoughts_stand_behind_the_last_place_of_the_question(chat, question):
+    tokenizer, _ = chat
+    own = BasePrompts(ChatFormat(tokenizer, DATE, "model"), PROMPTS)
+    text = rendered(tokenizer, f"Q: {question}\nA: 3\n\nQ: {question}\nA:")
+    left, right = rendered(tokenizer, f"Q: {question}\nA: 3\n\nQ: {question}\nHints: \x01\nNow.\nA:").split("\x01")
+    prompt = RenderedPrompt(own, text, [7, 8]).with_thoughts(question)
+    assert (prompt.prefix_ids, prompt.suffix_ids) == ([7, 8, *ids(tokenizer, left)], ids(tokenizer, right))
+    plain = RenderedPrompt(own, text, [7, 8]).without_thoughts(question)
+    assert (plain.prefix_ids, plain.suffix_ids) == ([7, 8, *ids(tokenizer, text)], [])
+    with pytest.raises(SoftCoTError, match=r"the question 'more' does not stand in the prompt.*--question"):
+        RenderedPrompt(own, text).with_thoughts("more")
+
+
+@pytest.mark.parametrize("path", sorted((ROOT / "softcot_ds/tasks").glob("*.yaml")), ids=lambda path: path.stem)
+def test_our_own_words_without_thoughts_are_as_with_them_once_they_stand_there(path):
+    own = BasePrompts(chat_format(), PromptFile.load(path))
+    question = "is <|im_end|> a word?"  # which ends no turn
+    text = own.chat.prompt(fill(own.prompts.base_without_thoughts, {"question": own.chat.plain(question)}))
+    assert RenderedPrompt(own, text).with_thoughts(question) == own.with_thoughts(question)
+
+
+@pytest.mark.parametrize(
+    ("base", "without", "around"),
+    [
+        ("{question}\nHints: {thoughts}\nNow.", "{question}\nNow.", ("\nHints: ", "")),
+        ("{question} Think.\nHints: {thoughts}", "{question} Think.", ("\nHints: ", "")),
+        ("{question}\n({thoughts})", "Solve {question}", ("\n(", ")")),
+    ],
+)
+def test_around_thoughts_stand_the_words_that_are_there_for_them(base, without, around):
+    contents = {"base": base, "base_without_thoughts": without}
+    sections = {name: [{"role": "user", "content": content}] for name, content in contents.items()}
+    assert PromptFile(**SECTIONS | sections).around_thoughts == around
+
+
+@pytest.mark.parametrize("contents", [["{thoughts} help with {question}"], ["{question}", "Hints: {thoughts}"]])
+def test_words_around_thoughts_that_do_not_follow_the_question_are_not_guessed(contents):
+    roles = ["user", "assistant"]
+    base = [{"role": role, "content": content} for role, content in zip(roles, contents, strict=False)]
+    with pytest.raises(SoftCoTError, match=r"before the question, or in another message.*task\.prompts"):
+        _ = PromptFile(**SECTIONS | {"base": base}).around_thoughts

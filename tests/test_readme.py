@@ -47,7 +47,7 @@ def test_every_recipe_is_listed():
 
 
 def test_commands_and_make_targets_exist():
-    commands = set(re.findall(r"softcot-ds (\w+)", README)) | set(re.findall(r"--module softcot_ds\.(\w+)", README))
+    commands = set(re.findall(r"softcot-ds ([\w-]+)", README)) | set(re.findall(r"--module softcot_ds\.(\w+)", README))
     assert commands <= set(COMMANDS)
     makefile = (ROOT / "Makefile").read_text()
     for target in re.findall(r"^make (\w+)", README, flags=re.MULTILINE):

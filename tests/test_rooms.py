@@ -33,7 +33,7 @@ FLOORS = (
     ("inference",),
     ("training", "evaluation", "diagnosis"),
     ("command", "chain"),
-    ("targets", "cache", "train", "evaluate", "generate", "doctor", "submit", "slurm", "plan", "study"),
+    ("targets", "cache", "train", "evaluate", "generate", "lm_eval", "doctor", "submit", "slurm", "plan", "study"),
     ("recipes", "init", "schema"),
     ("cli",),
 )

@@ -50,6 +50,31 @@ class PromptFile:
             raise SoftCoTError(f"{path}: mistakes in the prompt file:\n" + "\n".join(f"  - {m}" for m in mistakes))
         return cls(**sections)
 
+    @property
+    def around_thoughts(self) -> tuple[str, str]:
+        """What stands before the thoughts and behind them where they follow a question, beyond what the base reads
+        without thoughts: to put thoughts behind the question in somebody else's wording.
+
+        Raises:
+            SoftCoTError: the thoughts do not follow the question in its message.
+        """
+        of_question = [
+            message["content"].partition("{question}")[2]
+            for messages in (self.base, self.base_without_thoughts)
+            for message in messages
+            if "{question}" in message["content"]
+        ]
+        (before, thoughts, after), plain = of_question[0].partition("{thoughts}"), of_question[1]
+        if not thoughts:
+            raise SoftCoTError(
+                "the prompt file has the base's thoughts before the question, or in another message, and so says "
+                "nothing of what stands around them behind a question in another wording; name one in task.prompts "
+                "where {thoughts} follows {question} in its message under base"
+            )
+        if plain and after.endswith(plain):
+            return before, after.removesuffix(plain)
+        return before.removeprefix(plain), after
+
 
 def _check_messages(messages: Any, required: set[str], optional: set[str]) -> list[str]:
     if not isinstance(messages, list) or not messages:
@@ -126,6 +151,47 @@ class BasePrompts:
         where the template changes the text, or the text contains that token.
         """
         return self._turn.answer_ids(target)
+
+
+class RenderedPrompt(BasePrompts):
+    """One prompt of somebody else's wording, rendered already, in the place of the prompt file's."""
+
+    def __init__(self, own: BasePrompts, text: str, first_ids: Sequence[int] = ()) -> None:
+        """
+        Args:
+            own: the prompt file's, whose words around thoughts are taken over.
+            text: what the base reads; the question stands in it.
+            first_ids: tokens that come before the text's.
+        """
+        self.chat = own.chat
+        self.prompts = own.prompts
+        self._turn = own._turn
+        self._text = text
+        self._first_ids = list(first_ids)
+
+    def with_thoughts(self, question: str, more: Messages = ()) -> BasePrompt:
+        """Thoughts stand behind the last place where the text has the question: examples come before it.
+
+        Raises:
+            SoftCoTError: it does not stand there; or see ``PromptFile.around_thoughts``.
+        """
+        before, after = self.prompts.around_thoughts
+        plain = self.chat.plain(question)  # as a template was given it
+        left, found, right = self._text.rpartition(plain if plain in self._text else question)
+        if not found:
+            raise SoftCoTError(
+                f"the question {question[:80]!r} does not stand in the prompt, which ends in {self._text[-200:]!r}, so "
+                "that there is no place for its thoughts; name what of the record does, as it is: --question"
+            )
+        left_ids = self._first_ids + self.chat.encode(left + found + before)
+        return BasePrompt(left_ids, self.chat.encode(after + right, continued=True))
+
+    def without_thoughts(self, question: str, more: Messages = ()) -> BasePrompt:
+        return BasePrompt(self._first_ids + self.chat.encode(self._text), [])
+
+    def continuation_ids(self, text: str) -> list[int]:
+        """The tokens of a text that follows the prompt."""
+        return self.chat.encode_after(self._text, text)
 
 
 class AssistantPrompts:

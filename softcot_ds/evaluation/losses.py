@@ -106,7 +106,8 @@ class TextLosses:
                 self._shared = name, self._scorer.read_shared(prompts)
             thoughts = problems.thoughts and problems.thoughts([self._texts[row][0] for row in batch])
             asked, wanted = [prompts[row] for row in batch], [texts[row] for row in batch]
-            return [self._scorer.losses(asked, thoughts, wanted, self._shared[1], table)]
+            scores = self._scorer.scores(asked, thoughts, wanted, self._shared[1], table)
+            return [[score.loss for score in scores]]
 
         settings = {"texts": content_digest(texts)}
         return self._asked_of(problems).job(name, prompts, problems.thoughts, settings, work, float, texts)

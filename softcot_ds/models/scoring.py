@@ -9,6 +9,7 @@ of all texts, D width, V vocabulary.
 """
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from transformers import PreTrainedModel
@@ -26,6 +27,16 @@ from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_pref
 
 _LOGITS_BYTES = 2**30
 """Logits of one pass, about."""
+
+
+@dataclass(frozen=True)
+class Score:
+    """Of a text after its prompt."""
+
+    loss: float
+    """Nats: the sum over its tokens, in float64."""
+    is_likeliest: bool
+    """Whether each of its tokens is the likeliest one: it is what greedy decoding begins with."""
 
 
 class Scorer:
@@ -57,15 +68,15 @@ class Scorer:
             return NO_PREFIX
         return self._prefixed.read_shared(torch.tensor(ids, device=device_of(self.model.get_input_embeddings())))
 
-    def losses(
+    def scores(
         self,
         prompts: Sequence[BasePrompt],
         thoughts_BTD: torch.Tensor | None,
         texts: Sequence[list[int]],
         shared: SharedPrefix = NO_PREFIX,
         table: CompactTable | None = None,
-    ) -> list[float]:
-        """The loss of each text after its prompt, nats: the sum over its tokens, in float64.
+    ) -> list[Score]:
+        """Each text's, after its prompt.
 
         All ranks call it together where the model is partitioned.
 
@@ -77,7 +88,7 @@ class Scorer:
             table: with all tokens of prompts and texts and PADDING, to embed them by; None to ask the model's own.
         """
         groups = self._groups(prompts, texts)
-        losses: dict[int, float] = {}
+        scores: dict[int, Score] = {}
         for number in range(max_over_ranks(len(groups)) if needs_all_ranks(self.model) else len(groups)):
             # A rank without a group of its own runs along: each forward pass needs all ranks.
             group = groups[min(number, len(groups) - 1)]
@@ -85,9 +96,12 @@ class Scorer:
             given = None if thoughts_BTD is None else thoughts_BTD[group]
             logits_KV = self.logits([prompts[index] for index in group], given, wanted, shared, table)
             targets_K = torch.tensor([token for text in wanted for token in text], device=logits_KV.device)
-            parts = token_losses(logits_KV, targets_K).split([len(text) for text in wanted])
-            losses |= {index: part.sum().item() for index, part in zip(group, parts, strict=True)}
-        return [losses[index] for index in range(len(prompts))]
+            lengths = [len(text) for text in wanted]
+            losses = token_losses(logits_KV, targets_K).split(lengths)
+            likeliest = (logits_KV.argmax(dim=-1) == targets_K).split(lengths)
+            for index, losses_K, likeliest_K in zip(group, losses, likeliest, strict=True):
+                scores[index] = Score(losses_K.sum().item(), bool(likeliest_K.all()))
+        return [scores[index] for index in range(len(prompts))]
 
     def _groups(self, prompts: Sequence[BasePrompt], texts: Sequence[list[int]]) -> list[list[int]]:
         """Indices of rows that go through the model together, so that their logits do not fill the memory: as many
@@ -113,7 +127,7 @@ class Scorer:
         shared: SharedPrefix,
         table: CompactTable | None = None,
     ) -> torch.Tensor:
-        """(K, V) logits of the tokens of ``texts``, one after the other; arguments as of ``losses``."""
+        """(K, V) logits of the tokens of ``texts``, one after the other; arguments as of ``scores``."""
         count = 0 if thoughts_BTD is None else thoughts_BTD.shape[1]
         start_B = [len(prompt.prefix_ids) - shared.length for prompt in prompts]
         rows = [
