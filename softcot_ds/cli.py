@@ -6,6 +6,7 @@ import os
 import sys
 from collections.abc import Sequence
 from pathlib import Path
+from types import ModuleType
 
 from softcot_ds import __version__
 from softcot_ds.command import complete, run_command
@@ -43,14 +44,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("command", choices=COMMANDS, metavar="command", help="one of the commands below")
     parser.add_argument("arguments", nargs=argparse.REMAINDER, help="see softcot-ds COMMAND --help")
     if command := _command_to_complete():
-        return importlib.import_module(f"softcot_ds.{command}").main([])
+        return _module(command).main([])
     complete(parser)
     args = parser.parse_args(argv)
     first = args.arguments[0] if args.arguments else "-"
     if args.command not in _NO_RECIPE and not first.startswith("-") and not os.path.exists(found(Path(first))):
         return run_command(lambda: load_recipe(first))  # which says so, without the wait for what comes next
     # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
-    return importlib.import_module(f"softcot_ds.{args.command.replace('-', '_')}").main(args.arguments)
+    return _module(args.command).main(args.arguments)
+
+
+def _module(command: str) -> ModuleType:
+    return importlib.import_module(f"softcot_ds.{command.replace('-', '_')}")
 
 
 def _command_to_complete() -> str | None:

@@ -14,14 +14,14 @@ import sys
 import traceback
 from collections.abc import Mapping, Sequence
 from fnmatch import fnmatchcase
-from itertools import groupby, takewhile
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
 from softcot_ds import load
-from softcot_ds.command import OVERRIDES_HELP, run_command
+from softcot_ds.command import add_recipe, complete, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.launchers import launched_ranks
 from softcot_ds.run_dir import recipe_and_adapter
@@ -255,20 +255,18 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="softcot-ds lm-eval",
         usage="softcot-ds lm-eval ADAPTER [key=value ...] [--question FIELD] [--no-thoughts] --tasks TASK ...",
         description="Evaluate an adapter with lm-evaluation-harness.",
-        epilog=f"ADAPTER: an adapter directory, or the recipe of a trained run. key=value: {OVERRIDES_HELP}. All other "
-        "arguments are those of lm_eval: see lm-eval run --help. Left out, --batch_size is evaluation.batch_size, and "
-        "--include_path the folder of strategyqa_cot, a task of ours.",
+        epilog="All other arguments are those of lm_eval: see lm-eval run --help. Left out, --batch_size is "
+        "evaluation.batch_size, and --include_path the folder of strategyqa_cot, a task of ours.",
         allow_abbrev=False,
     )
+    add_recipe(parser, "the directory of a run or an adapter, or the recipe of a trained run", "adapter")
     parser.add_argument("--question", help="the field of a record that is the question, or a Jinja template of several")
     parser.add_argument("--no-thoughts", action="store_true", help="the base alone, for comparison")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
-    args, rest = parser.parse_known_args(argv)
-    own = list(takewhile(lambda text: not text.startswith("-"), rest))
-    if not own:
-        parser.error("name an adapter directory first")
+    complete(parser)
+    args, of_harness = parser.parse_known_args(argv)
     settings = {"question": args.question, "thoughts": not args.no_thoughts}
-    return run_command(lambda: evaluate(own[0], own[1:], rest[len(own) :], **settings))
+    return run_command(lambda: evaluate(args.adapter, args.overrides, of_harness, **settings))
 
 
 if __name__ == "__main__":

@@ -201,12 +201,21 @@ def test_what_to_install_is_said(monkeypatch, folder, capsys):
     assert "No module named 'lm_eval'. Install it: pip install 'softcot-ds[lm-eval]'" in capsys.readouterr().err
 
 
-def test_an_adapter_is_to_be_named_first(capsys):
+def test_an_adapter_is_to_be_named(monkeypatch, capsys):
     with pytest.raises(SystemExit):
-        main(["--tasks", "gsm8k"])
-    assert "name an adapter directory first" in capsys.readouterr().err
+        main(["--tasks"])
+    assert "required: adapter" in capsys.readouterr().err
     assert main(["no/such", "--tasks", "gsm8k"]) == 2
     assert "no/such" in capsys.readouterr().err
+
+
+def test_whatever_is_not_ours_is_the_harnesss(monkeypatch):
+    given = []
+    monkeypatch.setattr(door, "evaluate", lambda *arguments, **settings: given.append((arguments, settings)))
+    line = "--local_rank=0 runs/demo a.b=1 c=2 --question body --tasks x y --limit 4 --seed -1 -b 2 --no-thoughts"
+    assert main(line.split()) == 0
+    rest = "--tasks x y --limit 4 --seed -1 -b 2".split()
+    assert given == [(("runs/demo", ["a.b=1", "c=2"], rest), {"question": "body", "thoughts": False})]
 
 
 @needs_harness
