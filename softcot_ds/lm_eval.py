@@ -105,9 +105,8 @@ class SoftCoT(LM):
         """A prompt by the base's own template. A last message of the role ``assistant`` is left open, any other is
         answered, whatever is asked for."""
         chat = self.adapter.experiment.base_prompts.chat
-        return Rendered(
-            chat.prompt([{**message, "content": chat.plain(message["content"])} for message in chat_history])
-        )
+        plain = [{**message, "content": chat.plain(message["content"])} for message in chat_history]
+        return Rendered(chat.prompt(plain))
 
     def generate_until(self, requests: list[Instance], disable_tqdm: bool = False) -> list[str]:
         """What the base writes after each prompt, up to the first of the texts that end it.
@@ -123,9 +122,7 @@ class SoftCoT(LM):
             for sampling, group in groupby(range(len(requests)), key=lambda index: settings[index][0]):
                 questions = [asked[index] for index in group]
                 done = len(texts)
-                outputs = self.adapter.outputs(
-                    questions, sampling, lambda ended, done=done: bar.update(done + ended - bar.n)
-                )
+                outputs = self.adapter.outputs(questions, sampling, lambda n, done=done: bar.update(done + n - bar.n))
                 texts += [decode_text(output.token_ids) for output in outputs]
         return [_until(text, ends) for text, (_, ends) in zip(texts, settings, strict=True)]
 
@@ -187,15 +184,15 @@ class SoftCoT(LM):
         from softcot_ds.models.sampling import Sampling
 
         given = dict(normalize_gen_kwargs(dict(settings), self.adapter.recipe.evaluation.max_new_tokens))
-        until, most, samples = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample", False)
-        temperature, top_p = given.pop("temperature"), given.pop("top_p", 1.0)
+        until, most, _ = given.pop("until"), given.pop("max_gen_toks"), given.pop("do_sample")
+        temperature, top_p = given.pop("temperature", 0.0), given.pop("top_p", 1.0)  # 0 without do_sample
         if given:
             unknown = ", ".join(f"{name}={value!r}" for name, value in given.items())
             raise SoftCoTError(
                 f"generation setting {unknown}: known are until, max_gen_toks, do_sample, temperature and top_p; leave "
                 "others out of --gen_kwargs and of the task's file"
             )
-        return Sampling(most, *((float(temperature), float(top_p)) if samples else ())), until
+        return Sampling(most, float(temperature), float(top_p)), until
 
 
 def _first_ids(tokenizer: PreTrainedTokenizerBase, text: str) -> list[int]:
