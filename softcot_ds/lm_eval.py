@@ -243,7 +243,9 @@ def evaluate(adapter: str, overrides: Sequence[str], arguments: Sequence[str], *
 
 def _is_of_harness(error: Exception) -> bool:
     """Whether it comes out of the harness, or what that calls, and not out of our code."""
-    rooms = [frame.f_globals["__name__"].partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)]
+    rooms = [
+        frame.f_globals.get("__name__", "").partition(".")[0] for frame, _ in traceback.walk_tb(error.__traceback__)
+    ]
     return [room for room in rooms if room in ("softcot_ds", "__main__", "lm_eval")][-1] == "lm_eval"
 
 
