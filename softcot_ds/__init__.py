@@ -15,11 +15,12 @@ def load(adapter: str | Path, *overrides: str) -> Adapter:
     """Open an adapter, to ask it questions.
 
     Args:
-        adapter: an adapter directory, or the directory or the recipe of a run, whose newest checkpoint is meant.
+        adapter: an adapter directory; the directory or the recipe of a run, whose newest checkpoint is meant; or
+            ``owner/name`` on the hub (``owner/name@revision``), which is downloaded once. A folder of that name wins.
         overrides: values that win over the recipe's, as on the command line: ``"evaluation.max_new_tokens=64"``.
 
     Raises:
-        SoftCoTError: the adapter is incomplete, or of other models; the recipe is wrong.
+        SoftCoTError: the adapter is incomplete, or of other models; the recipe is wrong; it cannot be downloaded.
     """
     from softcot_ds.inference import Adapter  # brings torch and transformers, which take seconds
     from softcot_ds.run_dir import recipe_and_adapter

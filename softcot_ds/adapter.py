@@ -3,8 +3,9 @@
     projection.safetensors   the trained weights, float32 (the optimizer's master copy); or what the method calls it
     adapter.json             both models with fingerprints, task, thoughts, package version
     recipe.yaml              the resolved recipe of the run
-    prompts.yaml             the wording that the run was trained with
+    prompts.yaml             the wording that the run was trained with; beside it the chat templates that it named
     trainer.json             how it was trained
+    README.md                what it is, for people and for the hub (card.py)
     COMPLETE                 the marker, written last
 
 It is a checkpoint (training/checkpoint.py), of which only training needs the rest. The frozen weights are in none.

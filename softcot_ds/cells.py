@@ -10,13 +10,12 @@ import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_yaml
 from softcot_ds.recipe import Recipe, parse_recipe
-from softcot_ds.run_dir import load_for_evaluation
+from softcot_ds.run_dir import adapter_folder, load_for_evaluation
 
 _MOST = 1000
 """Values of an axis: a range that is a slip of the keyboard is no week of work."""
@@ -97,9 +96,9 @@ class Grid:
         Raises:
             SoftCoTError: the recipe is wrong; there are seeds, and an adapter is of one.
         """
-        if self.seeds and Path(source).is_dir():
+        if self.seeds and adapter_folder(source) is not None:
             raise SoftCoTError(
-                f"{source} is a folder, and an adapter's is of one seed; seeds is for a recipe, whose runs it names"
+                f"{source} is no recipe, and an adapter's is of one seed; seeds is for a recipe, whose runs it names"
             )
         return load_for_evaluation(source, list(self.plain))
 

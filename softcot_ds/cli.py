@@ -12,6 +12,7 @@ from softcot_ds import __version__
 from softcot_ds.command import complete, run_command
 from softcot_ds.recipe import load_recipe
 from softcot_ds.shipped import found
+from softcot_ds.values import is_hub_name
 
 COMMANDS = {
     "targets": "let the base solve the training problems itself, to be trained on",
@@ -21,6 +22,7 @@ COMMANDS = {
     "study": "methods, tasks, strategies and seeds side by side",
     "generate": "answer a question",
     "lm-eval": "evaluate an adapter with lm-evaluation-harness",
+    "push": "send an adapter to the Hugging Face hub",
     "plan": "what each way to hold the weights needs, before a GPU is there",
     "doctor": "check whether this environment is fit for training",
     "submit": "targets, cache, train and evaluate as a chain of SLURM jobs",
@@ -30,6 +32,8 @@ COMMANDS = {
 }
 _NO_RECIPE = ("study", "recipes", "init", "schema")
 """Commands whose first argument is none."""
+_ON_HUB = ("evaluate", "generate", "push", "doctor")
+"""Those whose first argument may be an adapter of the hub."""
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,7 +52,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     complete(parser)
     args = parser.parse_args(argv)
     first = args.arguments[0] if args.arguments else "-"
-    if args.command not in _NO_RECIPE and not first.startswith("-") and not os.path.exists(found(Path(first))):
+    is_none = args.command in _NO_RECIPE or (args.command in _ON_HUB and is_hub_name(first.partition("@")[0]))
+    if not is_none and not first.startswith("-") and not os.path.exists(found(Path(first))):
         return run_command(lambda: load_recipe(first))  # which says so, without the wait for what comes next
     # Only the chosen command is imported: it brings torch and deepspeed, which take seconds.
     return _module(args.command).main(args.arguments)

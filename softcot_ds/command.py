@@ -38,10 +38,8 @@ def recipe_command(
 
     def main(argv: Sequence[str] | None = None) -> int:
         parser = argparse.ArgumentParser(prog=f"softcot-ds {name}", description=description)
-        otherwise = "" if load is None else "; or a run's or an adapter's directory"
-        add_recipe(
-            parser, f"a YAML file; softcot-ds recipes lists some{otherwise}", nargs=None if needs_recipe else "?"
-        )
+        adapters = "" if load is None else "; or an adapter: its directory, its run's, or owner/name on the hub"
+        add_recipe(parser, f"a YAML file; softcot-ds recipes lists some{adapters}", nargs=None if needs_recipe else "?")
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
         parser.add_argument("--local_rank", help=argparse.SUPPRESS)
         args = parsed(parser, argv)

@@ -7,7 +7,8 @@ import sys
 
 from softcot_ds.cells import Grid
 from softcot_ds.command import recipe_command
-from softcot_ds.recipe import Recipe, load_recipe
+from softcot_ds.recipe import Recipe
+from softcot_ds.run_dir import load_for_evaluation
 from softcot_ds.study_config import is_study, load_study
 
 
@@ -18,11 +19,11 @@ def _doctor(recipe: Recipe | None) -> None:
 
 
 def _load(source: str, overrides: list[str]) -> tuple[Recipe]:
-    """Of several evaluations, what they have in common, and of a study its first cell: a batch script asks with the
-    arguments of its command."""
+    """Of several evaluations, what they have in common, of a study its first cell, of an adapter its own recipe: a
+    batch script asks with the arguments of its command."""
     if is_study(source):
         return (load_study(source, overrides).as_recipe,)
-    return (load_recipe(source, list(Grid.of(overrides).plain)),)
+    return (load_for_evaluation(source, list(Grid.of(overrides).plain)),)
 
 
 main = recipe_command("doctor", "Is this environment fit for training?", _doctor, _load, needs_recipe=False)

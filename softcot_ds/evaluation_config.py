@@ -12,6 +12,18 @@ from softcot_ds.strategy_config import GraphConfig, TreeConfig
 from softcot_ds.values import AnyPath, Count, ExistingFile, Folder
 
 Condition = Literal["learned", "shuffled", "mean", "zero", "empty", "placeholder", "none", "text", "static"]
+STANDS_FOR: dict[str, str] = {
+    "learned": "what was trained",
+    "shuffled": "another question's thoughts",
+    "mean": "the average thought",
+    "zero": "zero vectors",
+    "empty": "nothing, where thoughts would stand",
+    "placeholder": "a token that says nothing",
+    "none": "no thoughts, zero-shot CoT",
+    "text": "the assistant's words",
+    "static": "a tuned prompt",
+}
+"""By condition, what stands for the thoughts, in reports for people."""
 
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
@@ -67,7 +79,7 @@ class EvaluationConfig(Section):
     """The base's token at a thought's position, for the condition placeholder. Default: its unknown token, else pad,
     else end-of-sequence."""
     static_adapter: AnyPath | None = None
-    """Adapter directory of a run with method=prompt_tuning, for the condition static."""
+    """Adapter of a run with method=prompt_tuning, a directory or owner/name on the hub, for the condition static."""
     tree: TreeConfig = TreeConfig()
     """What strategy=tree does."""
     graph: GraphConfig = GraphConfig()

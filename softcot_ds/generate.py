@@ -70,7 +70,7 @@ def _lines() -> Iterator[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="softcot-ds generate", description="Answer questions with an adapter.")
-    add_recipe(parser, "the directory of a run or an adapter, or the recipe of a trained run", "adapter")
+    add_recipe(parser, "an adapter: its directory, its run's, the run's recipe, or owner/name on the hub", "adapter")
     parser.add_argument("--question", help="the question; without it, one per line is read from standard input")
     parser.add_argument("--no-thoughts", action="store_true", help="the base alone, for comparison")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it

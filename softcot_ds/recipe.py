@@ -5,6 +5,7 @@ the nearest known one. Overrides on the command line (``training.steps=200``) wi
 relative to the current directory.
 """
 
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, Literal
@@ -30,7 +31,17 @@ from softcot_ds.lora_config import LoraConfig
 from softcot_ds.section import FREE, Section
 from softcot_ds.settings import flattened, read_settings, validated
 from softcot_ds.task_config import TargetsConfig, TaskConfig
-from softcot_ds.values import Beta, Count, CountOrZero, ExistingFile, Folder, ModelName, Scale, TextOrTexts
+from softcot_ds.values import (
+    UNPUBLISHED_SCHEME,
+    Beta,
+    Count,
+    CountOrZero,
+    ExistingFile,
+    Folder,
+    ModelName,
+    Scale,
+    TextOrTexts,
+)
 
 Dtype = Literal["float32", "bfloat16", "float16"]
 Attention = Literal["sdpa", "eager", "flash_attention_2"]
@@ -338,9 +349,33 @@ class Recipe(Section):
         """The resolved recipe: defaults and overrides written out; loads to an equal recipe."""
         return dump_yaml(self.model_dump(mode="json"))
 
+    @property
+    def for_others(self) -> dict[str, Any]:
+        """The values of a recipe, as JSON, by which an adapter is opened on other machines: without the files and
+        folders of this one, whose settings have their defaults there. Data files leave a name that says so."""
+        values = _without_paths(self)
+        task, evaluation = values["task"], values["evaluation"]
+        task["targets"] = "gold"  # what else was trained on is in the adapter
+        for split in ("train", "test"):
+            if task[split] is not None and os.path.isfile(task[split]):
+                task[split] = UNPUBLISHED_SCHEME + Path(task[split]).name
+        if self.evaluation.static_adapter is not None:
+            evaluation["conditions"] = [name for name in evaluation["conditions"] if name != "static"] or ["learned"]
+        return values
+
     def flat(self) -> dict[str, Any]:
         """Every setting as ``section.key``, JSON values."""
         return flattened(self.model_dump(mode="json"))
+
+
+def _without_paths(section: BaseModel) -> dict[str, Any]:
+    values = section.model_dump(mode="json")
+    for name, value in section:
+        if isinstance(value, Path):
+            del values[name]
+        elif isinstance(value, BaseModel):
+            values[name] = _without_paths(value)
+    return values
 
 
 def load_recipe(

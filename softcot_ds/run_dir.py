@@ -14,11 +14,14 @@ from typing import Any
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, parse_json, read_yaml
+from softcot_ds.hub import adapter_on_hub
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.shipped import found
 
 MARKER = "COMPLETE"
 """File of a checkpoint that is written last."""
+CHAT_TEMPLATES = {"base": "base_chat_template.jinja", "assistant": "assistant_chat_template.jinja"}
+"""In an adapter directory, copies of the chat templates that its recipe names."""
 _CHECKPOINT = re.compile(r"step-(0|[1-9][0-9]{0,15})")
 """A checkpoint's name, just as training writes it: a copy beside it (step-100-best) is none."""
 
@@ -53,11 +56,11 @@ def require_complete(folder: Path) -> None:
 
 
 def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None = None) -> Recipe:
-    """The recipe by which runs of a recipe, a run's directory or an adapter directory are evaluated.
+    """The recipe by which runs of a recipe, a run's directory or an adapter (``adapter_folder``) are evaluated.
 
     Where the overrides name another task, its settings are those of the overrides alone: data and wording of the one
-    that the adapter was trained on are none of its. Else its own copy of the wording counts: the file that it was
-    trained with may have changed since. What the base was trained to write is of no account any more.
+    that the adapter was trained on are none of its. Its own copies of wording and chat templates count: the files that
+    it was trained with may have changed since. What the base was trained to write is of no account any more.
 
     Args:
         adapter: which one of the recipe's runs; None where there may be none yet.
@@ -65,10 +68,12 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     Raises:
         SoftCoTError: the recipe is wrong, or the directory holds no complete adapter.
     """
-    folder, another = _adapter_folder(source), names_another_task(source, overrides)
+    folder, another = adapter_folder(source), names_another_task(source, overrides)
     if folder is not None:
         require_complete(adapter := folder)
     own = [f"task.prompts={adapter / 'prompts.yaml'}", "task.targets=gold"] if adapter and not another else []
+    templates = {name: adapter / file for name, file in CHAT_TEMPLATES.items()} if adapter else {}
+    own += [f"{name}.chat_template={copy}" for name, copy in templates.items() if copy.is_file()]
     if adapter and (weights := adapter / "projection.safetensors").is_file():
         # What it began with may be gone: all that still counts of it is in the adapter.
         own.append(f"projection.init_from={weights}")
@@ -76,13 +81,13 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
 
 
 def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]:
-    """What to evaluate: ``source`` is an adapter directory, or the directory or the recipe of a run, whose newest
-    checkpoint is meant.
+    """What to evaluate: ``source`` is an adapter directory or ``owner/name`` on the hub, or the directory or the recipe
+    of a run, whose newest checkpoint is meant.
 
     Raises:
         SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
     """
-    if (folder := _adapter_folder(source)) is not None:
+    if (folder := adapter_folder(source)) is not None:
         return load_for_evaluation(str(folder), overrides), folder
     recipe = load_for_evaluation(source, overrides)
     folder = latest_checkpoint(recipe.run_dir)
@@ -104,14 +109,21 @@ def names_another_task(source: str, overrides: Sequence[str]) -> bool:
 
 
 def _recipe_file(source: str) -> Path:
-    folder = _adapter_folder(source)
+    folder = adapter_folder(source)
     return found(Path(source)) if folder is None else folder / "recipe.yaml"
 
 
-def _adapter_folder(source: str) -> Path | None:
-    """The directory that is named, or where it is a run's, its newest checkpoint; None where none is named."""
+def adapter_folder(source: str) -> Path | None:
+    """The directory that is named; where it is a run's, its newest checkpoint; where there is none, the adapter of this
+    name on the hub, from the local cache. None where something else is named.
+
+    Raises:
+        SoftCoTError: the hub's is not in the cache and cannot be downloaded; with what to do.
+    """
     folder = Path(source)
-    return (latest_checkpoint(folder) or folder) if folder.is_dir() else None
+    if folder.is_dir():
+        return latest_checkpoint(folder) or folder
+    return None if os.path.exists(found(folder)) else adapter_on_hub(source, MARKER)
 
 
 def checkpoint_step(folder: Path) -> int:

@@ -14,13 +14,12 @@ import math
 import os
 import signal
 import sys
-from pathlib import Path
 
 from softcot_ds.cells import Grid
 from softcot_ds.command import EXIT_MISTAKE, exit_code_of, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import Recipe, load_recipe
-from softcot_ds.run_dir import Journal, saved_step, stuck_at
+from softcot_ds.run_dir import Journal, load_for_evaluation, saved_step, stuck_at
 from softcot_ds.study_config import is_study, load_study
 
 REQUEUE = 75
@@ -121,9 +120,7 @@ def _load(source: str, overrides: list[str]) -> Recipe:
     evaluations, what they have in common."""
     if is_study(source):
         return load_study(source, overrides).as_recipe
-    plain = list(Grid.of(overrides).plain)
-    is_saved = Path(source).is_dir()
-    return load_recipe(Path(source) / "recipe.yaml" if is_saved else source, plain, is_saved=is_saved)
+    return load_for_evaluation(source, list(Grid.of(overrides).plain))
 
 
 def main(argv: list[str] | None = None) -> int:

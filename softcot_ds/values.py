@@ -12,6 +12,8 @@ from softcot_ds.shipped import found
 
 PACKAGE_SCHEME = "package:"
 """``package:pair/base`` names a folder that is shipped inside the installed package."""
+UNPUBLISHED_SCHEME = "unpublished:"
+"""``unpublished:train.jsonl`` stands for data of the machine that an adapter was sent from, in what was sent."""
 
 
 def resolve_location(name: str) -> str:
@@ -21,7 +23,7 @@ def resolve_location(name: str) -> str:
     return name
 
 
-def _is_hub_name(name: str) -> bool:
+def is_hub_name(name: str) -> bool:
     """Whether ``name`` has the form of a hub repository, ``owner/name``."""
     return bool(re.fullmatch(r"\w[\w.-]*/[\w.-]+", name)) and not name.lower().endswith(_FILES)
 
@@ -36,13 +38,13 @@ def _check_model(name: str) -> str:
     if os.path.isdir(location):
         if not os.path.isfile(os.path.join(location, "config.json")):
             raise ValueError(f"the folder {location!r} holds no config.json; name a folder written by save_pretrained")
-    elif name.startswith(PACKAGE_SCHEME) or not _is_hub_name(name):
+    elif name.startswith(PACKAGE_SCHEME) or not is_hub_name(name):
         raise ValueError(f"{location!r} is neither a folder nor a hub name (owner/name)")
     return name
 
 
 def _check_data(name: str) -> str:
-    if not os.path.isfile(name) and not _is_hub_name(name):
+    if not os.path.isfile(name) and not is_hub_name(name) and not name.startswith(UNPUBLISHED_SCHEME):
         raise ValueError(f"no such file: {os.path.abspath(name)}; and {name!r} is no hub name (owner/name)")
     return name
 

@@ -125,7 +125,7 @@ def test_mistakes_are_said_before_work_begins(capfd, command, arguments, message
 
 
 def test_an_adapter_is_of_one_seed(tmp_path):
-    with pytest.raises(SoftCoTError, match="is a folder, and an adapter's is of one seed; seeds is for a recipe"):
+    with pytest.raises(SoftCoTError, match="is no recipe, and an adapter's is of one seed; seeds is for a recipe"):
         Grid.of(["seeds=1..2"]).recipe(str(tmp_path))
 
 

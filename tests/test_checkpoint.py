@@ -13,6 +13,7 @@ from launch import ROOT
 from safetensors.torch import load_file, save_file
 
 from softcot_ds.adapter import AdapterConfig, adapter_config, load_adapter
+from softcot_ds.card import is_edited
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.files import dump_yaml, parse_yaml
@@ -20,7 +21,7 @@ from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.methods.soft_thoughts import SoftThoughts
 from softcot_ds.methods.softcot import LinearProjection
 from softcot_ds.recipe import Recipe, fixed_settings, load_recipe
-from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint, recipe_and_adapter
+from softcot_ds.run_dir import MARKER, checkpoints, latest_checkpoint, load_for_evaluation, recipe_and_adapter
 from softcot_ds.training import checkpoint, resume
 from softcot_ds.training.checkpoint import FILES, read_training_state, save_checkpoint
 from softcot_ds.training.resume import refuse_other_run
@@ -105,6 +106,23 @@ def test_values_that_are_not_finite_are_never_saved(saved, engine, wrong, value)
     assert all(torch.equal(moments[name], engine.state[name]) for name in engine.state)
     assert trainer.optimizer_steps == 60
     assert conditioning is None
+
+
+def test_a_checkpoint_has_a_card_and_its_own_copies_of_chat_templates(saved, engine, tmp_path):
+    recipe, _ = saved
+    template = tmp_path / "chat.jinja"
+    template.write_text(text := (ROOT / "softcot_ds/pair/base/chat_template.jinja").read_text() + "{# mine #}")
+    recipe = recipe.model_copy(update={"base": recipe.base.model_copy(update={"chat_template": template})})
+    experiment = Experiment(recipe)
+    config = adapter_config(experiment).at_step(60)
+    folder = save_checkpoint(engine, recipe, config, experiment.task.prompt_file, {"steps": 60})
+    assert not is_edited((folder / "README.md").read_text())
+    template.unlink()
+    opened = load_for_evaluation(str(folder), [])
+    assert opened.base.chat_template.read_text() == text
+    assert opened.assistant.chat_template is None
+    config.check_models(Experiment(opened))
+    assert not config.other_templates(Experiment(opened))
 
 
 @pytest.mark.parametrize("matrix", [None, torch.tensor([[3.0, 0, 1], [0, 0.25, 0], [0, 2, 1]])])

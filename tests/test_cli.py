@@ -33,7 +33,7 @@ def errors(result: subprocess.CompletedProcess) -> str:
 
 
 @pytest.mark.distributed
-@pytest.mark.parametrize("command", ["", "evaluate", "generate", "study"])
+@pytest.mark.parametrize("command", ["", "evaluate", "generate", "push", "study"])
 def test_help_does_not_wait_for_torch(command):
     result = shell(*command.split(), "--help")
     assert result.returncode == 0

@@ -1,93 +1,31 @@
 """Models by hub name: found, downloaded by one, or refused with what to do. The hub is a small one of our own."""
 
-import hashlib
-import http.server
 import json
 import threading
 import time
-from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 
-import huggingface_hub
 import pytest
 from huggingface_hub import constants
+from small_hub import running
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models import model_files
 from softcot_ds.models.model_files import model_folder
 from softcot_ds.recipe import ModelConfig
 from softcot_ds.values import resolve_location
 
-COMMIT = "a" * 40
 PAIR = Path(resolve_location("package:pair/assistant"))
-
-
-class Hub(http.server.BaseHTTPRequestHandler):
-    """Serves one model, owner/name, on this machine; any other is not there, owner/gated wants a login."""
-
-    files: dict[str, bytes]
-    asked: list[str]
-
-    def do_GET(self):
-        path = self.path.partition("?")[0]
-        self.asked.append(f"{self.command} {path}")
-        if "owner/gated" in path:
-            self.answer(403, b"", {"X-Error-Code": "GatedRepo"})
-        elif not path.startswith(("/api/models/owner/name", "/owner/name/")):
-            self.answer(404, b"", {"X-Error-Code": "RepoNotFound"})
-        elif "/tree/" in path:
-            entries = [{"type": "file", "path": n, "size": len(b), "oid": "0"} for n, b in self.files.items()]
-            self.answer(200, json.dumps(entries).encode())
-        elif path.startswith("/api/"):
-            siblings = [{"rfilename": name} for name in self.files]
-            self.answer(200, json.dumps({"id": "owner/name", "sha": COMMIT, "siblings": siblings}).encode())
-        else:
-            content = self.files[path.rpartition("/")[2]]
-            tag = hashlib.sha1(content).hexdigest()
-            self.answer(200, content, {"ETag": f'"{tag}"', "X-Repo-Commit": COMMIT})
-
-    do_HEAD = do_GET
-
-    def answer(self, code, body, headers=()):
-        self.send_response(code)
-        for name, value in dict(headers).items():
-            self.send_header(name, value)
-        self.send_header("Content-Length", str(len(body)))
-        self.end_headers()
-        if self.command == "GET":
-            self.wfile.write(body)
-
-    def log_message(self, *_):
-        pass
 
 
 @pytest.fixture
 def hub(tmp_path, monkeypatch):
-    """A hub with the embedded assistant, and an empty cache."""
-    Hub.files = {path.name: path.read_bytes() for path in PAIR.iterdir() if path.is_file()}
-    Hub.files |= {"consolidated.safetensors": b"x" * 1000, "pytorch_model.bin": b"y" * 1000}
-    Hub.asked = []
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Hub)
-    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
-    endpoint = f"http://127.0.0.1:{server.server_port}"
-    for name in ("http_proxy", "https_proxy", "HTTP_PROXY", "HTTPS_PROXY", "all_proxy", "ALL_PROXY"):
-        monkeypatch.delenv(name, raising=False)
-    for name, value in (
-        ("ENDPOINT", endpoint),
-        ("HUGGINGFACE_CO_URL_TEMPLATE", endpoint + "/{repo_id}/resolve/{revision}/{filename}"),
-        ("HF_HUB_OFFLINE", False),
-        ("HF_HUB_DISABLE_XET", True),
-        ("HF_HUB_CACHE", str(tmp_path / "cache")),
-    ):
-        monkeypatch.setattr(constants, name, value)
-    monkeypatch.setattr(model_files, "HfApi", lambda: huggingface_hub.HfApi(endpoint=endpoint))
-    cache = tmp_path / "cache"
-    download = partial(huggingface_hub.snapshot_download, endpoint=endpoint, cache_dir=cache)
-    monkeypatch.setattr(model_files, "snapshot_download", download)
-    found = partial(huggingface_hub.try_to_load_from_cache, cache_dir=cache)
-    monkeypatch.setattr(model_files, "try_to_load_from_cache", found)
-    yield Hub
-    server.shutdown()
+    """The files of a model on a hub, the embedded assistant; and an empty cache."""
+    for one in running(tmp_path / "cache", monkeypatch):
+        files = {path.name: path.read_bytes() for path in PAIR.iterdir() if path.is_file()}
+        files |= {"consolidated.safetensors": b"x" * 1000, "pytorch_model.bin": b"y" * 1000, "onnx/config.json": b"{}"}
+        one.repos["owner/name"] = files
+        yield SimpleNamespace(files=files, asked=one.asked)
 
 
 def model(name="owner/name", **settings):
@@ -96,7 +34,7 @@ def model(name="owner/name", **settings):
 
 def test_a_model_is_downloaded_once_and_its_size_is_said(hub, capsys):
     folder = model_folder(model(), weights=True)
-    small = {name for name in hub.files if name.endswith((".json", ".jinja"))}
+    small = {name for name in hub.files if name.endswith((".json", ".jinja")) and "/" not in name}
     assert {path.name for path in folder.iterdir()} == small | {"model.safetensors"}, "what is read, and nothing else"
     for path in folder.iterdir():
         assert path.read_bytes() == hub.files[path.name]
@@ -139,7 +77,7 @@ def test_processes_that_start_together_download_once(hub, capsys):
     ("config", "said"),
     [
         (model("owner/gated"), r"owner/gated is gated: accept its terms at http.*/owner/gated.* hf auth login"),
-        (model("owner/absent"), r"the hub has no model owner/absent, or it is private; check the name"),
+        (model("owner/absent"), r"no folder owner/absent, and the hub has none of this name, or it is private; check"),
     ],
 )
 def test_what_the_hub_refuses_is_said_with_what_to_do(hub, config, said):
@@ -154,7 +92,7 @@ def test_without_a_network_the_command_is_named(hub, monkeypatch):
     ):
         model_folder(model(revision="v1"))
     monkeypatch.setattr(constants, "HF_HUB_OFFLINE", False)
-    monkeypatch.setattr(model_files, "HfApi", lambda: huggingface_hub.HfApi(endpoint="http://127.0.0.1:9"))
+    monkeypatch.setattr(constants, "ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.setattr(time, "sleep", lambda seconds: None)  # the library waits 23 s between its tries
     with pytest.raises(SoftCoTError, match=r"downloading it fails: .*: hf download owner/name$"):
         model_folder(model())

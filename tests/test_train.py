@@ -76,6 +76,7 @@ def test_run_directory_holds_what_it_should(straight_run):
         "trainer.json",
         "recipe.yaml",
         "prompts.yaml",
+        "README.md",
         "COMPLETE",
     }
     assert sum(path.stat().st_size for path in checkpoint.iterdir()) < 1_000_000, "no frozen weights"

@@ -34,6 +34,7 @@ from softcot_ds.methods.base import method_class
 from softcot_ds.methods.projection import Projection
 from softcot_ds.models.assistant import states_layer
 from softcot_ds.models.backbone import context_length, weights_fingerprint
+from softcot_ds.run_dir import adapter_folder
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
 _WITHOUT_METHOD = {"none", "text"}
@@ -183,8 +184,9 @@ class Conditions:
         return lambda number, more: prompts.with_words(self._question(number), words[number], more), []
 
     def _static(self) -> _Given:
-        folder = self._recipe.evaluation.static_adapter
         try:
+            path = self._recipe.evaluation.static_adapter
+            folder = adapter_folder(str(path)) or path
             config = AdapterConfig.load(folder)
             config.check_models(self._experiment, assistant=False)
             if method_class(config.method).needs_states:

@@ -13,6 +13,7 @@ from softcot_ds.evaluation.drawing import by_condition as drawn
 from softcot_ds.evaluation.report import Record, samples_of
 from softcot_ds.evaluation.report import table as for_a_terminal
 from softcot_ds.evaluation.words import shown, shown_interval
+from softcot_ds.evaluation_config import STANDS_FOR
 
 Records = Mapping[str, Sequence[Record]]
 """By condition, one of each problem."""
@@ -22,17 +23,6 @@ _MOST = 2400
 _HEAD = 90
 """Characters of a question that stand in its line."""
 _STANDS = "what stands for the thoughts"
-_STANDS_FOR = {
-    "learned": "what was trained",
-    "shuffled": "another question's thoughts",
-    "mean": "the average thought",
-    "zero": "zero vectors",
-    "empty": "nothing, where thoughts would stand",
-    "placeholder": "a token that says nothing",
-    "none": "no thoughts, zero-shot CoT",
-    "text": "the assistant's words",
-    "static": "a tuned prompt",
-}
 _SIGNS = {"right": "✓", "wrong": "✗", "unparsed": "?"}
 _STYLE = """
 .wide { margin: .6rem 0 1rem; }
@@ -150,7 +140,7 @@ def _accuracies(report: Record, records: Records) -> str:
         cells = [name, f"{row['accuracy']:.1%}", shown_interval(row["ci95"], ".1%"), shown(lead, "+.1f")]
         cells += [shown(pair.get("p_value"), ".2g"), f"{row['unparsed']:,}", f"{row['cut']:,}"]
         cells += [f"{row['spent_per_problem']['written']:,.1f}", f"{median(lengths):,.0f} / {max(lengths):,}"]
-        rows.append([*cells, _STANDS_FOR[name]])
+        rows.append([*cells, STANDS_FOR[name]])
     heads = ("condition", "accuracy", "95%", "lead", "p", "unparsed", "cut", "tokens", "characters", _STANDS)
     return table(heads, ("condition", _STANDS), rows)
 
@@ -161,7 +151,7 @@ def _losses(report: Record) -> str:
         pair = report["comparisons"].get(f"learned-{name}", {}).get("loss", {})
         cells = [name, f"{row['loss']['per_token']:.4f}", shown_interval(row["loss"]["ci95"], ".4f")]
         cells += [shown(pair.get("per_token"), "+.4f"), shown_interval(pair.get("ci95"), "+.4f")]
-        rows.append([*cells, shown(pair.get("p_value"), ".2g"), _STANDS_FOR[name]])
+        rows.append([*cells, shown(pair.get("p_value"), ".2g"), STANDS_FOR[name]])
     return table(("condition", "loss", "95%", "learned - it", "95%", "p", _STANDS), ("condition", _STANDS), rows)
 
 

@@ -4,17 +4,14 @@ What is in the cache is never asked about again, so that a run does not change w
 """
 
 import json
-import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Mapping
+from functools import partial
 from pathlib import Path
 
-from filelock import FileLock
-from huggingface_hub import HfApi, constants, hf_hub_download, snapshot_download, try_to_load_from_cache
-from huggingface_hub.errors import GatedRepoError, RepositoryNotFoundError, RevisionNotFoundError
-from huggingface_hub.utils import disable_progress_bars
+from huggingface_hub import hf_hub_download, try_to_load_from_cache
 
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.hub import CARD, fetched, plainly_said
 from softcot_ds.recipe import ModelConfig
 from softcot_ds.values import resolve_location
 
@@ -71,7 +68,7 @@ def fetch_config(config: ModelConfig) -> Path:
     Raises:
         SoftCoTError: it cannot be downloaded; with what to do.
     """
-    with _plainly_said(config.model, config.revision, "config.json"):
+    with plainly_said(config.model, config.revision, "config.json"):
         return Path(hf_hub_download(config.model, "config.json", revision=config.revision)).parent
 
 
@@ -139,55 +136,17 @@ def _cached(name: str, revision: str | None, weights: bool) -> Path | None:
 
 
 def _fetched(name: str, revision: str | None, weights: bool) -> Path:
-    """Download a model. One process of those that share a cache does; the others wait for it."""
-    with _plainly_said(name, revision):
-        locks = Path(constants.HF_HUB_CACHE) / ".locks"
-        locks.mkdir(parents=True, exist_ok=True)
-        with FileLock(locks / f"softcot-ds--{name.replace('/', '--')}.lock"):
-            return _cached(name, revision, weights) or _download(name, revision, weights)
+    what = "" if weights else "configuration and tokenizer"
+    cached, wanted = partial(_cached, name, revision, weights), partial(_wanted, weights=weights)
+    return fetched(name, revision, cached, wanted, what)
 
 
-@contextmanager
-def _plainly_said(name: str, revision: str | None, file: str = "") -> Iterator[None]:
-    """Makes one message, with what to do, of what a download raises. ``file``: the one that is wanted, if not all."""
-    try:
-        yield
-    except GatedRepoError as error:
-        raise SoftCoTError(
-            f"{name} is gated: accept its terms at {constants.ENDPOINT}/{name}, then log in with that account: "
-            "hf auth login (or set HF_TOKEN)"
-        ) from error
-    except RevisionNotFoundError as error:
-        raise SoftCoTError(f"{name} has no revision {revision!r} on the hub; see its commits there") from error
-    except RepositoryNotFoundError as error:
-        raise SoftCoTError(
-            f"the hub has no model {name}, or it is private; check the name, or log in: hf auth login (or set HF_TOKEN)"
-        ) from error
-    except Exception as error:  # whatever the HTTP library of the day raises without a network; a full disk
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        missing = f"{file} of {name} is not" if file else f"{name} is not (or not completely)"
-        command = f"hf download {name} {file}".rstrip()
-        command += f" --revision {revision}" if revision else ""
-        raise SoftCoTError(
-            f"{missing} in {constants.HF_HUB_CACHE}, and downloading it fails: {reason}. "
-            f"Where there is internet, with the same HF_HOME: {command}"
-        ) from error
-
-
-def _download(name: str, revision: str | None, weights: bool) -> Path:
-    if constants.HF_HUB_OFFLINE:
-        raise OSError("HF_HUB_OFFLINE is set")
-    sizes = {entry.path: getattr(entry, "size", 0) for entry in HfApi().list_repo_tree(name, revision=revision)}
-    wanted = {path for path in sizes if path.endswith(_SMALL)}
+def _wanted(sizes: Mapping[str, int], weights: bool) -> list[str]:
+    wanted = {path for path in sizes if (path.endswith(_SMALL) and "/" not in path) or path == CARD}
     first, is_index = next(((file, index) for file, index in _WEIGHTS if file in sizes), (None, False))
     if weights and first is not None:
         stem, suffix = first.split(".")[:2]
         wanted |= (
             {path for path in sizes if path.startswith(f"{stem}-") and path.endswith(suffix)} if is_index else {first}
         )
-    gigabytes = sum(sizes[path] for path in wanted) / 1e9
-    text = f"{gigabytes:,.1f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.1f} MB"
-    what = "" if weights else " (configuration and tokenizer)"
-    print(f"downloading {name}{what}, {text}", file=sys.stderr, flush=True)
-    disable_progress_bars()
-    return Path(snapshot_download(name, revision=revision, allow_patterns=sorted(wanted)))
+    return sorted(wanted)

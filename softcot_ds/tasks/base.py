@@ -15,6 +15,7 @@ from softcot_ds.recipe import TaskConfig
 from softcot_ds.tasks.kinds import KINDS, Kind
 from softcot_ds.tasks.options import LETTERS
 from softcot_ds.tasks.records import Record, Types, read_records
+from softcot_ds.values import UNPUBLISHED_SCHEME
 
 
 @dataclass(frozen=True)
@@ -107,8 +108,9 @@ class Task(ABC):
 
     @property
     def trains(self) -> bool:
-        """Whether there is something to train on; without, adapters of other tasks are evaluated."""
-        return self.config.train is not None or self.most_generated is not None
+        """Whether there is something to train on; without, adapters are evaluated that have been trained already."""
+        train = self.config.train or UNPUBLISHED_SCHEME
+        return not train.startswith(UNPUBLISHED_SCHEME) or self.most_generated is not None
 
     def require_training(self) -> None:
         """Raises SoftCoTError where there is nothing to train on."""
@@ -245,6 +247,11 @@ class DataTask(Task):
     def _source(self, split: Literal["train", "test"]) -> str:
         source = self.config.train if split == "train" or self.config.test_from_train else self.config.test
         assert source is not None  # the recipe has seen to it
+        if source.startswith(UNPUBLISHED_SCHEME):
+            raise SoftCoTError(
+                f"{source}: this data stayed where the adapter was trained; name some in task.test, a file or a data "
+                "set of the hub, to evaluate it"
+            )
         return source
 
 

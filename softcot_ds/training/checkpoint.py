@@ -26,14 +26,16 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file, save
 
 from softcot_ds.adapter import AdapterConfig, TrainerState, damaged
+from softcot_ds.card import model_card
 from softcot_ds.distributed import on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write, sync_file, sync_folder, temporary_name
+from softcot_ds.hub import CARD
 from softcot_ds.methods.base import Method, method_class
 from softcot_ds.methods.conditioning import Conditioning
 from softcot_ds.models.partition import is_partitioned, local_part
 from softcot_ds.recipe import Recipe
-from softcot_ds.run_dir import MARKER, checkpoint_step, checkpoints, latest_checkpoint
+from softcot_ds.run_dir import CHAT_TEMPLATES, MARKER, checkpoint_step, checkpoints, latest_checkpoint
 
 _MOMENTS = ("exp_avg", "exp_avg_sq")
 _TRAINED, _CONDITIONING = "trained", "conditioning"
@@ -91,7 +93,11 @@ def save_checkpoint(
         (temporary / "adapter.json").write_text(config.to_json())
         (temporary / "trainer.json").write_text(trainer.model_dump_json() + "\n")
         (temporary / "recipe.yaml").write_text(recipe.to_yaml())
+        (temporary / CARD).write_text(model_card(recipe, config, trainer.summary), encoding="utf-8")
         shutil.copyfile(prompt_file, temporary / "prompts.yaml")
+        for model, name in CHAT_TEMPLATES.items():
+            if (template := getattr(recipe, model).chat_template) is not None:
+                shutil.copyfile(template, temporary / name)
 
     def write() -> None:
         _write_folder(folder, fill)
