@@ -7,6 +7,7 @@ import torch
 
 from softcot_ds.evaluation import decoder, jobs, losses, nearest, report_page
 from softcot_ds.models.decoding import Output
+from softcot_ds.models.scoring import Score
 
 
 class Scribe:
@@ -41,11 +42,11 @@ class Scribe:
     def read_shared(self, prompts):
         return None
 
-    def losses(self, prompts, thoughts, texts, shared, table):
+    def scores(self, prompts, thoughts, texts, shared, table):
         self.scored.append(list(prompts))
         told = torch.zeros(len(prompts)) if thoughts is None else thoughts.double().sum(dim=(1, 2))
         given = zip(prompts, texts, told.tolist(), strict=True)
-        return [sum(prompt.prefix_ids) + len(text) + one for prompt, text, one in given]
+        return [Score(sum(prompt.prefix_ids) + len(text) + one, False) for prompt, text, one in given]
 
     def read_whole_rows(self):
         pass

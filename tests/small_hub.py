@@ -55,11 +55,12 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif self.path == "/api/repos/create":
             asked = json.loads(body)
             repo = f"{asked['organization']}/{asked['name']}"
+            url = f"{constants.ENDPOINT}/{repo}"
             if repo in self.repos:
-                return self.answer(409, b"{}")
+                return self.reply({"url": url, "error": "You already created this model repo"}, 409)
             self.repos[repo] = {}
             self.private |= {repo} if asked.get("visibility") == "private" else set()
-            self.reply({"url": f"{constants.ENDPOINT}/{repo}", "name": repo})
+            self.reply({"url": url, "name": repo})
         elif "/preupload/" in self.path:
             names = [file["path"] for file in json.loads(body)["files"]]
             self.reply({"files": [{"path": n, "uploadMode": "regular", "shouldIgnore": False} for n in names]})
@@ -73,8 +74,8 @@ class Hub(http.server.BaseHTTPRequestHandler):
     def commit(self, repo):
         return hashlib.sha1(repr(sorted(self.repos[repo].items())).encode()).hexdigest()
 
-    def reply(self, value):
-        self.answer(200, json.dumps(value).encode(), {"Content-Type": "application/json"})
+    def reply(self, value, code=200):
+        self.answer(code, json.dumps(value).encode(), {"Content-Type": "application/json"})
 
     def answer(self, code, body, headers=()):
         self.send_response(code)

@@ -119,12 +119,12 @@ def test_interrupted_evaluation_goes_on_where_it_was(tmp_path, monkeypatch):
         lines = part.read_text().splitlines(keepends=True)
         part.write_text("".join(lines[:2]) + lines[2][:80])  # killed while it wrote its third batch
     decoded, scored = [], []
-    decode, losses = decoder_module.decode, Scorer.losses
+    decode, losses = decoder_module.decode, Scorer.scores
     monkeypatch.setattr(
         decoder_module, "decode", lambda model, prompts, *rest: decoded.append(prompts) or decode(model, prompts, *rest)
     )
     monkeypatch.setattr(
-        Scorer, "losses", lambda self, prompts, *rest: scored.append(prompts) or losses(self, prompts, *rest)
+        Scorer, "scores", lambda self, prompts, *rest: scored.append(prompts) or losses(self, prompts, *rest)
     )
     evaluate(recipe, adapter)
     assert records(recipe, "learned") == whole

@@ -19,7 +19,7 @@ from softcot_ds.evaluation import report_page as report_page_module
 from softcot_ds.evaluation.report import write_results
 from softcot_ds.evaluation.report_page import report_page
 from softcot_ds.evaluation.run import evaluate
-from softcot_ds.evaluation_config import Condition
+from softcot_ds.evaluation_config import STANDS_FOR, Condition
 
 SCRIPT = """</pre><script>alert(1)</script><img src=x onerror=alert(2)>'" onload="alert(3) &lt;b>"""
 
@@ -99,7 +99,7 @@ def test_page_has_every_output_and_finds_what_only_learned_gets_right_or_wrong(f
     ]
     word = records["learned"][0]["nearest_tokens"][0][0]
     assert text.count(escape(f"tokens nearest to the thoughts, and cosines: {word!r} 0.50, {word!r} 0.50")) == 7
-    assert report_page_module._STANDS_FOR.keys() == set(get_args(Condition))
+    assert STANDS_FOR.keys() == set(get_args(Condition))
     kinds = Counter()
     for number, problem in enumerate(page.problems):
         for name, letters, head in zip(EVERY, problem.letters, problem.heads, strict=True):

@@ -100,8 +100,8 @@ def test_sampled_answers_are_of_each_seed(seeds, tmp_path, scribe):
 def test_a_base_that_told_losses_before_tells_the_same_again(seeds, tmp_path, monkeypatch):
     overrides, _ = seeds
     scored = []
-    losses = Scorer.losses
-    monkeypatch.setattr(Scorer, "losses", lambda self, *args: scored.append(args) or losses(self, *args))
+    losses = Scorer.scores
+    monkeypatch.setattr(Scorer, "scores", lambda self, *args: scored.append(args) or losses(self, *args))
     together = [RECIPE, *overrides, "evaluation.thoughts=[4,2,3]", "evaluation.partition=zero3"]
     assert evaluate.main(together) == 0
     assert len(scored) == 1 + 3 * 2 * 1, "none, and zero and learned with each count: one batch each, of both seeds"
