@@ -134,7 +134,10 @@ def test_free_vectors_are_decoded_once_for_learned_shuffled_and_mean(first_evalu
     recipe = recipe_in(folder, "method=prompt_tuning", "name=s", "evaluation.conditions=[learned,shuffled,mean]")
     report = evaluate(recipe, folder / "static")
     assert scribe.num_prompts == sum(map(len, scribe.scored)) == report["num_problems"]
-    assert records(recipe, "shuffled") == records(recipe, "mean") == records(recipe, "learned")
+    learned = [
+        {key: value for key, value in row.items() if key != "nearest_tokens"} for row in records(recipe, "learned")
+    ]
+    assert records(recipe, "shuffled") == records(recipe, "mean") == learned
 
 
 def test_states_that_are_computed_for_want_of_a_cache_are_as_precise_as_its_own(tmp_path):

@@ -149,7 +149,7 @@ def test_a_problem_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_
             for rank in range(ranks):
                 scribe.batches.clear()
                 work = decoder.job(f"{partitioned}/{ranks}/{rank}", prompts, None, Sampling(9, temperature=1), draw)
-                work.todo, work._folder, work._part = [0, 1, 2, 3], tmp_path, tmp_path / "part"
+                work.todo, work._folder, work._file = [0, 1, 2, 3], tmp_path, tmp_path / "batches"
                 place = DataRanks(rank, ranks)
                 with monkeypatch.context() as patch:
                     patch.setattr(jobs, "data_ranks", lambda *_, place=place: place)
@@ -159,8 +159,8 @@ def test_a_problem_is_sampled_with_a_seed_of_its_own_on_any_number_of_ranks(tmp_
                 rounds = -(-4 // ranks)
                 assert len(scribe.batches) == (rounds if partitioned or rank < 4 - ranks * (rounds - 1) else rounds - 1)
             results[partitioned, ranks] = outputs
-            assert (tmp_path / "part").read_bytes().count(b"\n") == 4, "each portion is written once"
-            (tmp_path / "part").unlink()
+            assert (tmp_path / "batches").read_bytes().count(b"\n") == 4, "each portion is written once"
+            (tmp_path / "batches").unlink()
     assert all(outputs == results[False, 1] for outputs in results.values())
     written = [output.token_ids for outputs in results[False, 1].values() for output in outputs]
     chances = {scribe.tokenizer.decode(token_ids).split()[1] for token_ids in written}

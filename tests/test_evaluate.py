@@ -100,9 +100,9 @@ def forbid_models(monkeypatch):
     ("overrides", "change", "message"),
     [
         (
-            ["evaluation.static_adapter=no/where"],
+            ["evaluation.static_adapter=no/such/place"],
             None,
-            r"evaluation.static_adapter: no such adapter directory: no/where",
+            r"evaluation.static_adapter: no such adapter directory: no/such/place",
         ),
         ([], lambda f: (f / "static/COMPLETE").unlink(), r"evaluation.static_adapter: .* no file COMPLETE"),
         (
