@@ -139,7 +139,7 @@ def test_scores_are_the_probabilities_of_what_follows_the_prompt(folder, adapter
         assert score.loss == pytest.approx(-logits.log_softmax(-1)[range(len(text)), text].sum().item(), abs=1e-5)
         assert score.is_likeliest == (logits.argmax(-1).tolist() == text)
     assert [score.is_likeliest for score in adapter.scores(asked, texts)] == [False, True, False, True]
-    with pytest.raises(SoftCoTError, match=r"has 5\d\d tokens, and the base has room for 508"):
+    with pytest.raises(SoftCoTError, match=r"has 1\d\d\d tokens, and the base has room for 508"):
         adapter.scores(asked, [(0, other * 250)])
     assert adapter.answer(QUESTIONS[:1])[0].split()[:4] == tokenizer.decode(likeliest).split()[:4], (
         "it decodes as before"
