@@ -24,10 +24,18 @@ from softcot_ds.files import read_yaml
 from softcot_ds.lm_eval import main
 from softcot_ds.recipe import load_recipe
 from softcot_ds.tasks import make_task
+from softcot_ds.values import resolve_location
 
-needs_harness = pytest.mark.skipif(
+_is_there = pytest.mark.skipif(
     find_spec("lm_eval") is None, reason="lm_eval is not installed: pip install -e '.[lm-eval]'"
 )
+
+
+def needs_harness(test):
+    """The harness starts processes of its own: git, to name a commit."""
+    return _is_there(pytest.mark.distributed(test))
+
+
 SMALL = "task.train_problems=8 task.validation_problems=4 task.test_problems=12 evaluation.max_new_tokens=40".split()
 ZEROSHOT = "Q: {{question}}\nA: Let's think step by step."  # as gsm8k_cot_zeroshot has it
 LAST_NUMBER = {"function": "regex", "group_select": -1, "regex_pattern": "(-?[$0-9.,]{2,})|(-?[0-9]+)"}
@@ -86,8 +94,9 @@ def texts_of(samples: list[dict]) -> list[str]:
 
 def by_hand(adapter, question: str, left: str, right: str) -> tuple[torch.nn.Module, torch.Tensor]:
     """The base of transformers, and (1, S, D) a prompt whose thoughts stand between two texts."""
-    base = AutoModelForCausalLM.from_pretrained(adapter.recipe.base.model, dtype=torch.float32)
-    tokenizer = AutoTokenizer.from_pretrained(adapter.recipe.base.model)
+    folder = resolve_location(adapter.recipe.base.model)
+    base = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder)
     both = (tokenizer(text, add_special_tokens=False, return_tensors="pt").input_ids for text in (left, right))
     before, after = (base.get_input_embeddings()(ids) for ids in both)
     return base, torch.cat([before, adapter.thoughts([question]), after], dim=1)
@@ -158,7 +167,7 @@ def test_without_thoughts_its_verdicts_are_ours(folder, tmp_path):
         ("--tasks zeroshot --question answer", r"the question '\d+' does not stand in the prompt"),
         ("--tasks zeroshot --question question --gen_kwargs top_k=3", "generation setting top_k=3: known are until"),
         ("--tasks no_such_task", "lm_eval: ValueError: Tasks not found: "),
-        ("--question question", "lm_eval: ValueError: Need to specify task"),
+        ("--question question", "lm_eval: ValueError: No tasks specified"),
     ],
 )
 def test_what_it_cannot_do_is_said_in_a_line(folder, arguments, message, capsys):
