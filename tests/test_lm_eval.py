@@ -137,8 +137,10 @@ def test_the_harness_logs_what_our_own_door_says_and_what_transformers_says_by_h
             ids = adapter.experiment.base_tokenizer(option, add_special_tokens=False).input_ids
             whole = torch.cat([embeds, base.get_input_embeddings().weight[ids][None]], dim=1)
             logits = base(inputs_embeds=whole).logits[0, -len(ids) - 1 : -1].double()
-            assert likelihood == pytest.approx(logits.log_softmax(-1)[range(len(ids)), ids].sum().item(), abs=1e-4)
-            assert is_greedy == (logits.argmax(-1).tolist() == ids)
+            # Logged as texts.
+            told = logits.log_softmax(-1)[range(len(ids)), ids].sum().item()
+            assert float(likelihood) == pytest.approx(told, abs=1e-4)
+            assert is_greedy == str(logits.argmax(-1).tolist() == ids)
 
 
 @needs_harness
