@@ -127,6 +127,13 @@ def test_evaluation_in_slices_writes_the_outputs_of_whole_models(done):
         assert len(want) == 5
         losses = [[record.pop("loss") for record in records] for records in (found, want)]
         assert losses[0] == pytest.approx(losses[1], rel=1e-5), condition
+        near, cosines = [], []
+        for records in (found, want):
+            told = [token for record in records for token in record.pop("nearest_tokens", [])]
+            near.append([token for token, _ in told])
+            cosines.append([cosine for _, cosine in told])
+        assert near[0] == near[1], condition
+        assert cosines[0] == pytest.approx(cosines[1], abs=1e-5), condition
         assert found == want, condition
     parts = [path.read_text().splitlines() for path in (folder / "runs/tensor/outputs").glob("*/*.batches")]
-    assert sum(map(len, parts)) == 2 * (1 + 3), "each portion and each batch of losses is written once"
+    assert sum(map(len, parts)) == 2 * (1 + 3) + 3, "each portion, and each batch of losses or nearest tokens, once"
