@@ -70,10 +70,10 @@ def disturbed_forward(model: SoftThoughts, batch: object, **how: bool) -> torch.
     return loss
 
 
-def disturbed_samples(validator: Validator) -> str:
+def disturbed_samples(validator: Validator, *nearest) -> str:
     if fault == "crash":
         raise RuntimeError("no samples today")
-    return samples(validator)
+    return samples(validator, *nearest)
 
 
 def late_request() -> StopRequest:
