@@ -1,7 +1,7 @@
 # make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
 # make study   every method and strategy on the embedded pair, side by side: runs/study/study.html; 20 minutes at most
-# make real MODELS=DIR   a real pair, SmolLM2 135M in a folder of DIR, with conditioned states and without: runs/real; half
-#              an hour on two cores, and nothing is downloaded. DATA=DIR: DIR/gsm8k/train.jsonl and test.jsonl
+# make real MODELS=DIR   a real pair, SmolLM2 135M in a folder of DIR, with conditioned states and without: runs/real; 16 minutes
+#              on two cores, and nothing is downloaded. DATA=DIR: DIR/gsm8k/train.jsonl and test.jsonl
 # make check   the inner loop: ruff, the type checker, and the quick tests that start no process; about a minute
 # make test    run the test suite
 # make gpu     on a machine with a GPU: the tests that need one, and all benchmarks; 25 minutes at most, or MINUTES=5
