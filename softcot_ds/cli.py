@@ -32,7 +32,7 @@ COMMANDS = {
 }
 _NO_RECIPE = ("study", "recipes", "init", "schema")
 """Commands whose first argument is none."""
-_ON_HUB = ("evaluate", "generate", "push", "doctor")
+_ON_HUB = ("evaluate", "generate", "lm-eval", "push", "doctor")
 """Those whose first argument may be an adapter of the hub."""
 
 
