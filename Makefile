@@ -27,6 +27,10 @@ export OMPI_ALLOW_RUN_AS_ROOT_CONFIRM := 1
 MPIRUN := $(BIN)/mpirun --oversubscribe --bind-to none -n $(RANKS)
 DEEPSPEED := $(BIN)/deepspeed --log_level error --num_gpus $(RANKS)
 
+PYTEST := $(BIN)/python -m pytest
+# A file stays on one worker, which makes what its tests share once.
+TWO_AT_ONCE := $(PYTEST) --numprocesses=2 --dist=loadfile
+
 RUN := $(if $(filter 0,$(SEED)),demo,demo-seed$(SEED))
 ARGS := $(RECIPE) name=$(RUN) seed=$(SEED)
 
@@ -38,7 +42,7 @@ REAL = recipes/smollm2_gsm8k.yaml assistant.model=$(MODEL) base.model=$(MODEL) \
   $(join $(patsubst %,task.%=,train test),$(GSM8K)) cache.path=runs/real/cache $(SET)
 PLAIN = name=real-plain projection.condition=none projection.init_scale=0.1 training.learning_rate=1.0e-3
 
-.PHONY: demo study real real-needs check quick-a-to-i quick-j-to-z test gpu clean
+.PHONY: demo study real real-needs check test gpu clean
 
 demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
@@ -67,21 +71,12 @@ check: $(VENV)/.installed-test
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
-	$(MAKE) --no-print-directory --jobs=2 --output-sync=target quick-a-to-i quick-j-to-z
+	$(TWO_AT_ONCE) -q -m "not distributed and not slurm and not gpu and not slow"
 
-# Each runs on one core.
-QUICK := $(BIN)/python -m pytest -q -m "not distributed and not slurm and not gpu and not slow"
-TESTS := $(wildcard tests/test_*.py)
-TO_I := $(wildcard tests/test_[a-i]*.py)
-
-quick-a-to-i:
-	$(QUICK) $(TO_I)
-
-quick-j-to-z:
-	$(QUICK) $(filter-out $(TO_I),$(TESTS))
-
+# What starts no process takes one core; then what does, or needs a GPU, has the machine for itself. Both run in any case.
 test: $(VENV)/.installed-test
-	$(BIN)/python -m pytest
+	$(TWO_AT_ONCE) -m "not distributed and not slurm and not gpu"; first=$$?; \
+	$(PYTEST) -m "distributed or slurm or gpu" && exit $$first
 
 gpu: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)

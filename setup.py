@@ -75,6 +75,7 @@ setup(
             "liger-kernel>=0.8.5",
             "pytest>=9",
             "pytest-timeout>=2.4",
+            "pytest-xdist>=3.8",
             "hypothesis>=6.170",
             "jsonschema>=4.26",
             "ruff>=0.17",

@@ -21,6 +21,11 @@ if TYPE_CHECKING:
     from scribe import Scribe
     from transformers import PreTrainedTokenizerFast
 
+# Read when PyTorch is imported. Ranks have one thread each; with more here, one process would round otherwise than two.
+os.environ.setdefault("OMP_NUM_THREADS", "1")
+# Likewise: a name that no hub has is asked for again and again where there is no internet, for half a minute.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
+
 # A busy machine is slow; pytest-timeout stops what hangs.
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
