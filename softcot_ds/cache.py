@@ -13,8 +13,9 @@ import sys
 from typing import TYPE_CHECKING
 
 from softcot_ds.cells import Grid
-from softcot_ds.command import add_recipe, exit_code_of, interrupted_by_signals, parsed
+from softcot_ds.command import add_recipe, exit_code_of, interrupted_by_signals, parsed, run_command
 from softcot_ds.errors import Interrupted, OtherRankFailed, SoftCoTError
+from softcot_ds.launch import add_gpus, launch
 from softcot_ds.recipe import load_recipe
 
 if TYPE_CHECKING:
@@ -32,7 +33,12 @@ def main(argv: list[str] | None = None) -> int:
     ):
         parser.add_argument(f"--{option}", dest="inspect", action="store_const", const=option, help=help_text)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_gpus(parser)
     args = parsed(parser, argv)
+    if args.gpus:
+        if args.inspect:
+            parser.error(f"--{args.inspect} needs no ranks: leave --gpus out")
+        return run_command(lambda: launch("cache", [args.recipe, *args.overrides], args.gpus))
     ranks: Ranks | None = None
     try:
         with interrupted_by_signals():

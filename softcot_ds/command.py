@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 from softcot_ds.errors import STOP_SIGNALS, Interrupted, LostRank, SoftCoTError, Stopped
+from softcot_ds.launch import add_gpus, launch
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.settings import known_keys
 from softcot_ds.shipped import settings_files
@@ -42,15 +43,18 @@ def recipe_command(
         add_recipe(parser, f"a YAML file; softcot-ds recipes lists some{adapters}", nargs=None if needs_recipe else "?")
         # The deepspeed launcher adds this argument; LOCAL_RANK in the environment says the same.
         parser.add_argument("--local_rank", help=argparse.SUPPRESS)
+        add_gpus(parser)
         args = parsed(parser, argv)
 
         def run() -> None:
-            if args.recipe is None:
-                work(None)
-            elif load is None:
-                work(load_recipe(args.recipe, args.overrides))
+            given = [] if args.recipe is None else [args.recipe, *args.overrides]
+            subject: tuple = (None,)
+            if given:  # what is wrong with it is said once
+                subject = load(args.recipe, args.overrides) if load else (load_recipe(args.recipe, args.overrides),)
+            if args.gpus:
+                launch(name, given, args.gpus)
             else:
-                work(*load(args.recipe, args.overrides))
+                work(*subject)
 
         return run_command(run)
 
@@ -173,7 +177,7 @@ def _report(message: str) -> None:
     # Mostly all ranks fail alike: let the first one speak, upon which the launcher ends the others.
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank:
-        time.sleep(2)
+        time.sleep(5)
     sys.stdout.flush()
     prefix = f"[rank {os.environ['RANK']}] " if local_rank else ""
     print(f"softcot-ds: {prefix}{message}", file=sys.stderr, flush=True)

@@ -1,6 +1,6 @@
 """Answer questions with an adapter: ``softcot-ds generate ADAPTER_DIR --question "..."``.
 
-A base that no GPU holds answers on several: ``deepspeed --module softcot_ds.generate ADAPTER_DIR --question "..."``.
+A base that no GPU holds answers on several: with ``--gpus 4``, or under the deepspeed launcher.
 """
 
 import argparse
@@ -11,6 +11,7 @@ from pathlib import Path
 
 from softcot_ds.command import add_recipe, parsed, run_command
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.launch import add_gpus, launch
 from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.tasks.base import check_question
@@ -74,9 +75,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--question", help="the question; without it, one per line is read from standard input")
     parser.add_argument("--no-thoughts", action="store_true", help="the base alone, for comparison")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_gpus(parser)
     args = parsed(parser, argv)
 
     def run() -> None:
+        if args.gpus:
+            options = [] if args.question is None else [f"--question={args.question}"]
+            options += ["--no-thoughts"] if args.no_thoughts else []
+            launch("generate", [args.adapter, *args.overrides, *options], args.gpus)
+            return
         if args.question is not None:
             check_question(args.question)  # before the seconds that the rest takes
         recipe, adapter = recipe_and_adapter(args.adapter, args.overrides)

@@ -20,6 +20,7 @@ from softcot_ds.cells import Cell
 from softcot_ds.chain import Job, Submission, caches_complete, submit_chain, training_left, warn_if_too_large
 from softcot_ds.command import add_settings, parsed, run_command
 from softcot_ds.files import dump_yaml
+from softcot_ds.launch import add_gpus, launch
 from softcot_ds.progress import count
 from softcot_ds.run_dir import recipe_and_adapter, refuse_other_steps
 from softcot_ds.study_config import Study, load_study
@@ -132,7 +133,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--submit", action="store_true", help="put what is left to do on SLURM, as these say:")
     Submission.add_arguments(parser, required=False)
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
+    add_gpus(parser)
     args = parsed(parser, argv)
+    if args.submit and args.gpus:
+        parser.error("--gpus is for this machine; with --submit write --gpus-per-node")
     if args.submit and args.nodes is None:
         parser.error("--submit wants --nodes")
     if not args.submit and (args.nodes or args.dry_run):
@@ -142,6 +146,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         study = load_study(args.study, args.overrides)
         if args.submit:
             submit_study(study, Submission.asked_for(args))
+        elif args.gpus:
+            launch("study", [args.study, *args.overrides], args.gpus)
         else:
             run_study(study)
 

@@ -19,7 +19,7 @@ FLOORS = (
     ("recipe", "lock", "distributed", "hub"),
     ("run_dir",),
     ("cells",),
-    ("apart", "study_config"),
+    ("apart", "study_config", "launch"),
     ("pair",),
     ("tasks",),
     ("data",),

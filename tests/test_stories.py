@@ -4,7 +4,7 @@ import json
 
 import pytest
 from forked import kill_forked, run_forked
-from launch import BIN, deepspeed_command, run
+from launch import BIN, run
 
 pytestmark = pytest.mark.distributed
 
@@ -50,7 +50,7 @@ evaluation: {{batch_size: 16, max_new_tokens: 8, partition: none}}
     built = run([*mpirun, str(BIN / "python"), "-m", "softcot_ds.cache", str(recipe)])
     assert "2 processes over MPI" in built.stdout
     kill_forked(tmp_path / "stories/checkpoints/step-10/COMPLETE", 2, "softcot_ds.train", recipe)
-    resumed = run(deepspeed_command(2, "softcot_ds.train", recipe)).stdout
+    resumed = run([str(BIN / "python"), "-m", "softcot_ds.train", str(recipe), "--gpus", "2"]).stdout
     assert "resuming from" in resumed
     run_forked(2, "softcot_ds.evaluate", recipe)
 
