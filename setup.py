@@ -53,6 +53,7 @@ setup(
         "datasets>=5.2,<6",
         "safetensors>=0.8",
         "mpi4py>=4.1",
+        "httpx2>=2.16",  # evaluation.server; huggingface_hub brings it
         "tensorboard>=2.21",
         "pydantic>=2.14,<3",
         "pyyaml>=6",

@@ -9,7 +9,7 @@ from softcot_ds.backbone_config import Partition
 from softcot_ds.choices import STRATEGIES, one_of
 from softcot_ds.section import Section
 from softcot_ds.strategy_config import GraphConfig, TreeConfig
-from softcot_ds.values import AnyPath, Count, ExistingFile, Folder
+from softcot_ds.values import AnyPath, Count, ExistingFile, Folder, ServerURL
 
 Condition = Literal["learned", "shuffled", "mean", "zero", "empty", "placeholder", "none", "text", "static"]
 STANDS_FOR: dict[str, str] = {
@@ -28,7 +28,7 @@ STANDS_FOR: dict[str, str] = {
 _NOT_A_STRATEGYS = {
     *("conditions", "decode", "loss", "batch_size", "max_new_tokens", "text_max_tokens", "temperature", "top_p"),
     *("draft", "thoughts", "samples", "read", "partition", "plain_text", "placeholder", "static_adapter"),
-    "outputs",
+    *("outputs", "server"),
 }
 """Settings of an evaluation whatever the strategy: those that decide an output are in the key of what is decoded."""
 
@@ -70,6 +70,9 @@ class EvaluationConfig(Section):
     accuracy of one (self_consistency: of their vote), and majority votes and pass@k of every number of them."""
     read: Literal["text", "options"] = "text"
     """An answer is read from what is decoded; or, without decoding, which of a problem's options is likeliest."""
+    server: ServerURL | None = None
+    """A vLLM server that has the base and decodes, such as http://localhost:8000. The base is loaded here for losses
+    alone, and the method must leave it as it is."""
     partition: Partition | None = None
     """How the base is held while decoding. Default: backbone.partition."""
     plain_text: ExistingFile | None = None
@@ -151,6 +154,17 @@ class EvaluationConfig(Section):
                 raise ValueError(
                     f"options, and evaluation.{key} is {info.data[key]}: nothing is decoded for options; set read to "
                     f"text, or {key} to {default}"
+                )
+        return value
+
+    @field_validator("server")
+    @classmethod
+    def _a_server_decodes(cls, value: str | None, info: ValidationInfo) -> str | None:
+        for key, served in {"decode": True, "read": "text", "draft": 0}.items():
+            if value is not None and (found := info.data.get(key, served)) != served:
+                raise ValueError(
+                    f"a server, and evaluation.{key} is {found}: it decodes answers whole, and does nothing else; "
+                    f"set {key} to {served}, or leave server out"
                 )
         return value
 

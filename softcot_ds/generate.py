@@ -1,6 +1,7 @@
 """Answer questions with an adapter: ``softcot-ds generate ADAPTER_DIR --question "..."``.
 
-A base that no GPU holds answers on several: with ``--gpus 4``, or under the deepspeed launcher.
+A base that no GPU holds answers on several: with ``--gpus 4``, or under the deepspeed launcher; where vLLM
+serves it, ``--server http://localhost:8000`` asks there.
 """
 
 import argparse
@@ -73,20 +74,24 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="softcot-ds generate", description="Answer questions with an adapter.")
     add_recipe(parser, "an adapter: its directory, its run's, the run's recipe, or owner/name on the hub", "adapter")
     parser.add_argument("--question", help="the question; without it, one per line is read from standard input")
+    parser.add_argument(
+        "--server", metavar="URL", help="a vLLM server that has the base: evaluation.server of the recipe"
+    )
     parser.add_argument("--no-thoughts", action="store_true", help="the base alone, for comparison")
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     add_gpus(parser)
     args = parsed(parser, argv)
+    overrides = args.overrides + ([f"evaluation.server={args.server}"] if args.server else [])
 
     def run() -> None:
         if args.gpus:
             options = [] if args.question is None else [f"--question={args.question}"]
             options += ["--no-thoughts"] if args.no_thoughts else []
-            launch("generate", [args.adapter, *args.overrides, *options], args.gpus)
+            launch("generate", [args.adapter, *overrides, *options], args.gpus)
             return
         if args.question is not None:
             check_question(args.question)  # before the seconds that the rest takes
-        recipe, adapter = recipe_and_adapter(args.adapter, args.overrides)
+        recipe, adapter = recipe_and_adapter(args.adapter, overrides)
         questions = _lines() if args.question is None else [args.question]
         generate(recipe, adapter, questions, not args.no_thoughts)
 

@@ -31,6 +31,7 @@ from softcot_ds.models.decoding import Output, Sampling, decode, load_to_decode
 from softcot_ds.models.drafting import Drafter
 from softcot_ds.models.embedding import whole_embedding
 from softcot_ds.models.scoring import Score
+from softcot_ds.models.server import Server
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.recipe import Recipe
 from softcot_ds.tasks.base import check_question
@@ -97,6 +98,11 @@ class Adapter:
         self.recipe = recipe = recipe.trained_to(self.config.step).in_evaluation
         self.method = method_class(self.config.method)
         self.method.check_held(recipe, self._partition)
+        if recipe.evaluation.server and self.method.changes_base:
+            raise SoftCoTError(
+                f"evaluation.server has the base as it was, and method={self.config.method} changes it; leave "
+                "evaluation.server out"
+            )
         self._needs_states = self.method.needs_states
         self.experiment = Experiment(recipe)
         self.config.check_models(self.experiment, assistant=self._needs_states)
@@ -121,6 +127,22 @@ class Adapter:
         files = (self.method.weights_file, *self.method.other_files)
         made_from = {"method": self.config.method, **{name: _digest(self.folder / name) for name in files}}
         return Change(partial(self.method.apply_adapter, folder=self.folder, weights=self.weights), made_from)
+
+    @cached_property
+    def server(self) -> Server | None:
+        """Who has the base where ``evaluation.server`` names a server. Raises SoftCoTError when it does not answer, or
+        has another model."""
+        if (url := self.recipe.evaluation.server) is None:
+            return None
+        base, chat = self.config.base, self.experiment.base_prompts.chat
+        timeout_minutes = self.recipe.training.timeout_minutes
+        return Server(url, self.recipe.base, base.fingerprint, chat, self.experiment.widths[1], timeout_minutes)
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that can be decoded, tokens."""
+        context = context_length(self.experiment.base_config)
+        return min(context, self.server.context) if self.server else context
 
     @cached_property
     def assistant(self) -> PreTrainedModel:
@@ -208,9 +230,8 @@ class Adapter:
         prompts, has_room = prompts or self.experiment.base_prompts, with_thoughts and self.method.has_thoughts
         prompt = self.method.prompt(prompts, text) if has_room else prompts.without_thoughts(text)
         length = len(prompt.prefix_ids) + len(prompt.suffix_ids) + (self.recipe.thoughts.count if has_room else 0)
-        context = context_length(self.experiment.base_config)
-        if length >= context:
-            raise SoftCoTError(f"the question makes {length} tokens, which leaves no room in the base's {context}")
+        if length >= self.context:
+            raise SoftCoTError(f"the question makes {length} tokens, which leaves no room in the base's {self.context}")
         if not has_room or not self._needs_states:
             return Question(prompt, with_thoughts, None)
         asked = self.experiment.assistant_prompts.thoughts_input("question", text)
@@ -234,6 +255,8 @@ class Adapter:
             _ = self.projection
             if self._needs_states:
                 _ = self.assistant
+        if self.server:
+            return
         _ = self.base if with_thoughts else self.own_base
         if self.drafter:
             if with_thoughts and self.method.has_thoughts and self._needs_states and states_layer(self.recipe) is None:
@@ -255,19 +278,16 @@ class Adapter:
         """
         if not questions:
             return []
-        base, rows, thoughts = self._asked(questions)
+        self.load_models(questions[0].with_method)
+        rows, thoughts = self._asked(questions)
         settings, chains = self.recipe.evaluation, len(rows) // len(questions)
-        stop_ids = self.experiment.base_prompts.stop_ids
-        outputs = decode(
-            base,
-            rows,
-            thoughts,
-            stop_ids,
-            sampling or Sampling.of(settings),
-            batch_size=settings.batch_size,
-            drafter=self.drafter,
-            progress=lambda ended: progress(ended // chains),
-        )
+        asked = rows, thoughts, self.experiment.base_prompts.stop_ids, sampling or Sampling.of(settings)
+        told = lambda ended: progress(ended // chains)  # noqa: E731
+        if self.server:
+            outputs = self.server.decode(*asked, settings.batch_size, progress=told)
+        else:
+            base = self._base_for(questions)
+            outputs = decode(base, *asked, batch_size=settings.batch_size, drafter=self.drafter, progress=told)
         return [self._agreed(outputs[first : first + chains]) for first in range(0, len(outputs), chains)]
 
     def scores(
@@ -288,7 +308,9 @@ class Adapter:
         """
         if not texts:
             return []
-        base, rows, thoughts = self._asked(questions)
+        self.load_models(questions[0].with_method)
+        base = self._base_for(questions)
+        rows, thoughts = self._asked(questions)
         chains = len(rows) // len(questions)
         asked = [(index * chains + chain, text) for index, text in texts for chain in range(chains)]
         room = context_length(base.config) - (0 if thoughts is None else thoughts.shape[1])
@@ -307,15 +329,17 @@ class Adapter:
         of_texts = (found[first : first + chains] for first in range(0, len(found), chains))
         return [Score(fmean(s.loss for s in scores), all(s.is_likeliest for s in scores)) for scores in of_texts]
 
-    def _asked(self, questions: Sequence[Question]) -> tuple[PreTrainedModel, list[BasePrompt], torch.Tensor | None]:
-        """The base, loaded; what it reads, and (R, T, D) the thoughts there, of each question once for each of its
-        chains; None where there is no room for any."""
-        with_method = questions[0].with_method
-        self.load_models(with_method)
-        base, prompts = self.base if with_method else self.own_base, [question.prompt for question in questions]
-        if not (with_method and self.method.has_thoughts):
-            return base, prompts, None
-        return base, self._rows(prompts), self._thoughts(questions).flatten(0, -3)
+    def _base_for(self, questions: Sequence[Question]) -> PreTrainedModel:
+        """Loaded."""
+        return self.base if questions[0].with_method else self.own_base
+
+    def _asked(self, questions: Sequence[Question]) -> tuple[list[BasePrompt], torch.Tensor | None]:
+        """What the base reads, and (R, T, D) the thoughts there, of each question once for each of its chains; None
+        where there is no room for any."""
+        prompts = [question.prompt for question in questions]
+        if not (questions[0].with_method and self.method.has_thoughts):
+            return prompts, None
+        return self._rows(prompts), self._thoughts(questions).flatten(0, -3)
 
     def _rows(self, prompts: Sequence[BasePrompt]) -> list[BasePrompt]:
         """Each prompt once for each of its chains."""

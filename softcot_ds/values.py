@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 from typing import Annotated, Any, Literal
+from urllib.parse import urlsplit
 
 from pydantic import AfterValidator, Field, PlainValidator
 
@@ -89,6 +90,20 @@ def _check_texts(value: Any) -> str | list[str]:
     return value
 
 
+def _check_server(url: str) -> str:
+    try:
+        parts = urlsplit(url)
+        named = parts.hostname and parts.port != 0
+    except ValueError:  # a port that is no number
+        named = None
+    if not named or parts.scheme not in ("http", "https"):
+        raise ValueError(f"{url!r} is no address of a server; write one such as http://localhost:8000")
+    if parts.username or parts.password or parts.query or parts.fragment:
+        # Without the value: it may be a secret.
+        raise ValueError("an address with a name, a key or a query in it; give the key in VLLM_API_KEY alone")
+    return url.rstrip("/").removesuffix("/v1")
+
+
 def _check_scale(value: Any) -> Any:
     if value != "auto" and (type(value) not in (int, float) or not 0 < value <= sys.float_info.max):
         raise ValueError(f"auto, or a number above 0, found {value!r}")
@@ -107,6 +122,7 @@ ExistingFile = Annotated[AnyPath, AfterValidator(found), AfterValidator(_check_f
 """Of the current directory, or one that is shipped."""
 Folder = Annotated[AnyPath, AfterValidator(_check_folder)]
 """Exists, or can be made."""
+ServerURL = Annotated[str, AfterValidator(_check_server)]
 _Bounded = Annotated[int, Field(le=2**31 - 1)]  # what PyTorch, DeepSpeed and SLURM take everywhere
 Count = Annotated[_Bounded, Field(ge=1)]
 CountOrZero = Annotated[_Bounded, Field(ge=0)]

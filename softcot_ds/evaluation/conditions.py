@@ -33,7 +33,7 @@ from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import method_class
 from softcot_ds.methods.projection import Projection
 from softcot_ds.models.assistant import states_layer
-from softcot_ds.models.backbone import context_length, weights_fingerprint
+from softcot_ds.models.backbone import weights_fingerprint
 from softcot_ds.run_dir import adapter_folder
 from softcot_ds.thoughts.reader import read_all_thoughts, states_dtype
 
@@ -127,7 +127,7 @@ class Conditions:
         options = [example.problem.options for example in self._examples]
         asked_of = None if condition in _WITHOUT_METHOD else self._changed
         first, *others = thoughts or [None]
-        context = context_length(self._experiment.base_config)
+        context = self._adapter.context
         return Posed(condition, prompts, first, options, pose, context, tuple(others), asked_of)
 
     def read_states(self) -> torch.Tensor:

@@ -12,6 +12,7 @@ from softcot_ds.evaluation.jobs import Job, Thoughts, Worker
 from softcot_ds.models.decoding import Output, Sampling, decode, portions, try_decoding
 from softcot_ds.models.drafting import Drafter
 from softcot_ds.models.embedding import CompactTable
+from softcot_ds.models.server import Server
 
 
 class Decoder:
@@ -54,12 +55,17 @@ class Decoder:
         size = self.worker.recipe.evaluation.batch_size
 
         def work(
-            model: PreTrainedModel, table: CompactTable | None, portion: list[int], draws: list[int]
+            model: PreTrainedModel | Server, table: CompactTable | None, portion: list[int], draws: list[int]
         ) -> list[list[Output]]:
             given = None if thoughts is None else thoughts(portion)
             seeds = [seed_of(seed, index, draw) for index in portion for draw in draws]
             asked, count = [prompts[index] for index in portion], len(draws)
-            outputs = decode(model, asked, given, self._stop_ids, sampling, table, size, seeds, count, self._drafter)
+            if isinstance(model, Server):
+                outputs = model.decode(asked, given, self._stop_ids, sampling, size, seeds, count)
+            else:
+                outputs = decode(
+                    model, asked, given, self._stop_ids, sampling, table, size, seeds, count, self._drafter
+                )
             return [outputs[number::count] for number in range(count)]
 
         settings = {

@@ -32,14 +32,15 @@ from softcot_ds.models.backbone import Change, load_to_run, partition_that_fits
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.partition import data_ranks, quantization
 from softcot_ds.models.reading import PADDING
+from softcot_ds.models.server import Server
 from softcot_ds.planning.fit import spare_to_decode
 from softcot_ds.progress import Progress
 from softcot_ds.recipe import ModelConfig, Recipe
 
 Result = TypeVar("Result")
 Work = Callable[[PreTrainedModel, CompactTable | None, list[int], list[int]], list[list[Result]]]
-"""From the model, a table to embed prompts by (None to ask the model), the indices of a batch's prompts and the draws
-that are wanted, to the results of each draw, which are dataclasses or JSON values."""
+"""From the model, or the server that has it, a table to embed prompts by (None to ask the model), the indices of a
+batch's prompts and the draws that are wanted, to the results of each draw, which are dataclasses or JSON values."""
 Prepare = Callable[[PreTrainedModel], object]
 Cut = Callable[[Sequence[int], int], list[list[int]]]
 """From rows' lengths and ``evaluation.batch_size`` to the indices of each batch. It depends on nothing else, so that
@@ -203,12 +204,15 @@ class Worker:
         fingerprint: str,
         loaded: Loaded | None = None,
         change: Change | None = None,
+        server: Server | None = None,
     ) -> None:
         """
         Args:
             loaded: what other workers, before or after this one, have loaded or may use.
             change: what makes another model of it.
+            server: who has the model, in the place of this process; None where it is loaded here.
         """
+        self.server = server
         self._change = change
         self.recipe = recipe
         self.model_config = model_config
@@ -276,11 +280,16 @@ class Worker:
 
     @cached_property
     def _partition(self) -> Partition:
+        if self.server:
+            return "none"
         bits = self.recipe.bits_of(self.model_config)
         return partition_that_fits(self.model_config, self._wanted, self.recipe.backbone.group_size, bits)
 
     def _weights(self) -> Record:
         """What decides the model's results, but for rounding."""
+        if self.server:
+            served = {"vllm": self.server.version, "context": self.server.context}
+            return {"model": self._fingerprint, "served by": served}
         return {
             "model": self._fingerprint,
             "dtype": self.model_config.dtype,
@@ -349,8 +358,9 @@ class Worker:
             if mine or self._partition in SPLIT:
                 number = todo[start + ranks.number if mine else start]
                 wanted = [job for job in jobs if number in job.todo]
-                model = self.model
-                first.prepare(model)
+                model: Any = self.server or self.model
+                if not self.server:
+                    first.prepare(model)
                 started = time.perf_counter()
                 of_draws = first.work(model, table, first.batches[number], [job.draw for job in wanted])
                 seconds = (time.perf_counter() - started) * ranks.alike / len(wanted)

@@ -64,7 +64,7 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
     init_distributed(recipe.training.timeout_minutes)
     agree({"the adapter": adapter, **recipe.flat()})
     opened = Adapter(recipe, adapter)
-    config, experiment = opened.config, opened.experiment
+    config, experiment, server = opened.config, opened.experiment, opened.server
     if config.method != recipe.method:
         raise SoftCoTError(
             f"{adapter} was trained by method={config.method}, and the recipe has {recipe.method}; "
@@ -80,6 +80,8 @@ def evaluated(recipe: Recipe, adapter: Path, loaded: Loaded) -> Evaluation:
 
     records, costs, key = _ask_all(opened, examples, loaded)
     report = make_report(recipe, adapter, config, trained, records, costs)
+    if server:
+        report["served_by"] = f"vLLM {server.version}"
     text = _plain_text(opened, loaded)
     if found := forgetting(report, text, opened.method.changes_base, config.base.fingerprint):
         report["forgetting"] = found
@@ -115,6 +117,7 @@ def _ask_all(
     written = written_options(experiment, examples) if settings.decode and settings.read == "options" else None
     asked = recipe, recipe.base, adapter.config.base.fingerprint, loaded
     worker = Worker(*asked)
+    decoding = Worker(*asked, server=adapter.server) if adapter.server else worker
     changed = Worker(*asked, adapter.change) if adapter.change else None
     conditions = Conditions(adapter, examples, loaded.release, changed)
     posed: dict[Condition, Posed] = {}
@@ -126,12 +129,13 @@ def _ask_all(
             conditions.words, words = assistant_words(recipe, experiment, examples, loaded)
         posed[name] = conditions.of(name)
         if settings.decode and settings.read == "text":
-            asked_of = posed[name].asked_of or worker
-            decoder = Decoder(asked_of, experiment.base_prompts.stop_ids, context, adapter.drafter)
+            asked_of = posed[name].asked_of or decoding
+            decoder = Decoder(asked_of, experiment.base_prompts.stop_ids, adapter.context, adapter.drafter)
             inquiries[name] = _Inquiry(posed[name], decoder, experiment)
     losses = Losses(worker, posed, examples, context) if settings.loss else None
     options = Options(worker, posed, written, experiment.base_prompts, context) if written else None
-    nearest = _nearest(worker, posed)
+    # For them alone a base that is somewhere else is not loaded here.
+    nearest = None if adapter.server and not losses else _nearest(worker, posed)
     scored = [one for one in (losses, options, nearest) if one]
     if any(inquiry.needs_states for inquiry in inquiries.values()) or any(one.need_states for one in scored):
         conditions.read_states()  # now, as it may load the assistant: not beside the base

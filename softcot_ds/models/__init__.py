@@ -18,6 +18,7 @@ frozen_prefix.py  the base's prefix without gradient, layer by layer
 fused_layers.py   norms, rotary embeddings and SwiGLUs by liger-kernel's kernels
 loss.py           cross entropy, alone or fused with the head
 decoding.py       decoding with thoughts in the prompt, each model in the way that a trial finds
+server.py         the same by a vLLM server, over HTTP
 refill.py         waiting prompts take the place of outputs that have ended; what they have in common is read once
 rows.py           rows that are decoded together: what each has written, their keys and values
 drafting.py       the assistant writes ahead of the base
