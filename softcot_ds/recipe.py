@@ -232,6 +232,9 @@ class Recipe(Section):
     compressed_cot: CompressedCoTConfig | None = Field(None, validate_default=True)
     """compressed_cot: how short contemplation is, and what is trained for it."""
     training: TrainingConfig = TrainingConfig()
+    trackers: Annotated[list[Literal["tensorboard", "wandb", "mlflow", "trackio"]], FREE] = Field(["tensorboard"])
+    """Who is told the curves of a training. All but tensorboard are packages to be installed, and set up by their own
+    variables (WANDB_MODE, WANDB_PROJECT, MLFLOW_TRACKING_URI and so on)."""
     evaluation: Annotated[EvaluationConfig, FREE] = EvaluationConfig()
     targets: Annotated[TargetsConfig, FREE] = TargetsConfig()
 

@@ -9,6 +9,7 @@ stop.py        signals that ask to stop, agreed on by all ranks
 record.py      what is kept and said of the steps: losses, speed, curves, lines of the log
 metrics.py     TensorBoard, timers
 tags.py        what each curve in TensorBoard shows
+trackers.py    Weights & Biases, MLflow and trackio beside it
 profiling.py   a window of steps as a trace
 memory.py      the memory that a training is expected to need
 validation.py  validation loss, thoughts, sample answers

@@ -36,6 +36,7 @@ from softcot_ds.training.resume import agreed_start, sole_trainer
 from softcot_ds.training.schedule import learning_rate_at
 from softcot_ds.training.start import Start
 from softcot_ds.training.stop import StopRequest
+from softcot_ds.training.trackers import Trackers, require_trackers
 from softcot_ds.training.validation import Validator
 
 
@@ -44,15 +45,17 @@ def train(recipe: Recipe) -> None:
 
     Raises:
         SoftCoTError: data, cache or run directory do not fit the recipe; the ranks differ; the run is being trained by
-            another process; the loss is not finite, or the gradient was not in several steps in a row.
+            another process; a tracker is not installed, or refuses a run that begins; the loss is not finite, or the
+            gradient was not in several steps in a row.
         Stopped: a signal asked for it; a checkpoint has been saved.
     """
+    require_trackers(recipe)
     init_distributed(recipe.training.timeout_minutes)
-    with sole_trainer(recipe):
-        _train(recipe)
+    with sole_trainer(recipe), Trackers() as trackers:
+        _train(recipe, trackers)
 
 
-def _train(recipe: Recipe) -> None:
+def _train(recipe: Recipe, trackers: Trackers) -> None:
     experiment = Experiment(recipe)
     experiment.require_training()
     recipe = experiment.count_epochs()
@@ -64,6 +67,7 @@ def _train(recipe: Recipe) -> None:
     if start >= config.num_steps:
         say(f"{recipe.name}: trained to step {start} before; adapter: {folder}")
         return
+    trackers.start(recipe, start)
 
     reader = ThoughtReader.open(recipe, [*splits.train, *splits.validation])
     adapter = on_main(lambda: adapter_config(experiment))
@@ -76,7 +80,7 @@ def _train(recipe: Recipe) -> None:
     validator = Validator(engine, splits.validation, make_batch, experiment, ranks)
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
-    record = Record(recipe, splits.train, start)
+    record = Record(recipe, splits.train, start, trackers)
     profiler = StepProfiler(recipe)
 
     for step, batch in enumerate(islice(batches, config.num_steps - start), start + 1):

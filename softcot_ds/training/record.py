@@ -21,6 +21,7 @@ from softcot_ds.recipe import Recipe
 from softcot_ds.training.gap import Gap
 from softcot_ds.training.metrics import PhaseTimer, TensorBoard, peak_memory_gib
 from softcot_ds.training.tags import METRICS, VARIED
+from softcot_ds.training.trackers import Trackers
 from softcot_ds.training.validation import Validation
 
 _MAX_SKIPPED = 3
@@ -30,14 +31,15 @@ _MAX_SKIPPED = 3
 class Record:
     """What is kept and said of a run's steps: ``losses.jsonl``, the curves in TensorBoard, the lines of the log."""
 
-    def __init__(self, recipe: Recipe, examples: Sequence[Example], start: int) -> None:
+    def __init__(self, recipe: Recipe, examples: Sequence[Example], start: int, trackers: Trackers | None = None):
         """Of a run that goes on after step ``start``; ``examples`` are the training data. What an earlier attempt wrote
-        of later steps is forgotten."""
+        of later steps is forgotten. ``trackers`` have been started."""
         self._recipe = recipe
         self._examples = examples
         self._start = start
         self._per_epoch = steps_per_epoch(len(examples), recipe.training.global_batch_size)
-        self._board = TensorBoard(recipe.run_dir, is_main(), resumed_step=start)
+        self._board = TensorBoard(recipe.run_dir, is_main() and "tensorboard" in recipe.trackers, resumed_step=start)
+        self._trackers = trackers or Trackers()
         self._board.block("recipe", recipe.to_yaml(), start + 1)
         self._history = History(recipe, start)
         self.timer = PhaseTimer(device())
@@ -66,6 +68,7 @@ class Record:
             self._history.skipped.add(step)
         points = scalars(found, throughput, learning_rate, len(self._history.skipped), engine, self.timer)
         self._board.scalars(points, step)
+        self._trackers.scalars(points, step)
         if skipped:
             report_skip(name_step(step, batch, self._examples), self._history, last_saved)
         if line := self._progress.line(step - self._start):
@@ -75,6 +78,7 @@ class Record:
 
     def report_validation(self, step: int, found: Validation) -> None:
         self._board.scalars(found.scalars, step)
+        self._trackers.scalars(found.scalars, step)
         self._board.prose("samples", found.samples, step)
         if found.thought_norms is not None:
             self._board.histogram("thoughts/norms", found.thought_norms, step)
