@@ -80,8 +80,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> None:
     validator = Validator(engine, splits.validation, make_batch, experiment, ranks)
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
-    record = Record(recipe, splits.train, start, trackers)
-    profiler = StepProfiler(recipe)
+    record, profiler = Record(recipe, splits.train, start, trackers), StepProfiler(recipe)
 
     for step, batch in enumerate(islice(batches, config.num_steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
