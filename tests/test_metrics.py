@@ -1,5 +1,6 @@
 """TensorBoard's files, whenever a run was killed."""
 
+import json
 import re
 from collections import Counter
 from html import unescape
@@ -22,7 +23,7 @@ from softcot_ds.recipe import load_recipe
 from softcot_ds.training import record
 from softcot_ds.training.gap import Gap
 from softcot_ds.training.metrics import TensorBoard
-from softcot_ds.training.record import History, Window, rates
+from softcot_ds.training.record import History, Validations, Window, rates
 from softcot_ds.training.tags import DESCRIPTIONS
 from softcot_ds.training.validation import Validation
 
@@ -191,6 +192,20 @@ def test_damaged_losses_of_a_resumed_run_are_named_by_their_line(tmp_path, line)
     history = History(recipe, start=3)
     history.write()
     assert path.read_text() == '{"step": 1, "loss": 0.5}\n{"step": 3, "loss": 0.25, "skipped": true}\n'
+
+
+def test_validations_of_a_resumed_run_go_on_where_it_was_saved(tmp_path):
+    recipe = load_recipe(ROOT / "recipes/word_problems.yaml", [f"output_dir={tmp_path}"])
+    recipe.run_dir.mkdir()
+    one = {"loss/validation": 0.5, "loss/validation_shuffled": 0.75, "loss/validation_gap": 0.25, "thoughts/norm": 2.0}
+    first = Validations(recipe, start=0)
+    first.add(10, one)
+    first.add(20, {"loss/validation": 0.25})
+    Validations(recipe, start=10).add(15, {"loss/validation": 0.125})
+    lines = (recipe.run_dir / "validation.jsonl").read_text().splitlines()
+    assert list(map(json.loads, lines)) == [
+        {"step": 10, "loss": 0.5, "shuffled": 0.75, "gap": 0.25}, {"step": 15, "loss": 0.125}
+    ]  # fmt: skip
 
 
 def test_losses_that_cannot_be_read_are_named(tmp_path):

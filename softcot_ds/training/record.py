@@ -42,6 +42,7 @@ class Record:
         self._trackers = trackers or Trackers()
         self._board.block("recipe", recipe.to_yaml(), start + 1)
         self._history = History(recipe, start)
+        self._validations = Validations(recipe, start)
         self.timer = PhaseTimer(device())
         on_gpu = device().type == "cuda"
         self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
@@ -79,6 +80,7 @@ class Record:
     def report_validation(self, step: int, found: Validation) -> None:
         self._board.scalars(found.scalars, step)
         self._trackers.scalars(found.scalars, step)
+        self._validations.add(step, found.scalars)
         self._board.prose("samples", found.samples, step)
         if found.thought_norms is not None:
             self._board.histogram("thoughts/norms", found.thought_norms, step)
@@ -228,6 +230,41 @@ def report_skip(where: str, history: "History", last_saved: Path | None) -> None
     )
 
 
+def _records(path: Path, start: int) -> list[dict[str, Any]]:
+    """What a run has written of steps up to ``start``, one in each line. Raises SoftCoTError where it is damaged."""
+    found = []
+    remedy = "Training does not need this file: move it away to go on, with the earlier losses left out"
+    try:
+        lines = path.read_bytes().splitlines() if start and path.exists() else []
+    except OSError as error:
+        raise SoftCoTError(f"cannot read {path}: {error.strerror}. {remedy}") from error
+    for number, line in enumerate(lines, 1):
+        try:
+            record = parse_json(line)
+            step, _, _ = int(record["step"]), float(record["loss"]), record.get("skipped")
+        except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
+            raise SoftCoTError(f"{path}:{number} is damaged: {error}. {remedy}") from error
+        if step <= start:
+            found.append(record | {"step": step})
+    return found
+
+
+class Validations:
+    """What each validation has found, in ``validation.jsonl`` of the run's directory: its step, the loss, and the loss
+    with another question's thoughts and the gap where these are looked at; nats per token."""
+
+    def __init__(self, recipe: Recipe, start: int) -> None:
+        self._path = recipe.run_dir / "validation.jsonl"
+        self._found = _records(self._path, start)
+
+    def add(self, step: int, scalars: dict[str, float]) -> None:
+        """Add a validation's points and write the file; all ranks call it. Raises SoftCoTError on a full disk."""
+        losses = {tag.removeprefix("loss/validation_"): value for tag, value in scalars.items() if "loss/" in tag}
+        self._found.append({"step": step, "loss": losses.pop("loss/validation"), **losses})
+        lines = "".join(json.dumps(record) + "\n" for record in self._found)
+        on_main(lambda: write_atomically(self._path, lines))
+
+
 class History:
     """The loss of every step, in ``losses.jsonl`` of the run's directory; a resumed run goes on where it was saved.
 
@@ -239,21 +276,9 @@ class History:
         self._losses: dict[int, float] = {}
         self.skipped: set[int] = set()
         """Steps whose gradient was not finite."""
-        if start and self._path.exists():
-            remedy = "Training does not need this file: move it away to go on, with the earlier losses left out"
-            try:
-                lines = self._path.read_bytes().splitlines()
-            except OSError as error:
-                raise SoftCoTError(f"cannot read {self._path}: {error.strerror}. {remedy}") from error
-            for number, line in enumerate(lines, 1):
-                try:
-                    record = parse_json(line)
-                    step, loss, skipped = int(record["step"]), float(record["loss"]), bool(record.get("skipped"))
-                except (ValueError, TypeError, KeyError, AttributeError, OverflowError) as error:
-                    raise SoftCoTError(f"{self._path}:{number} is damaged: {error}. {remedy}") from error
-                if step <= start:
-                    self._losses[step] = loss
-                    self.skipped |= {step} if skipped else set()
+        for record in _records(self._path, start):
+            self._losses[record["step"]] = float(record["loss"])
+            self.skipped |= {record["step"]} if record.get("skipped") else set()
 
     def add(self, losses: dict[int, float]) -> None:
         self._losses |= losses
