@@ -87,7 +87,7 @@ test: $(VENV)/.installed-test
 VLLM := .venv-vllm
 
 test-vllm: needs-model $(VENV)/.installed-test $(VLLM)/.installed
-	SOFTCOT_REAL_MODELS=$(MODEL) $(BIN)/python tests/with_vllm.py $(VLLM)/bin/python $(MODEL) \
+	SOFTCOT_REAL_MODELS=$(MODEL) $(BIN)/python tests/with_vllm.py $(VLLM)/bin/python $(MODEL) float32 \
 	  $(BIN)/python -m pytest -rs tests/test_vllm.py
 
 $(VLLM)/.installed:

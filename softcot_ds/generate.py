@@ -81,7 +81,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--local_rank", help=argparse.SUPPRESS)  # the deepspeed launcher adds it
     add_gpus(parser)
     args = parsed(parser, argv)
-    overrides = args.overrides + ([f"evaluation.server={args.server}"] if args.server else [])
+    # An evaluation of the recipe may decode nothing, and leave nothing to a server.
+    served = [f"evaluation.server={args.server}", "evaluation.decode=true", "evaluation.read=text"]
+    overrides = args.overrides + (served if args.server else [])
 
     def run() -> None:
         if args.gpus:

@@ -1,4 +1,8 @@
-"""A real vLLM server beside a real model here: ``make test-vllm MODELS=DIR`` starts it and runs this."""
+"""A real vLLM server beside a real model here: ``make test-vllm MODELS=DIR`` starts it and runs this.
+
+Both compute in float32. In bfloat16 two tokens in a hundred are so close that rounding decides, and most outputs of 40
+tokens differ somewhere.
+"""
 
 import os
 from pathlib import Path
@@ -50,7 +54,13 @@ def settings(url, tmp_path_factory) -> list[str]:
     lines = [f'{{"question": "{story}", "answer": "so\\n#### {i}"}}\n' for i, story in enumerate(stories(12))]
     (folder / "test.jsonl").write_text("".join(lines))
     (folder / "train.jsonl").write_text("".join(lines).replace("has", "had"))
-    settings = [f"base.model={model}", f"assistant.model={model}", f"output_dir={folder}", "projection.condition=none"]
+    settings = [
+        f"base.model={model}",
+        "base.dtype=float32",
+        f"assistant.model={model}",
+        f"output_dir={folder}",
+        "projection.condition=none",
+    ]
     settings += [f"task.train={folder}/train.jsonl", f"task.test={folder}/test.jsonl", "task.train_problems=null"]
     settings += [
         "task.test_problems=null",
@@ -87,13 +97,13 @@ def logits(model, prompt: BasePrompt, thoughts_TD, written: list[int]) -> torch.
 
 def test_greedy_outputs_are_those_of_transformers_but_for_near_ties(url, settings):
     folder = folder_of(settings)
-    own = softcot_ds.load(folder / "adapter", "evaluation.max_new_tokens=40")
-    served = softcot_ds.load(folder / "adapter", "evaluation.max_new_tokens=40", f"evaluation.server={url}")
-    exact = load_frozen(own.recipe.base.model_copy(update={"dtype": "float32"}), "none", torch.device("cpu"))
+    own = softcot_ds.load(folder / "adapter", "evaluation.max_new_tokens=24")
+    served = softcot_ds.load(folder / "adapter", "evaluation.max_new_tokens=24", f"evaluation.server={url}")
+    rough = load_frozen(own.recipe.base.model_copy(update={"dtype": "bfloat16"}), "none", torch.device("cpu"))
     same, total, ties = 0, 0, []
     for with_thoughts in (True, False):
-        questions = [own.question(story, with_thoughts) for story in stories(24)]
-        thoughts = own._thoughts(questions) if with_thoughts else [None] * 24
+        questions = [own.question(story, with_thoughts) for story in stories(12)]
+        thoughts = own._thoughts(questions) if with_thoughts else [None] * 12
         pairs = zip(questions, thoughts, own.outputs(questions), served.outputs(questions), strict=True)
         for question, thoughts_TD, mine, theirs in pairs:
             total += 1
@@ -104,13 +114,13 @@ def test_greedy_outputs_are_those_of_transformers_but_for_near_ties(url, setting
             a, b = ([*one.token_ids, *([] if one.cut else ends)] for one in (mine, theirs))
             place = next(i for i, (one, other) in enumerate(zip(a, b, strict=False)) if one != other)
             read = question.prompt, thoughts_TD, a[:place]
-            rounded, true = logits(own.base, *read), logits(exact, *read)
+            true, rounded = logits(own.base, *read), logits(rough, *read)
             gap = float(true.max() - min(true[a[place]], true[b[place]]))
             rounding = float((rounded - true).abs().max())
             ties.append((place, gap, rounding))
-            print(f"first difference at {place}: logits {gap:.3f} apart, and bfloat16 changes one by {rounding:.3f}")
+            print(f"first difference at {place}: logits {gap:.4f} apart, and bfloat16 changes one by {rounding:.4f}")
     print(f"{same} of {total} greedy outputs are the same")
-    assert same > total / 2
+    assert same > 0.8 * total
     assert all(gap <= rounding for _, gap, rounding in ties), "a difference that is no near tie"
 
 
@@ -127,7 +137,7 @@ def test_prompts_that_differ_in_thoughts_alone_are_told_apart(url, settings):
         (output,) = adapter.server.decode([prompt], thoughts_TD[None], [2], Sampling(4), 1)
         for place, token in enumerate(output.token_ids):
             after = logits(adapter.base, prompt, thoughts_TD, list(output.token_ids[:place]))
-            assert after.max() - after[token] <= 0.5, "four steps of bfloat16 at such logits"
+            assert after.max() - after[token] <= 0.05
         assert found.setdefault(word, output) == output
     assert len({tuple(output.token_ids) for output in found.values()}) == 3
 

@@ -1,6 +1,6 @@
 """Runs a command beside a vLLM server on the CPU, whose address the command finds in SOFTCOT_VLLM_SERVER:
 
-python tests/with_vllm.py PYTHON_OF_VLLM MODEL_FOLDER COMMAND ...
+python tests/with_vllm.py PYTHON_OF_VLLM MODEL_FOLDER DTYPE COMMAND ...
 """
 
 import os
@@ -12,19 +12,30 @@ import urllib.error
 import urllib.request
 
 PATIENCE_S = 600
-FLAGS = "--host 127.0.0.1 --dtype bfloat16 --enforce-eager --max-model-len 2048 --max-num-seqs 32"
+FLAGS = "--host 127.0.0.1 --enforce-eager --max-model-len 2048 --max-num-seqs 32"
 FLAGS += " --enable-prompt-embeds --trust-request-chat-template"
 SETTINGS = {"VLLM_CPU_KVCACHE_SPACE": "1", "VLLM_CPU_OMP_THREADS_BIND": "nobind", "HF_HUB_OFFLINE": "1"}
 SETTINGS |= {"VLLM_NO_USAGE_STATS": "1", "OMP_NUM_THREADS": str(os.cpu_count())}
 
 
-def main(python: str, model: str, *command: str) -> int:
+def main(python: str, model: str, dtype: str, *command: str) -> int:
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         port = listener.getsockname()[1]
     ours = {name: value for name, value in os.environ.items() if name != "PYTHONPATH"}
     # Not `vllm serve`: that of vllm-cpu 0.32 asks for the version of a package vllm, and there is none.
-    serve = [python, "-m", "vllm.entrypoints.openai.api_server", "--model", model, "--port", str(port), *FLAGS.split()]
+    serve = [
+        python,
+        "-m",
+        "vllm.entrypoints.openai.api_server",
+        "--model",
+        model,
+        "--dtype",
+        dtype,
+        "--port",
+        str(port),
+        *FLAGS.split(),
+    ]
     server = subprocess.Popen(serve, env=ours | SETTINGS, stdout=sys.stderr)
     try:
         url, began = f"http://127.0.0.1:{port}", time.monotonic()

@@ -1,6 +1,7 @@
-"""Problems per second by a vLLM server against our own decoding, with thoughts in the prompts.
+r"""Problems per second by a vLLM server against our own decoding, with thoughts in the prompts.
 
-    python tests/with_vllm.py .venv-vllm/bin/python MODEL python benchmarks/vllm.py MODEL [--rounds N] [--out FILE]
+    python tests/with_vllm.py .venv-vllm/bin/python MODEL bfloat16 \
+      python benchmarks/served.py MODEL [--rounds N] [--out FILE]
 
 Both decode the same GSM8K-like stories greedily with the same model, in turns: one rests while the other works, on all
 cores. A machine with other work on it slows both: medians over the rounds are given, and every round. ``batch_size``
@@ -23,22 +24,30 @@ import torch
 from environment import describe, keep, write_result
 
 import softcot_ds
+from softcot_ds.inference import Adapter
 from softcot_ds.recipe import load_recipe
 
 ROOT = Path(__file__).parents[1]
 sys.path.append(str(ROOT / "tests"))
-COUNT, BATCH, TOKENS = 32, 16, 64
+COUNT, BATCH, TOKENS = 32, 16, 32
 
 
-def make_adapters(folder: Path, model: str) -> tuple[softcot_ds.inference.Adapter, softcot_ds.inference.Adapter]:
+def make_adapters(folder: Path, model: str) -> tuple[Adapter, Adapter]:
     """With a projection of random weights: what thoughts say takes no time."""
     from adapters import make_adapter
 
     settings = [f"base.model={model}", f"assistant.model={model}", f"output_dir={folder}", "projection.condition=none"]
     settings += ["projection.init_scale=0.1", f"evaluation.batch_size={BATCH}", f"evaluation.max_new_tokens={TOKENS}"]
-    (folder / "data.jsonl").write_text('{"question": "1 and 1?", "answer": "so\\n#### 2"}\n')
-    settings += [f"task.train={folder}/data.jsonl", f"task.test={folder}/data.jsonl", "task.train_problems=null"]
-    settings += ["task.test_problems=null", "task.validation_problems=0", f"cache.path={folder}/cache"]
+    for name in ("train", "test"):
+        (folder / name).with_suffix(".jsonl").write_text(f'{{"question": "A {name}?", "answer": "so\\n#### 2"}}\n')
+        settings.append(f"task.{name}={folder}/{name}.jsonl")
+    settings.append("task.train_problems=null")
+    settings += [
+        "task.test_problems=null",
+        "task.validation_problems=0",
+        "evaluation.decode=true",
+        f"cache.path={folder}/cache",
+    ]
     make_adapter(folder / "adapter", load_recipe(ROOT / "recipes/smollm2_gsm8k.yaml", settings))
     server = f"evaluation.server={os.environ['SOFTCOT_VLLM_SERVER']}"
     return softcot_ds.load(folder / "adapter"), softcot_ds.load(folder / "adapter", server)
@@ -55,7 +64,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder:
         adapters = dict(zip(("ours", "vllm"), make_adapters(Path(folder), args.model), strict=True))
         rounds: list[dict[str, float]] = []
-        result = {"benchmark": "vllm", **describe(), "threads": torch.get_num_threads()}
+        result = {"benchmark": "served", **describe(), "threads": torch.get_num_threads()}
         result |= {"vllm": adapters["vllm"].server.version, "model": Path(args.model).name, "problems": COUNT}
         result |= {
             "batch_size": BATCH,
