@@ -181,6 +181,7 @@ FREE_SETTINGS = {
     "training.step_timeout_minutes",
     "training.max_restarts",
     "output_dir",
+    "trackers",
 }
 
 
