@@ -154,7 +154,7 @@ class TrainingConfig(Section):
     save_every: Annotated[Count, FREE] = 100
     """Steps between two checkpoints. The last step is always saved."""
     keep_checkpoints: Annotated[Count, FREE] = 3
-    """How many of the newest checkpoints are kept."""
+    """How many of the newest checkpoints are kept, beside the one of the least validation loss."""
     timeout_minutes: Annotated[float, FREE] = Field(30.0, ge=0.1, le=60 * 24 * 30)
     """How long a rank waits for the others before it gives up, minutes. Loading a large model takes long, and so may
     validation and a checkpoint."""

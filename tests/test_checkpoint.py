@@ -50,6 +50,14 @@ def test_old_checkpoint_that_cannot_be_removed_is_a_warning_and_looks_whole_to_n
     assert "step-2 cannot be removed" in capsys.readouterr().out
 
 
+def test_the_checkpoint_of_the_least_validation_loss_stays(tmp_path):
+    empty_checkpoints(tmp_path, 2, 4, 10, 20, 30)
+    checkpoint._prune(tmp_path, keep=2, best=4)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-4", "step-20", "step-30"]
+    checkpoint._prune(tmp_path, keep=2, best=30)
+    assert [path.name for path in checkpoints(tmp_path)] == ["step-20", "step-30"]
+
+
 class Projecting(SoftThoughts):
     """A method as far as a checkpoint asks: without models."""
 

@@ -201,6 +201,8 @@ def test_validations_of_a_resumed_run_go_on_where_it_was_saved(tmp_path):
     first = Validations(recipe, start=0)
     first.add(10, one)
     first.add(20, {"loss/validation": 0.25})
+    assert first.best == (20, 0.25)
+    assert Validations(recipe, start=10).best == (10, 0.5)
     Validations(recipe, start=10).add(15, {"loss/validation": 0.125})
     lines = (recipe.run_dir / "validation.jsonl").read_text().splitlines()
     assert list(map(json.loads, lines)) == [

@@ -299,7 +299,7 @@ def _checkpoint_bytes(recipe: Recipe, models: dict[str, Model]) -> int:
         conditioning = Conditioning.shaped(recipe.projection.condition if method.needs_states else "none", widths[0])
     weights = method.num_trained(recipe, widths, backbone.shapes_of(recipe.base))
     size = 4 * weights * 4 + conditioning.nbytes if conditioning else 3 * weights * 4
-    return size * (recipe.training.keep_checkpoints + 1)
+    return size * (recipe.training.keep_checkpoints + 2)  # the best one, and one that is being written
 
 
 def exchange(facts: Facts, on_gpu: bool) -> None:

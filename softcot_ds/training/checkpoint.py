@@ -57,12 +57,18 @@ def _method_of(folder: Path) -> type[Method]:
 
 
 def save_checkpoint(
-    engine: Any, recipe: Recipe, config: AdapterConfig, prompt_file: Path, summary: dict[str, Any]
+    engine: Any,
+    recipe: Recipe,
+    config: AdapterConfig,
+    prompt_file: Path,
+    summary: dict[str, Any],
+    best: int | None = None,
 ) -> Path:
     """Write the checkpoint of ``config.step``; all ranks call it. Older ones beyond training.keep_checkpoints go.
 
     Args:
         summary: how the training went, for reports.
+        best: the step of one that stays.
 
     Raises:
         SoftCoTError: on every rank, when it cannot be written (a full disk), or a value is not finite; nothing
@@ -101,7 +107,7 @@ def save_checkpoint(
 
     def write() -> None:
         _write_folder(folder, fill)
-        _prune(recipe.run_dir, recipe.training.keep_checkpoints)
+        _prune(recipe.run_dir, recipe.training.keep_checkpoints, best)
 
     on_main(write)
     return folder
@@ -111,9 +117,12 @@ def _named(prefix: str, tensors: dict[str, torch.Tensor]) -> dict[str, torch.Ten
     return {f"{prefix}.{name}": tensor.cpu().contiguous() for name, tensor in tensors.items()}
 
 
-def _prune(run_dir: Path, keep: int) -> None:
-    """Remove all checkpoints but the newest ``keep``. One that cannot be removed is no reason to end a training."""
+def _prune(run_dir: Path, keep: int, best: int | None = None) -> None:
+    """Remove all checkpoints but the newest ``keep`` and that of the step ``best``. One that cannot be removed is no
+    reason to end a training."""
     for old in checkpoints(run_dir)[:-keep]:
+        if checkpoint_step(old) == best:
+            continue
         try:
             # Without its marker first: a deletion that is cut short leaves no checkpoint that looks whole.
             (old / MARKER).unlink()

@@ -59,7 +59,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> None:
     experiment = Experiment(recipe)
     experiment.require_training()
     recipe = experiment.count_epochs()
-    config, splits = recipe.training, experiment.splits
+    config, splits, prompts = recipe.training, experiment.splits, experiment.task.prompt_file
     for note in splits.notes:
         say(f"data: {note}")
     folder = agreed_start(experiment)
@@ -104,7 +104,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> None:
             set_timeout(config.timeout_minutes)
         if saving:
             summary = record.write(engine) | ({"own_targets": asdict(splits.own)} if splits.own else {})
-            folder = save_checkpoint(engine, recipe, adapter.at_step(step), experiment.task.prompt_file, summary)
+            folder = save_checkpoint(engine, recipe, adapter.at_step(step), prompts, summary, record.best_step)
         if stopping is not None and not last:
             _stop(recipe, stopping, step, folder)
         if validating:

@@ -88,6 +88,11 @@ class Record:
         gap = f", {found.gap} with another question's thoughts" if found.gap else ""
         say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")
 
+    @property
+    def best_step(self) -> int | None:
+        """The step of the least validation loss so far; None before the first validation."""
+        return self._validations.best[0] if self._validations.best else None
+
     def write(self, engine: Any) -> dict[str, Any]:
         """Write the losses so far, and give the summary of the run that goes into a checkpoint."""
         self._history.write()
@@ -100,6 +105,9 @@ class Record:
         self._board.hyperparameters(self._recipe.flat(), VARIED, METRICS, steps)
         self._board.close()
         say(f"loss {first:.4f} to {last:.4f} in {steps} steps; adapter: {adapter}")
+        step, least = self._validations.best or (steps, 0.0)
+        if step != steps and (better := adapter.with_name(f"step-{step}")).is_dir():
+            say(f"the least validation loss was {least:.4f}, at step {step}: {better}")
         if self._gap and (doubt := self._gap[1].doubt):
             say(f"validation at step {self._gap[0]}: {doubt}; see docs/debugging.md")
         if skipped := sorted(self._history.skipped):
@@ -263,6 +271,12 @@ class Validations:
         self._found.append({"step": step, "loss": losses.pop("loss/validation"), **losses})
         lines = "".join(json.dumps(record) + "\n" for record in self._found)
         on_main(lambda: write_atomically(self._path, lines))
+
+    @property
+    def best(self) -> tuple[int, float] | None:
+        """The step of the least loss, the first of several, and that loss; None where there is none."""
+        losses = [(record["step"], float(record["loss"])) for record in self._found]
+        return min(losses, key=lambda of_step: of_step[1], default=None)
 
 
 class History:
