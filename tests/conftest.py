@@ -64,6 +64,17 @@ def without_waiting_for_the_disk() -> Iterator[None]:
         yield
 
 
+@pytest.fixture(scope="module", autouse=True)
+def without_a_group_of_another_file() -> Iterator[None]:
+    """A command that is called here joins a process group, and the next one takes it as it is. Which files share a
+    worker is chance."""
+    yield
+    if "torch.distributed" in sys.modules:
+        from softcot_ds.distributed import shut_down
+
+        shut_down()
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
