@@ -12,6 +12,7 @@ from typing import Any
 
 from softcot_ds.errors import STOP_SIGNALS, Interrupted, LostRank, SoftCoTError, Stopped
 from softcot_ds.launch import add_gpus, launch
+from softcot_ds.progress import close_bars
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.settings import known_keys
 from softcot_ds.shipped import settings_files
@@ -178,6 +179,7 @@ def _report(message: str) -> None:
     local_rank = int(os.environ.get("LOCAL_RANK", "0"))
     if local_rank:
         time.sleep(5)
+    close_bars()
     sys.stdout.flush()
     prefix = f"[rank {os.environ['RANK']}] " if local_rank else ""
     print(f"softcot-ds: {prefix}{message}", file=sys.stderr, flush=True)

@@ -15,6 +15,7 @@ import torch.distributed as dist
 
 from softcot_ds.errors import LostRank, SoftCoTError
 from softcot_ds.launchers import MEETING, alone_of
+from softcot_ds.progress import tell
 
 # DeepSpeed 0.19 calls collectives by names that torch 2.13 deprecates, once a step and more: nothing a user can mend.
 warnings.filterwarnings("ignore", message="`torch.distributed.* is deprecated", category=FutureWarning)
@@ -140,7 +141,7 @@ def is_main() -> bool:
 def say(message: str) -> None:
     """Print on rank 0, at once: the output is usually a log file."""
     if is_main():
-        print(message, flush=True)
+        tell(message)
 
 
 @dataclass(frozen=True)

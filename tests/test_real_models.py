@@ -1,11 +1,13 @@
-"""The four data sets that are at hand, from cache to report, with a real model: nothing here is made to fit."""
+"""A real model, from cache to report and to an answer: nothing here is made to fit."""
 
 import json
 import os
 from pathlib import Path
 
 import pytest
+from forked import kill_forked, run_forked
 from launch import BIN, ROOT, run
+from runs import losses
 
 from softcot_ds.recipe import load_recipe
 from softcot_ds.tasks import make_task
@@ -48,6 +50,33 @@ def test_four_data_sets_go_from_cache_to_report(model, shared_data, tmp_path):
     dates = [*DATES.format(shared_data).split(), *SHORT, f"output_dir={tmp_path}", "name=dates"]
     run([str(BIN / "softcot-ds"), "evaluate", f"{tmp_path}/aqua/checkpoints/step-2", *dates], timeout=600)
     check(tmp_path / "dates", load_recipe(tmp_path / "aqua/recipe.yaml", dates, without="task"))
+
+
+def test_two_ranks_are_killed_go_on_as_if_never_stopped_and_answer(model, shared_data, tmp_path):
+    """The base of bfloat16 weights lies in halves on both ranks."""
+    places = f"base.model={model} assistant.model={model} output_dir={tmp_path} cache.path={tmp_path}/cache"
+    few = f"{DATA['gsm8k']} {FEW} training.steps=6 training.save_every=2 training.log_every=1".format(shared_data)
+    settings = f"backbone.partition=zero3 task.name=gsm8k {places} {few}".split() + SHORT
+    run([str(BIN / "softcot-ds"), "cache", "recipes/smollm2.yaml", *settings], timeout=600)
+    for name in ("undisturbed", "killed"):
+        if name == "killed":
+            saved = tmp_path / name / "checkpoints/step-2/COMPLETE"
+            kill_forked(saved, 2, "softcot_ds.train", "recipes/smollm2.yaml", f"name={name}", *settings)
+        run_forked(2, "softcot_ds.train", "recipes/smollm2.yaml", f"name={name}", *settings)
+    assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
+    assert len(losses(tmp_path / "killed")) == 6
+    adapters = [tmp_path / name / "checkpoints/step-6/adapter.safetensors" for name in ("killed", "undisturbed")]
+    assert adapters[0].read_bytes() == adapters[1].read_bytes()
+
+    evaluated = ["recipes/smollm2.yaml", "name=killed", *settings, "evaluation.partition=none"]
+    run_forked(2, "softcot_ds.evaluate", *evaluated)
+    report = json.loads((tmp_path / "killed/report.json").read_text())
+    assert report["train"]["world_size"] == 2
+    problem = make_task(load_recipe(ROOT / "recipes/smollm2.yaml", settings).task).read("test")[0]
+    asked = ["generate", str(tmp_path / "killed"), "--question", problem.question]
+    answered = run([str(BIN / "softcot-ds"), *asked], timeout=600).stdout
+    (first,) = (record for record in read_records(tmp_path / "killed", "learned") if record["id"] == problem.id)
+    assert first["output"].strip()[:100] in answered
 
 
 def check(run_dir: Path, recipe) -> None:

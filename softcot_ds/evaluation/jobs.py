@@ -24,7 +24,7 @@ from softcot_ds import __version__
 from softcot_ds.agreement import agree
 from softcot_ds.backbone_config import SPLIT, Partition
 from softcot_ds.data.prompts import BasePrompt
-from softcot_ds.distributed import from_all_ranks, on_main, say
+from softcot_ds.distributed import from_all_ranks, is_main, on_main, say
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.report import Record
 from softcot_ds.files import cannot_write, content_digest, write_atomically
@@ -351,7 +351,7 @@ class Worker:
         if self._partition != "none":  # ranks that hold the model together load it together, also without a batch
             table = CompactTable.of(self.model.get_input_embeddings(), first.tokens)
         name = first.name if len(jobs) == 1 else f"{first.name} and {len(jobs) - 1} draws more"
-        progress = Progress(len(todo), "batch", several="batches")
+        progress = Progress(len(todo), "batch", several="batches", name=name, speaks=is_main())
         for start in range(0, len(todo), ranks.count):
             mine = start + ranks.number < len(todo)
             # Partitioned, a rank without work still takes part: each forward pass needs other ranks.
@@ -368,6 +368,5 @@ class Worker:
                     if mine and ranks.is_first:
                         job.write(number, results, seconds)
                         fresh.append((job.key, number, results, seconds))
-            if line := progress.line(min(start + ranks.count, len(todo))):
-                say(f"{name:9} {line}")
+            progress.show(min(start + ranks.count, len(todo)))
         return fresh

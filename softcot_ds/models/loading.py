@@ -20,19 +20,21 @@ class LoadingLines:
         self._model = model
         # Asked now, and not through ``say``: while weights are read, the first rank of each group takes itself for 0.
         self._speaks = is_main()
-        self._progress = Progress(0, "weight")
+        self._progress = Progress(0, "weight", speaks=False)
         self._all = self._there = 0
 
     def expect(self, weights: int) -> None:
         """So many are to be loaded, from now on."""
         self._all, self._there = weights, 0
-        self._progress = Progress(weights, "weight")
+        self._progress = Progress(weights, "weight", name=f"{self._model}:", speaks=self._speaks)
 
     def add(self, weights: int) -> None:
         """So many more are there."""
         self._there += weights
-        if self._there < self._all and (line := self._progress.line(self._there)) and self._speaks:
-            print(f"{self._model}: {line}", flush=True)
+        if self._there < self._all:
+            self._progress.show(self._there)
+        else:
+            self._progress.close()
 
     @contextmanager
     def counting(self) -> Iterator[None]:

@@ -22,7 +22,7 @@ import torch
 
 from softcot_ds.errors import OtherRankFailed, SoftCoTError
 from softcot_ds.lock import sole_owner
-from softcot_ds.progress import duration, size
+from softcot_ds.progress import Progress, size, tell
 from softcot_ds.thoughts import manifest as tm
 from softcot_ds.thoughts import store as ts
 from softcot_ds.thoughts.manifest import DamagedShard, Manifest, ShardRecord, StoreIdentity
@@ -146,7 +146,7 @@ def _length(item: AssistantInput) -> int:
 
 def say(message: str) -> None:
     """Tell the user how the cache is getting on."""
-    print(f"cache: {message}", flush=True)
+    tell(f"cache: {message}")
 
 
 def extent(manifest: Manifest) -> str:
@@ -380,9 +380,9 @@ class _ManifestKeeper:
         self.manifest = manifest
         self._folder = folder
         self._ranks = ranks
-        self._rows, self._tokens = rows, tokens
+        self._rows = rows
+        self._progress = Progress(tokens, "token", PROGRESS_SECONDS, name="cache:")
         self._next_shard = [0] * ranks.size
-        self._samples: list[tuple[float, int]] = []
         self._error: BaseException | None = None
         self._finished = threading.Event()
         self._thread = threading.Thread(target=self._run, name="manifest-keeper")
@@ -407,13 +407,12 @@ class _ManifestKeeper:
 
     def _run(self) -> None:
         try:
-            next_report = time.monotonic() + PROGRESS_SECONDS
             while not self._finished.wait(_MANIFEST_SECONDS):
                 self._list_new_shards()
-                if time.monotonic() >= next_report:
-                    self._report()
-                    next_report += PROGRESS_SECONDS
+                rows = f"{self._ranks.count('rows'):,} of {self._rows:,} rows"
+                self._progress.show(self._ranks.count("tokens"), rows)
             self._list_new_shards()
+            self._progress.close()
         except BaseException as error:  # a full disk, most likely; raised on leaving
             self._error = error
             self._ranks.fail()
@@ -427,15 +426,3 @@ class _ManifestKeeper:
         if new:
             self.manifest = dataclasses.replace(self.manifest, shards=(*self.manifest.shards, *new))
             _save(self._folder, self.manifest)
-
-    def _report(self) -> None:
-        rows, tokens, now = self._ranks.count("rows"), self._ranks.count("tokens"), time.monotonic()
-        if not rows:
-            say("the first batches are being computed")
-            return
-        self._samples = [*self._samples[-12:], (now, tokens)]  # the rate of the last minute
-        (then, tokens_then), seconds_left = self._samples[0], ""
-        if tokens > tokens_then:
-            rate = (tokens - tokens_then) / (now - then)
-            seconds_left = f", {rate:,.0f} tokens/s, {duration((self._tokens - tokens) / rate)} left"
-        say(f"{rows:,} of {self._rows:,} rows ({tokens / self._tokens:.0%} of the tokens){seconds_left}")

@@ -46,7 +46,7 @@ class Record:
         self.timer = PhaseTimer(device())
         on_gpu = device().type == "cuda"
         self.window = Window(peak_flops(torch.cuda.get_device_name(), recipe.base.dtype) if on_gpu else None)
-        self._progress = Progress(recipe.training.num_steps - start, "step")
+        self._progress = Progress(recipe.training.num_steps - start, "step", speaks=is_main())
         self._gap: tuple[int, Gap] | None = None
         """The newest of this process, and its step."""
 
@@ -72,10 +72,9 @@ class Record:
         self._trackers.scalars(points, step)
         if skipped:
             report_skip(name_step(step, batch, self._examples), self._history, last_saved)
-        if line := self._progress.line(step - self._start):
-            epoch = f"epoch {step / self._per_epoch:.2f}"
-            rate = f"lr {learning_rate:.1e}"
-            say(f"step {step}  {epoch}  loss {losses[step]:.4f}  {rate}  {rates(throughput)}  {line}")
+        epoch = f"epoch {step / self._per_epoch:.2f}"
+        note = f"step {step}  {epoch}  loss {losses[step]:.4f}  lr {learning_rate:.1e}  {rates(throughput)}"
+        self._progress.show(step - self._start, note)
 
     def report_validation(self, step: int, found: Validation) -> None:
         self._board.scalars(found.scalars, step)
