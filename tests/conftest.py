@@ -75,6 +75,22 @@ def without_a_group_of_another_file() -> Iterator[None]:
         shut_down()
 
 
+@pytest.fixture
+def loaded(monkeypatch) -> list[str]:
+    """Names of the models that are loaded, where the assistant is, the base, and who drafts."""
+    from softcot_ds.models import assistant, backbone, drafting
+
+    loaded, load_frozen = [], backbone.load_frozen
+
+    def load(config, *rest):
+        loaded.append(config.model.rpartition("/")[2])
+        return load_frozen(config, *rest)
+
+    for module in (assistant, backbone, drafting):
+        monkeypatch.setattr(module, "load_frozen", load)
+    return loaded
+
+
 CHATML = (
     "{% for m in messages %}<|im_start|>{{ m.role }}\n{{ m.content }}<|im_end|>\n{% endfor %}"
     "{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"

@@ -15,9 +15,6 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.experiment import Experiment
 from softcot_ds.generate import main
-from softcot_ds.models import assistant as assistant_module
-from softcot_ds.models import backbone, drafting
-from softcot_ds.models.backbone import load_frozen
 from softcot_ds.recipe import load_recipe
 from softcot_ds.values import resolve_location
 
@@ -35,20 +32,6 @@ def folder(tmp_path_factory):
     static = load_recipe(ROOT / "recipes" / "word_problems_static.yaml", settings)
     make_adapter(folder / "static", static)
     return folder
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """Names of the models that are loaded."""
-    loaded = []
-
-    def load(config, *rest):
-        loaded.append(config.model.rpartition("/")[2])
-        return load_frozen(config, *rest)
-
-    for module in (assistant_module, backbone, drafting):  # where the assistant is loaded, the base, who drafts
-        monkeypatch.setattr(module, "load_frozen", load)
-    return loaded
 
 
 @pytest.mark.parametrize(

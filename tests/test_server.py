@@ -13,9 +13,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.evaluation import report_page
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.generate import main as generate
-from softcot_ds.models import assistant as assistant_module
-from softcot_ds.models import backbone, server
-from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models import server
 from softcot_ds.values import resolve_location
 
 CONDITIONS = f"evaluation.conditions=[{','.join([*EVERY, 'empty'])}]"
@@ -38,20 +36,6 @@ def vllm(monkeypatch):
     monkeypatch.setattr(report_page, "drawn", no_figure)
     with served() as (url, state):
         yield url, state
-
-
-@pytest.fixture
-def loaded(monkeypatch):
-    """Names of the models that are loaded."""
-    loaded = []
-
-    def load(config, *rest):
-        loaded.append(config.model.rpartition("/")[2])
-        return load_frozen(config, *rest)
-
-    for module in (assistant_module, backbone):
-        monkeypatch.setattr(module, "load_frozen", load)
-    return loaded
 
 
 def of(folder, adapters, *overrides):
