@@ -1,5 +1,7 @@
 """The recipe's section for Coconut: how many latents, and the stages of its curriculum."""
 
+import random
+from itertools import accumulate
 from typing import NamedTuple
 
 from pydantic import Field
@@ -28,11 +30,29 @@ class CoconutConfig(Section):
     the last of these: where training.steps is no more than their sum, steps are written to the end. What is evaluated
     is the stage that the training has got to."""
 
+    uniform_prob: float = Field(default=0.0, ge=0, le=1)
+    """With this probability an optimizer step is one of any stage so far, each as likely, so that what was learned is
+    not lost. The published code's analysis has 0.3, its other trainings 0."""
+
     def stage(self, step: int) -> Stage:
-        """The stage of an optimizer step, from 1 on. It depends on nothing else: a run that goes on finds it again."""
-        last = 0
-        for number, steps in enumerate(self.stage_steps):
-            last += steps
+        """The stage that an optimizer step, from 1 on, has got to."""
+        return self._stage(self._number(step))
+
+    def drawn_stage(self, step: int) -> Stage:
+        """The stage that is trained in an optimizer step, that or an earlier one, by ``uniform_prob``. It depends on
+        the step alone: a run that goes on finds it again."""
+        number, draw = self._number(step), random.Random(step)
+        if draw.random() < self.uniform_prob:
+            number = draw.choice([*(i for i in range(number) if self.stage_steps[i]), number])
+        return self._stage(number)
+
+    def _number(self, step: int) -> int:
+        for number, last in enumerate(accumulate(self.stage_steps)):
             if step <= last:
-                return Stage(number, number * self.latents_per_step)
-        return Stage(None, number * self.latents_per_step)
+                return number
+        return len(self.stage_steps)
+
+    def _stage(self, number: int) -> Stage:
+        if number < len(self.stage_steps):
+            return Stage(number, number * self.latents_per_step)
+        return Stage(None, (number - 1) * self.latents_per_step)

@@ -7,6 +7,7 @@ or padding, and its last state after the final norm is put behind it.
 import copy
 import json
 import shutil
+from collections import Counter
 from itertools import islice
 from pathlib import Path
 from types import SimpleNamespace
@@ -98,6 +99,20 @@ def test_the_stage_of_a_step_depends_on_the_step_alone():
     settings = CoconutConfig(latents_per_step=2, stage_steps=[3, 1, 2])
     stages = [(0, 0), (0, 0), (0, 0), (1, 2), (2, 4), (2, 4), (None, 4), (None, 4)]
     assert [settings.stage(step) for step in range(1, 9)] == stages
+    assert [settings.drawn_stage(step) for step in range(1, 9)] == stages
+
+
+def test_some_steps_are_of_a_stage_so_far_each_as_likely():
+    settings = CoconutConfig(latents_per_step=2, stage_steps=[1000, 0, 1000], uniform_prob=0.3)
+    assert {settings.drawn_stage(step) for step in range(1, 1001)} == {(0, 0)}
+    drawn = Counter(settings.drawn_stage(step) for step in range(1001, 2001))
+    assert drawn.keys() == {(0, 0), (2, 4)}, "a stage of no steps is left out"
+    assert 110 < drawn[0, 0] < 190
+    drawn = Counter(settings.drawn_stage(step) for step in range(2001, 12001))
+    assert drawn.keys() == {(0, 0), (2, 4), (None, 4)}
+    assert all(900 < drawn[stage] < 1100 for stage in ((0, 0), (2, 4)))
+    assert settings.stage(12001) == (None, 4)
+    assert settings.drawn_stage(5000) == settings.drawn_stage(5000)
 
 
 @pytest.mark.distributed

@@ -80,7 +80,8 @@ class _Coconut(Thinking):
 
     @classmethod
     def example_at(cls, example: Example, step: int | None, recipe: Recipe, rest: Rest) -> Example:
-        skipped, latents = recipe.coconut.stage(recipe.training.num_steps if step is None else step)
+        coconut = recipe.coconut
+        skipped, latents = coconut.stage(recipe.training.num_steps) if step is None else coconut.drawn_stage(step)
         places = replace(example.assistant, positions=list(range(latents + 2)))
         return replace(example, assistant=places, target_ids=rest(example.problem, skipped))
 
