@@ -19,6 +19,8 @@ JSON object; finished trainings are not run again.
 import argparse
 import json
 import random
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,10 @@ import torch
 from environment import describe, keep, write_result
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
-from word_problems import ROOT, command
 
 from softcot_ds.recipe import load_recipe
 
+ROOT = Path(__file__).parent.parent
 STATES, MOVES, STEPS, TEST = 5, "abcdefgh", 4, 1000
 STAGE_0, STAGE = 1000, 1500
 """Optimizer steps: of the first stage, and of each other."""
@@ -69,10 +71,11 @@ def make_data(folder: Path) -> None:
 
 
 def make_base(folder: Path) -> None:
-    """Two layers of random weights, and a tokenizer of these questions and solutions."""
-    pieces = ["<pad>", "<end>", "<go>", *map(str, range(STATES)), *MOVES, "\n", "The answer is \\boxed{", "}."]
+    """Two layers of random weights, and a tokenizer of these questions and solutions. Line ends are nothing to it."""
+    pieces = ["<pad>", "<end>", "<go>", *map(str, range(STATES)), *MOVES, "The answer is \\boxed{", "}."]
     tokenizer = Tokenizer(models.WordLevel({piece: i for i, piece in enumerate(pieces)}, unk_token="<pad>"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Split(Regex(r"The answer is \\boxed\{|\}\.|."), "isolated")
+    split = pre_tokenizers.Split(Regex(r"The answer is \\boxed\{|\}\.|."), "isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Split("\n", "removed"), split])
     tokenizer.decoder = decoders.Fuse()
     special = {"pad_token": "<pad>", "eos_token": "<end>", "additional_special_tokens": ["<go>"]}
     PreTrainedTokenizerFast(tokenizer_object=tokenizer, chat_template=TEMPLATE, **special).save_pretrained(folder)
@@ -144,7 +147,7 @@ def accuracies(path: Path, name: str, *overrides: str) -> dict[str, float]:
     report = load_recipe(str(path), settings).run_dir / "report.json"
     if not report.exists():
         for module in ("train", "evaluate"):
-            command(module, str(path), *settings, ranks=1)
+            subprocess.run([sys.executable, "-m", f"softcot_ds.{module}", path, *settings], cwd=ROOT, check=True)
     return {name: found["accuracy"] for name, found in json.loads(report.read_text())["conditions"].items()}
 
 
