@@ -62,6 +62,8 @@ setup(
         "numpy>=2",
         "scipy>=1.17",
         "matplotlib>=3.11,<4",  # the page of a study
+        "rich>=14",
+        "tqdm>=4.66",
         "xxhash>=3.6",
     ],
     extras_require={

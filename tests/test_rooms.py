@@ -12,7 +12,7 @@ from softcot_ds.choices import METHODS, STRATEGIES, TASKS
 
 PACKAGE = ROOT / "softcot_ds"
 FLOORS = (
-    ("errors", "launchers", "differences", "points", "progress", "shipped"),
+    ("errors", "launchers", "differences", "points", "progress", "tables", "shipped"),
     ("choices", "files", "section", "values"),
     ("settings", "task_config", "backbone_config", "chains_config", "coconut_config", "lora_config", "strategy_config"),
     ("evaluation_config", "ccot_config"),

@@ -13,6 +13,7 @@ from softcot_ds.evaluation.conditions import Posed
 from softcot_ds.evaluation.jobs import Worker
 from softcot_ds.evaluation.losses import TextLosses
 from softcot_ds.evaluation.report import Record
+from softcot_ds.tables import table_lines
 
 _PIECE = 256
 """Tokens that are read together at most, of which the first is given and each other predicted from all before it."""
@@ -99,19 +100,20 @@ def forgetting_lines(found: Record) -> list[str]:
     """For a terminal."""
     if not found:
         return []
-    lines = ["", f"{'what the base forgets':<44}{'before':>10}{'after':>10}{'change':>10}"]
+    rows = []
     if text := found.get("plain_text"):
-        lines.append(_line(f"{text['file'][:24]}, nats per token", text, "{:.4f}", "{:+.4f}"))
+        rows.append(_cells(f"{text['file'][:24]}, nats per token", text, ".4f"))
     if task := found.get("other_task"):
         if "accuracy" in task:
-            lines.append(_line(f"{task['task']}, accuracy", task["accuracy"], "{:.1%}", "{:+.1%}"))
+            rows.append(_cells(f"{task['task']}, accuracy", task["accuracy"], ".1%"))
         if "loss" in task:
-            lines.append(_line(f"{task['task']}, nats per token", task["loss"], "{:.4f}", "{:+.4f}"))
+            rows.append(_cells(f"{task['task']}, nats per token", task["loss"], ".4f"))
+    lines = ["", *table_lines(["what the base forgets", "before", "after", "change"], rows)]
     if fingerprint := found.get("base_unchanged"):
         lines.append(f"nothing that was trained is in the base: its fingerprint is {fingerprint[:12]}, as before")
     return lines
 
 
-def _line(what: str, pair: Record, form: str, change: str) -> str:
+def _cells(what: str, pair: Record, form: str) -> list[str]:
     before, after = pair["before"], pair["after"]
-    return f"{what:<44}{form.format(before):>10}{form.format(after):>10}{change.format(after - before):>10}"
+    return [what, f"{before:{form}}", f"{after:{form}}", f"{after - before:+{form}}"]

@@ -17,6 +17,7 @@ from softcot_ds.evaluation.run import evaluated
 from softcot_ds.evaluation.statistics import over_seeds, per_token, wilson_interval
 from softcot_ds.files import write_in_folder
 from softcot_ds.recipe import Recipe
+from softcot_ds.tables import table_lines
 
 _METRICS = ("accuracy", "majority", "loss")
 
@@ -178,26 +179,19 @@ def grid_table(report: Record) -> str:
 
 
 def _summary_lines(report: Record, metric: str) -> list[str]:
-    of = "loss per token" if metric == "loss" else metric
-    lines = [
-        f"{of:<15}{'mean':>7}{'95% interval':>17}{'sd':>7}{'se seed':>9}{'se prob.':>9}"
-        f"{'learned - it, 95% interval':>28}{'p':>8}"
-    ]
+    rows = []
     for summary in report["summaries"]:
         count = f"{summary['num_thoughts']} " if len(report["summaries"]) > 1 else ""
         for name, row in summary["conditions"].items():
             found = row[metric]
-            line = f"{count + name:<15}{_shown(found['mean'], metric):>7}"
-            line += f"{_interval(found['ci95'], metric):>17}"
-            line += "".join(
-                f"{'-' if value is None else _shown(value, metric):>{width}}"
-                for value, width in zip(_sources(found), (7, 9, 9), strict=True)
-            )
+            cells = [count + name, _shown(found["mean"], metric), _interval(found["ci95"], metric)]
+            cells += ["-" if value is None else _shown(value, metric) for value in _sources(found)]
             if pair := summary["comparisons"].get(f"learned-{name}", {}).get(metric):
-                p_value = "-" if pair["p_value"] is None else f"{pair['p_value']:.2g}"
-                line += f"{_difference(pair, metric):>28}{p_value:>8}"
-            lines.append(line)
-    return lines
+                cells += [_difference(pair, metric), "-" if pair["p_value"] is None else f"{pair['p_value']:.2g}"]
+            rows.append(cells)
+    of = "loss per token" if metric == "loss" else metric
+    header = [of, "mean", "95% interval", "sd", "se seed", "se prob", "learned - it, 95% interval", "p"]
+    return table_lines(header, rows)
 
 
 def _sources(found: Record) -> list[float | None]:
@@ -208,14 +202,11 @@ def _sources(found: Record) -> list[float | None]:
 
 def _cell_lines(report: Record, metric: str) -> list[str]:
     names = list(report["cells"][0]["conditions"])
-    widths = [max(len(name) + 1, 9) for name in names]
-    heads = "".join(f"{name:>{width}}" for name, width in zip(names, widths, strict=True))
-    lines = [f"{'seed':<8}{'thoughts':<9}{heads}"]
+    rows = []
     for cell in report["cells"]:
-        shown = (_shown(cell["conditions"][name][metric], metric) for name in names)
-        values = "".join(f"{text:>{width}}" for text, width in zip(shown, widths, strict=True))
-        lines.append(f"{cell['seed']:<8}{cell['num_thoughts']:<9}{values}")
-    return lines
+        values = (_shown(cell["conditions"][name][metric], metric) for name in names)
+        rows.append([str(cell["seed"]), str(cell["num_thoughts"]), *values])
+    return table_lines(["seed", "thoughts", *names], rows, words=(0, 1))
 
 
 def _shown(value: float, metric: str) -> str:

@@ -22,6 +22,7 @@ from softcot_ds.evaluation.statistics import (
 from softcot_ds.evaluation.votes import over_problems
 from softcot_ds.files import cannot_write, write_atomically
 from softcot_ds.recipe import Recipe
+from softcot_ds.tables import table_lines
 
 Record = dict[str, Any]
 
@@ -218,40 +219,34 @@ def table(report: Record) -> str:
 def _accuracy_lines(report: Record) -> list[str]:
     outputs = report["num_problems"] * report.get("samples", 1)
     test = "p (permutation)" if "samples" in report else "p (McNemar)"
-    lines = [
-        f"{'condition':<12}{'accuracy':>9}{'95% interval':>16}{'tokens':>8}{'seconds':>9}{'unparsed':>9}{'cut':>7}"
-        f"{'learned - it':>13}{test:>16}"
-    ]
+    rows = []
     for name, row in report["conditions"].items():
-        line = f"{name:<12}{row['accuracy']:>9.1%}{_interval(row['ci95']):>16}"
-        line += f"{row['tokens_per_problem']:>8.1f}{row['seconds_per_problem']:>9.2g}"
-        line += f"{row['unparsed'] / outputs:>9.1%}{row['cut'] / outputs:>7.1%}"
+        cells = [name, f"{row['accuracy']:.1%}", _interval(row["ci95"]), f"{row['tokens_per_problem']:.1f}"]
+        cells += [f"{row['seconds_per_problem']:.2g}"]
+        cells += [f"{row['unparsed'] / outputs:.1%}", f"{row['cut'] / outputs:.1%}"]
         if found := report["comparisons"].get(f"learned-{name}"):
-            line += f"{100 * found['difference']:>+12.1f} {found['p_value']:>16.2g}"
-        lines.append(line)
-    return lines
+            cells += [f"{100 * found['difference']:+.1f}", f"{found['p_value']:.2g}"]
+        rows.append(cells)
+    header = ["condition", "accuracy", "95% interval", "tokens", "seconds", "unparsed", "cut", "learned - it", test]
+    return table_lines(header, rows)
 
 
 def _spent_lines(report: Record) -> list[str]:
     first = next(iter(report["conditions"].values()))
     others = [rule for rule in first["by_rule"] if rule != report["metric_rule"]]
-    lines = [
-        "",
-        "tokens and seconds are what the base spends on an answer; of them, and beside them:",
-        f"{'condition':<12}{'read':>9}{'written':>9}{'assistant reads':>17}{'writes':>9}{'seconds':>9}"
-        + "".join(f"{f'by {rule}':>14}" for rule in others)
-        + (f"{'judged':>9}{'unread':>8}" if "judgements" in first else ""),
-    ]
+    header = ["condition", "read", "written", "assistant reads", "writes", "seconds"]
+    header += [f"by {rule}" for rule in others] + (["judged", "unread"] if "judgements" in first else [])
+    rows = []
     for name, row in report["conditions"].items():
         spent = row["spent_per_problem"]
-        line = f"{name:<12}{spent['read']:>9.1f}{spent['written']:>9.1f}"
-        line += f"{spent['assistant_read']:>17.1f}{spent['assistant_written']:>9.1f}"
-        line += f"{spent['assistant_seconds']:>9.2g}" if "assistant_seconds" in spent else f"{'-':>9}"
-        line += "".join(f"{row['by_rule'][rule]['accuracy']:>14.1%}" for rule in others)
+        cells = [name, *(f"{spent[what]:.1f}" for what in ("read", "written", "assistant_read", "assistant_written"))]
+        cells += [f"{spent['assistant_seconds']:.2g}" if "assistant_seconds" in spent else "-"]
+        cells += [f"{row['by_rule'][rule]['accuracy']:.1%}" for rule in others]
         if judged := row.get("judgements"):
-            line += f"{judged['asked'] / report['num_problems']:>9.1f}{judged['unread_share']:>8.1%}"
-        lines.append(line)
-    return lines
+            cells += [f"{judged['asked'] / report['num_problems']:.1f}", f"{judged['unread_share']:.1%}"]
+        rows.append(cells)
+    what = "tokens and seconds are what the base spends on an answer; of them, and beside them:"
+    return ["", what, *table_lines(header, rows)]
 
 
 def _draft_lines(report: Record) -> list[str]:
@@ -259,12 +254,12 @@ def _draft_lines(report: Record) -> list[str]:
     if not found:
         return []
     count = next(iter(found.values()))["tokens"]
-    lines = ["", f"the assistant drafts {count} tokens for each pass of the base:"]
-    lines.append(f"{'condition':<12}{'tokens of a pass':>18}{'drafts accepted':>17}")
+    rows = []
     for name, row in found.items():
         accepted = "none drafted" if row["accepted"] is None else f"{row['accepted']:.1%}"
-        lines.append(f"{name:<12}{row['tokens_per_pass']:>18.2f}{accepted:>17}")
-    return lines
+        rows.append([name, f"{row['tokens_per_pass']:.2f}", accepted])
+    header = ["condition", "tokens of a pass", "drafts accepted"]
+    return ["", f"the assistant drafts {count} tokens for each pass of the base:", *table_lines(header, rows)]
 
 
 def _vote_lines(report: Record) -> list[str]:
@@ -275,18 +270,16 @@ def _vote_lines(report: Record) -> list[str]:
         "",
         f"{drawn} at temperature {report['temperature']:g}: accuracy is {accuracy}, sd that of one sample's;",
         f"majority is of all {most}, and a tie counts as the share of the tied answers that is right",
-        f"{'condition':<12}{'sd':>7}{'majority':>10}{'95% interval':>17}{'ties':>8}{f'pass@{most}':>9}"
-        f"{'learned - it':>14}{'p (permutation)':>17}",
     ]
+    rows = []
     for name, row in report["conditions"].items():
-        line = (
-            f"{name:<12}{row['accuracy_sd']:>7.1%}{row['majority'][most]:>10.1%}{_interval(row['majority_ci95']):>17}"
-        )
-        line += f"{row['ties'][most]:>8.1%}{row['pass_at_k'][most]:>9.1%}"
+        cells = [name, f"{row['accuracy_sd']:.1%}", f"{row['majority'][most]:.1%}", _interval(row["majority_ci95"])]
+        cells += [f"{row['ties'][most]:.1%}", f"{row['pass_at_k'][most]:.1%}"]
         if found := report["comparisons"].get(f"learned-{name}", {}).get("majority"):
-            line += f"{100 * found['difference']:>+13.1f} {found['p_value']:>17.2g}"
-        lines.append(line)
-    return lines
+            cells += [f"{100 * found['difference']:+.1f}", f"{found['p_value']:.2g}"]
+        rows.append(cells)
+    header = ["condition", "sd", "majority", "95% interval", "ties", f"pass@{most}", "learned - it", "p (permutation)"]
+    return [*lines, *table_lines(header, rows)]
 
 
 def _interval(ends: tuple[float, float] | None) -> str:
@@ -296,18 +289,18 @@ def _interval(ends: tuple[float, float] | None) -> str:
 def _loss_lines(report: Record) -> list[str]:
     losses = {name: row["loss"] for name, row in report["conditions"].items()}
     first = next(iter(losses.values()))
-    lines = [
-        f"loss of the solutions in nats (lower is better): {first['num_problems']} problems, {first['tokens']} tokens",
-        f"{'condition':<12}{'per token':>10}{'per problem':>13}{'learned - it':>14}{'95% interval':>22}"
-        f"{'p (permutation)':>17}",
-    ]
+    what = (
+        f"loss of the solutions in nats (lower is better): {first['num_problems']} problems, {first['tokens']} tokens"
+    )
+    rows = []
     for name, row in losses.items():
-        line = f"{name:<12}{row['per_token']:>10.4f}{row['per_problem']:>13.3f}"
+        cells = [name, f"{row['per_token']:.4f}", f"{row['per_problem']:.3f}"]
         if found := report["comparisons"].get(f"learned-{name}", {}).get("loss"):
             interval = "{:+.4f} to {:+.4f}".format(*found["ci95"]) if found["ci95"] else "one problem"
-            line += f"{found['per_token']:>+14.4f}{interval:>22}{found['p_value']:>17.2g}"
-        lines.append(line)
-    return lines
+            cells += [f"{found['per_token']:+.4f}", interval, f"{found['p_value']:.2g}"]
+        rows.append(cells)
+    header = ["condition", "per token", "per problem", "learned - it", "95% interval", "p (permutation)"]
+    return [what, *table_lines(header, rows)]
 
 
 def write_results(run_dir: Path, folder: Path, records: Mapping[str, list[Record]], report: Record, page: str) -> str:

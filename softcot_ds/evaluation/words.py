@@ -3,39 +3,40 @@
 from collections.abc import Iterator, Sequence
 
 from softcot_ds.evaluation.report import Record
+from softcot_ds.tables import table_lines
 
 
 def study_table(report: Record) -> str:
     """The report for a terminal, of 110 columns at most but for long names."""
     lines: list[str] = []
-    lead = f"{report['reference']} - it"
+    header = ["method", "strategy", "accuracy", "95% interval", "loss", "tokens", "seconds"]
+    header += [f"{report['reference']} - it", "p (Holm)", ""]
     for task, told in report["tasks"].items():
         seeds = ", ".join(map(str, report["seeds"]))
         lines += [
             f"{task}: {told['num_problems']} problems, seeds {seeds}; the most frequent answer alone: "
             f"{told['most_frequent_answer']:.1%}",
-            f"{'method':<16}{'strategy':<17}{'accuracy':>9}{'95% interval':>16}{'loss':>9}{'tokens':>8}{'seconds':>9}"
-            f"{lead:>16}{'p (Holm)':>10}",
         ]
         of_task = [one for one in report["summaries"] if one["task"] == task]
-        lines += [_line(report, one) for one in of_task]
+        lines += table_lines(header, [_cells(report, one) for one in of_task], words=(0, 1, 9))
         lines += [] if all(one["loss_is_comparable"] for one in of_task) else [OTHER_TOKENS]
         lines.append("")
     return "\n".join([*lines, *findings(report)])
 
 
-def _line(report: Record, one: Record) -> str:
+def _cells(report: Record, one: Record) -> list[str]:
     accuracy = one["accuracy"] or {}
     ends = accuracy.get("ci95")
-    line = f"{one['method']:<16}{one['strategy']:<17}{shown(accuracy.get('mean'), '.1%'):>9}"
-    line += f"{'-' if ends is None else '{:.1%}-{:.1%}'.format(*ends):>16}{shown_loss(one):>9}"
-    line += f"{shown(one['tokens_per_problem'], ',.0f'):>8}{shown(one['seconds_per_problem'], ',.3f'):>9}"
+    cells = [one["method"], one["strategy"], shown(accuracy.get("mean"), ".1%")]
+    cells += ["-" if ends is None else "{:.1%}-{:.1%}".format(*ends), shown_loss(one)]
+    cells += [shown(one["tokens_per_problem"], ",.0f"), shown(one["seconds_per_problem"], ",.3f")]
+    lead = ["", ""]
     for pair in report["comparisons"]:
         place = pair["of"], pair["metric"], pair["task"], pair["second"], pair.get("strategy")
         if place == ("methods", "accuracy", one["task"], one["method"], one["strategy"]):
-            line += f"{100 * pair['mean']:>+16.1f}{shown(pair.get('p_adjusted'), '.2g'):>10}"
+            lead = [f"{100 * pair['mean']:+.1f}", shown(pair.get("p_adjusted"), ".2g")]
     papers = ", ".join(f"{paper['accuracy']:.1%} in {paper['source']}" for paper in one.get("published", []))
-    return line + (f"  {papers}" if papers else "")
+    return [*cells, *lead, papers]
 
 
 def what_it_is(report: Record) -> Iterator[str]:

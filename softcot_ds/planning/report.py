@@ -14,6 +14,7 @@ from softcot_ds.planning.memory import GIB
 from softcot_ds.planning.search import GROUPED, Choice, Planner, Way
 from softcot_ds.progress import count, duration
 from softcot_ds.recipe import Recipe
+from softcot_ds.tables import table_lines
 from softcot_ds.tasks import make_task
 
 MOST_GPUS = 1024
@@ -151,33 +152,34 @@ def _about(plan: Plan) -> str:
 
 
 def _table(plan: Plan) -> str:
-    lines = [
-        "                            ----------- GiB on a GPU -----------  -- GB a step --",
-        "partition  bits  batch       total  held gathered activ.   loss   within  between    step  bound by",
-    ]
+    rows = []
     shown: set[tuple[Any, ...]] = set()
     for choice in plan.choices:
         way = choice.way
         if (key := (way.partition, way.group_size, way.bits)) in shown:
             continue
         shown.add(key)
-        batch = f"{way.micro_batch}x{way.accumulation}{' ckpt' if way.activation_checkpointing else ''}"
-        held, gathered, activations, loss = (
-            choice.memory[part] / GIB for part in ("held", "gathered", "activations", "loss")
+        memory = [choice.bytes, *(choice.memory[part] for part in ("held", "gathered", "activations", "loss"))]
+        rows.append(
+            [
+                _holding(way),
+                str(way.bits),
+                f"{way.micro_batch}x{way.accumulation}{' ckpt' if way.activation_checkpointing else ''}",
+                *(f"{part / GIB:.1f}" for part in memory),
+                *(f"{moved / 1e9:,.1f}" for moved in (choice.within, choice.between)),
+                _seconds(choice.seconds),
+                choice.bound_by if choice.fits else "does not fit",
+            ]
         )
-        verdict = choice.bound_by if choice.fits else "does not fit"
-        lines.append(
-            f"{_holding(way):<10} {way.bits:>4}  {batch:<10} {choice.bytes / GIB:>6.1f} {held:>5.1f} {gathered:>8.1f} "
-            f"{activations:>6.1f} {loss:>6.1f}  {choice.within / 1e9:>7,.1f} {choice.between / 1e9:>8,.1f}  "
-            f"{_seconds(choice.seconds):>6}  {verdict}"
-        )
-    lines.append(
-        "\nThe best of each way to hold the weights, the fastest first. node and tensor: ranks that share a copy. "
-        "batch:\nexamples of a micro-batch x micro-batches of a rank in a step; ckpt: with activation checkpointing. "
-        "total: with\nwhat is trained and its buffers, and an assistant that runs online. GB: what is gathered or "
-        "summed between ranks of one\nnode and of several."
+    header = ["partition", "bits", "batch", "total", "held", "gathered", "activ.", "loss", "within", "between", "step"]
+    return (
+        "\n".join(table_lines([*header, "bound by"], rows, words=(0, 2, 11)))
+        + "\n\nThe best of each way to hold the weights, the fastest first. total, of which held, gathered, activ. and "
+        "loss:\nGiB on a GPU, total with what is trained and its buffers, and an assistant that runs online. within, "
+        "between: GB\ngathered or summed in a step between ranks of one node and of several. node and tensor: ranks "
+        "that share a copy.\nbatch: examples of a micro-batch x micro-batches of a rank in a step; ckpt: with "
+        "activation checkpointing."
     )
-    return "\n".join(lines)
 
 
 def _standing(plan: Plan) -> str:
@@ -212,25 +214,23 @@ def _jobs_table(plan: Plan) -> str:
         f"of a rank together, {1e3 * plan.evaluation.token_seconds:.0f} ms a token"
         + ("" if plan.evaluation.fits else "; does not fit"),
     }
-    lines = ["job              time  GPU-hours"]
-    for name, note in notes.items():
-        seconds = getattr(rows, name)
-        lines.append(f"{name:<11} {duration(seconds):>9} {seconds / 3600 * ranks:>10,.1f}  {note}")
-    return "\n".join(lines)
+    seconds = {name: getattr(rows, name) for name in notes}
+    cells = [[name, duration(seconds[name]), f"{seconds[name] / 3600 * ranks:,.1f}", notes[name]] for name in notes]
+    return "\n".join(table_lines(["job", "time", "GPU-hours", ""], cells, words=(0, 3)))
 
 
 def _scaling_table(scaled: Sequence[Scaled]) -> str:
-    lines = ["  GPUs  partition  global batch    step  examples/s  a GPU, against the fewest"]
+    rows = []
     for row, efficiency in zip(scaled, _efficiencies(scaled), strict=True):
-        way = row.choice.way
+        way, cells = row.choice.way, [str(row.gpus)]
         if efficiency is None:
-            lines.append(f"{row.gpus:>6}  does not fit")
-            continue
-        lines.append(
-            f"{row.gpus:>6}  {_holding(way):<10} {row.global_batch:>12,} {_seconds(row.choice.seconds):>7} "
-            f"{row.per_second:>11,.1f} {efficiency:>9.0%}" + (f"  in {way.bits} bits" if way.bits != 16 else "")
-        )
-    return "\n".join(lines)
+            cells.append("does not fit")
+        else:
+            cells += [_holding(way), f"{row.global_batch:,}", _seconds(row.choice.seconds), f"{row.per_second:,.1f}"]
+            cells += [f"{efficiency:.0%}", f"in {way.bits} bits" if way.bits != 16 else ""]
+        rows.append(cells)
+    header = ["GPUs", "partition", "global batch", "step", "examples/s", "a GPU, against the fewest", ""]
+    return "\n".join(table_lines(header, rows, words=(1, 6)))
 
 
 def _holding(way: Way) -> str:
