@@ -29,7 +29,7 @@ from softcot_ds.evaluation_config import EvaluationConfig
 from softcot_ds.files import dump_yaml
 from softcot_ds.lora_config import LoraConfig
 from softcot_ds.section import FREE, Section
-from softcot_ds.settings import flattened, read_settings, validated
+from softcot_ds.settings import flattened, read_settings, section_of, validated
 from softcot_ds.task_config import TargetsConfig, TaskConfig
 from softcot_ds.values import (
     UNPUBLISHED_SCHEME,
@@ -436,8 +436,9 @@ def fixed_settings(values: Mapping[str, Any], section: type[BaseModel] = Recipe,
         if name not in values and field.is_required():
             raise ValueError(f"{prefix}{name} is missing")
         value = values[name] if name in values else to_jsonable_python(field.get_default())
-        if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-            fixed |= fixed_settings(value, field.annotation, f"{prefix}{name}.")
+        kind = section_of(field.annotation)
+        if kind is not None and value is not None:  # some sections may be left out
+            fixed |= fixed_settings(value, kind, f"{prefix}{name}.")
         else:
             fixed[prefix + name] = value
     return fixed

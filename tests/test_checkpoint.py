@@ -8,6 +8,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+import yaml
 from adapters import make_checkpoint
 from launch import ROOT
 from safetensors.torch import load_file, save_file
@@ -244,6 +245,20 @@ def test_run_goes_on_with_its_own_settings(saved, overrides, said):
     changed = load_recipe(RECIPE, [*SMALL, f"output_dir={recipe.output_dir}", *overrides])
     assert said in (found := refusal(changed, folder))
     assert bool(said) == bool(found)
+
+
+def test_a_run_of_a_version_that_knew_fewer_settings_goes_on(tmp_path):
+    """Also of sections that may be left out."""
+    chains = ["method=softcot_pp", "chains={count: 2, initial: random}", "projection.condition=none"]
+    recipe = load_recipe(RECIPE, [*SMALL, f"output_dir={tmp_path}", *chains, "projection.init_scale=0.27"])
+    folder = make_checkpoint(recipe, 50)
+    saved = yaml.safe_load((folder / "recipe.yaml").read_text())
+    for section, key in (("chains", "contrastive"), ("training", "betas")):
+        del saved[section][key]
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(saved))
+    assert not refusal(recipe, folder)
+    (folder / "recipe.yaml").write_text(yaml.safe_dump(saved | {"chains": saved["chains"] | {"contrastive": 0.5}}))
+    assert "chains.contrastive is 0.5 there and " in refusal(recipe, folder)
 
 
 def test_what_a_method_takes_no_notice_of_may_change(tmp_path):
