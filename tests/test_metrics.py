@@ -6,8 +6,10 @@ from collections import Counter
 from html import unescape
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from google.protobuf.text_format import Parse
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -17,6 +19,9 @@ from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.plugins.custom_scalar.layout_pb2 import Layout
 from tensorboard.plugins.hparams.backend_context import _sort_and_reduce_to_hparams_limit
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
+from tensorboard.plugins.projector.projector_config_pb2 import ProjectorConfig
+from tensorboard.plugins.projector.projector_plugin import _read_tensor_tsv_file
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import load_recipe
@@ -273,3 +278,15 @@ def test_run_that_ends_without_a_gap_says_what_its_interval_does(tmp_path, capsy
     assert f"step 200  validation loss 0.9000, {gap.mean:+.4f} ± 0.0004 with another question's thoughts" in printed
     assert printed.count("validation at step") == (said is not None)
     assert said is None or f"validation at step 200: {said}" in printed
+
+
+def test_the_projector_finds_the_newest_vectors_with_what_each_is(tmp_path):
+    board = TensorBoard(tmp_path, enabled=True, resumed_step=0)
+    board.projector("thoughts", [np.zeros(3, np.float32)], ["old"], ["thought"])
+    vectors = [np.array(one, np.float32) for one in ([1.5, -2, 1e-3], [0, 1, 2])]
+    board.projector("thoughts", vectors, ['1: how\tmany\n"now" ?', "' skip'"], ["thought", "token"])
+    board.close()
+    (shown,) = Parse((tmp_path / PROJECTOR_FILENAME).read_text(), ProjectorConfig()).embeddings
+    np.testing.assert_allclose(_read_tensor_tsv_file(str(tmp_path / shown.tensor_path)), vectors)
+    rows = [line.split("\t") for line in (tmp_path / shown.metadata_path).read_text().splitlines()]
+    assert rows == [["label", "kind"], ['1: how many "now" ?', "thought"], ["' skip'", "token"]]

@@ -1,5 +1,6 @@
 """An evaluation's page: what is on it, and that texts of models are no more than text there."""
 
+import io
 import json
 import re
 import shutil
@@ -12,6 +13,7 @@ from typing import get_args
 
 import pytest
 from evaluations import EVERY, recipe_in
+from PIL import Image
 from scribe import no_figure
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
@@ -209,6 +211,9 @@ def test_page_of_another_task_leaves_the_runs_own(first_evaluation, tmp_path):
             ("test_loss/none", report["conditions"]["none"]["loss"]["per_token"]),
         ):
             assert [(event.step, event.value) for event in events.Scalars(tag)] == [(0, pytest.approx(value))]
+        for tag in ("conditions/accuracy", "conditions/test_loss"):
+            (image,) = events.Images(tag)
+            assert Image.open(io.BytesIO(image.encoded_image_string)).size == (image.width, image.height)
     assert [(tmp_path / name / "report.html").read_text()[:3] for name in ("one", "two", "three")] == [
         "own",
         "ano",

@@ -222,10 +222,15 @@ def test_samples_name_the_tokens_that_their_thoughts_are_nearest_to(experiment, 
     monkeypatch.setattr(validation, "decode", lambda *_, **__: [Output([5], cut=False)] * 2)
     validator = Validator(Engine(model), experiment.splits.validation, make_batch, experiment, DataRanks(0, 1))
     monkeypatch.setattr(validator, "_parts", dict)
-    scalars, norms, nearest = validator._thought_statistics()
-    assert norms.tolist() == pytest.approx((3 * table[ids.flatten()].norm(dim=1)).tolist(), rel=1e-6)
-    assert scalars["thoughts/norm"] == pytest.approx(norms.mean())
-    for text, of_question in zip(validator._samples(nearest).split("-" * 80), ids.tolist(), strict=True):
+    scalars, seen = validator._thought_statistics()
+    torch.testing.assert_close(torch.from_numpy(seen.thoughts_ND), 3 * table[ids.flatten()].detach())
+    assert scalars["thoughts/norm"] == pytest.approx(np.linalg.norm(seen.thoughts_ND, axis=1).mean())
+    words = [repr(experiment.base_tokenizer.decode([token])) for token in ids.flatten().tolist()]
+    assert [word for word, _ in seen.tokens] == words
+    np.testing.assert_array_equal(np.stack([vector for _, vector in seen.tokens]), table[ids.flatten()].detach())
+    questions = [example.problem.question for example in experiment.splits.validation[:2]]
+    assert seen.names == [f"{place}: {question[:60]}" for question in questions for place in (1, 2, 3, 4)]
+    for text, of_question in zip(validator._samples(seen.nearest).split("-" * 80), ids.tolist(), strict=True):
         words = [repr(experiment.base_tokenizer.decode([token])) for token in of_question]
         assert ", ".join(f"{word} 1.00" for word in words) in text
 

@@ -14,8 +14,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
 
-from softcot_ds.evaluation.report import Record
-
+Record = Mapping[str, Any]
 _WIDTH = 4.7
 """Inches, of 96 CSS pixels each."""
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A3B00")
@@ -36,12 +35,8 @@ _STYLE = {
 
 def figure(num_rows: int, draw: Callable[[Axes], None]) -> str:
     """The SVG of what ``draw`` puts on axes that are high enough for so many rows."""
-    with matplotlib.rc_context(_STYLE):
-        sheet = Figure((_WIDTH, 1.3 + 0.2 * num_rows), layout="constrained")
-        draw(sheet.add_subplot())
-        file = io.StringIO()
-        sheet.savefig(file, format="svg", metadata=dict.fromkeys(("Date", "Creator", "Format", "Type")))
-    svg = file.getvalue()
+    metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
+    svg = _drawn(num_rows, draw, format="svg", metadata=metadata).decode()
     svg = svg[svg.index("<svg") :]
     # Its size is the page's to choose, by the viewBox.
     return re.sub(
@@ -49,8 +44,29 @@ def figure(num_rows: int, draw: Callable[[Axes], None]) -> str:
     )
 
 
+def picture(num_rows: int, draw: Callable[[Axes], None]) -> bytes:
+    """The same as a PNG, for what shows no SVG."""
+    return _drawn(num_rows, draw, format="png", dpi=150, metadata={"Software": None})
+
+
+def _drawn(num_rows: int, draw: Callable[[Axes], None], **settings: Any) -> bytes:
+    with matplotlib.rc_context(_STYLE):
+        sheet = Figure((_WIDTH, 1.3 + 0.2 * num_rows), layout="constrained")
+        draw(sheet.add_subplot())
+        file = io.BytesIO()
+        sheet.savefig(file, **settings)
+    return file.getvalue()
+
+
 def by_condition(points: Mapping[str, Record], factor: float, label: str, floor: float | None = None) -> str:
-    """The conditions of an evaluation below each other, ``learned`` in colour, from 0 on.
+    """The SVG of an evaluation's conditions below each other; see ``conditions``."""
+    return figure(len(points), conditions(points, factor, label, floor))
+
+
+def conditions(
+    points: Mapping[str, Record], factor: float, label: str, floor: float | None = None
+) -> Callable[[Axes], None]:
+    """What draws the conditions of an evaluation below each other, ``learned`` in colour, from 0 on.
 
     Args:
         points: by condition its ``mean`` and ``ci95``.
@@ -70,7 +86,7 @@ def by_condition(points: Mapping[str, Record], factor: float, label: str, floor:
             axes.axvline(floor, color="black", linestyle=":", linewidth=1)
         axes.set_xlabel(label)
 
-    return figure(len(points), draw)
+    return draw
 
 
 def point(

@@ -1,5 +1,6 @@
 """What is watched in TensorBoard, and the lines that a log shows."""
 
+import csv
 import io
 import re
 import resource
@@ -14,10 +15,13 @@ from typing import Any
 
 import numpy as np
 import torch
+from google.protobuf.text_format import MessageToString
 from tensorboard.backend.event_processing.event_file_loader import RawEventFileLoader
 from tensorboard.compat.proto.event_pb2 import Event
 from tensorboard.compat.proto.summary_pb2 import Summary
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+from tensorboard.plugins.projector.metadata import PROJECTOR_FILENAME
+from tensorboard.plugins.projector.projector_config_pb2 import EmbeddingInfo, ProjectorConfig
 from tensorboard.summary.writer.record_writer import RecordWriter
 from torch.profiler import record_function
 from torch.utils.tensorboard import SummaryWriter
@@ -109,6 +113,26 @@ class TensorBoard:
         """``values``: of any shape, float."""
         if self._writer is not None:
             self._writer.add_histogram(tag, values, step)
+
+    def projector(self, name: str, vectors: Sequence[np.ndarray], labels: Sequence[str], kinds: Sequence[str]) -> None:
+        """The newest of what is called ``name``, in the PROJECTOR tab: vectors in space, to be turned and searched.
+
+        Args:
+            vectors: (D,) float32 each; ``labels`` and ``kinds``, by which they can be coloured, say what each is.
+        """
+        if self._writer is None:
+            return
+        folder = Path(self._writer.log_dir)
+        values, told = io.StringIO(), io.StringIO()
+        np.savetxt(values, np.stack(vectors), fmt="%.5g", delimiter="\t")
+        rows = csv.writer(told, delimiter="\t", lineterminator="\n", quoting=csv.QUOTE_NONE, quotechar=None)
+        rows.writerow(["label", "kind"])
+        rows.writerows(zip([" ".join(label.split()) for label in labels], kinds, strict=True))
+        shown = EmbeddingInfo(tensor_name=name, tensor_path=f"{name}.tsv", metadata_path=f"{name}-labels.tsv")
+        write_atomically(folder / shown.tensor_path, values.getvalue())
+        write_atomically(folder / shown.metadata_path, told.getvalue())
+        config = MessageToString(ProjectorConfig(embeddings=[shown]))
+        write_atomically(folder / PROJECTOR_FILENAME, config)
 
     def hyperparameters(
         self, values: dict[str, Any], first: Collection[str], metrics: Sequence[str], step: int

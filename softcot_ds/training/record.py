@@ -8,6 +8,7 @@ from itertools import takewhile
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 
 from softcot_ds.data.batches import steps_per_epoch
@@ -81,8 +82,11 @@ class Record:
         self._trackers.scalars(found.scalars, step)
         self._validations.add(step, found.scalars)
         self._board.prose("samples", found.samples, step)
-        if found.thought_norms is not None:
-            self._board.histogram("thoughts/norms", found.thought_norms, step)
+        if seen := found.seen:
+            self._board.histogram("thoughts/norms", np.linalg.norm(seen.thoughts_ND, axis=1), step)
+            tokens, vectors = zip(*seen.tokens, strict=True)
+            kinds = ["thought"] * len(seen.names) + ["token"] * len(tokens)
+            self._board.projector("thoughts", [*seen.thoughts_ND, *vectors], [*seen.names, *tokens], kinds)
         self._gap = (step, found.gap) if found.gap else None
         gap = f", {found.gap} with another question's thoughts" if found.gap else ""
         say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")

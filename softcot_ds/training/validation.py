@@ -25,6 +25,19 @@ _SAMPLE_TOKENS = 128
 
 
 @dataclass(frozen=True)
+class Seen:
+    """Thoughts of some problems, and the tokens that are nearest to them in direction."""
+
+    thoughts_ND: np.ndarray
+    """Float32."""
+    nearest: Nearest
+    tokens: list[tuple[str, np.ndarray]]
+    """Each of those tokens, as it is read, with its (D,) embedding, float32."""
+    names: list[str]
+    """Of each thought: its place, and how its question begins."""
+
+
+@dataclass(frozen=True)
 class Validation:
     """What one validation has found."""
 
@@ -34,8 +47,8 @@ class Validation:
     """None where thoughts do not depend on the question, or no problem can have another's."""
     samples: str
     """Answers, as text."""
-    thought_norms: np.ndarray | None = None
-    """Lengths of thoughts of some problems, float32; None where the method has none."""
+    seen: Seen | None = None
+    """None where the method has no thoughts."""
 
 
 class Validator:
@@ -69,10 +82,10 @@ class Validator:
         with self._passes:
             scalars, gap = self._losses()
         with self._decoding_passes:
-            statistics, norms, nearest = self._thought_statistics()
-            samples = self._samples(nearest)
+            statistics, seen = self._thought_statistics()
+            samples = self._samples(seen and seen.nearest)
         self._engine.train()
-        return Validation(scalars | statistics, gap, samples, norms)
+        return Validation(scalars | statistics, gap, samples, seen)
 
     def _with_thoughts_of_another(self) -> list[Example] | None:
         """The same examples, but that the assistant is asked another one's question."""
@@ -124,12 +137,12 @@ class Validator:
             where = parts[first + ranks.number if mine else first]
             yield where, self._make_batch(examples[where]).to(device()), mine and ranks.is_first
 
-    def _thought_statistics(self) -> tuple[dict[str, float], np.ndarray | None, Nearest | None]:
-        """How the projected thoughts lie among the token embeddings, and what of them varies with the question; the
-        lengths of some, and the tokens nearest to those of the first problems."""
+    def _thought_statistics(self) -> tuple[dict[str, float], Seen | None]:
+        """How the projected thoughts lie among the token embeddings, and what of them varies with the question; and
+        those of the first problems."""
         model = self._engine.module
         if not model.has_thoughts:
-            return {}, None, None
+            return {}, None
         found: dict[str, float] = {}
         if model.needs_states:
             found = self._parts()
@@ -141,13 +154,17 @@ class Validator:
         with whole_embedding(model.base.get_input_embeddings()) as embed:
             vocabulary = model.base.config.get_text_config().vocab_size
             nearest = Nearest.to(thoughts_ND, embed, vocabulary)
-        norms = thoughts_ND.norm(dim=1)
+            ids_M = nearest.ids_N.unique()
+            tokens_MD = embed(ids_M[None])[0].float().cpu().numpy()
         found |= {
-            "thoughts/norm": norms.mean().item(),
+            "thoughts/norm": thoughts_ND.norm(dim=1).mean().item(),
             "thoughts/token_embedding_norm": nearest.token_norm,
             "thoughts/cosine_to_nearest_token": nearest.cosines_N.mean().item(),
         }
-        return found, norms.cpu().numpy(), nearest
+        tokens = list(zip(map(self._word, ids_M.tolist()), tokens_MD, strict=True))
+        each = len(thoughts_ND) // len(some)
+        names = [f"{place}: {example.problem.question[:60]}" for example in some for place in range(1, each + 1)]
+        return found, Seen(thoughts_ND.cpu().numpy(), nearest, tokens, names)
 
     def _parts(self) -> dict[str, float]:
         """What of the projected thoughts of all examples is the same for all, and what varies with the question."""
@@ -195,9 +212,11 @@ class Validator:
         """The tokens nearest to so many thoughts of a problem, those of its first chain."""
         first = number * count * self._engine.module.chains
         ids, cosines = (of_all[first : first + count].tolist() for of_all in (nearest.ids_N, nearest.cosines_N))
-        words = [self._experiment.base_tokenizer.decode([token]) for token in ids]
-        named = [f"{word!r} {cosine:.2f}" for word, cosine in zip(words, cosines, strict=True)]
+        named = [f"{self._word(token)} {cosine:.2f}" for token, cosine in zip(ids, cosines, strict=True)]
         return f"NEAREST TOKENS, AND COSINES TO THEM\n{', '.join(named)}\n\n"
+
+    def _word(self, token: int) -> str:
+        return repr(self._experiment.base_tokenizer.decode([token]))
 
 
 def _mean_cosine(chains_BCW: torch.Tensor) -> float:
