@@ -4,11 +4,13 @@
 
 For each seed the projection and a static prompt are trained on two ranks, by the same commands as ``make demo``, and
 evaluated on the same 1,000 test problems under every condition. The seed decides initialization and data order.
-Finished seeds are not run again.
+Finished seeds are not run again. ``plans_right``: of how many problems the assistant's plan in words, which the
+condition ``text`` reads, is the right one: what words could have lost.
 """
 
 import argparse
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -16,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 from environment import describe
+
+from softcot_ds.pair.world import OPERATIONS
 
 ROOT = Path(__file__).parent.parent
 BIN = Path(sys.executable).parent
@@ -47,6 +51,17 @@ def run_seed(seed: int, ranks: int) -> dict[str, Any]:
     return json.loads((ROOT / "runs" / f"seeds-{seed}" / "report.json").read_text())
 
 
+def plans_right(run_dir: Path) -> int:
+    """Of the newest evaluation: how many plans name the operation of each of their question's verbs."""
+    operations = {verb: one.name for one in OPERATIONS for verb in (*one.common, *one.rare)}
+    right = 0
+    for line in max(run_dir.glob("evaluation/*/text.jsonl"), key=os.path.getmtime).read_text().splitlines():
+        prompt = json.loads(line)["prompt"]
+        question, _, plan = prompt.partition("plan :\n")
+        right += plan.partition(" .")[0].split()[1:] == [operations[w] for w in question.split() if w in operations]
+    return right
+
+
 def summarize(reports: list[dict[str, Any]]) -> dict[str, Any]:
     """Accuracy of each condition over the seeds, and the smallest lead of learned over each control."""
     accuracy = {name: [report["conditions"][name]["accuracy"] for report in reports] for name in ("learned", *CONTROLS)}
@@ -69,7 +84,8 @@ def main() -> None:
     args = parser.parse_args()
     command("cache", "recipes/word_problems.yaml", ranks=args.ranks)
     reports = [run_seed(seed, args.ranks) for seed in args.seeds]
-    result = {**describe(), "seeds": args.seeds, **summarize(reports), "reports": reports}
+    result = {**describe(), "seeds": args.seeds, **summarize(reports)}
+    result |= {"plans_right": plans_right(ROOT / "runs" / f"seeds-{args.seeds[0]}"), "reports": reports}
     if args.out is not None:
         args.out.parent.mkdir(parents=True, exist_ok=True)
         args.out.write_text(json.dumps(result, indent=1) + "\n")

@@ -71,8 +71,10 @@ class Progress:
         """When how many were done, at the last lines: the rate is that of the last minute or so."""
         # On standard error, as everybody's; not of what is done in a moment.
         shown = speaks and total > 0 and sys.stderr.isatty() and os.get_terminal_size(sys.stderr.fileno()).columns > 0
-        self._bar = tqdm(total=total, unit=unit, desc=name or None, leave=False, delay=DELAY) if shown else None
-        _bars.update([self._bar] if self._bar else [])
+        self._bar = None
+        if shown:
+            self._bar = tqdm(total=total, unit=unit, desc=name.rstrip(":") or None, leave=False, delay=DELAY)
+            _bars.add(self._bar)
         self._lines = speaks and not (shown and sys.stdout.isatty())
 
     def show(self, done: int, note: str = "") -> None:

@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Callable, Iterable
+from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -218,19 +219,19 @@ def load_frozen(
     check_weights(config)
     quantized = layers_in_few_bits(config, bits, device) if bits < 16 else None
     load = partial(_from_pretrained, config, config.attention)
-    lines = LoadingLines(config.model)
-    if partition in SPLIT:
-        group = Group.of(group_size) if partition == "node" else None
-        # Buffers for weights on NVMe are made before there is a model.
-        ranks = group.size if group else world_size()
-        settings = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
-        with loading(settings, group, lines, quantized):
-            model, info = load()
-    else:
-        # Each rank reads for itself: of several on a node, all but the first find the files' pages in memory.
-        with lines.counting():
-            sliced = partition == "tensor"
-            model, info = read_slices(Group.of(group_size).size, load, quantized) if sliced else load()
+    with closing(LoadingLines(config.model)) as lines:
+        if partition in SPLIT:
+            group = Group.of(group_size) if partition == "node" else None
+            # Buffers for weights on NVMe are made before there is a model.
+            ranks = group.size if group else world_size()
+            settings = with_limits(deepspeed_config, shapes_of(config), ranks=ranks)
+            with loading(settings, group, lines, quantized):
+                model, info = load()
+        else:
+            # Each rank reads for itself: of several on a node, all but the first find the files' pages in memory.
+            with lines.counting():
+                sliced = partition == "tensor"
+                model, info = read_slices(Group.of(group_size).size, load, quantized) if sliced else load()
     _refuse_missing(config, info["missing_keys"])
     model.requires_grad_(False)
     model.eval()

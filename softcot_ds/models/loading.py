@@ -25,6 +25,7 @@ class LoadingLines:
 
     def expect(self, weights: int) -> None:
         """So many are to be loaded, from now on."""
+        self.close()
         self._all, self._there = weights, 0
         self._progress = Progress(weights, "weight", name=f"{self._model}:", speaks=self._speaks)
 
@@ -33,8 +34,10 @@ class LoadingLines:
         self._there += weights
         if self._there < self._all:
             self._progress.show(self._there)
-        else:
-            self._progress.close()
+
+    def close(self) -> None:
+        """The model is there, or is not loaded."""
+        self._progress.close()
 
     @contextmanager
     def counting(self) -> Iterator[None]:
