@@ -65,7 +65,7 @@ def test_two_ranks_are_killed_go_on_as_if_never_stopped_and_answer(model, shared
         run_forked(2, "softcot_ds.train", "recipes/smollm2.yaml", f"name={name}", *settings)
     assert losses(tmp_path / "killed") == losses(tmp_path / "undisturbed")
     assert len(losses(tmp_path / "killed")) == 6
-    adapters = [tmp_path / name / "checkpoints/step-6/adapter.safetensors" for name in ("killed", "undisturbed")]
+    adapters = [tmp_path / name / "checkpoints/step-6/projection.safetensors" for name in ("killed", "undisturbed")]
     assert adapters[0].read_bytes() == adapters[1].read_bytes()
 
     evaluated = ["recipes/smollm2.yaml", "name=killed", *settings, "evaluation.partition=none"]
