@@ -12,7 +12,8 @@ is trained on.
 
 ``accuracy`` of the test questions, by seed: ``written``, of the training that is left at stage 0; ``latents``, with all
 steps left out, and by condition what becomes of it with another question's latents (``shuffled``), vectors of zeros
-(``zero``) and without any (``empty``); ``no latents``, of the control. Chance is a fifth. The last line of output is a
+(``zero``) and without any (``empty``, which makes it write its steps again, as stage 0 was never left for good);
+``no latents``, of the control. Chance is a fifth. The last line of output is a
 JSON object; finished trainings are not run again.
 """
 
