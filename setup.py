@@ -46,7 +46,7 @@ setup(
     install_requires=[
         "torch>=2.13,<2.14",
         "deepspeed>=0.19.8,<0.20",
-        "transformers>=5.23,<6",
+        "transformers>=5.23,<5.25",  # what was tried: models/ works inside of its layers, whose arguments it renames
         "peft>=0.21.2,<0.22",  # method: lora
         "accelerate>=1.15",  # transformers' HfDeepSpeedConfig refuses to work without it
         "triton>=3.7,<3.10; platform_system == 'Linux'",  # torch's CUDA build pins its own, its CPU build none

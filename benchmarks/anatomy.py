@@ -26,6 +26,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.trial import load_assistant
 from softcot_ds.models.assistant import decoder_of, read_shared
+from softcot_ds.models.backbone import cache_name
 from softcot_ds.recipe import load_recipe
 from softcot_ds.thoughts.anatomy import Anatomy
 
@@ -66,7 +67,8 @@ def states_by_layer(model: PreTrainedModel, inputs: Sequence[AssistantInput]) ->
         some = inputs[start : start + BATCH]
         ids = pad_sequence([torch.tensor(item.token_ids[prefix.length :]) for item in some], batch_first=True)
         cache = prefix.expanded(len(some))
-        settings = {"past_key_values": cache, "use_cache": cache is not None, "output_hidden_states": True}
+        settings = {} if cache is None else {cache_name(decoder_of(model).forward): cache}
+        settings |= {"use_cache": cache is not None, "output_hidden_states": True}
         hidden = decoder_of(model)(input_ids=ids, **settings).hidden_states
         rows = torch.arange(len(some))[:, None], torch.tensor([item.positions for item in some]) - prefix.length
         parts.append(torch.stack([states[rows] for states in hidden]))

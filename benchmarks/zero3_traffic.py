@@ -68,6 +68,7 @@ from softcot_ds.data.batches import Batch, collate
 from softcot_ds.distributed import barrier, from_all_ranks, init_distributed, is_main, shut_down, world_size
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.soft_thoughts import SoftThoughts, mask_and_positions
+from softcot_ds.models.backbone import cache_name
 from softcot_ds.models.partition import data_ranks, gathers_of, is_partitioned
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.training.memory import expected_memory
@@ -212,21 +213,19 @@ def two_passes(model: SoftThoughts, batch: Batch) -> torch.Tensor:
     num_thoughts = embeds.shape[1] - length - batch.suffix_ids.shape[1]
     mask, positions = mask_and_positions(batch.prefix_mask, num_thoughts, batch.suffix_mask, model.num_shared)
     decoder = model.base.get_decoder()
-    cache = DynamicCache()
+    given = {cache_name(decoder.forward): DynamicCache(), "use_cache": True}
     with torch.no_grad():
         decoder(
             inputs_embeds=embeds[:, :length],
             attention_mask=mask[:, :length],
             position_ids=positions[:, :length],
-            past_key_values=cache,
-            use_cache=True,
+            **given,
         )
     hidden = decoder(
         inputs_embeds=embeds[:, length:],
         attention_mask=mask,
         position_ids=positions[:, length:],
-        past_key_values=cache,
-        use_cache=True,
+        **given,
     ).last_hidden_state
     logits = model.base.lm_head(hidden.flatten(0, 1)[batch.predict_at])
     return nn.functional.cross_entropy(logits, batch.targets, reduction="sum")

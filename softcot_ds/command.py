@@ -3,7 +3,9 @@
 import argparse
 import contextlib
 import errno
+import logging
 import os
+import select
 import signal
 import sys
 import time
@@ -16,6 +18,9 @@ from softcot_ds.progress import close_bars
 from softcot_ds.recipe import Recipe, load_recipe
 from softcot_ds.settings import known_keys
 from softcot_ds.shipped import settings_files
+
+# That DeepSpeed finds no GPU it says in each process that imports it; nothing a user has to mend.
+logging.getLogger("DeepSpeed").addFilter(lambda record: "Setting accelerator to CPU" not in record.getMessage())
 
 EXIT_MISTAKE = 2
 """Exit code after something that the user can mend."""
@@ -114,6 +119,7 @@ def run_command(work: Callable[[], None]) -> int:
     try:
         with interrupted_by_signals():
             work()
+        sys.stdout.flush()
         code = 0
     except Stopped as error:
         _report(str(error))
@@ -122,10 +128,14 @@ def run_command(work: Callable[[], None]) -> int:
         _report(f"error: {error}")
         code = EXIT_LOST_RANK if isinstance(error, LostRank) else EXIT_MISTAKE
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            _report(f"error: the disk is full: {error}; make room, and the same command goes on from what is finished")
+            code = EXIT_MISTAKE
+        elif isinstance(error, BrokenPipeError) and _nobody_reads():
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for what is left to be said
+            code, midway = exit_code_of(signal.SIGPIPE), True
+        else:
             raise
-        _report(f"error: the disk is full: {error}; make room, and the same command goes on from what is finished")
-        code = EXIT_MISTAKE
     except Interrupted as error:
         _report(
             f"interrupted by {signal.Signals(error.signal_number).name}; the same command goes on from what is finished"
@@ -145,6 +155,13 @@ def run_command(work: Callable[[], None]) -> int:
         if distributed is not None:
             distributed.shut_down(code, midway)
     return code
+
+
+def _nobody_reads() -> bool:
+    """Whether what read this process's output, ``head`` for one, has gone away."""
+    output = select.poll()
+    output.register(sys.stdout.fileno(), 0)
+    return any(event & select.POLLERR for _, event in output.poll(0))
 
 
 def exit_code_of(signal_number: int) -> int:

@@ -10,7 +10,7 @@ import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 
-from softcot_ds.command import parsed
+from softcot_ds.command import parsed, run_command
 from softcot_ds.shipped import HOME, settings_files
 
 
@@ -20,11 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         prog="softcot-ds recipes", description="The recipes and studies that come with softcot-ds."
     )
     parsed(parser, argv)
+    return run_command(_list)
+
+
+def _list() -> None:
     names = settings_files()
     width = max(len(str(name)) for name in names)
     for name in names:
         print(f"{name!s:{width}}  {_first_sentence(HOME / name)}")
-    return 0
 
 
 def _first_sentence(path: Path) -> str:

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from softcot_ds.command import parsed
+from softcot_ds.command import parsed, run_command
 from softcot_ds.recipe import Recipe
 
 
@@ -21,8 +21,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     """The command; returns its exit code."""
     parser = argparse.ArgumentParser(prog="softcot-ds schema", description="The JSON schema of a recipe, for editors.")
     parsed(parser, argv)
-    print(json.dumps(recipe_schema(), indent=2))
-    return 0
+    return run_command(lambda: print(json.dumps(recipe_schema(), indent=2)))
 
 
 if __name__ == "__main__":

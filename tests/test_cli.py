@@ -214,6 +214,17 @@ def test_success_is_silent_and_0(capfd):
     assert capfd.readouterr() == ("", "")
 
 
+def test_output_that_nobody_reads_any_more_ends_the_command_without_a_word(capfd, monkeypatch):
+    reader, writer = os.pipe()
+    os.close(reader)
+    with os.fdopen(writer, "w") as output, monkeypatch.context() as patched:
+        patched.setattr(sys, "stdout", output)
+        assert run_command(lambda: print("a line")) == 128 + signal.SIGPIPE
+    assert capfd.readouterr() == ("", "")
+    with pytest.raises(BrokenPipeError):  # of another pipe
+        run_command(lambda: (_ for _ in ()).throw(BrokenPipeError("of a worker")))
+
+
 def test_a_mistake_of_ours_keeps_its_stack_trace():
     def broken():
         raise ZeroDivisionError

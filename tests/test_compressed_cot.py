@@ -29,7 +29,7 @@ from softcot_ds.experiment import Experiment
 from softcot_ds.inference import Adapter
 from softcot_ds.methods.base import Given
 from softcot_ds.methods.compressed_cot import CompressedCoT, chosen_places
-from softcot_ds.models.backbone import load_frozen
+from softcot_ds.models.backbone import cache_name, load_frozen
 from softcot_ds.recipe import load_recipe
 from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.tasks import Problem
@@ -85,7 +85,7 @@ class Truth:
         modules = [*self.layers, self.base.get_decoder().norm]
         hooks = [module.register_forward_hook(hear) for module in modules]
         for embedding in row:
-            given = {"inputs_embeds": embedding[None, None], "past_key_values": cache, "use_cache": True}
+            given = {"inputs_embeds": embedding[None, None], cache_name(self.base.forward): cache, "use_cache": True}
             logits = functional_call(self.base, self.weights[place], (), given).logits[0, 0]
             found.append((states[:-1], states[-1], logits))
             states.clear()

@@ -13,6 +13,7 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from softcot_ds.data.prompts import BasePrompt
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.models import decoding, refill
+from softcot_ds.models.backbone import cache_name
 from softcot_ds.models.decoding import Output, Sampling, decode, try_decoding
 from softcot_ds.models.embedding import CompactTable
 from softcot_ds.models.reading import PADDING
@@ -188,7 +189,7 @@ def counting_passes(model, monkeypatch, read=False):
     def forward(*args, input_ids=None, **kwargs):
         if not read:
             rows.append(len(input_ids))
-        elif input_ids.shape[1] > 1 or not kwargs.get("past_key_values"):
+        elif input_ids.shape[1] > 1 or not kwargs.get(cache_name(original)):
             rows.append(tuple(input_ids.shape))
         return original(*args, input_ids=input_ids, **kwargs)
 

@@ -4,7 +4,6 @@ The cache and ``thoughts.source=online`` both come through here: in the same bat
 B inputs, K chains of each, S tokens of the longest, T placeholders each, P assistant width.
 """
 
-import inspect
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -18,7 +17,7 @@ from transformers.cache_utils import DynamicLayer, DynamicSlidingWindowLayer
 from softcot_ds.backbone_config import Partition
 from softcot_ds.data.prompts import AssistantInput
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.models.backbone import context_length, load_config, load_frozen
+from softcot_ds.models.backbone import cache_name, context_length, load_config, load_frozen
 from softcot_ds.models.embedding import device_of
 from softcot_ds.models.shared_prefix import NO_PREFIX, SharedPrefix, common_prefix
 from softcot_ds.recipe import Recipe
@@ -109,7 +108,7 @@ def read_shared(assistant: PreTrainedModel, inputs: Sequence[AssistantInput]) ->
     if not ids:
         return NO_PREFIX
     decoder = decoder_of(assistant)
-    if "past_key_values" not in inspect.signature(decoder.forward).parameters:
+    if cache_name(decoder.forward) is None:
         return NO_PREFIX
     cache = DynamicCache(config=assistant.config.get_text_config())
     if (layers := _layers_of(decoder)) is not None:
@@ -167,11 +166,10 @@ def compute_thoughts(
     ids_RS = pad_sequence(unread, batch_first=True).to(device).repeat_interleave(chains, dim=0)
     slots_BT = torch.tensor([item.positions for item in inputs], device=device) - skip
     slots_RT = slots_BT.repeat_interleave(chains, dim=0)  # R rows: K of each input, one after another
-    cache = prefix.expanded(len(ids_RS))
+    cache, decoder = prefix.expanded(len(ids_RS)), decoder_of(assistant)
+    given = {} if cache is None else {cache_name(decoder.forward): cache}
     with _embedded(assistant, slots_RT, initial_KP):
-        hidden_RSP = decoder_of(assistant)(
-            input_ids=ids_RS, past_key_values=cache, use_cache=cache is not None
-        ).last_hidden_state
+        hidden_RSP = decoder(input_ids=ids_RS, use_cache=cache is not None, **given).last_hidden_state
     states_RTP = hidden_RSP.gather(1, slots_RT[:, :, None].expand(-1, -1, hidden_RSP.shape[-1]))
     return states_RTP if initial_KP is None else states_RTP.unflatten(0, (-1, chains))
 

@@ -1,6 +1,7 @@
 """Loading the two frozen models, whole or partitioned over ranks."""
 
 import hashlib
+import inspect
 import json
 from collections.abc import Callable, Iterable
 from contextlib import closing
@@ -157,6 +158,15 @@ def keeps_keys_and_values(config: PreTrainedConfig) -> bool:
     """Whether the layers of a model keep keys and values of tokens, and nothing else."""
     layers = DynamicCache(config=config.get_text_config()).layers
     return {type(layer) for layer in layers} <= {DynamicLayer, DynamicSlidingWindowLayer}
+
+
+def cache_name(forward: Callable[..., Any]) -> str | None:
+    """By which name the forward of a model or of a layer takes the cache of keys and values; None where it takes none.
+
+    transformers says ``cache`` from 5.24 on and ``past_key_values`` before, as code that comes with weights still may.
+    """
+    names = inspect.signature(forward).parameters
+    return next((name for name in ("cache", "past_key_values") if name in names), None)
 
 
 def vocabulary(config: PreTrainedConfig) -> int:

@@ -14,7 +14,7 @@ from torch import nn
 from transformers import DynamicCache, PreTrainedModel
 
 from softcot_ds.models.assistant import decoder_of
-from softcot_ds.models.backbone import context_length
+from softcot_ds.models.backbone import cache_name, context_length
 
 
 class Chain:
@@ -56,14 +56,13 @@ class Chain:
         if mask_BS is None:
             mask_BS = torch.ones(embeds_BSD.shape[:2], dtype=torch.bool, device=embeds_BSD.device)
         self._mask_BN = mask_BS if self._mask_BN is None else torch.cat([self._mask_BN, mask_BS], dim=1)
-        inputs = {}
+        inputs: dict[str, Any] = {cache_name(module.forward): self._cache}
         if "position_ids" in inspect.signature(module.forward).parameters:
             positions_BN = (self._mask_BN.cumsum(dim=1) - 1).clamp(min=0, max=self._most - 1)
             inputs["position_ids"] = positions_BN[:, -embeds_BSD.shape[1] :]
         return module(
             inputs_embeds=embeds_BSD,
             attention_mask=self._mask_BN.long(),
-            past_key_values=self._cache,
             use_cache=True,
             **inputs,
         )

@@ -29,7 +29,7 @@ from torch.utils.checkpoint import checkpoint
 from transformers import DynamicCache, PreTrainedModel
 from transformers.utils.generic import is_flash_attention_requested
 
-from softcot_ds.models.backbone import keeps_keys_and_values
+from softcot_ds.models.backbone import cache_name, keeps_keys_and_values
 from softcot_ds.models.loss import cross_entropy, fused_cross_entropy, runs_liger
 from softcot_ds.models.shared_prefix import KeysValues, SharedPrefix
 from softcot_ds.models.slices import is_sliced
@@ -48,8 +48,8 @@ def why_unsupported(model: PreTrainedModel) -> str | None:
         return "some of its layers attend neither to all earlier tokens nor to a sliding window"
     if getattr(config, "use_bidirectional_attention", None) or not getattr(config, "is_causal", True):
         return "it is not causal"
-    if not all("past_key_values" in inspect.signature(layer.forward).parameters for layer in layers):
-        return "its layers take no past_key_values"
+    if not all(cache_name(layer.forward) for layer in layers):
+        return "its layers take no cache of keys and values"
     return None
 
 
@@ -138,7 +138,7 @@ class FrozenPrefix:
         self._forwards = {module: module.forward for module in self._layers}
         for index, layer in enumerate(self._layers):
             names = list(inspect.signature(layer.forward).parameters)
-            layer.forward = partial(self._run_layer, index, names, layer.forward)
+            layer.forward = partial(self._run_layer, index, names, cache_name(layer.forward), layer.forward)
         if self._head is not None:
             self._forwards[self._head] = self._head.forward
             self._head.forward = partial(self._run_head, self._head.forward)
@@ -277,7 +277,14 @@ class FrozenPrefix:
         return masks
 
     def _run_layer(
-        self, index: int, names: list[str], forward: Callable[..., torch.Tensor], *args: Any, **kwargs: Any
+        self,
+        index: int,
+        names: list[str],
+        cache: str,
+        forward: Callable[..., torch.Tensor],
+        /,  # the layer's own names, ``cache`` among them, go into kwargs
+        *args: Any,
+        **kwargs: Any,
     ) -> torch.Tensor:
         call = self._call
         if call is None:
@@ -290,7 +297,7 @@ class FrozenPrefix:
             call.prefix_ALD, hidden = hidden[:: call.chains, :length], hidden[:, length:]
         prefix_mask, suffix_mask = call.masks[self._windows[index]]
         kwargs.pop("attention_mask", None)
-        kwargs.pop("past_key_values", None)
+        kwargs.pop(cache, None)
         states = call.shared.layer(index, len(hidden) // call.chains) if call.shared is not None else None
         if length:
             recorder = _Recorder(states)
@@ -298,14 +305,14 @@ class FrozenPrefix:
                 call.prefix_ALD = forward(
                     call.prefix_ALD,
                     attention_mask=prefix_mask,
-                    past_key_values=recorder,
+                    **{cache: recorder},
                     **call.part(kwargs, 0),
                 )
             states = recorder.states
         run = partial(
             forward,
             attention_mask=suffix_mask,
-            past_key_values=None if states is None else _Replay(states, call.chains),
+            **{cache: None if states is None else _Replay(states, call.chains)},
             **call.part(kwargs, 1),
         )
         hidden_BRD = checkpoint(run, hidden, use_reentrant=False) if self._checkpointing else run(hidden)

@@ -18,7 +18,7 @@ import torch
 from transformers import DynamicCache, PreTrainedModel
 from transformers.cache_utils import DynamicLayer
 
-from softcot_ds.models.backbone import context_length
+from softcot_ds.models.backbone import cache_name, context_length
 from softcot_ds.models.places import BEHIND, at
 from softcot_ds.models.reading import LookUp, Reading, embedding_by
 
@@ -151,6 +151,7 @@ class Rows:
     def __init__(self, model: PreTrainedModel) -> None:
         self._model = model
         self._takes = inspect.signature(model.forward).parameters
+        self._cache_name = cache_name(model.forward)
         self._most = context_length(model.config)
         self._rows, self._shared, self._held = _Kept(), _Kept(), _Kept()
         self.others_look_up = False
@@ -275,7 +276,7 @@ class Rows:
     def _run(self, cache: DynamicCache, ids_RN: torch.Tensor, mask_RS: torch.Tensor, count: int) -> torch.Tensor:
         """Logits after the last tokens, so many of each row."""
         device = self._model.get_input_embeddings().weight.device
-        inputs = {"input_ids": ids_RN.to(device), "past_key_values": cache, "use_cache": True}
+        inputs = {"input_ids": ids_RN.to(device), self._cache_name: cache, "use_cache": True}
         if not mask_RS.all():  # attention without a mask is faster
             inputs["attention_mask"] = mask_RS.to(device)
         if "position_ids" in self._takes:

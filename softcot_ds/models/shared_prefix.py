@@ -13,6 +13,8 @@ import torch
 from torch import nn
 from transformers import DynamicCache
 
+from softcot_ds.models.backbone import cache_name
+
 KeysValues = tuple[torch.Tensor, torch.Tensor]
 """Keys and values of one layer, each (B, heads, tokens, head width)."""
 
@@ -37,7 +39,7 @@ class SharedPrefix:
     @torch.no_grad()
     def read(cls, decoder: nn.Module, ids_I: torch.Tensor, cache: DynamicCache) -> Self:
         """Run the tokens, int64. What ``cache`` is made of decides which of their keys each layer keeps."""
-        decoder(input_ids=ids_I[None], past_key_values=cache, use_cache=True)
+        decoder(input_ids=ids_I[None], use_cache=True, **{cache_name(decoder.forward): cache})
         return cls(len(ids_I), cache)
 
     def layer(self, index: int, batch: int) -> KeysValues:

@@ -14,11 +14,12 @@ import torch
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import flop_registry
-from transformers import PreTrainedConfig
+from transformers import DynamicCache, PreTrainedConfig
 
 from softcot_ds.data.batches import Batch
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.methods.base import Method, method_class
+from softcot_ds.models.backbone import cache_name
 from softcot_ds.planning.hardware import Gpu, Reached
 from softcot_ds.planning.lengths import Lengths
 from softcot_ds.planning.shapes import meta_model, shallow, slice_weights
@@ -155,7 +156,8 @@ class StepOnMeta:
         trace = _Trace(base)
         with _without_values(base), torch.no_grad(), trace:
             embeds = torch.empty(rows, positions, width, dtype=base.dtype, device="meta")
-            kept = base.get_decoder()(inputs_embeds=embeds, use_cache=True).past_key_values
+            decoder, kept = base.get_decoder(), DynamicCache(config=base.config.get_text_config())
+            decoder(inputs_embeds=embeds, use_cache=True, **{cache_name(decoder.forward): kept})
             return trace.peak - sum(layer.keys.nbytes + layer.values.nbytes for layer in kept.layers)
 
     def _new_step(self, depth: int, checkpointing: bool, shared: int) -> Method:
