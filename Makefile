@@ -88,7 +88,7 @@ VLLM := .venv-vllm
 
 test-vllm: needs-model $(VENV)/.installed-test $(VLLM)/.installed
 	SOFTCOT_REAL_MODELS=$(MODEL) $(BIN)/python tests/with_vllm.py $(VLLM)/bin/python $(MODEL) float32 \
-	  $(BIN)/python -m pytest -rs tests/test_vllm.py
+	  $(BIN)/python -m pytest -rsP tests/test_vllm.py
 
 $(VLLM)/.installed:
 	test -x $(VLLM)/bin/python || $(PYTHON) -m venv $(VLLM)

@@ -1,7 +1,7 @@
 r"""Problems per second by a vLLM server against our own decoding, with thoughts in the prompts.
 
-    python tests/with_vllm.py .venv-vllm/bin/python MODEL bfloat16 \
-      python benchmarks/served.py MODEL [--rounds N] [--out FILE]
+    python tests/with_vllm.py .venv-vllm/bin/python MODEL float32 \
+      python benchmarks/served.py MODEL float32 [--rounds N] [--out FILE]
 
 Both decode the same GSM8K-like stories greedily with the same model, in turns: one rests while the other works, on all
 cores. A machine with other work on it slows both: medians over the rounds are given, and every round. ``batch_size``
@@ -32,12 +32,13 @@ sys.path.append(str(ROOT / "tests"))
 COUNT, BATCH, TOKENS = 32, 16, 32
 
 
-def make_adapters(folder: Path, model: str) -> tuple[Adapter, Adapter]:
+def make_adapters(folder: Path, model: str, dtype: str) -> tuple[Adapter, Adapter]:
     """With a projection of random weights: what thoughts say takes no time."""
     from adapters import make_adapter
 
-    settings = [f"base.model={model}", f"assistant.model={model}", f"output_dir={folder}", "projection.condition=none"]
-    settings += ["projection.init_scale=0.1", f"evaluation.batch_size={BATCH}", f"evaluation.max_new_tokens={TOKENS}"]
+    settings = [f"base.model={model}", f"base.dtype={dtype}", f"assistant.model={model}", f"output_dir={folder}"]
+    settings += ["projection.condition=none", "projection.init_scale=0.1"]
+    settings += [f"evaluation.batch_size={BATCH}", f"evaluation.max_new_tokens={TOKENS}"]
     for name in ("train", "test"):
         (folder / name).with_suffix(".jsonl").write_text(f'{{"question": "A {name}?", "answer": "so\\n#### 2"}}\n')
         settings.append(f"task.{name}={folder}/{name}.jsonl")
@@ -58,14 +59,16 @@ def main() -> None:
 
     parser = argparse.ArgumentParser(description="A vLLM server against our own decoding.")
     parser.add_argument("model", help="a folder; the server of SOFTCOT_VLLM_SERVER has the same model")
+    parser.add_argument("dtype", choices=["float32", "bfloat16"], help="in which both compute")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--out", type=Path)
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
-        adapters = dict(zip(("ours", "vllm"), make_adapters(Path(folder), args.model), strict=True))
+        adapters = dict(zip(("ours", "vllm"), make_adapters(Path(folder), args.model, args.dtype), strict=True))
         rounds: list[dict[str, float]] = []
         result = {"benchmark": "served", **describe(), "threads": torch.get_num_threads()}
-        result |= {"vllm": adapters["vllm"].server.version, "model": Path(args.model).name, "problems": COUNT}
+        result |= {"vllm": adapters["vllm"].server.version, "model": Path(args.model).name}
+        result |= {"dtype": args.dtype, "problems": COUNT}
         result |= {
             "batch_size": BATCH,
             "max_new_tokens": TOKENS,
