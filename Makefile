@@ -78,10 +78,10 @@ check: $(VENV)/.installed-test
 	$(BIN)/pyrefly check --python-interpreter-path $(BIN)/python
 	$(TWO_AT_ONCE) -q -m "not distributed and not slurm and not gpu and not slow"
 
-# What starts no process, or one, takes one core; then what does, or needs a GPU, has the machine for itself. Both run in any case.
+# Two files at a time; then the clusters, or what needs a GPU, have the machine for themselves. Both run in any case.
 test: $(VENV)/.installed-test
-	$(TWO_AT_ONCE) -m "not distributed and not slurm and not gpu"; first=$$?; \
-	$(PYTEST) -m "distributed or slurm or gpu" && exit $$first
+	$(TWO_AT_ONCE) -m "not slurm and not gpu"; first=$$?; \
+	$(PYTEST) -m "slurm or gpu" && exit $$first
 
 # Of its own, as vLLM wants other versions of torch and transformers than we do.
 VLLM := .venv-vllm

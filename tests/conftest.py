@@ -30,7 +30,7 @@ os.environ.setdefault("HF_HUB_OFFLINE", "1")
 settings.register_profile("patient", deadline=None)
 settings.load_profile("patient")
 
-_MAY_START = {"distributed", "slurm", "gpu", "apart"}
+_MAY_START = {"distributed", "slurm", "gpu"}
 _running: list[pytest.Item] = []
 
 

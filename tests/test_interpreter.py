@@ -13,8 +13,7 @@ if find_spec("liger_kernel"):
     FILES += ["test_fused_layers.py", "test_loss.py"]
 
 
-@pytest.mark.apart
-@pytest.mark.slow
+@pytest.mark.distributed
 def test_every_claim_about_kernels_holds_in_the_interpreter():
     """Triton decides on it when it is imported: in a process of its own, which runs these files again."""
     command = [sys.executable, "-m", "pytest", "-q", "-rp", "-p", "no:cacheprovider", *FILES]
