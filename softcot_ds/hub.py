@@ -91,8 +91,9 @@ def _download(name: str, revision: str | None, wanted: Callable[[Mapping[str, in
     if constants.HF_HUB_OFFLINE:
         raise OSError("HF_HUB_OFFLINE is set")
     api = HfApi()
-    tree = api.list_repo_tree(name, revision=revision, recursive=True)
-    sizes = {entry.path: entry.size for entry in tree if hasattr(entry, "size")}
+    # Asked once: the list of a repository's tree is asked for again and again where there is no network.
+    there = api.model_info(name, revision=revision, files_metadata=True)
+    sizes = {file.rfilename: file.size or 0 for file in there.siblings or ()}
     *files, last = wanted(sizes)
     gigabytes = sum(sizes[path] for path in (*files, last)) / 1e9
     text = f"{gigabytes:,.1f} GB" if gigabytes >= 1 else f"{gigabytes * 1e3:,.1f} MB"

@@ -15,7 +15,7 @@ from pathlib import Path
 from softcot_ds.command import add_settings, parsed, run_command
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import cannot_write
-from softcot_ds.shipped import FOLDERS, HOME, PACKAGE
+from softcot_ds.shipped import FOLDERS, HOME, PACKAGE, settings_named
 
 
 def copy_shipped(name: str, folder: Path) -> Path:
@@ -50,7 +50,7 @@ def _shipped(name: str) -> Path:
     for path in (path for folder in list(there.values()) for path in folder.rglob("*") if path.is_file()):
         there[str(path.relative_to(HOME))] = path
     there |= {str(path.relative_to(PACKAGE.parent)): path for path in PACKAGE.glob("*/*.yaml")}
-    for asked in (name.rstrip("/"), *(f"{folder}/{name}.yaml" for folder in ("recipes", "studies"))):
+    for asked in (name.rstrip("/"), *map(str, settings_named(name))):
         if asked in there:
             return there[asked]
     near = difflib.get_close_matches(name, there, n=1, cutoff=0.5)

@@ -34,7 +34,7 @@ class Hub(http.server.BaseHTTPRequestHandler):
         elif "/tree/" in path:
             self.reply([{"type": "file", "path": n, "size": len(b), "oid": "0"} for n, b in files.items()])
         elif path.startswith("/api/"):
-            siblings = [{"rfilename": name} for name in files]
+            siblings = [{"rfilename": name, "size": len(data)} for name, data in files.items()]
             self.reply({"id": repo, "sha": self.commit(repo), "siblings": siblings, "private": repo in self.private})
         elif (name := path.partition("/resolve/")[2].partition("/")[2]) in files:
             tag = hashlib.sha1(files[name]).hexdigest()

@@ -36,6 +36,20 @@ def test_a_file_of_the_current_folder_wins_over_the_one_shipped():
         load_recipe(name)
 
 
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("word_problems", "recipes/word_problems.yaml"),
+        ("paper/aqua_llama_8b", "recipes/paper/aqua_llama_8b.yaml"),
+        ("embedded_pair", "studies/embedded_pair.yaml"),
+    ],
+)
+def test_folder_and_ending_may_be_left_out_where_nothing_here_has_that_name(name, meant):
+    assert found(Path(name)) == ROOT / meant
+    Path(name).mkdir(parents=True)
+    assert found(Path(name)) == Path(name)
+
+
 @pytest.mark.parametrize("name", ["setup.py", "recipes/nothing.yaml", "recipes", "", "recipes/../setup.py/x", "a\0b"])
 def test_nothing_else_is_looked_for_elsewhere(name):
     assert found(Path(name)) == Path(name)
