@@ -115,6 +115,21 @@ def test_assistants_that_end_early_give_the_states_of_that_layer(family):
         end_after(make_toy("longcat_flash"), 1)
 
 
+@pytest.mark.parametrize(("unlucky", "reason"), [(2, None), (3, "a trial of the fast one gave another result")])
+def test_rounding_differs_much_for_some_rows_and_a_fault_for_all(unlucky, reason):
+    prefixed = FrozenPrefix(make_toy("llama"))
+    right, read = prefixed.logits, []
+
+    def logits(embeds, *rest):
+        read.append(embeds)
+        return right(embeds, *rest).roll(int(len(read) <= unlucky), dims=-1)
+
+    prefixed.logits = logits
+    assert why_not_fast(prefixed._model, prefixed) == reason
+    assert len(read) == 3
+    assert not torch.equal(read[0], read[1])
+
+
 # ------------------------------------------------------------------------------- models that are not what they seem
 
 

@@ -7,7 +7,7 @@ import deepspeed
 import torch
 
 from softcot_ds.data.batches import token_ids
-from softcot_ds.distributed import agreed, device, say
+from softcot_ds.distributed import device, say
 from softcot_ds.experiment import Experiment
 from softcot_ds.methods.base import Given, Method, method_class
 from softcot_ds.methods.trial import check_model, why_not_fast
@@ -81,6 +81,6 @@ def build_engine(model: Method, recipe: Recipe) -> Any:
     check_model(model.base, "base", recipe.base.model)
     if model.assistant is not None:
         check_model(model.assistant, "assistant", recipe.assistant.model, states_layer(recipe))
-    if model.prefixed is not None and (reason := agreed(why_not_fast(model.base, model.prefixed))):
+    if model.prefixed is not None and (reason := why_not_fast(model.base, model.prefixed)):
         model.use_full_step(reason)
     return engine
