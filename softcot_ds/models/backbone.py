@@ -7,14 +7,17 @@ from collections.abc import Callable, Iterable
 from contextlib import closing
 from dataclasses import dataclass
 from functools import partial
+from inspect import Parameter
 from pathlib import Path
-from typing import Any
+from types import NoneType
+from typing import Any, get_args
 
 import torch
 from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
+    Cache,
     DynamicCache,
     PreTrainedConfig,
     PreTrainedModel,
@@ -164,9 +167,15 @@ def cache_name(forward: Callable[..., Any]) -> str | None:
     """By which name the forward of a model or of a layer takes the cache of keys and values; None where it takes none.
 
     transformers says ``cache`` from 5.24 on and ``past_key_values`` before, as code that comes with weights still may.
+    By ``cache`` xLSTM takes states of a class of its own.
     """
-    names = inspect.signature(forward).parameters
-    return next((name for name in ("cache", "past_key_values") if name in names), None)
+    parameters = inspect.signature(forward).parameters
+    if "cache" in parameters:
+        annotation = parameters["cache"].annotation
+        kinds = [kind for kind in get_args(annotation) or (annotation,) if isinstance(kind, type) and kind != NoneType]
+        if kinds in ([], [Parameter.empty]) or any(issubclass(kind, Cache) for kind in kinds):
+            return "cache"
+    return "past_key_values" if "past_key_values" in parameters else None
 
 
 def vocabulary(config: PreTrainedConfig) -> int:
