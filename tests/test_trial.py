@@ -130,6 +130,14 @@ def test_rounding_differs_much_for_some_rows_and_a_fault_for_all(unlucky, reason
     assert not torch.equal(read[0], read[1])
 
 
+@pytest.mark.parametrize("family", ["bart", "bigbird_pegasus", "blenderbot-small", "moshi"])
+def test_a_fault_of_the_fast_step_shows_with_every_pair_of_rows_in_bfloat16(family, monkeypatch):
+    """Families that differ in the fast step: more pairs let none through."""
+    monkeypatch.setattr("softcot_ds.methods.trial._DRAWS", 12)
+    model = make_toy(family).to(torch.bfloat16)
+    assert why_not_fast(model, FrozenPrefix(model)) == "a trial of the fast one gave another result"
+
+
 # ------------------------------------------------------------------------------- models that are not what they seem
 
 
