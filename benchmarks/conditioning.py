@@ -17,6 +17,7 @@ import json
 import multiprocessing
 import os
 import sys
+import threading
 import traceback
 from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
@@ -69,6 +70,18 @@ class Run:
     @property
     def is_static(self) -> bool:
         return self.variant.split()[0] == STATIC
+
+
+def end_with_parent() -> None:
+    """In a worker: whoever kills the benchmark has not to look for what it began."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+
+    def wait() -> None:
+        parent.join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
 
 
 def number_of_choices(variant: str) -> int:
@@ -161,7 +174,7 @@ class Study:
             "failed": {},
         }
         self.cells: dict[str, list[Any]] = {}
-        self.pool = ProcessPoolExecutor(args.parallel, multiprocessing.get_context("spawn"))
+        self.pool = ProcessPoolExecutor(args.parallel, multiprocessing.get_context("spawn"), end_with_parent)
 
     def overrides(self, run: Run) -> list[str]:
         return [
@@ -224,8 +237,11 @@ class Study:
         return found
 
     def compare(self, chosen: dict[str, int]) -> None:
-        """All seeds of each variant: a tuned prompt first, which stands beside the others of its seed."""
-        runs = [Run.of(variant, seed, choice) for variant, choice in chosen.items() for seed in self.args.seeds]
+        """All seeds of each variant: a tuned prompt first, which stands beside the others of its seed.
+
+        Seed by seed: what is cut short has whole comparisons.
+        """
+        runs = [Run.of(variant, seed, choice) for seed in self.args.seeds for variant, choice in chosen.items()]
         static = {run: [*self.overrides(run), "evaluation.conditions=[learned,none]"] for run in runs if run.is_static}
         self.keep_evaluations(static)
         jobs = {}
