@@ -185,10 +185,10 @@ def with_prefix_gradient(step: SoftThoughts) -> None:
     """Take the prefix for a part of the suffix: it runs with gradient."""
     loss = step.prefixed.loss
 
-    def run(embeds, mask, positions, prefix_length, keep, targets, shared):
+    def run(embeds, mask, positions, prefix_length, keep, *others):
         rows = embeds.shape[1] - prefix_length
         keep = keep + (keep // rows + 1) * prefix_length
-        return loss(embeds, mask, positions, 0, keep, targets, shared)
+        return loss(embeds, mask, positions, 0, keep, *others)
 
     step.prefixed.loss = run
 
@@ -197,10 +197,10 @@ def with_head_everywhere(step: SoftThoughts) -> None:
     """Run the head on every position of thoughts and suffix."""
     loss = step.prefixed.loss
 
-    def run(embeds, mask, positions, prefix_length, keep, targets, shared):
+    def run(embeds, mask, positions, prefix_length, keep, targets, *others):
         everywhere = torch.arange(len(embeds) * (embeds.shape[1] - prefix_length), device=embeds.device)
         targets = torch.full_like(everywhere, IGNORE).index_put((keep,), targets)
-        return loss(embeds, mask, positions, prefix_length, everywhere, targets, shared)
+        return loss(embeds, mask, positions, prefix_length, everywhere, targets, *others)
 
     step.prefixed.loss = run
 

@@ -152,7 +152,7 @@ def test_rotations_that_the_kernel_does_not_know_keep_their_own():
 
 @pytest.mark.skipif(not INTERPRETED, reason="on a GPU the benchmark itself is run")
 def test_the_benchmark_of_the_step_counts_and_times_it_with_the_kernels_and_without(tmp_path, monkeypatch):
-    """It stumbled on a GPU twice, over what only kernels do: here they are all run, a few tokens long."""
+    """It stumbled on a GPU three times: here all of it is run, a few tokens long."""
     monkeypatch.syspath_prepend(ROOT / "benchmarks")
     benchmark = importlib.import_module("train_step")
     for name in ("thought_embedding", "weight_grads"):  # what takes the kernels' place on a CPU
@@ -178,6 +178,11 @@ def test_the_benchmark_of_the_step_counts_and_times_it_with_the_kernels_and_with
     assert (full - fast).norm() < 1e-5 * fast.norm()
     assert 0 < (fused - fast).norm() < 1e-5 * fast.norm()
     assert len(benchmark.steps(variants, runs)) == len(names)
+    ingredients = benchmark.make_variants(models, benchmark.INGREDIENTS)
+    del ingredients["prefix_for_nothing"]  # other examples
+    for name, variant in ingredients.items():
+        variant.count()
+        assert (variant.gradient - fast).norm() < 1e-5 * fast.norm(), name
 
 
 def on_two_ranks(rank: int, port: str, folder: str, answers) -> None:
