@@ -26,7 +26,15 @@ from softcot_ds.recipe import Recipe
 from softcot_ds.run_dir import CHAT_TEMPLATES, MARKER, load_for_evaluation, recipe_and_adapter
 from softcot_ds.values import is_hub_name
 
-NAMES = ("base.model", "base.revision", "assistant.model", "assistant.revision", "task.train", "task.test")
+NAMES = (
+    "base.model",
+    "base.revision",
+    "assistant.model",
+    "assistant.revision",
+    "task.train",
+    "task.validation",
+    "task.test",
+)
 """What may be called otherwise where others are to find it."""
 File = bytes | Path
 """What is sent: a content, or a file as it is."""

@@ -45,8 +45,12 @@ class TaskConfig(Section):
     never used to choose anything. Default: what the task is published as on the hub. Generated tasks have none."""
     train: DataName | None = None
     """Training data, likewise. Without, where test data is named, adapters of other tasks are evaluated."""
+    validation: DataName | None = None
+    """Validation data, likewise. Default: what the published data set has for that, where it is trained on (AQuA); else
+    some of the training data, which is then not trained on."""
     train_split: str = "train"
     """What the training data is called within a data set of the hub."""
+    validation_split: str = "validation"
     test_split: str = "test"
     subset: str | None = None
     """Of a data set of the hub. Default: that of the published one."""
@@ -64,7 +68,7 @@ class TaskConfig(Section):
     train_problems: Count | None = None
     """Use at most this many training problems (generated tasks: generate this many)."""
     validation_problems: CountOrZero = 256
-    """How many problems are cut from the training data for validation."""
+    """How many problems are cut from the training data for validation; of task.validation, at most this many."""
     test_problems: Annotated[Count | None, FREE] = None
     """Use at most this many test problems (generated tasks: generate this many)."""
     prompts: Annotated[ExistingFile | None, FREE] = None
@@ -78,7 +82,7 @@ class TaskConfig(Section):
         """The file of own targets, which may be yet to be made; None where the data's are trained on."""
         return None if self.targets == "gold" else Path(self.targets)
 
-    @field_validator("train", "test", "subset")
+    @field_validator("train", "validation", "test", "subset")
     @classmethod
     def _some_tasks_generate_data(cls, value: str | None, info: ValidationInfo) -> str | None:
         name = info.data.get("name")
@@ -109,6 +113,14 @@ class TaskConfig(Section):
         test = info.data.get("test")
         is_wanted = info.data.get("test_from_train") or (test is not None and test == task.published)
         return cls._published(info) if is_wanted and task.has_training_data else None
+
+    @field_validator("validation")
+    @classmethod
+    def _some_tasks_validate(cls, value: str | None, info: ValidationInfo) -> str | None:
+        task = chosen(TASKS, info.data["name"]) if "name" in info.data else None
+        if value is not None or task is None or task.sizes is None or not task.sizes.validation:
+            return value
+        return task.published if info.data.get("train") == task.published else None
 
     @classmethod
     def _published(cls, info: ValidationInfo) -> str | None:

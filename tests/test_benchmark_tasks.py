@@ -566,6 +566,16 @@ def test_a_recipe_is_told_what_a_task_wants(settings, message):
 def test_without_a_name_the_published_data_are_meant(name, data):
     task = load_recipe(RECIPE, [f"task.name={name}", "task.train_problems=null", "task.test_problems=null"]).task
     assert (task.train, task.test) == (data, data)
+    assert task.validation == ("deepmind/aqua_rat" if name == "aqua" else None)
+
+
+def test_validation_data_of_the_hub_is_meant_only_where_that_is_trained_on(tmp_path):
+    (tmp_path / "data.jsonl").write_text("")
+    assert config("aqua", train=str(tmp_path / "data.jsonl"), test="deepmind/aqua_rat").validation is None
+    assert config("aqua", train="deepmind/aqua_rat", test="deepmind/aqua_rat", validation="a/b").validation == "a/b"
+    assert config("aqua", train="other/aqua", test="deepmind/aqua_rat").validation is None
+    with pytest.raises(ValueError, match="makes its problems itself"):
+        config("word_problems", test=None, train_problems=4, test_problems=4, validation="a/b")
 
 
 def test_subset_and_splits_of_the_hub_can_be_named(monkeypatch):
@@ -579,10 +589,13 @@ def test_subset_and_splits_of_the_hub_can_be_named(monkeypatch):
     make_task(TaskConfig(name="date_understanding")).read("test")
     make_task(config("date_understanding", subset="dates", test_split="train+validation")).read("test")
     make_task(config("date_understanding")).read("test")
+    with pytest.raises(SoftCoTError, match="'question' is missing"):  # HARD is another task's
+        make_task(TaskConfig(name="aqua", validation_split="validation[:9]")).read("validation")
     assert asked == [
         ("lukaemon/bbh", "date_understanding", "test"),
         ("some/set", "dates", "train+validation"),
         ("some/set", "date_understanding", "test"),
+        ("deepmind/aqua_rat", "raw", "validation[:9]"),
     ]
 
 

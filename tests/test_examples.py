@@ -33,10 +33,11 @@ class Letters:
 class Given:
     """A task with the problems that a test wants."""
 
-    def __init__(self, train: list[str] | None, test: list[str]) -> None:
+    def __init__(self, train: list[str] | None, test: list[str], validation: list[str]) -> None:
         self.trains, self.notes = train is not None, []
         self.problems = {
             "train": [Problem(question, "r", str(i)) for i, question in enumerate(train or [])],
+            "validation": [Problem(question, "r", str(i)) for i, question in enumerate(validation)],
             "test": [Problem(question, "r", str(i)) for i, question in enumerate(test)],
         }
 
@@ -47,9 +48,14 @@ class Given:
         return problem.answer
 
 
-def split(train, test=("t",), count=2, limits=(100, 100), **config):
+def split(train, test=("t",), count=2, limits=(100, 100), own=None, **config):
+    """Args:
+    own: validation problems of their own.
+    """
     values = {"name": "gsm8k", "train": "a/b", "test": "a/b", "validation_problems": 0} | config
-    task, letters = Given(train, list(test)), Letters(count)
+    if own is not None:
+        values["validation"] = "a/b"
+    task, letters = Given(train, list(test), own or []), Letters(count)
     return load_splits(task, TaskConfig(**values), TargetsConfig(), letters, letters, ContextLimits(*limits))
 
 
@@ -57,7 +63,7 @@ def questions(examples) -> list[str]:
     return [example.problem.question for example in examples]
 
 
-NAMES = [f"question {i}" for i in range(30)]
+NAMES = [f"question {first}{second}" for first in "abcde" for second in "abcdef"]
 
 
 def test_validation_is_cut_from_training_and_nothing_overlaps():
@@ -67,6 +73,35 @@ def test_validation_is_cut_from_training_and_nothing_overlaps():
     assert parts[0] | parts[1] == set(NAMES)
     assert not parts[0] & parts[1]
     assert splits.notes == []
+
+
+def test_validation_data_of_its_own_is_neither_trained_on_nor_cut():
+    splits = split(NAMES, ["t"], own=["v 1", "v 1", NAMES[3].upper(), "T", "v 2"], validation_problems=3)
+    assert questions(splits.train) == [name for name in NAMES if name != NAMES[3]]
+    assert questions(splits.validation) == ["v 1", NAMES[3].upper(), "v 2"]
+    assert splits.notes == [
+        "1 of 5 validation problems ask what an earlier one asks, 1 of them with another answer; left out, such as "
+        "'v 1'",
+        "1 validation problems are in the test data too; left out",
+        "1 training problems are in the validation data too; left out",
+    ]
+    few = split(NAMES, ["t"], own=[NAMES[3], NAMES[4]], validation_problems=1)
+    assert questions(few.validation) == [NAMES[3]]
+    assert not {NAMES[3], NAMES[4]} & set(questions(few.train))  # what is validated does not depend on how much of it
+    assert len(split(NAMES, own=NAMES, validation_problems=0).train) == len(NAMES)
+
+
+def test_validation_that_is_nearer_to_training_than_the_test_is_is_named():
+    """AQuA's and ASDiv-Aug's training problems were multiplied by other numbers and not their test problems."""
+    copies = [f"{name} has {number} pens of 1,{number}50.5 g" for name in ("a", "b", "c") for number in range(10)]
+    (note,) = split(copies, ["d has 1 pen", "e", "a has 2 pens of 3 g"], validation_problems=8).notes
+    assert note.startswith(
+        "8 of 8 validation problems are training problems with other numbers, of test problems 1 of 3"
+    )
+    assert note.endswith("task.validation")
+    assert split(copies, ["a has 99 pens of 7 g"], validation_problems=8).notes == []  # all of it is such data
+    assert split(copies, ["d"], own=["d has 2 pens"], validation_problems=8).notes == []
+    assert split(copies, ["d"]).notes == []
 
 
 def test_without_training_data_there_are_test_problems_alone():

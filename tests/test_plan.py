@@ -70,7 +70,9 @@ def test_shipped_shapes_have_the_published_number_of_weights(name):
     ("name", "settings", "problems"),
     [
         ("paper/aqua_llama_8b", [], (97_467, 0, 254)),
-        ("paper/aqua_llama_8b", ["task.train_problems=500", "task.validation_problems=100"], (400, 100, 254)),
+        ("paper/aqua_llama_8b", ["task.train_problems=500", "task.validation_problems=100"], (500, 100, 254)),
+        ("paper/aqua_llama_8b", ["task.validation_problems=256"], (97_467, 254, 254)),
+        ("paper/gsm8k_llama_8b", ["task.train_problems=500", "task.validation_problems=100"], (400, 100, 1319)),
         ("paper/strategy_qa_llama_8b", ["task.test_from_train=order"], (1648, 0, 413)),
         ("paper/aqua_llama_8b", ["task.name=date_understanding"], (0, 0, 250)),
         ("gsm8k_llama_70b", ["task.test_problems=2000"], (7217, 256, 1319)),

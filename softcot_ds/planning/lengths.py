@@ -63,7 +63,7 @@ def read_data(recipe: Recipe) -> Data:
         SoftCoTError: the data lies here and is wrong.
     """
     generated = chosen(TASKS, recipe.task.name).most_generated is not None
-    sources = [name for name in (recipe.task.train, recipe.task.test) if name is not None]
+    sources = [name for name in (recipe.task.train, recipe.task.validation, recipe.task.test) if name is not None]
     files = generated or all(Path(name).is_file() for name in sources)
     task = make_task(recipe.task)
     if not files or not task.trains or not all(map(tokenizer_is_here, (recipe.base, recipe.assistant))):
@@ -105,7 +105,10 @@ def _typical(task: Task, thoughts: int) -> Data:
     if config.test_from_train:
         available, test = available * 4 // 5, available - available * 4 // 5
     validation = config.validation_problems if task.trains else 0
-    train = available - validation if task.trains else 0
+    if config.validation is None:
+        train = available - validation if task.trains else 0
+    else:
+        train, validation = available, min(validation, sizes.validation or validation)
     if task.trains and train < 1:
         raise SoftCoTError(
             f"task.validation_problems is {validation} of {available} training problems; leave some for training"

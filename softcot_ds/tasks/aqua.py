@@ -14,7 +14,8 @@ class AQuA(DataTask):
 
     published = "deepmind/aqua_rat"
     subset = "raw"
-    sizes = Sizes(97_467, 254, 80, (102, 245), (87, 334), (169, 312), 20_000)  # lengths and tokens of its other splits
+    # Lengths and tokens are those of its other splits.
+    sizes = Sizes(97_467, 254, 80, (102, 245), (87, 334), (169, 312), 20_000, validation=254)
     required: Mapping[str, Types] = {"question": str, "options": list, "rationale": str, "correct": str}
     kind = KINDS["option"]
 

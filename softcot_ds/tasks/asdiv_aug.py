@@ -8,10 +8,9 @@ import re
 import xml.etree.ElementTree as ElementTree
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Literal
 
 from softcot_ds.errors import SoftCoTError
-from softcot_ds.tasks.base import Problem, Sizes
+from softcot_ds.tasks.base import Problem, Sizes, Split
 from softcot_ds.tasks.gsm8k import GSM8K
 from softcot_ds.tasks.records import Record, check_value
 
@@ -28,7 +27,7 @@ class ASDivAug(GSM8K):
     sizes = Sizes(4183, 1038, 65, (57, 142), (20, 60), (115, 200), 5_000)  # guessed from ASDiv, but for the numbers
     why_left_out = "their answer is not one number"
 
-    def records(self, split: Literal["train", "test"]) -> Iterator[tuple[str, Record]]:
+    def records(self, split: Split) -> Iterator[tuple[str, Record]]:
         path = Path(self._source(split))
         return _xml_records(path) if _is_xml(path) else super().records(split)
 

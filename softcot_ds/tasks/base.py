@@ -17,6 +17,8 @@ from softcot_ds.tasks.options import LETTERS
 from softcot_ds.tasks.records import Record, Types, read_records
 from softcot_ds.values import UNPUBLISHED_SCHEME
 
+Split = Literal["train", "validation", "test"]
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -54,6 +56,8 @@ class Sizes:
     """What the assistant reads, the thoughts apart."""
     tokens: int
     """Different ones in all that the base reads."""
+    validation: int = 0
+    """0 where there is no validation data."""
 
 
 def check_question(question: str) -> None:
@@ -126,8 +130,8 @@ class Task(ABC):
             )
 
     @abstractmethod
-    def read(self, split: Literal["train", "test"]) -> list[Problem]:
-        """All problems of a split, in a fixed order.
+    def read(self, split: Split) -> list[Problem]:
+        """All problems of a split, in a fixed order. Validation is one only where the recipe names data for it.
 
         Raises:
             SoftCoTError: the data is missing or malformed; names the file and the line.
@@ -217,10 +221,10 @@ class DataTask(Task):
             SoftCoTError: what is wrong with it, without its place.
         """
 
-    def read(self, split: Literal["train", "test"]) -> list[Problem]:
+    def read(self, split: Split) -> list[Problem]:
         """See ``Task``. Where the recipe names no test data, a fifth of the training data is it."""
         problems, left_out = [], 0
-        cut_from_train = self.config.test_from_train
+        cut_from_train = None if split == "validation" else self.config.test_from_train
         for where, record in self.records("train" if cut_from_train else split):
             try:
                 problem = self.problem(record)
@@ -238,19 +242,20 @@ class DataTask(Task):
             )
         return problems if cut_from_train is None else _part(problems, split, cut_from_train)
 
-    def records(self, split: Literal["train", "test"]) -> Iterator[tuple[str, Record]]:
+    def records(self, split: Split) -> Iterator[tuple[str, Record]]:
         """Records with the place where each stands, checked for what is ``required``."""
         source = self._source(split)
-        hub_split = self.config.train_split if split == "train" else self.config.test_split
+        hub_split = getattr(self.config, f"{split}_split")
         return read_records(source, split, self.required, self.config.subset or self.subset, hub_split)
 
-    def _source(self, split: Literal["train", "test"]) -> str:
-        source = self.config.train if split == "train" or self.config.test_from_train else self.config.test
+    def _source(self, split: Split) -> str:
+        source = getattr(self.config, "train" if split == "test" and self.config.test_from_train else split)
         assert source is not None  # the recipe has seen to it
         if source.startswith(UNPUBLISHED_SCHEME):
+            purpose = "evaluate" if split == "test" else "train"
             raise SoftCoTError(
-                f"{source}: this data stayed where the adapter was trained; name some in task.test, a file or a data "
-                "set of the hub, to evaluate it"
+                f"{source}: this data stayed where the adapter was trained; name some in task.{split}, a file or a "
+                f"data set of the hub, to {purpose} it"
             )
         return source
 

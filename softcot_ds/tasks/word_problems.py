@@ -6,10 +6,9 @@ The wording of all three is word_problems.yaml: what is offered is part of the q
 import re
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Literal
 
 from softcot_ds.pair.world import ORDINALS, Choice, Claim, WordProblem, generate
-from softcot_ds.tasks.base import Problem, Task
+from softcot_ds.tasks.base import Problem, Split, Task
 from softcot_ds.tasks.kinds import KINDS, Kind
 from softcot_ds.tasks.options import LETTERS
 
@@ -35,7 +34,7 @@ class WordProblems(Task):
     announces = "answer"
     """What the base writes before the answer."""
 
-    def read(self, split: Literal["train", "test"]) -> list[Problem]:
+    def read(self, split: Split) -> list[Problem]:
         count = self.config.train_problems if split == "train" else self.config.test_problems
         return [self.ask(problem) for problem in generate(split, count, seed=_SEEDS[split])]
 
