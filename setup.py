@@ -23,10 +23,11 @@ setup(
         "Operating System :: POSIX :: Linux",
         "Programming Language :: Python :: 3.11",
         "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
         "Topic :: Scientific/Engineering :: Artificial Intelligence",
         "Typing :: Typed",
     ],
-    python_requires=">=3.11,<3.13",
+    python_requires=">=3.11,<3.14",
     packages=[*find_packages(include=["softcot_ds*"]), *shipped, "softcot_kernels"],
     # kernels/ itself is no package: transformers imports a PyPI package of that name, which it would shadow.
     package_dir={"softcot_kernels": "kernels/softcot_kernels", **shipped},
