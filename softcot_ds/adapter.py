@@ -78,7 +78,8 @@ class AdapterConfig(_Record):
     step: int = Field(ge=0)
     package_version: str = __version__
     training_data: str | None = None
-    """Digest of the training examples' tokens, in their order. None: written before it was recorded."""
+    """Digest of the training examples' tokens, in their order, and of the validation examples' where those have data of
+    their own. None: written before it was recorded."""
     chat_templates: dict[str, str] | None = None
     """Digest of the effective chat template of base and assistant. None: written before they were recorded."""
     layer: int | None = Field(None, ge=1)
@@ -186,7 +187,8 @@ def _chat_templates(experiment: Experiment) -> dict[str, str]:
 
 def adapter_config(experiment: Experiment) -> AdapterConfig:
     """What the adapters of this recipe's run say about themselves, at step 0."""
-    recipe = experiment.recipe
+    recipe, splits = experiment.recipe, experiment.splits
+    own = splits.validation if recipe.task.validation else []  # what is cut from the training data changes with it
     return AdapterConfig(
         assistant=ModelIdentity.of(recipe.assistant),
         base=ModelIdentity.of(recipe.base),
@@ -194,7 +196,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         method=recipe.method,
         num_thoughts=recipe.thoughts.count,
         step=0,
-        training_data=digest(experiment.splits.train),
+        training_data=digest([*splits.train, *own]),
         chat_templates=_chat_templates(experiment),
         layer=states_layer(recipe),
         placeholders=experiment.assistant_prompts.placeholder_cycle,

@@ -289,8 +289,16 @@ def test_data_and_templates_are_compared_by_content(tmp_path):
     assert not refusal(recipe, folder)
 
     data.write_text("\n".join(lines[::-1]))
-    assert "the training data there is other data than now" in refusal(recipe, folder), "another order"
+    other_data = "the training or validation data there is other data than now"
+    assert other_data in refusal(recipe, folder), "another order"
     data.write_text("\n".join(lines))
+    (own := tmp_path / "validation.jsonl").write_text(lines[0])
+    files.append(f"task.validation={own}")
+    validated = load_recipe(RECIPE, ["task.name=gsm8k", *files, *sizes, f"output_dir={tmp_path}", "name=other"])
+    other = make_checkpoint(validated, 50)
+    assert not refusal(validated, other)
+    own.write_text(lines[0].replace("plus", "and"))
+    assert other_data in refusal(validated, other)
     template.write_text("{# other #}" + template.read_text())
     assert "the chat template of base there is another one than now" in refusal(recipe, folder)
     assert "training data" not in refusal(recipe, folder), "of which the template is the cause"

@@ -76,7 +76,7 @@ def refuse_other_run(experiment: Experiment, resume_from: Path | None) -> None:
     differ += [f"{text} there is another one than now" for text in saved.other_templates(experiment)]
     # The data is compared as tokens, which whatever has been named by now changes too.
     if not differ and saved.training_data not in (None, now.training_data):
-        differ.append("the training data there is other data than now")
+        differ.append("the training or validation data there is other data than now")
     if differ:
         raise SoftCoTError(
             f"{recipe.run_dir} holds checkpoints of another run: {'; '.join(differ)}. "
