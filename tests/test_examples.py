@@ -89,6 +89,8 @@ def test_validation_data_of_its_own_is_neither_trained_on_nor_cut():
     assert questions(few.validation) == [NAMES[3]]
     assert not {NAMES[3], NAMES[4]} & set(questions(few.train))  # what is validated does not depend on how much of it
     assert len(split(NAMES, own=NAMES, validation_problems=0).train) == len(NAMES)
+    with pytest.raises(SoftCoTError, match=r"task\.validation: a/b has no problem that the test data has not"):
+        split(NAMES, ["t"], own=["T"], validation_problems=1)
 
 
 def test_validation_that_is_nearer_to_training_than_the_test_is_is_named():

@@ -144,6 +144,11 @@ def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Prob
         validation, known = _without(validation, "validation", test, "test")
         train, known_too = _without(train, "training", validation, "validation")
         notes += [*repeated, *known, *known_too]
+        if not validation:
+            raise SoftCoTError(
+                f"task.validation: {config.validation} has no problem that the test data has not; name others, or "
+                "set task.validation_problems=0"
+            )
         validation = validation[: config.validation_problems]
     train, test = train[: config.train_problems], test[: config.test_problems]
     notes += _how_near(train, validation, test)
