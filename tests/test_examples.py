@@ -34,7 +34,7 @@ class Given:
     """A task with the problems that a test wants."""
 
     def __init__(self, train: list[str] | None, test: list[str], validation: list[str]) -> None:
-        self.trains, self.notes = train is not None, []
+        self.trains, self.notes, self.validation_stayed = train is not None, [], False
         self.problems = {
             "train": [Problem(question, "r", str(i)) for i, question in enumerate(train or [])],
             "validation": [Problem(question, "r", str(i)) for i, question in enumerate(validation)],

@@ -37,7 +37,7 @@ def folder(tmp_path_factory):
     folder = tmp_path_factory.mktemp("secret")
     for name in ("assistant", "base"):
         shutil.copytree(resolve_location(f"package:pair/{name}"), folder / name)
-    for name, numbers in (("train", range(4)), ("test", range(4, 7))):
+    for name, numbers in (("train", range(4)), ("test", range(4, 7)), ("validation", range(7, 9))):
         lines = [json.dumps({"q": f"what is {number} plus 1 ?", "a": number + 1}) for number in numbers]
         (folder / f"{name}.jsonl").write_text("\n".join(lines))
     (folder / "text.txt").write_text("tom has 8 pens .")
@@ -47,7 +47,8 @@ def folder(tmp_path_factory):
         shutil.copy(ROOT / f"softcot_ds/evaluation/{strategy}.yaml", folder / f"{strategy}.yaml")
     shutil.copy(ROOT / "ds_configs/zero3.json", folder / "ds.json")
     task = "{name: custom, fields: {question: q, answer: a}, answer: number, validation_problems: 1, "
-    task += f"train: {folder}/train.jsonl, test: {folder}/test.jsonl, prompts: {folder}/wording.yaml}}"
+    task += ", ".join(f"{split}: {folder}/{split}.jsonl" for split in ("train", "validation", "test"))
+    task += f", prompts: {folder}/wording.yaml}}"
     settings = [
         f"task={task}",
         *(f"{name}.model={folder}/{name}" for name in ("assistant", "base")),
@@ -112,8 +113,12 @@ def test_what_is_sent_opens_elsewhere_and_names_nothing_of_this_machine(folder, 
         SoftCoTError, match=r"unpublished:test.jsonl: this data stayed where .*; name some in task.test"
     ):
         _ = there.experiment.splits
-    test = folder.parents[3] / "test.jsonl"
-    assert len(softcot_ds.load("owner/name", f"task.test={test}").experiment.splits.test) == 3
+    data = [f"task.{split}={folder.parents[3]}/{split}.jsonl" for split in ("train", "test")]
+    experiment = softcot_ds.load("owner/name", *data).experiment
+    splits = experiment.splits
+    assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [4, 0, 3]
+    with pytest.raises(SoftCoTError, match=r"unpublished:validation.jsonl: .*; name some in task.validation"):
+        experiment.require_training()
 
 
 def test_a_dry_run_shows_the_card_and_the_files_and_asks_nobody(folder, hub, capsys):

@@ -139,6 +139,8 @@ def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Prob
     notes += [*repeated, *known]
     if config.validation is None or not config.validation_problems:
         train, validation = _cut(train, config.validation_problems)
+    elif task.validation_stayed:
+        validation = []
     else:
         validation, repeated = _without_repeats(task.read("validation"), "validation")
         validation, known = _without(validation, "validation", test, "test")

@@ -116,8 +116,15 @@ class Task(ABC):
         train = self.config.train or UNPUBLISHED_SCHEME
         return not train.startswith(UNPUBLISHED_SCHEME) or self.most_generated is not None
 
+    @property
+    def validation_stayed(self) -> bool:
+        """Whether the validation data stayed where the adapter was trained; who evaluates it does without."""
+        return (self.config.validation or "").startswith(UNPUBLISHED_SCHEME)
+
     def require_training(self) -> None:
-        """Raises SoftCoTError where there is nothing to train on."""
+        """Raises SoftCoTError where there is nothing to train on, or to validate with."""
+        if self.validation_stayed:
+            raise stayed(self.config.validation, "validation", "train")
         if not self.trains:
             name = self.config.name
             remedy = (
@@ -252,12 +259,16 @@ class DataTask(Task):
         source = getattr(self.config, "train" if split == "test" and self.config.test_from_train else split)
         assert source is not None  # the recipe has seen to it
         if source.startswith(UNPUBLISHED_SCHEME):
-            purpose = "evaluate" if split == "test" else "train"
-            raise SoftCoTError(
-                f"{source}: this data stayed where the adapter was trained; name some in task.{split}, a file or a "
-                f"data set of the hub, to {purpose} it"
-            )
+            raise stayed(source, split, "evaluate")
         return source
+
+
+def stayed(source: str | None, split: Split, purpose: str) -> SoftCoTError:
+    """Of data that was not sent along with an adapter."""
+    return SoftCoTError(
+        f"{source}: this data stayed where the adapter was trained; name some in task.{split}, a file or a data set of "
+        f"the hub, to {purpose} it"
+    )
 
 
 def _part(problems: list[Problem], split: str, by: Literal["order", "content"]) -> list[Problem]:
