@@ -1,6 +1,6 @@
 # make demo    train and evaluate SoftCoT on the embedded pair, from a fresh clone
 # make study   every method and strategy on the embedded pair, side by side: runs/study/study.html; 11 minutes on two cores
-# make real MODELS=DIR   a real pair, SmolLM2 135M in a folder of DIR, with conditioned states and without: runs/real; 16 minutes
+# make real MODELS=DIR   a real pair, SmolLM2 135M in a folder of DIR, with conditioned states and without: runs/real; 18 minutes
 #              on two cores, and nothing is downloaded. DATA=DIR: DIR/gsm8k/train.jsonl and test.jsonl
 # make check   the inner loop: ruff, the type checker, and the quick tests that start no process; about a minute
 # make test    run the test suite
