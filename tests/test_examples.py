@@ -49,9 +49,7 @@ class Given:
 
 
 def split(train, test=("t",), count=2, limits=(100, 100), own=None, **config):
-    """Args:
-    own: validation problems of their own.
-    """
+    """The splits of a task with these problems; ``own`` are validation problems of their own."""
     values = {"name": "gsm8k", "train": "a/b", "test": "a/b", "validation_problems": 0} | config
     if own is not None:
         values["validation"] = "a/b"
