@@ -2,8 +2,9 @@
 
 import signal
 
-STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGUSR1)
-"""Signals that ask to stop: Ctrl-C; cancelled, or preempted; and SLURM's notice before a time limit."""
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGINT, signal.SIGUSR1)
+"""Signals that ask to stop: cancelled, or preempted; Ctrl-C; and SLURM's notice before a time limit. Where several
+come, the last of these says why: launchers follow any up with SIGTERM, and after a notice the run goes on later."""
 
 
 class SoftCoTError(Exception):

@@ -187,7 +187,7 @@ def test_ctrl_c_saves_and_says_how_to_go_on(tmp_path):
     # The event file appears when the loop is about to start.
     code, output = run_and_signal(command, signal.SIGINT, when=tmp_path / "demo/events.out.tfevents.*")
     assert code != 0
-    assert "stopped by SIGINT after step" in output
+    assert "stopped by SIGINT after step" in output, output
     saved = list((tmp_path / "demo/checkpoints").glob("step-*/COMPLETE"))
     assert len(saved) == 1, output
 

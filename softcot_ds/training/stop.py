@@ -13,19 +13,17 @@ class StopRequest:
 
     def __init__(self) -> None:
         self._pid = os.getpid()
-        self._signal = 0
+        self._order = 0
         for number in STOP_SIGNALS:
             signal.signal(number, self._note)
 
     def _note(self, number: int, _frame: Any) -> None:
         if os.getpid() != self._pid:
             return  # a forked child: a batch system signals those too
-        # The first counts, as launchers follow up with SIGTERM; but not against the notice that the run goes on later.
-        if not self._signal or number == signal.SIGUSR1:
-            self._signal = number
+        # Not the first: the launcher's own SIGTERM may overtake the signal that it follows up.
+        self._order = max(self._order, 1 + STOP_SIGNALS.index(number))
 
     def agreed_signal(self) -> signal.Signals | None:
-        """The signal to stop for, the same on all ranks, or None; the notice of a time limit before others."""
-        order = 1 + STOP_SIGNALS.index(self._signal) if self._signal else 0
-        agreed = max_over_ranks(order)
+        """The signal to stop for, the same on all ranks, or None; of several the last one in ``STOP_SIGNALS``."""
+        agreed = max_over_ranks(self._order)
         return STOP_SIGNALS[agreed - 1] if agreed else None
