@@ -30,6 +30,7 @@ from softcot_ds.files import dump_yaml
 from softcot_ds.lora_config import LoraConfig
 from softcot_ds.section import FREE, Section
 from softcot_ds.settings import flattened, read_settings, section_of, validated
+from softcot_ds.shipped import found
 from softcot_ds.task_config import TargetsConfig, TaskConfig
 from softcot_ds.values import (
     UNPUBLISHED_SCHEME,
@@ -387,13 +388,15 @@ def load_recipe(
     """Read a recipe, apply ``key.sub=value`` overrides, validate.
 
     Args:
+        path: of the current directory, or the name of a recipe that is shipped.
         without: a section of the file that does not count: the overrides alone say what it is.
         is_saved: it is a checkpoint's, written by this version or an older one.
 
     Raises:
         SoftCoTError: the file is missing or no YAML mapping, or the recipe is wrong; lists every mistake.
     """
-    values = read_settings(Path(path), "recipe")
+    path = found(Path(path))
+    values = read_settings(path, "recipe")
     values.pop(without, None)
     if is_saved:
         values = in_todays_words(values)

@@ -13,7 +13,6 @@ from pydantic import BaseModel, ValidationError
 from softcot_ds.choices import METHOD_OF_KIND
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import parse_yaml, read_yaml
-from softcot_ds.shipped import found
 
 Settings = TypeVar("Settings", bound=BaseModel)
 
@@ -36,7 +35,7 @@ _OTHERS = "softcot-ds recipes lists some to start from"
 
 
 def read_settings(path: Path, kind: str) -> dict[str, Any]:
-    """What stands in a file of settings, the current directory's own or one that is shipped.
+    """What stands in a file of settings.
 
     Args:
         kind: what the file is to be, such as a recipe.
@@ -44,7 +43,6 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
     Raises:
         SoftCoTError: the file is missing, or no YAML mapping.
     """
-    path = found(path)
     if not os.path.isfile(path):
         folder = ", which is a folder" if os.path.isdir(path) else ""
         raise SoftCoTError(f"no such {kind}: {path.absolute()}{folder}; {_OTHERS}")

@@ -2,7 +2,8 @@
 
 In a checkout these folders lie beside the package, and where a wheel was installed inside of it (setup.py). Their
 files have the same names everywhere, such as recipes/word_problems.yaml, and one of that name in the current directory
-wins. A recipe or a study may be called without its folder and ending.
+wins. A recipe or a study may be called without its folder and ending: word_problems is word_problems.yaml of the current
+directory, as softcot-ds init copies it there, else recipes/word_problems.yaml, there or of those that are shipped.
 """
 
 import os
@@ -20,8 +21,12 @@ def found(path: Path) -> Path:
     itself where there is neither."""
     if os.path.lexists(path) or not path.parts or path.is_absolute():
         return path
-    names = [path] if path.parts[0] in FOLDERS else settings_named(str(path))
-    return next((HOME / name for name in names if os.path.isfile(HOME / name)), path)
+    if path.parts[0] in FOLDERS:
+        meant = [HOME / path]
+    else:
+        names = settings_named(str(path))
+        meant = [Path(f"{path}.yaml"), *names, *(HOME / name for name in names)]
+    return next(filter(os.path.isfile, meant), path)
 
 
 def settings_named(name: str) -> list[Path]:

@@ -272,7 +272,8 @@ def load_study(path: str | Path, overrides: Sequence[str] = ()) -> Study:
     Raises:
         SoftCoTError: the file is missing or no YAML mapping, or something in it is wrong; lists every mistake.
     """
-    values = read_settings(Path(path), "study")
+    path = found(Path(path))
+    values = read_settings(path, "study")
     study = validated(Study, values, overrides, str(path), "study")
     try:
         _ = study.cells

@@ -50,6 +50,21 @@ def test_folder_and_ending_may_be_left_out_where_nothing_here_has_that_name(name
     assert found(Path(name)) == Path(name)
 
 
+@pytest.mark.parametrize("name", ["word_problems", "paper/aqua_llama_8b", "mine"])
+def test_a_name_without_folder_and_ending_means_what_lies_here_before_what_is_shipped(name):
+    for there in (Path("recipes", f"{name}.yaml"), Path(f"{name}.yaml")):
+        there.parent.mkdir(parents=True, exist_ok=True)
+        there.touch()
+        assert found(Path(name)) == there
+
+
+def test_the_copy_of_init_is_what_its_name_means(capsys):
+    assert cli.main(["init", "word_problems"]) == 0
+    Path("word_problems.yaml").write_text("name: mine\nmistake: 1\n")
+    assert cli.main(["plan", "word_problems"]) == 2
+    assert "error: word_problems.yaml: 4 mistakes in the recipe" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["setup.py", "recipes/nothing.yaml", "recipes", "", "recipes/../setup.py/x", "a\0b"])
 def test_nothing_else_is_looked_for_elsewhere(name):
     assert found(Path(name)) == Path(name)
