@@ -154,6 +154,11 @@ def run_command(work: Callable[[], None]) -> int:
         distributed = sys.modules.get("softcot_ds.distributed")  # only where the command works with other ranks
         if distributed is not None:
             distributed.shut_down(code, midway)
+    trackers = sys.modules.get("softcot_ds.training.trackers")
+    if trackers is not None and trackers.left:
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
     return code
 
 

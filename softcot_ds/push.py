@@ -123,6 +123,9 @@ def files_for_others(folder: Path, recipe: Recipe, repo: str) -> dict[str, File]
         if (template := getattr(recipe, model).chat_template) is not None:
             files[name] = template
     renamed = {config.base.model: recipe.base.model, config.assistant.model: recipe.assistant.model}
+    trained = train_summary(folder)
+    if own := trained.get("own_targets"):  # by the same base, perhaps under another name
+        renamed[own["base"]] = recipe.base.model
     renamed = {old: new for old, new in renamed.items() if old != new}
     written = [text.encode() for old in renamed for text in (old, json.dumps(old)[1:-1])]
     for name in names:
@@ -130,7 +133,7 @@ def files_for_others(folder: Path, recipe: Recipe, repo: str) -> dict[str, File]
             values = _renamed(parse_json((folder / name).read_bytes()), renamed)
             files[name] = (json.dumps(values, indent=2, ensure_ascii=False) + "\n").encode()
     files["recipe.yaml"] = dump_yaml(recipe.for_others).encode()
-    files[CARD] = _card(folder, recipe, config, train_summary(folder), repo)
+    files[CARD] = _card(folder, recipe, config, trained, repo)
     return files
 
 

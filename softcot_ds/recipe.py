@@ -360,6 +360,7 @@ class Recipe(Section):
         values = _without_paths(self)
         task, evaluation = values["task"], values["evaluation"]
         task["targets"] = "gold"  # what else was trained on is in the adapter
+        evaluation["server"] = None
         for split in ("train", "validation", "test"):
             if task[split] is not None and os.path.isfile(task[split]):
                 task[split] = UNPUBLISHED_SCHEME + Path(task[split]).name

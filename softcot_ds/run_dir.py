@@ -60,7 +60,8 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
 
     Where the overrides name another task, its settings are those of the overrides alone: data and wording of the one
     that the adapter was trained on are none of its. Its own copies of wording and chat templates count: the files that
-    it was trained with may have changed since. What the base was trained to write is of no account any more.
+    it was trained with may have changed since. What the base was trained to write is of no account any more, nor is a
+    server or a folder for outputs that an adapter names.
 
     Args:
         adapter: which one of the recipe's runs; None where there may be none yet.
@@ -77,6 +78,10 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     if adapter and (weights := adapter / "projection.safetensors").is_file():
         # What it began with may be gone: all that still counts of it is in the adapter.
         own.append(f"projection.init_from={weights}")
+    if folder is not None:
+        # An adapter may be anybody's: it does not decide who is told the questions and the key, nor where is written.
+        own += ["evaluation.server=null", "evaluation.outputs=null"]
+        own += [] if Path(source).is_dir() else [f"output_dir={Recipe.model_fields['output_dir'].default}"]
     return load_recipe(_recipe_file(source), [*own, *overrides], "task" if another else None, folder is not None)
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from dataclasses import asdict
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ import softcot_ds
 from softcot_ds import push as push_module
 from softcot_ds.adapter import AdapterConfig, train_summary
 from softcot_ds.card import is_edited, model_card
+from softcot_ds.data.targets import OwnShare
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.push import files_for_others, main, push
 from softcot_ds.recipe import load_recipe
@@ -28,6 +30,7 @@ CONDITIONS = {
     "none": {"accuracy": 0.25, "ci95": [0.2, 0.3], "loss": {"per_token": 1.5}},
     "learned": {"accuracy": 0.75, "ci95": [0.7, 0.8], "loss": {"per_token": 0.5}},
 }
+SERVER = "http://host.of.ours:8000"
 LOSS = {"per_token": -1.0, "ci95": [-1.25, -0.75], "p_value": 0.001}
 
 
@@ -60,12 +63,17 @@ def folder(tmp_path_factory):
         f"evaluation.plain_text={folder}/text.txt",
         f"evaluation.outputs={folder}/outputs",
         f"evaluation.static_adapter={folder}/static",
+        f"evaluation.server={SERVER}",
         "evaluation.conditions=[learned,static]",
     ]
     recipe = load_recipe(ROOT / "recipes/word_problems.yaml", settings)
     adapter = make_adapter(recipe.run_dir / "checkpoints/step-5", recipe, step=5)
     for name in ("base", "assistant"):
         shutil.copy(folder / "chat.jinja", adapter / f"{name}_chat_template.jinja")
+    own = OwnShare(4, 2, 2, "gold", "none", f"{folder}/base-by-another-name", "f" * 64)
+    state = json.loads((adapter / "trainer.json").read_text())
+    state["summary"]["own_targets"] = asdict(own)
+    (adapter / "trainer.json").write_text(json.dumps(state))
     (adapter / "optimizer.safetensors").write_bytes(b"moments")
     (adapter / "notes.log").write_text(TOKEN)
     report = {
@@ -99,7 +107,9 @@ def test_what_is_sent_opens_elsewhere_and_names_nothing_of_this_machine(folder, 
     assert hub.private == {"owner/name"}
     secret = str(folder.parents[3])
     assert secret in (folder / "recipe.yaml").read_text()
-    assert not [name for name, content in sent.items() if secret.encode() in content or TOKEN.encode() in content]
+    assert SERVER in (folder / "recipe.yaml").read_text()
+    for own in (secret, SERVER, TOKEN):
+        assert not [name for name, content in sent.items() if own.encode() in content]
     said = capsys.readouterr()
     assert "not: notes.log, optimizer.safetensors\n" in said.err
     assert said.err.endswith(f"sent: {constants.ENDPOINT}/owner/name\n")

@@ -14,6 +14,7 @@ from softcot_ds.evaluation import report_page
 from softcot_ds.evaluation.run import evaluate
 from softcot_ds.generate import main as generate
 from softcot_ds.models import server
+from softcot_ds.run_dir import recipe_and_adapter
 from softcot_ds.values import resolve_location
 
 CONDITIONS = f"evaluation.conditions=[{','.join([*EVERY, 'empty'])}]"
@@ -118,6 +119,29 @@ def test_a_moment_of_trouble_is_waited_for(tmp_path, adapters, vllm, capsys):
     assert generate([*arguments, "evaluation.decode=false", "--server", url]) == 0
     assert capsys.readouterr().out == own
     assert len(state.asked) == 4
+
+
+def test_an_answer_that_the_server_gives_up_is_none(adapters, vllm, capsys):
+    url, state = vllm
+    state.faults = [None, "abort"]
+    arguments = [str(adapters / "adapter"), "--question", "tom has 2 coins .", "--server", url]
+    assert generate(arguments) == 2
+    said = capsys.readouterr()
+    assert "has given up an answer (abort). Start it so" in said.err
+    assert not said.out
+
+
+def test_an_adapter_does_not_say_who_is_told_the_key(tmp_path, adapters, vllm, monkeypatch, capsys):
+    url, state = vllm
+    monkeypatch.setenv(server.KEY, "secret")
+    own = make_recipe(tmp_path, f"evaluation.server={url}", f"evaluation.outputs={tmp_path}/others")
+    adapter = make_adapter(own.run_dir / "checkpoints/step-5", own, step=5)
+    for named in (adapter, own.run_dir):
+        assert generate([str(named), "--question", "tom has 2 coins .", "evaluation.max_new_tokens=2"]) == 0
+        found, _ = recipe_and_adapter(str(named), [])
+        assert (found.evaluation.server, found.evaluation.outputs) == (None, None)
+        assert recipe_and_adapter(str(named), [f"evaluation.server={url}"])[0].evaluation.server == url
+    assert state.got == 0
 
 
 @pytest.mark.parametrize(

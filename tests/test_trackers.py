@@ -1,10 +1,12 @@
 """Trackers beside TensorBoard: with one in their place, and by hand with the packages, where these are installed."""
 
 import json
+import subprocess
+import sys
 import time
 
 import pytest
-from launch import ROOT
+from launch import ROOT, environment
 
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.recipe import load_recipe
@@ -93,6 +95,7 @@ def test_a_network_that_hangs_holds_up_no_step(recipe, opened, monkeypatch, caps
     services |= {"trackio": Service(), "mlflow": Service()}
     monkeypatch.setattr(services["mlflow"], "log", lambda values, step: time.sleep(0.5))
     monkeypatch.setattr(trackers, "_PATIENCE_S", 0.01)
+    monkeypatch.setattr(trackers, "left", [])
     with Trackers() as both:
         both.start(recipe, 0)
         began = time.monotonic()
@@ -100,6 +103,43 @@ def test_a_network_that_hangs_holds_up_no_step(recipe, opened, monkeypatch, caps
             both.scalars({"loss/train": 0.5}, step)
         assert time.monotonic() - began < 0.4
     assert "mlflow takes more than" in capsys.readouterr().out
+    assert trackers.left == ["mlflow"]
+
+
+HANGS = """
+import atexit, sys, time
+from softcot_ds.command import run_command
+from softcot_ds.errors import Stopped
+from softcot_ds.recipe import load_recipe
+from softcot_ds.training import trackers
+
+class Service:
+    def finish(self): time.sleep(100)
+
+def work():
+    with trackers.Trackers() as both:
+        both.start(recipe, 0)
+        raise Stopped("stopped in good order", 10)
+
+atexit.register(time.sleep, 100)  # as W&B does, whose service it waits for
+trackers._open = lambda name, recipe, known: (Service(), name, 0)
+trackers._end = lambda name, tracker, kind: tracker.finish()
+trackers._HURRY_S = 0.2
+recipe = load_recipe(sys.argv[1], [f"output_dir={sys.argv[2]}", "trackers=[trackio,mlflow]"])
+recipe.run_dir.mkdir()
+sys.exit(run_command(work))
+"""
+
+
+@pytest.mark.distributed
+def test_trackers_that_hang_keep_no_process_from_ending(tmp_path):
+    """The ranks of a job that is to go back into the queue, say."""
+    command = [sys.executable, "-c", HANGS, ROOT / "recipes/word_problems.yaml", tmp_path]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=60, env=environment())
+    assert done.returncode == 128 + 10
+    assert "stopped in good order" in done.stderr
+    assert "trackio takes more than" in done.stdout
+    assert "mlflow takes more than" in done.stdout
 
 
 def test_a_tracker_that_refuses_ends_a_run_that_begins_and_not_one_that_goes_on(recipe, opened, capsys):

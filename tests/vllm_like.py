@@ -34,6 +34,7 @@ class Vllm(http.server.BaseHTTPRequestHandler):
 
     def do_GET(self):
         state = self.state
+        state.got += 1
         if state.key and self.headers["Authorization"] != f"Bearer {state.key}":
             return self.reply({"error": "Unauthorized"}, 401)
         model = {"id": "base", "root": state.root, "parent": None, "max_model_len": state.context}
@@ -50,13 +51,17 @@ class Vllm(http.server.BaseHTTPRequestHandler):
             if fault == "closes":
                 self.close_connection = True
                 return
-            if fault:
+            if isinstance(fault, int):
                 return self.refuse("EngineCore died", fault)
             if "messages" in asked:
                 for flag, said in SAYS.items():
                     if flag in state.without:
                         return self.refuse(said)
-            self.reply(state.answer(asked, "messages" in asked))
+            answer = state.answer(asked, "messages" in asked)
+            if fault == "abort":  # it is being ended
+                choice = answer["choices"][0]
+                choice |= {"token_ids": choice["token_ids"][:2], "finish_reason": "abort"}
+            self.reply(answer)
 
     def refuse(self, message, code=400):
         self.reply({"error": {"message": message, "code": code}}, code)
@@ -86,6 +91,7 @@ class State:
         """It dies at the request after so many."""
         self.faults: list[int | str | None] = []
         self.asked: list[dict] = []
+        self.got = 0
         self.lock = threading.Lock()
         self.cache: dict[tuple, torch.Tensor] = {}
 

@@ -140,7 +140,7 @@ class Server:
         try:
             choice = reply["choices"][0]
             told = reply["prompt_token_ids"] if "prompt_token_ids" in reply else choice["prompt_token_ids"]
-            told, token_ids, cut = list(told), list(choice["token_ids"]), choice["finish_reason"] == "length"
+            told, token_ids, reason = list(told), list(choice["token_ids"]), choice["finish_reason"]
         except (KeyError, IndexError, TypeError) as error:
             raise SoftCoTError(
                 f"{self.url} tells no tokens ({type(error).__name__}: {error}): it is no vLLM, or too old a one; "
@@ -152,9 +152,11 @@ class Server:
             or told[: len(prompt.prefix_ids)] + told[behind:] != prompt.prefix_ids + prompt.suffix_ids
         ):
             raise self._wrong(f"has read other tokens than the prompt's ({len(told)}, and it has {length})")
-        if not cut and token_ids and token_ids[-1] in stop_ids:
+        if reason not in ("stop", "length"):  # such as abort, where the server is ended while it answers
+            raise self._wrong(f"has given up an answer ({reason})")
+        if reason == "stop" and token_ids and token_ids[-1] in stop_ids:
             token_ids.pop()
-        return Output(token_ids, cut)
+        return Output(token_ids, reason == "length")
 
     def _prompt(self, prompt: BasePrompt, thoughts_TD: torch.Tensor | None) -> tuple[str, dict[str, Any]]:
         """The path to ask, and what is read.

@@ -8,8 +8,10 @@ up with a line. A run that goes on is the same run there: ``trackers.json`` in i
 import json
 import os
 import secrets
+import time
 from collections.abc import Callable
-from concurrent.futures import Future, ThreadPoolExecutor
+from multiprocessing import TimeoutError as OutOfPatience
+from multiprocessing.pool import AsyncResult, ThreadPool
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -20,9 +22,13 @@ from softcot_ds.files import parse_json, write_atomically
 from softcot_ds.recipe import Recipe
 
 _PATIENCE_S = 60.0
-"""How long what is still to be sent is waited for when a training ends."""
+"""How long what is still to be sent is waited for when a training ends, of all trackers together."""
+_HURRY_S = 5.0
+"""The same where it is being stopped, or has failed: who stops it, or another rank, kills it before long."""
 _PROJECT = "softcot-ds"
 """What runs are filed under, unless the tracker's own variable says otherwise (WANDB_PROJECT and so on)."""
+left: list[str] = []
+"""Trackers that were not waited for any more. Their packages may wait once more when the process ends."""
 
 
 def require_trackers(recipe: Recipe) -> None:
@@ -48,7 +54,7 @@ class Trackers:
     """Those of one training; none until they are started. All ranks have it, and only rank 0 sends anything."""
 
     def __init__(self) -> None:
-        self._threads: dict[str, ThreadPoolExecutor] = {}
+        self._threads: dict[str, ThreadPool] = {}  # of daemons: the end of the process waits for none
         self._runs: dict[str, Any] = {}
         """accelerate's trackers."""
         self._seen: dict[str, int] = {}
@@ -59,11 +65,14 @@ class Trackers:
 
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         waiting = {name: self._do(name, lambda name=name: _end(name, self._runs[name], kind)) for name in [*self._runs]}
-        for name, future in waiting.items():
+        patience = _PATIENCE_S if kind is None else _HURRY_S
+        give_up = time.monotonic() + patience
+        for name, told in waiting.items():
             try:
-                future.result(_PATIENCE_S)
-            except TimeoutError:
-                say(f"warning: {name} takes more than {_PATIENCE_S:.0f} s to be told the last of this run")
+                told.get(max(0.0, give_up - time.monotonic()))
+            except OutOfPatience:
+                say(f"warning: {name} takes more than {patience:.0f} s to be told the last of this run, and is left")
+                left.append(name)
 
     def start(self, recipe: Recipe, step: int) -> None:
         """Begin the runs, or go on with them after ``step``; all ranks call it.
@@ -77,9 +86,9 @@ class Trackers:
         path = recipe.run_dir / "trackers.json"
         ids = _read(path) if step else {}  # a run that begins anew is another one
         for name in _others(recipe):
-            self._threads[name] = ThreadPoolExecutor(1, thread_name_prefix=name)
+            self._threads[name] = ThreadPool(1)
             try:
-                opened = self._threads[name].submit(_open, name, recipe, ids.get(name)).result()
+                opened = self._threads[name].apply(_open, (name, recipe, ids.get(name)))
             except Exception as error:  # whatever its package, or its service, raises
                 words = f"{name} does not take this run: {_in_a_line(error)}"
                 if not step:
@@ -95,7 +104,7 @@ class Trackers:
         for name in [name for name, seen in self._seen.items() if name in self._runs and step > seen]:
             self._do(name, lambda name=name: self._runs[name].log(values, step=step))
 
-    def _do(self, name: str, work: Callable[[], None]) -> Future:
+    def _do(self, name: str, work: Callable[[], None]) -> AsyncResult:
         """Have it done in the tracker's thread, which gives the tracker up where it fails."""
 
         def attempt() -> None:
@@ -106,7 +115,7 @@ class Trackers:
                 del self._runs[name]
                 say(f"warning: {name} is told no more of this run: {_in_a_line(error)}; training goes on")
 
-        return self._threads[name].submit(attempt)
+        return self._threads[name].apply_async(attempt)
 
 
 def _open(name: str, recipe: Recipe, known: str | None) -> tuple[Any, str, int]:
