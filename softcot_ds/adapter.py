@@ -21,7 +21,6 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, ValidationErr
 
 from softcot_ds import __version__
 from softcot_ds.choices import METHOD_OF_KIND, METHODS, one_of
-from softcot_ds.data.examples import digest
 from softcot_ds.distributed import device, is_main
 from softcot_ds.errors import SoftCoTError
 from softcot_ds.experiment import Experiment
@@ -187,8 +186,7 @@ def _chat_templates(experiment: Experiment) -> dict[str, str]:
 
 def adapter_config(experiment: Experiment) -> AdapterConfig:
     """What the adapters of this recipe's run say about themselves, at step 0."""
-    recipe, splits = experiment.recipe, experiment.splits
-    own = splits.validation if recipe.task.validation else []  # what is cut from the training data changes with it
+    recipe = experiment.recipe
     return AdapterConfig(
         assistant=ModelIdentity.of(recipe.assistant),
         base=ModelIdentity.of(recipe.base),
@@ -196,7 +194,7 @@ def adapter_config(experiment: Experiment) -> AdapterConfig:
         method=recipe.method,
         num_thoughts=recipe.thoughts.count,
         step=0,
-        training_data=digest([*splits.train, *own]),
+        training_data=experiment.splits.data,
         chat_templates=_chat_templates(experiment),
         layer=states_layer(recipe),
         placeholders=experiment.assistant_prompts.placeholder_cycle,

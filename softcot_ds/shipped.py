@@ -2,8 +2,9 @@
 
 In a checkout these folders lie beside the package, and where a wheel was installed inside of it (setup.py). Their
 files have the same names everywhere, such as recipes/word_problems.yaml, and one of that name in the current directory
-wins. A recipe or a study may be called without its folder and ending: word_problems is word_problems.yaml of the current
-directory, as softcot-ds init copies it there, else recipes/word_problems.yaml, there or of those that are shipped.
+wins. A recipe or a study may be called without its folder and ending: word_problems is word_problems.yaml of the
+current directory, as softcot-ds init copies it there, else recipes/word_problems.yaml, there or of those that are
+shipped.
 """
 
 import os

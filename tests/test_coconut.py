@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 from test_step import SHAPE, make_model
 from torch import nn
 
+from softcot_ds.adapter import adapter_config
 from softcot_ds.coconut_config import CoconutConfig
 from softcot_ds.data.batches import collate, global_batches
 from softcot_ds.data.examples import Example
@@ -276,3 +277,20 @@ def test_a_task_without_steps_is_refused(tmp_path):
     }
     with pytest.raises(SoftCoTError, match="those of all 6 training problems of custom are the answer alone"):
         _ = Experiment(parse_recipe(values, CURRICULUM, "recipe")).splits
+
+
+def test_validation_data_of_its_own_is_the_same_data_in_a_longer_training(tmp_path):
+    """Of which the targets are shorter, as its last step leaves out more of the solutions' steps."""
+    lines = [
+        {"question": f"what is {n} plus 1 ?", "answer": f"first {n} .\nthen 1 more .\n#### {n + 1}"} for n in range(9)
+    ]
+    for name, chosen in (("train", lines[:5]), ("validation", lines[5:7]), ("test", lines[7:])):
+        (tmp_path / f"{name}.jsonl").write_text("\n".join(map(json.dumps, chosen)))
+    data = [f"task.{split}={tmp_path}/{split}.jsonl" for split in ("train", "validation", "test")]
+    settings = ["method=coconut", "task.name=gsm8k", *data, "coconut.stage_steps=[1,2,2]", "training.schedule=constant"]
+    settings += ["coconut.latents_per_step=2", "thoughts.count=6", "training.warmup_steps=0"]
+    path = ROOT / "recipes/word_problems_coconut.yaml"
+    short, long = (Experiment(load_recipe(path, [*settings, f"training.steps={steps}"])) for steps in (2, 5))
+    targets = [[one.target_ids for one in experiment.splits.validation] for experiment in (short, long)]
+    assert len(targets[0][0]) > len(targets[1][0]), "which is why they are no part of it"
+    assert adapter_config(short).training_data == adapter_config(long).training_data

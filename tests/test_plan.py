@@ -14,7 +14,7 @@ import torch
 from forked import run_forked
 from launch import ROOT
 from test_step import make_model
-from transformers import AutoTokenizer
+from transformers import AutoConfig, AutoTokenizer
 
 from softcot_ds import plan
 from softcot_ds.command import EXIT_MISTAKE
@@ -33,7 +33,7 @@ from softcot_ds.planning.jobs import decoding, decoding_memory, jobs, passes
 from softcot_ds.planning.lengths import Data, Lengths, data_of, read_data
 from softcot_ds.planning.report import Plan, as_json, as_text, make_plan, scale
 from softcot_ds.planning.search import Planner, Way
-from softcot_ds.planning.shapes import Shape, find_config, meta_model, sliced_elements
+from softcot_ds.planning.shapes import Shape, find_config, meta_model, shallow, sliced_elements
 from softcot_ds.planning.work import StepOnMeta
 from softcot_ds.recipe import ModelConfig, TaskConfig, load_recipe
 from softcot_ds.tasks import make_task
@@ -117,6 +117,29 @@ def test_sizes_of_tasks_are_those_of_their_data(shared_data, name, file, number)
         assert getattr(found.longest, part) == pytest.approx(most, rel=0.3)
     assert found.mean.assistant - 4 == pytest.approx(sizes.assistant[0], rel=0.05)
     assert found.longest.assistant - 4 == pytest.approx(sizes.assistant[1], rel=0.3)
+
+
+def test_layers_with_heads_of_another_width_keep_more_of_a_token():
+    kinds = ["sliding_attention", "full_attention"] * 2
+    sizes = {"hidden_size": 64, "intermediate_size": 96, "num_hidden_layers": 4, "vocab_size": 256, "head_dim": 32}
+    config = AutoConfig.for_model(
+        "gemma4_text",
+        **sizes,
+        num_key_value_heads=2,
+        global_head_dim=64,
+        layer_types=kinds,
+        hidden_size_per_layer_input=0,
+    )
+    shape = Shape.of(config)
+    assert shape.keys_values == 2 * 2 * (32 + 64 + 32 + 64)
+    assert shape.heads == 2
+    assert shallow(config, 2).per_layer_config[1].head_dim == 64
+
+
+def test_a_model_without_attention_heads_is_said_to_be_beyond_planning():
+    config = AutoConfig.for_model("mamba", hidden_size=64, num_hidden_layers=2, vocab_size=256)
+    with pytest.raises(SoftCoTError, match="MambaForCausalLM cannot be planned: its configuration tells no attention"):
+        Shape.of(config)
 
 
 def test_a_token_meets_the_experts_that_it_is_sent_to():

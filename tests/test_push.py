@@ -129,6 +129,7 @@ def test_what_is_sent_opens_elsewhere_and_names_nothing_of_this_machine(folder, 
     assert [len(part) for part in (splits.train, splits.validation, splits.test)] == [4, 0, 3]
     with pytest.raises(SoftCoTError, match=r"unpublished:validation.jsonl: .*; name some in task.validation"):
         experiment.require_training()
+    softcot_ds.load("owner/name", *data, "task.validation_problems=0").experiment.require_training()
 
 
 def test_a_dry_run_shows_the_card_and_the_files_and_asks_nobody(folder, hub, capsys):

@@ -405,9 +405,12 @@ def trainings(tmp_path_factory, random_pair):
         "nan-bf16": [clipped, whole, bf16, "training.steps=9"],
         "inf-zero3": [clipped, zero3, "training.log_every=4", "training.save_every=2"],
         "inf-none": [clipped, whole, "training.log_every=4", "training.save_every=2"],
-        "crash": [clipped, whole, "training.validate_every=2"],
+        "crash": [clipped, zero3, "training.validate_every=2", "evaluation.max_new_tokens=6"],
+        "crash-on": [clipped, zero3, "training.validate_every=2", "evaluation.max_new_tokens=6", "name=crash"],
         "stop": [clipped, whole, *stop],
         "stop-last": [clipped, whole, *stop, "training.steps=2", "training.warmup_steps=1"],
+        "stop-last-on": [clipped, whole, *stop, "training.steps=2", "training.warmup_steps=1", "name=stop-last"],
+        "stop-last-done": [clipped, whole, *stop, "training.steps=2", "training.warmup_steps=1", "name=stop-last"],
         "chains": [free, zero3, *CHAINS, "training.steps=2"],
         "chains-on": [free, zero3, *CHAINS, "training.steps=3", "name=chains"],
         "chains-whole": [free, zero3, *CHAINS, "training.steps=3"],
@@ -568,6 +571,14 @@ def test_checkpoint_comes_before_the_validation_that_fails(trainings):
     assert (folder / "crash/checkpoints/step-2/COMPLETE").exists()
 
 
+def test_a_validation_that_failed_is_made_up_for_when_the_run_goes_on(trainings):
+    """To what an undisturbed run has, bit for bit, and so are the steps after it."""
+    folder, _, _ = trainings
+    for name in ("validation.jsonl", "losses.jsonl"):
+        assert (folder / "crash" / name).read_text() == (folder / "clipped-zero3" / name).read_text()
+    assert scalars(folder / "crash", "loss/validation").keys() == {2, 4}
+
+
 def test_run_that_is_being_stopped_saves_and_does_not_validate(trainings):
     folder, _, output = trainings
     assert "stop ended after step 2: stopped by SIGUSR1 after step 2" in output
@@ -580,7 +591,10 @@ def test_run_that_is_being_stopped_in_its_last_step_saves_and_does_not_validate(
     folder, _, output = trainings
     assert exit_codes(output, "stop-last") == {0: 0, 1: 0}
     assert (folder / "stop-last/checkpoints/step-2/COMPLETE").exists()
-    assert scalars(folder / "stop-last", "loss/validation").keys() == {1}
+    on, done = output.partition("stop-last: rank 0 exits")[2].split("stop-last-on: rank 0 exits")
+    assert "step 2  validation loss" in on, "made up for"
+    assert "stop-last: trained to step 2 before" in done
+    assert scalars(folder / "stop-last", "loss/validation").keys() == {1, 2}
 
 
 def test_run_begins_when_every_rank_listens_to_signals(trainings):

@@ -51,6 +51,8 @@ class Splits:
     """What was left out, and why; to be printed."""
     own: OwnShare | None = None
     """How much of the training data the base wrote itself; None where that is not wanted."""
+    data: str = ""
+    """A hash of the training data, and of validation data of its own; what is cut from the former changes with it."""
 
     def assistant_inputs(self) -> list[AssistantInput]:
         return [example.assistant for example in (*self.train, *self.validation, *self.test)]
@@ -127,7 +129,8 @@ def load_splits(
         notes += [own.words(), *note]
     if not splits["train"] and task.trains:
         raise SoftCoTError("no training problem is left; " + ("; ".join(notes) or "the data is empty"))
-    return Splits(**splits, notes=notes, own=own)
+    data = digest([*splits["train"], *(splits["validation"] if config.validation else [])])
+    return Splits(**splits, notes=notes, own=own, data=data)
 
 
 def _split_problems(task: Task, config: TaskConfig) -> tuple[dict[str, list[Problem]], list[str]]:

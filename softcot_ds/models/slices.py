@@ -23,7 +23,7 @@ from transformers.utils import logging as transformers_logging
 
 from softcot_ds.distributed import device, from_all_ranks, lost_rank, world_size
 from softcot_ds.models.quantized import FewBits
-from softcot_ds.models.toy import make_toy, said, says_the_same, toy_config
+from softcot_ds.models.toy import layer_configs, make_toy, said, says_the_same, toy_config
 
 _MOST_HELD = 1.5
 """What a rank may hold at most, in shares of 1/N: some plans leave the larger part of a model whole."""
@@ -204,9 +204,9 @@ def _why_no_plan(config: PreTrainedConfig, ranks: int, quantized: FewBits | None
         return f"transformers has no plan for slices of {config.model_type}"
     text = config.get_text_config()
     for name in ("num_attention_heads", "num_key_value_heads"):
-        heads = getattr(text, name, None)
-        if heads is not None and get_kv_heads_per_rank(model.tp_plan, heads, ranks) is None:
-            return f"{ranks} ranks do not divide its {name.removeprefix('num_').replace('_', ' ')}, {heads}"
+        for heads in {getattr(layer, name, None) for layer in layer_configs(text, 1)} - {None}:
+            if get_kv_heads_per_rank(model.tp_plan, heads, ranks) is None:
+                return f"{ranks} ranks do not divide its {name.removeprefix('num_').replace('_', ' ')}, {heads}"
     whole = sum(parameter.numel() for parameter in model.parameters())
     # Of table and head a rank may hold less than another.
     ends = [model.get_input_embeddings(), model.get_output_embeddings()]

@@ -50,6 +50,11 @@ _MAY_BE_UNSET = (*_KEY_HEADS, "sliding_window", "q_lora_rank")
 """Where None is a way of its own: as many as heads, no window, no compression. Elsewhere it hides a default."""
 
 
+def layer_configs(config: PreTrainedConfig, layers: int) -> list[PreTrainedConfig]:
+    """The configuration of each of so many layers: its own where they differ, such as in how wide their heads are."""
+    return list(config.per_layer_config) if config.is_heterogeneous else [config] * layers
+
+
 def toy_config(config: PreTrainedConfig, ranks: int = 1, **settings: Any) -> PreTrainedConfig:
     """The configuration of a toy of the same model type; ``settings`` replace what it says.
 

@@ -1,6 +1,7 @@
 """What a model's configuration alone says of its weights: built on the meta device, where tensors have shapes and no
 values. The configuration comes from where the model lies, from models.yaml, or is the one file that is downloaded."""
 
+import math
 from dataclasses import dataclass
 from fnmatch import fnmatch
 from functools import cache
@@ -16,7 +17,7 @@ from softcot_ds.errors import SoftCoTError
 from softcot_ds.files import read_yaml
 from softcot_ds.models.backbone import empty_model, read_config
 from softcot_ds.models.model_files import config_folder, fetch_config
-from softcot_ds.models.toy import DEPTHS
+from softcot_ds.models.toy import DEPTHS, layer_configs
 from softcot_ds.recipe import ModelConfig
 
 SHIPPED = Path(__file__).with_name("models.yaml")
@@ -69,7 +70,7 @@ class Shape:
         """``few``: at most so many elements make a weight small (``stage3_param_persistence_threshold``).
 
         Raises:
-            SoftCoTError: its decoder has no list of layers.
+            SoftCoTError: its decoder has no list of layers, or no attention.
         """
         model = meta_model(config, torch.bfloat16)
         layers = getattr(model.get_decoder(), "layers", None)
@@ -80,7 +81,9 @@ class Shape:
         head_size = 0 if head is None or head.weight is table else _elements(head)
         text = config.get_text_config()
         experts, chosen = _experts(text)
-        heads = getattr(text, "num_key_value_heads", None) or getattr(text, "num_attention_heads", 1)
+        kept = [_kept(layer) for layer in layer_configs(text, len(sizes))]
+        if None in kept:
+            raise SoftCoTError(f"{type(model).__name__} cannot be planned: its configuration tells no attention heads")
         return cls(
             layers=sizes,
             table=table.numel(),
@@ -89,8 +92,8 @@ class Shape:
             small=sum(p.numel() for p in model.parameters() if p.numel() <= few),
             width=table.shape[1],
             vocabulary=table.shape[0],
-            keys_values=_keys_values(text, len(sizes), heads),
-            heads=heads,
+            keys_values=sum(2 * heads * width for heads, width in kept),
+            heads=math.gcd(*(heads for heads, _ in kept)),
             experts=sum(p.numel() for name, p in layers.named_parameters() if ".experts." in f".{name}"),
             chosen=chosen / experts,
         )
@@ -115,9 +118,12 @@ def _experts(config: PreTrainedConfig) -> tuple[int, int]:
     return experts, getattr(config, "num_experts_per_tok", None) or experts
 
 
-def _keys_values(config: PreTrainedConfig, layers: int, heads: int) -> int:
-    width = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    return 2 * layers * heads * width
+def _kept(layer: PreTrainedConfig) -> tuple[int, int] | None:
+    """Heads of keys and values of a layer, and the width of one; None where it tells none."""
+    queries = getattr(layer, "num_attention_heads", None)
+    heads = getattr(layer, "num_key_value_heads", None) or queries
+    width = getattr(layer, "head_dim", None) or (queries and layer.hidden_size // queries)
+    return (heads, width) if heads and width else None
 
 
 def meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str = "sdpa") -> PreTrainedModel:
@@ -125,7 +131,11 @@ def meta_model(config: PreTrainedConfig, dtype: torch.dtype, attention: str = "s
     verbosity = transformers_logging.get_verbosity()
     transformers_logging.set_verbosity_error()  # it would warn of settings that are made for another depth
     try:
-        return empty_model(config, dtype=dtype, attn_implementation=attention).eval().requires_grad_(False)
+        try:
+            model = empty_model(config, dtype=dtype, attn_implementation=attention)
+        except SoftCoTError:  # some families have no other attention, or none at all
+            model = empty_model(config, dtype=dtype, attn_implementation="eager")
+        return model.eval().requires_grad_(False)
     finally:
         transformers_logging.set_verbosity(verbosity)
 
@@ -143,6 +153,8 @@ def _cut(values: dict[str, Any], layers: int) -> dict[str, Any]:
             value = min(layers, value)
         elif isinstance(value, list) and len(value) == depth:
             value = value[:layers]
+        elif key == "per_layer_config" and value:
+            value = {layer: own for layer, own in value.items() if int(layer) < layers} or None
         elif isinstance(value, dict) and "model_type" in value:
             value = _cut(value, layers)
         cut[key] = value

@@ -123,7 +123,7 @@ class Task(ABC):
 
     def require_training(self) -> None:
         """Raises SoftCoTError where there is nothing to train on, or to validate with."""
-        if self.validation_stayed:
+        if self.validation_stayed and self.config.validation_problems:
             raise stayed(self.config.validation, "validation", "train")
         if not self.trains:
             name = self.config.name

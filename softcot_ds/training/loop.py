@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from softcot_ds.adapter import adapter_config
+from softcot_ds.adapter import adapter_config, train_summary
 from softcot_ds.distributed import DataRanks, barrier, device, init_distributed, on_main, say, set_timeout, world_size
 from softcot_ds.errors import Stopped
 from softcot_ds.experiment import Experiment
@@ -31,7 +31,7 @@ from softcot_ds.training.engine import build_engine, build_model
 from softcot_ds.training.memory import expected_memory
 from softcot_ds.training.metrics import PhaseTimer
 from softcot_ds.training.profiling import StepProfiler
-from softcot_ds.training.record import Record
+from softcot_ds.training.record import Record, Validations
 from softcot_ds.training.resume import agreed_start, sole_trainer
 from softcot_ds.training.schedule import learning_rate_at
 from softcot_ds.training.start import Start
@@ -49,31 +49,28 @@ def train(recipe: Recipe) -> None:
             gradient was not in several steps in a row.
         Stopped: a signal asked for it; a checkpoint has been saved.
     """
-    require_trackers(recipe)
     init_distributed(recipe.training.timeout_minutes)
+    on_main(lambda: require_trackers(recipe))
     with sole_trainer(recipe), Trackers() as trackers:
         _train(recipe, trackers)
 
 
 def _train(recipe: Recipe, trackers: Trackers) -> None:
-    experiment = Experiment(recipe)
-    experiment.require_training()
-    recipe = experiment.count_epochs()
-    config, splits, prompts = recipe.training, experiment.splits, experiment.task.prompt_file
-    for note in splits.notes:
-        say(f"data: {note}")
+    experiment = _read(recipe)
+    recipe, splits, prompts = experiment.recipe, experiment.splits, experiment.task.prompt_file
+    config = recipe.training
     folder = agreed_start(experiment)
     start = checkpoint_step(folder) if folder else 0
-    if start >= config.num_steps:
-        say(f"{recipe.name}: trained to step {start} before; adapter: {folder}")
-        return
+    is_due = partial(_is_due, config.validate_every, config.num_steps if splits.validation else 0)
+    owed = is_due(start) and start not in Validations(recipe, start)
+    if start >= config.num_steps and not owed:
+        return say(f"{recipe.name}: trained to step {start} before; adapter: {folder}")
     trackers.start(recipe, start)
 
     reader = ThoughtReader.open(recipe, [*splits.train, *splits.validation])
     adapter = on_main(lambda: adapter_config(experiment))
     recipe = settled(recipe)
     ranks = data_ranks(recipe.backbone.partition, recipe.backbone.group_size)
-    check_micro_batches(splits.train, config, ranks)
     engine = _prepare_engine(experiment, recipe, reader, ranks, folder)
     make_batch = partial(read_batch, reader=reader, pad_id=experiment.base_pad_id, model=engine.module)
     batches = training_batches(splits.train, make_batch, recipe, ranks, start, experiment.example_at)
@@ -81,6 +78,9 @@ def _train(recipe: Recipe, trackers: Trackers) -> None:
     stop = StopRequest()
     barrier()  # a signal from here on is heard by every rank; before, it would end those alone that do not listen yet
     record, profiler = Record(recipe, splits.train, start, trackers), StepProfiler(recipe)
+    summary = train_summary(folder) if folder else {}
+    if owed:  # it was stopped, or killed, before or in this validation
+        record.report_validation(start, validator.run())
 
     for step, batch in enumerate(islice(batches, config.num_steps - start), start + 1):
         learning_rate = learning_rate_at(step, config)
@@ -96,7 +96,7 @@ def _train(recipe: Recipe, trackers: Trackers) -> None:
         stopping = stop.agreed_signal()
         saving = step % config.save_every == 0 or last or stopping is not None
         # A job that is about to be taken away has no time for more than the checkpoint.
-        validating = bool(splits.validation) and (step % config.validate_every == 0 or last) and stopping is None
+        validating = is_due(step) and stopping is None
         pausing = saving or validating or profiler.ends_with(step)  # for what may take longer than a step
         if step % config.log_every == 0 or step == start + 1 or pausing or skipped:
             record.report(step, batch.indices, learning_rate, engine, skipped, folder)
@@ -117,11 +117,27 @@ def _train(recipe: Recipe, trackers: Trackers) -> None:
     record.finish(summary, folder)
 
 
+def _read(recipe: Recipe) -> Experiment:
+    """Read the data of a training, and say what is to be said of it."""
+    experiment = Experiment(recipe)
+    experiment.require_training()
+    experiment.count_epochs()
+    for note in experiment.splits.notes:
+        say(f"data: {note}")
+    return experiment
+
+
+def _is_due(every: int, last: int, step: int) -> bool:
+    """Whether a validation follows a step, of which ``last`` is the last one; none does where that is 0."""
+    return 0 < step <= last and (step % every == 0 or step == last)
+
+
 def _prepare_engine(
     experiment: Experiment, recipe: Recipe, reader: ThoughtReader, ranks: DataRanks, resume_from: Path | None
 ) -> Any:
     """The engine, with the weights and moments of the checkpoint that the run goes on from, if there is one."""
     splits = experiment.splits
+    check_micro_batches(splits.train, recipe.training, ranks)
     # Before the models are there: to sum up the states takes memory, too.
     start = Start.again(resume_from) if resume_from else Start.anew(experiment, reader, splits.train)
     model = build_model(recipe, experiment, start)

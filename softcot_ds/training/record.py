@@ -90,6 +90,7 @@ class Record:
         self._gap = (step, found.gap) if found.gap else None
         gap = f", {found.gap} with another question's thoughts" if found.gap else ""
         say(f"step {step}  validation loss {found.scalars['loss/validation']:.4f}{gap}")
+        self.window.restart_clock()
 
     @property
     def best_step(self) -> int | None:
@@ -242,7 +243,12 @@ def report_skip(where: str, history: "History", last_saved: Path | None) -> None
 
 
 def _records(path: Path, start: int) -> list[dict[str, Any]]:
-    """What a run has written of steps up to ``start``, one in each line. Raises SoftCoTError where it is damaged."""
+    """What a run has written of steps up to ``start``, one in each line; all ranks call it, and have what rank 0 reads.
+    Raises SoftCoTError where it is damaged."""
+    return on_main(lambda: _read(path, start))
+
+
+def _read(path: Path, start: int) -> list[dict[str, Any]]:
     found = []
     remedy = "Training does not need this file: move it away to go on, with the earlier losses left out"
     try:
@@ -267,6 +273,9 @@ class Validations:
     def __init__(self, recipe: Recipe, start: int) -> None:
         self._path = recipe.run_dir / "validation.jsonl"
         self._found = _records(self._path, start)
+
+    def __contains__(self, step: int) -> bool:
+        return any(record["step"] == step for record in self._found)
 
     def add(self, step: int, scalars: dict[str, float]) -> None:
         """Add a validation's points and write the file; all ranks call it. Raises SoftCoTError on a full disk."""
