@@ -277,7 +277,7 @@ def outlive_dead_nodes_and_a_hang(batch: Batch, undisturbed: Path) -> None:
     assert "another rank has died, or has not answered in time" in log
     assert "back into the queue for restart 2 of 100" in log
     assert "2 ranks (cpu)" in log
-    assert "1 ranks (cpu)" in log
+    assert "1 rank (cpu)" in log
     assert "Traceback" not in log
     straight = losses(undisturbed)
     assert first_part == {step: straight[step] for step in first_part}, "still two ranks: bit for bit"

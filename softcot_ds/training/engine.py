@@ -5,6 +5,7 @@ from typing import Any
 
 import deepspeed
 import torch
+from deepspeed.runtime import bf16_optimizer
 
 from softcot_ds.data.batches import token_ids
 from softcot_ds.distributed import device, say
@@ -77,6 +78,7 @@ def build_engine(model: Method, recipe: Recipe) -> Any:
         if not any(parameter.requires_grad for parameter in part.parameters()):
             make_layers_leaves(part)
     settings = with_limits(engine_config(recipe), *models)
+    bf16_optimizer.see_memory_usage = lambda *_, **__: None  # it prints a dozen lines, whatever the level of its log
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings, dist_init_required=False)
     check_model(model.base, "base", recipe.base.model)
     if model.assistant is not None:

@@ -148,7 +148,7 @@ def _prepare_engine(
         say(f"resuming from {resume_from}")
     say(
         f"{recipe.name}: {len(splits.train)} training and {len(splits.validation)} validation problems, "
-        f"{num_trained:,} trained parameters, {world_size()} ranks ({device().type}), ZeRO stage "
+        f"{num_trained:,} trained parameters, {count(world_size(), 'rank')} ({device().type}), ZeRO stage "
         f"{engine.zero_optimization_stage()}, global batch {recipe.training.global_batch_size}"
     )
     read_once = engine.module.num_shared
