@@ -61,7 +61,7 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
     Where the overrides name another task, its settings are those of the overrides alone: data and wording of the one
     that the adapter was trained on are none of its. Its own copies of wording and chat templates count: the files that
     it was trained with may have changed since. What the base was trained to write is of no account any more, nor is a
-    server or a folder for outputs that an adapter names.
+    server that an adapter names.
 
     Args:
         adapter: which one of the recipe's runs; None where there may be none yet.
@@ -79,9 +79,7 @@ def load_for_evaluation(source: str, overrides: list[str], adapter: Path | None 
         # What it began with may be gone: all that still counts of it is in the adapter.
         own.append(f"projection.init_from={weights}")
     if folder is not None:
-        # An adapter may be anybody's: it does not decide who is told the questions and the key, nor where is written.
-        own += ["evaluation.server=null", "evaluation.outputs=null"]
-        own += [] if Path(source).is_dir() else [f"output_dir={Recipe.model_fields['output_dir'].default}"]
+        own.append("evaluation.server=null")  # it may be anybody's, and does not decide who is told questions and key
     return load_recipe(_recipe_file(source), [*own, *overrides], "task" if another else None, folder is not None)
 
 
@@ -93,7 +91,9 @@ def recipe_and_adapter(source: str, overrides: list[str]) -> tuple[Recipe, Path]
         SoftCoTError: no complete checkpoint is there, or the recipe is wrong.
     """
     if (folder := adapter_folder(source)) is not None:
-        return load_for_evaluation(str(folder), overrides), folder
+        written_to = ["evaluation.outputs=null", f"output_dir={Recipe.model_fields['output_dir'].default}"]
+        here = [] if Path(source).is_dir() else written_to  # which one of the hub does not decide
+        return load_for_evaluation(str(folder), [*here, *overrides]), folder
     recipe = load_for_evaluation(source, overrides)
     folder = latest_checkpoint(recipe.run_dir)
     if folder is None:

@@ -19,9 +19,10 @@ from softcot_ds.adapter import AdapterConfig, train_summary
 from softcot_ds.card import is_edited, model_card
 from softcot_ds.data.targets import OwnShare
 from softcot_ds.errors import SoftCoTError
+from softcot_ds.files import dump_yaml, parse_yaml
 from softcot_ds.push import files_for_others, main, push
 from softcot_ds.recipe import load_recipe
-from softcot_ds.run_dir import load_for_evaluation
+from softcot_ds.run_dir import load_for_evaluation, recipe_and_adapter
 from softcot_ds.values import resolve_location
 
 QUESTIONS = ["tom has 23 coins . how many coins now ?", "leo has 9 coins ."]
@@ -130,6 +131,18 @@ def test_what_is_sent_opens_elsewhere_and_names_nothing_of_this_machine(folder, 
     with pytest.raises(SoftCoTError, match=r"unpublished:validation.jsonl: .*; name some in task.validation"):
         experiment.require_training()
     softcot_ds.load("owner/name", *data, "task.validation_problems=0").experiment.require_training()
+
+
+@pytest.mark.slow
+def test_an_adapter_of_the_hub_says_neither_who_is_asked_nor_where_is_written(folder, hub):
+    push(str(folder), "owner/name", MODELS)
+    values = parse_yaml(hub.repos["owner/name"]["recipe.yaml"].decode())
+    values |= {"output_dir": "/srv", "evaluation": values["evaluation"] | {"outputs": "/srv/outputs", "server": SERVER}}
+    hub.repos["owner/name"]["recipe.yaml"] = dump_yaml(values).encode()
+    recipe, _ = recipe_and_adapter("owner/name", [])
+    assert (recipe.output_dir, recipe.evaluation.outputs, recipe.evaluation.server) == (Path("runs"), None, None)
+    recipe, _ = recipe_and_adapter("owner/name", ["output_dir=mine", f"evaluation.server={SERVER}"])
+    assert (recipe.output_dir, recipe.evaluation.server) == (Path("mine"), SERVER)
 
 
 def test_a_dry_run_shows_the_card_and_the_files_and_asks_nobody(folder, hub, capsys):
