@@ -51,6 +51,10 @@ def read_settings(path: Path, kind: str) -> dict[str, Any]:
         raise SoftCoTError(f"{path}: empty; {_OTHERS}")
     if not isinstance(values, dict):
         raise SoftCoTError(f"{path}: a {kind} is a mapping of keys to values, found {type(values).__name__}")
+    is_study, is_recipe = "methods" in values, "base" in values
+    if (is_study != is_recipe) and is_study != (kind == "study"):
+        other = "study" if is_study else "recipe"
+        raise SoftCoTError(f"{path} is a {other}, and a {kind} is wanted here; softcot-ds recipes lists both")
     return values
 
 

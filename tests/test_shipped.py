@@ -65,6 +65,18 @@ def test_the_copy_of_init_is_what_its_name_means(capsys):
     assert "error: word_problems.yaml: 4 mistakes in the recipe" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(
+    ("command", "name", "said"),
+    [
+        ("train", "embedded_pair", "is a study, and a recipe is"),
+        ("study", "word_problems", "is a recipe, and a study is"),
+    ],
+)
+def test_a_study_is_no_recipe_and_a_recipe_no_study(command, name, said, capsys):
+    assert cli.main([command, name]) == 2
+    assert f"{name}.yaml {said} wanted here; softcot-ds recipes lists both" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize("name", ["setup.py", "recipes/nothing.yaml", "recipes", "", "recipes/../setup.py/x", "a\0b"])
 def test_nothing_else_is_looked_for_elsewhere(name):
     assert found(Path(name)) == Path(name)
