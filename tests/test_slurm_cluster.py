@@ -77,6 +77,10 @@ def own_cluster(folder: Path, found) -> None:
     time.sleep(100)
 
 
+FREE = ({"idle"}, {"plnd"}, {"idle", "plnd"})
+"""Of nodes without a job; for a moment after one has gone SLURM may still have planned it for another."""
+
+
 def test_nothing_outlives_a_killed_session(cluster, tmp_path):
     """Another cluster beside ours, in a process that is killed."""
     context = multiprocessing.get_context("fork")
@@ -88,11 +92,11 @@ def test_nothing_outlives_a_killed_session(cluster, tmp_path):
     traces = [Path(f"/sys/class/net/{link}"), *(Path(f"/proc/{pid}") for pid in pids)]
     assert len(traces) >= 4
     assert all(trace.exists() for trace in traces)
-    assert set(cluster._states().values()) == {"idle"}
+    assert {*cluster._states().values()} in FREE
     owner.kill()
     owner.join()
     give_up = time.monotonic() + 10
     while any(trace.exists() for trace in traces):
         assert time.monotonic() < give_up, [trace for trace in traces if trace.exists()]
         time.sleep(0.05)
-    assert set(cluster._states().values()) == {"idle"}
+    assert {*cluster._states().values()} in FREE
